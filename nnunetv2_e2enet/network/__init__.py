@@ -1,0 +1,16 @@
+"""What is computed: the network and its costs. Pure torch."""
+
+from nnunetv2_e2enet.network.accounts import MultiplyAccumulates, ParameterCounts
+from nnunetv2_e2enet.network.connections import MaskableLayer, maskable_layers
+from nnunetv2_e2enet.network.depth_shift import depth_shift
+from nnunetv2_e2enet.network.e2enet import E2ENet, e2enet_features
+
+__all__ = [
+    "E2ENet",
+    "MaskableLayer",
+    "MultiplyAccumulates",
+    "ParameterCounts",
+    "depth_shift",
+    "e2enet_features",
+    "maskable_layers",
+]

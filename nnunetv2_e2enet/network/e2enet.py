@@ -1,0 +1,198 @@
+"""E2ENet (Wu et al., NeurIPS 2024, arXiv 2312.04727): encoder, triangle of fusion nodes, heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network import accounts
+from nnunetv2_e2enet.network.blocks import CONV, BlockStyle
+from nnunetv2_e2enet.network.connections import MaskableLayer, active_connections, check_sparsity, maskable_layers
+from nnunetv2_e2enet.network.depth_shift import check_shift_size
+from nnunetv2_e2enet.network.encoder import Encoder
+from nnunetv2_e2enet.network.fusion import FusionDecoder
+
+NEGATIVE_SLOPE = 1e-2
+
+
+def e2enet_features(n_stages: int, base: int = 48, maximum: int = 320) -> list[int]:
+    """Channels of each level as in the paper: doubled from level to level, up to a maximum."""
+    return [min(base * 2**level, maximum) for level in range(n_stages)]
+
+
+class E2ENet(nn.Module):
+    """Efficient-to-efficient network with dynamic sparse feature fusion.
+
+    The arguments are what nnU-Net's plans hold, so stock nnU-Net builds the network from a plans file. A fresh network has a
+    random topology of the given sparsity, drawn from torch's global random state.
+
+    Args:
+        input_channels: channels of the image.
+        num_classes: channels of the logits.
+        n_stages: number of levels, at least 2.
+        features_per_stage: channels of each level, finest first (one number for all).
+        conv_op: ``nn.Conv3d`` or ``nn.Conv2d``.
+        strides: stride into each level, a number or one number an axis; the first is 1.
+        n_conv_per_stage: shift blocks in each encoder level (the paper's network has 2).
+        kernel_sizes: accepted from plans and not used: kernels are 3 x 3 in the plane (see BlockStyle).
+        n_conv_per_stage_decoder: accepted from plans and not used: a fusion node has one block, the last of a level two.
+        conv_bias: bias of the convolutions of shift blocks.
+        norm_op, norm_op_kwargs: normalisation; instance norm with learned scale and offset unless given.
+        dropout_op, dropout_op_kwargs: dropout after each convolution; none unless given.
+        nonlin, nonlin_kwargs: activation; leaky ReLU with slope 0.01 unless given.
+        deep_supervision: return the logits of all heads, finest first, instead of the finest alone.
+        feature_sparsity: share of connections that are off in every maskable layer, from 0 to below 1.
+        shift_size: channel groups of the depth shift, odd; 1 shifts nothing.
+
+    Raises:
+        E2ENetError: an argument cannot be used, or the patch cannot be divided by the strides.
+
+    Attributes:
+        encoder: backbone with ``stages``, ``output_channels``, ``strides``.
+        decoder: fusion stages with ``deep_supervision`` and ``seg_layers``.
+        key_to_encoder, key_to_stem, keys_to_in_proj, key_to_lpe: as in ``AbstractDynamicNetworkArchitectures``.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        n_stages: int,
+        features_per_stage: int | Sequence[int],
+        conv_op: type[nn.Module],
+        strides: int | Sequence[int | Sequence[int]],
+        n_conv_per_stage: int | Sequence[int] = 2,
+        kernel_sizes: Any = None,
+        n_conv_per_stage_decoder: Any = None,
+        conv_bias: bool = True,
+        norm_op: type[nn.Module] | None = None,
+        norm_op_kwargs: dict[str, Any] | None = None,
+        dropout_op: type[nn.Module] | None = None,
+        dropout_op_kwargs: dict[str, Any] | None = None,
+        nonlin: type[nn.Module] | None = None,
+        nonlin_kwargs: dict[str, Any] | None = None,
+        deep_supervision: bool = False,
+        feature_sparsity: float = 0.8,
+        shift_size: int = 3,
+    ) -> None:
+        super().__init__()
+        dimension = _dimension(conv_op)
+        if n_stages < 2:
+            raise E2ENetError(
+                f"the plans have {n_stages} level(s), but E2ENet fuses at least 2: plan with a larger patch, or train this "
+                "configuration with a stock trainer"
+            )
+        check_sparsity(feature_sparsity)
+        check_shift_size(shift_size)
+        features = _per_level("features_per_stage", features_per_stage, n_stages)
+        n_conv = _per_level("n_conv_per_stage", n_conv_per_stage, n_stages)
+        level_strides = _strides(strides, n_stages, dimension)
+
+        style = BlockStyle(
+            dimension,
+            shift_size,
+            conv_bias,
+            norm_op,
+            **{
+                name: value
+                for name, value in {
+                    "norm_op_kwargs": norm_op_kwargs,
+                    "dropout_op": dropout_op,
+                    "dropout_op_kwargs": dropout_op_kwargs,
+                    "nonlin": nonlin,
+                    "nonlin_kwargs": nonlin_kwargs,
+                }.items()
+                if value is not None
+            },
+        )
+        self.dimension = dimension
+        self.input_channels = input_channels
+        self.num_classes = num_classes
+        self.feature_sparsity = feature_sparsity
+        self.shift_size = shift_size
+        self.encoder = Encoder(input_channels, features, level_strides, n_conv, style)
+        self.decoder = FusionDecoder(features, level_strides, num_classes, deep_supervision, style)
+
+        self.key_to_encoder = "encoder.stages"
+        self.key_to_stem = "encoder.stages.0"
+        self.keys_to_in_proj = ("encoder.stages.0.0.conv",)
+        self.key_to_lpe = None
+
+        self.apply(self.initialize)
+        for _, layer in maskable_layers(self):
+            layer.set_random_topology(active_connections(feature_sparsity, layer.n_connections))
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """``(batch, input_channels, *patch)`` to ``(batch, num_classes, *patch)``; a list of them with deep supervision."""
+        self.check_patch_size(x.shape[2:])
+        return self.decoder(self.encoder(x))
+
+    def check_patch_size(self, patch_size: Sequence[int]) -> None:
+        """Raises E2ENetError unless the strides divide ``patch_size``."""
+        divisor = [prod(axis) for axis in zip(*self.encoder.strides, strict=True)]
+        if len(patch_size) != self.dimension:
+            raise E2ENetError(f"the patch has {len(patch_size)} axes {list(patch_size)}, the network {self.dimension}")
+        if any(size % d for size, d in zip(patch_size, divisor, strict=True)):
+            raise E2ENetError(
+                f"the patch {list(patch_size)} cannot be divided by the network's strides, in all {divisor}: "
+                "change patch_size in the plans to multiples of them"
+            )
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """He normal weights (slope 0.01) and zero biases; for ``network.apply``, as nnU-Net does after building."""
+        if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+            nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, MaskableLayer):
+            module.clear_inactive_weights()
+
+    def parameter_counts(self) -> accounts.ParameterCounts:
+        """Parameters in all, those that DSFF can switch off, and those in use with the present topology."""
+        return accounts.parameter_counts(self)
+
+    def multiply_accumulates(self, patch_size: Sequence[int]) -> accounts.MultiplyAccumulates:
+        """Multiply-accumulates of the convolutions for one patch: in all, of maskable layers, and of active connections."""
+        self.check_patch_size(patch_size)
+        return accounts.multiply_accumulates(self, (1, self.input_channels, *patch_size))
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """Elements of all convolution outputs for one patch, nnU-Net's measure of a network's memory.
+
+        Args:
+            input_size: the patch without batch and channels.
+        """
+        self.check_patch_size(input_size)
+        return accounts.conv_output_elements(self, (1, self.input_channels, *input_size))
+
+    def saved_bytes(self, patch_size: Sequence[int], batch_size: int = 1) -> int:
+        """Bytes that autograd keeps from the forward pass for the backward pass, in the dtype of the weights."""
+        self.check_patch_size(patch_size)
+        return accounts.saved_bytes(self, (batch_size, self.input_channels, *patch_size))
+
+
+def _dimension(conv_op: type[nn.Module]) -> int:
+    for dimension, conv in CONV.items():
+        if isinstance(conv_op, type) and issubclass(conv_op, conv):
+            return dimension
+    raise E2ENetError(f"conv_op is {conv_op!r}, but E2ENet is built of torch.nn.Conv3d or torch.nn.Conv2d")
+
+
+def _per_level(name: str, value: int | Sequence[int], n_stages: int) -> list[int]:
+    values = [value] * n_stages if isinstance(value, int) else list(value)
+    if len(values) != n_stages or any(v < 1 for v in values):
+        raise E2ENetError(f"{name} is {value}, but one number of at least 1 is needed for each of the {n_stages} levels")
+    return values
+
+
+def _strides(strides: int | Sequence[int | Sequence[int]], n_stages: int, dimension: int) -> list[list[int]]:
+    given = [strides] * n_stages if isinstance(strides, int) else list(strides)
+    levels = [[s] * dimension if isinstance(s, int) else [int(i) for i in s] for s in given]
+    if len(levels) != n_stages or any(len(s) != dimension or min(s) < 1 for s in levels):
+        raise E2ENetError(f"strides is {strides}, but {n_stages} levels of {dimension} numbers of at least 1 each are needed")
+    return levels

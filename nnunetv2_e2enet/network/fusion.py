@@ -1,0 +1,114 @@
+"""Feature fusion (paper, section 3.2): a triangle of nodes, each fed by three flows.
+
+Node ``x[j, i]`` (level ``j``, stage ``i``) fuses the maps of stage ``i - 1``: its own level (*forward* flow), the coarser
+level after a transposed conv (*upward* flow), and the finer level after max-pooling (*downward* flow). The nodes of one stage
+do not depend on each other. Stage 0 is the encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from nnunetv2_e2enet.network.blocks import CONV, MAX_POOL, BlockStyle, ShiftBlock
+from nnunetv2_e2enet.network.connections import MASKED_CONV_TRANSPOSE
+
+
+class FusionNode(nn.Module):
+    """One node. All its convolutions are maskable.
+
+    Args:
+        channels: channels of this node and of its forward flow.
+        coarser: channels of the next coarser level, where the upward flow comes from.
+        upward_stride: stride between this level and the coarser one.
+        finer: channels of the next finer level, 0 where there is none.
+        downward_stride: stride between the finer level and this one.
+        n_blocks: shift blocks; 2 in the last node of a level, otherwise 1.
+        style: what the blocks of the network have in common.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        coarser: int,
+        upward_stride: Sequence[int],
+        finer: int,
+        downward_stride: Sequence[int],
+        n_blocks: int,
+        style: BlockStyle,
+    ) -> None:
+        super().__init__()
+        kernel = tuple(upward_stride)
+        self.upsample = MASKED_CONV_TRANSPOSE[style.dimension](coarser, channels, kernel, kernel, bias=False)
+        self.downsample = MAX_POOL[style.dimension](tuple(downward_stride)) if finer else None
+        blocks = [ShiftBlock(channels + channels + finer, channels, style, maskable=True)]
+        blocks += [ShiftBlock(channels, channels, style, maskable=True) for _ in range(n_blocks - 1)]
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, same: Tensor, coarser: Tensor, finer: Tensor | None) -> Tensor:
+        flows = [same, self.upsample(coarser)]
+        if self.downsample is not None and finer is not None:
+            flows.append(self.downsample(finer))
+        first, *rest = self.blocks
+        x = first(*flows)
+        for block in rest:
+            x = block(x)
+        return x
+
+
+class FusionDecoder(nn.Module):
+    """All fusion stages and the heads.
+
+    ``deep_supervision`` and ``seg_layers`` are named and ordered as in ``dynamic_network_architectures``: heads from the
+    coarsest to the finest, ``seg_layers[-1]`` gives the segmentation. They are those to which nnU-Net's loss gives weight.
+
+    Args:
+        features_per_stage: channels of each level, finest first.
+        strides: stride into each level.
+        num_classes: output channels of the heads.
+        deep_supervision: whether ``forward`` returns the outputs of all heads.
+        style: what the blocks of the network have in common.
+    """
+
+    def __init__(
+        self,
+        features_per_stage: Sequence[int],
+        strides: Sequence[Sequence[int]],
+        num_classes: int,
+        deep_supervision: bool,
+        style: BlockStyle,
+    ) -> None:
+        super().__init__()
+        levels = len(features_per_stage)
+        self.deep_supervision = deep_supervision
+        self.stages = nn.ModuleList(
+            nn.ModuleList(
+                FusionNode(
+                    channels=features_per_stage[level],
+                    coarser=features_per_stage[level + 1],
+                    upward_stride=strides[level + 1],
+                    finer=features_per_stage[level - 1] if level else 0,
+                    downward_stride=strides[level],
+                    n_blocks=2 if level + stage == levels - 1 else 1,
+                    style=style,
+                )
+                for level in range(levels - stage)
+            )
+            for stage in range(1, levels)
+        )
+        heads = max(0, levels - 3) + 1
+        self.seg_layers = nn.ModuleList(
+            CONV[style.dimension](features_per_stage[level], num_classes, 1, bias=False) for level in reversed(range(heads))
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Encoder maps, finest first, to logits; with deep supervision a list of them, finest first."""
+        maps = list(maps)
+        last: dict[int, Tensor] = {}
+        for nodes in self.stages:
+            maps = [node(maps[level], maps[level + 1], maps[level - 1] if level else None) for level, node in enumerate(nodes)]
+            last[len(nodes) - 1] = maps[-1]
+        if not self.deep_supervision:
+            return self.seg_layers[-1](last[0])
+        return [head(last[level]) for level, head in enumerate(reversed(self.seg_layers))]
