@@ -66,8 +66,8 @@ class E2ENet(nn.Module):
         conv_op: type[nn.Module],
         strides: int | Sequence[int | Sequence[int]],
         n_conv_per_stage: int | Sequence[int] = 2,
-        kernel_sizes: Any = None,
-        n_conv_per_stage_decoder: Any = None,
+        kernel_sizes: Any = None,  # noqa: ARG002 (plans hold it)
+        n_conv_per_stage_decoder: Any = None,  # noqa: ARG002 (plans hold it)
         conv_bias: bool = True,
         norm_op: type[nn.Module] | None = None,
         norm_op_kwargs: dict[str, Any] | None = None,
@@ -92,22 +92,15 @@ class E2ENet(nn.Module):
         n_conv = _per_level("n_conv_per_stage", n_conv_per_stage, n_stages)
         level_strides = _strides(strides, n_stages, dimension)
 
+        given: dict[str, Any] = {
+            "norm_op_kwargs": norm_op_kwargs,
+            "dropout_op": dropout_op,
+            "dropout_op_kwargs": dropout_op_kwargs,
+            "nonlin": nonlin,
+            "nonlin_kwargs": nonlin_kwargs,
+        }
         style = BlockStyle(
-            dimension,
-            shift_size,
-            conv_bias,
-            norm_op,
-            **{
-                name: value
-                for name, value in {
-                    "norm_op_kwargs": norm_op_kwargs,
-                    "dropout_op": dropout_op,
-                    "dropout_op_kwargs": dropout_op_kwargs,
-                    "nonlin": nonlin,
-                    "nonlin_kwargs": nonlin_kwargs,
-                }.items()
-                if value is not None
-            },
+            dimension, shift_size, conv_bias, norm_op, **{name: value for name, value in given.items() if value is not None}
         )
         self.dimension = dimension
         self.input_channels = input_channels
@@ -178,7 +171,7 @@ class E2ENet(nn.Module):
 
 def _dimension(conv_op: type[nn.Module]) -> int:
     for dimension, conv in CONV.items():
-        if isinstance(conv_op, type) and issubclass(conv_op, conv):
+        if conv_op is conv:
             return dimension
     raise E2ENetError(f"conv_op is {conv_op!r}, but E2ENet is built of torch.nn.Conv3d or torch.nn.Conv2d")
 
