@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_e2enet.planners.e2enet_planners import nnUNetPlannerE2ENet
 
     for folder in (nnUNet_raw, nnUNet_preprocessed):
-        if not folder.is_set():
+        if not folder.get():
             raise E2ENetError(f"{folder.env_var_name} is not set: export {folder.env_var_name}=FOLDER (see nnU-Net's docs)")
     for dataset_id in args.d:
         try:
@@ -47,5 +47,6 @@ def run(args: argparse.Namespace) -> int:
                 args.overwrite_plans_name,
             )
         except RuntimeError as error:  # nnU-Net: no such data set, or its fingerprint is missing
-            raise E2ENetError(f"data set {dataset_id} cannot be planned: {error}") from error
+            reason = str(error).splitlines()[0]
+            raise E2ENetError(f"data set {dataset_id} cannot be planned: {reason}") from error
     return 0
