@@ -111,13 +111,23 @@ def test_other_versions_of_nnunet_are_refused(monkeypatch: pytest.MonkeyPatch, f
         find_nnunet()
 
 
-def test_missing_nnunet_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from nnunetv2_e2enet.cli.main import main
-
-    monkeypatch.setattr(registration.importlib.util, "find_spec", lambda _name: None)
-    assert main(["register"]) == 1
-    assert capsys.readouterr().err == (
-        "e2enet register: nnU-Net v2 is not installed in this Python environment: pip install 'nnunetv2>=2.8,<3'\n"
+@pytest.mark.parametrize("command", [["register"], ["unregister"], ["info"], ["plan", "-d", "1"], ["phantom", "1"], ["demo"]])
+def test_missing_nnunet_is_said_in_one_line(command: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "class WithoutNnUNet(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        "        return None if name.split('.')[0] == 'nnunetv2' else PathFinder.find_spec(name, path, target)\n"
+        "sys.meta_path = [WithoutNnUNet if f is PathFinder else f for f in sys.meta_path]\n"
+        "from nnunetv2_e2enet.cli.main import main\n"
+        f"sys.exit(main({command!r}))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"e2enet {command[0]}: nnU-Net v2 is not installed in this Python environment: pip install 'nnunetv2>=2.8,<3'\n"
     )
 
 
