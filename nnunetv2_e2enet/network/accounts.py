@@ -44,7 +44,7 @@ def parameter_counts(network: nn.Module) -> ParameterCounts:
 def multiply_accumulates(network: nn.Module, input_shape: Sequence[int]) -> MultiplyAccumulates:
     """Counted with ``torch.utils.flop_counter``, where one multiply-accumulate is two operations."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _run_on_meta(network, input_shape)
+        run_on_meta(network, input_shape)
     by_module = counter.get_flop_counts()
     root = type(network).__name__
     maskable = off = 0
@@ -66,7 +66,7 @@ def conv_output_elements(network: nn.Module, input_shape: Sequence[int]) -> int:
     handles = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, _ConvNd)]
     try:
         with torch.no_grad():
-            _run_on_meta(network, input_shape)
+            run_on_meta(network, input_shape)
     finally:
         for handle in handles:
             handle.remove()
@@ -86,15 +86,16 @@ def saved_bytes(network: nn.Module, input_shape: Sequence[int]) -> int:
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         parameters = {name: p.detach().to("meta").requires_grad_() for name, p in network.named_parameters()}
-        kept = _run_on_meta(network, input_shape, parameters)
+        kept = run_on_meta(network, input_shape, parameters)
     del kept
     own = {p.untyped_storage()._cdata for p in parameters.values()}
     return sum(size for key, size in sizes.items() if key not in own)
 
 
-def _run_on_meta(
+def run_on_meta(
     network: nn.Module, input_shape: Sequence[int], parameters: dict[str, Tensor] | None = None
 ) -> Tensor | list[Tensor]:
+    """The outputs, tensors of shapes without values; with ``parameters``, meta tensors, in the place of the network's own."""
     if parameters is None:
         parameters = {name: p.detach().to("meta") for name, p in network.named_parameters()}
     buffers = {name: b.to("meta") for name, b in network.named_buffers()}

@@ -1,0 +1,140 @@
+"""What a network costs, counted: parameters and multiply-accumulates, stored, active, executed; by level and flow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunetv2_e2enet.network import E2ENet, MaskableLayer, accounts
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one network and one patch.
+
+    Attributes:
+        parameters_stored: in memory and in checkpoints.
+        parameters_active: of these, the ones in use with the present topology.
+        macs_dense: multiply-accumulates of all connections.
+        macs_active: of the active connections and the dense layers: what the topology leaves to compute.
+        macs_executed: what the program really multiplies.
+    """
+
+    parameters_stored: int
+    parameters_active: int
+    macs_dense: int
+    macs_active: int
+    macs_executed: int
+
+
+def count_costs(network: nn.Module, input_shape: Sequence[int]) -> Costs:
+    """Counted on shapes alone, nothing is computed. ``input_shape`` is batch, channels, and the patch."""
+    parameters = accounts.parameter_counts(network)
+    macs = accounts.multiply_accumulates(network, input_shape)
+    return Costs(parameters.total, parameters.active, macs.total, macs.active, executed_macs(macs))
+
+
+def executed_macs(macs: accounts.MultiplyAccumulates) -> int:
+    """What is multiplied when a patch is predicted: PyTorch multiplies masked weights like any others, so all of it."""
+    return macs.total
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one flow of one level costs. Fields as in ``Costs``; biases and norms are a flow of their own."""
+
+    level: int
+    flow: str
+    parameters_stored: int
+    parameters_active: int
+    macs_dense: int
+    macs_active: int
+
+
+FLOWS = ("encoder", "forward", "upward", "downward", "second block", "decoder", "upsampling", "head", "norm, bias")
+_PLACES = (
+    (re.compile(r"encoder\.stages\.(?P<level>\d+)\."), "encoder"),
+    (re.compile(r"encoder\.(?P<stem>stem)\."), "encoder"),
+    (re.compile(r"decoder\.stages\.\d+\.(?P<level>\d+)\.upsample$"), "upward"),
+    (re.compile(r"decoder\.stages\.\d+\.(?P<level>\d+)\.blocks\.0\."), "node"),
+    (re.compile(r"decoder\.stages\.\d+\.(?P<level>\d+)\.blocks\.[1-9]\."), "second block"),
+    (re.compile(r"decoder\.stages\.(?P<reversed>\d+)\."), "decoder"),
+    (re.compile(r"decoder\.transpconvs\.(?P<reversed>\d+)$"), "upsampling"),
+    (re.compile(r"decoder\.seg_layers\.(?P<reversed>\d+)$"), "head"),
+)
+
+
+def breakdown(network: nn.Module, input_shape: Sequence[int]) -> list[Share]:
+    """The costs of E2ENet or one of nnU-Net's U-Nets by level (0 is the finest) and flow.
+
+    A fusion node's first convolution works on three flows at once; its costs are divided by the channels that each flow
+    brings, and by the connections that are active among them. Modules of an unknown kind are at level -1, flow "other".
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        accounts.run_on_meta(network, input_shape)
+    by_module = counter.get_flop_counts()
+    root = type(network).__name__
+    totals: dict[tuple[int, str], list[int]] = {}
+
+    def add(level: int, flow: str, numbers: Sequence[int]) -> None:
+        row = totals.setdefault((level, flow), [0, 0, 0, 0])
+        for i, number in enumerate(numbers):
+            row[i] += number
+
+    for name, module in network.named_modules():
+        own = [p.numel() for p in module.parameters(recurse=False)]
+        if not own:
+            continue
+        level, flow = _place(name, network)
+        if not isinstance(module, _ConvNd):
+            add(level, "norm, bias", (sum(own), sum(own), 0, 0))
+            continue
+        bias = 0 if module.bias is None else module.bias.numel()
+        add(level, "norm, bias", (bias, bias, 0, 0))
+        macs = sum(by_module.get(f"{root}.{name}", {}).values()) // 2
+        for part, connections, active in _parts(module, flow):
+            per_connection = module.weight[0, 0].numel()
+            macs_per_connection = macs // module.weight.shape[:2].numel()
+            add(
+                level,
+                part,
+                (connections * per_connection, active * per_connection, connections * macs_per_connection, active * macs_per_connection),
+            )
+    order = {flow: i for i, flow in enumerate(FLOWS)}
+    keys = sorted(totals, key=lambda key: (key[0], order.get(key[1], len(order))))
+    return [Share(level, flow, *totals[level, flow]) for level, flow in keys if any(totals[level, flow])]
+
+
+def _place(name: str, network: nn.Module) -> tuple[int, str]:
+    levels = len(cast(Sequence[nn.Module], network.encoder.stages)) if hasattr(network, "encoder") else 0
+    for pattern, flow in _PLACES:
+        found = pattern.match(name)
+        if not found:
+            continue
+        groups = found.groupdict()
+        if "stem" in groups:
+            return 0, flow
+        if "reversed" not in groups:
+            return int(groups["level"]), flow
+        finest = len(network.decoder.seg_layers) - 1 if isinstance(network, E2ENet) else levels - 2
+        return finest - int(groups["reversed"]), flow
+    return -1, "other"
+
+
+def _parts(module: _ConvNd, flow: str) -> list[tuple[str, int, int]]:
+    """Flow, connections, active connections of a convolution."""
+    n = module.weight.shape[:2].numel()
+    if not isinstance(module, MaskableLayer):
+        return [(flow, n, n)]
+    if flow != "node":
+        return [(flow, n, module.n_active)]
+    same = module.out_channels
+    pieces = {"forward": module.mask[:, :same], "upward": module.mask[:, same : 2 * same], "downward": module.mask[:, 2 * same :]}
+    return [(name, mask.numel(), int(mask.sum())) for name, mask in pieces.items() if mask.numel()]

@@ -1,0 +1,50 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_e2enet.errors import E2ENetError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write or replace ``path``; an interruption leaves what was there before.
+
+    Raises:
+        E2ENetError: the folder is missing or cannot be written to.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise E2ENetError(
+            f"cannot write {path} ({error.strerror}): expected a folder with write permission; choose another place"
+        ) from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        with suppress(OSError):
+            Path(temporary).unlink()
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        E2ENetError: there is no such file, or it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise E2ENetError(f"cannot read {path} as JSON ({error}): check the path, or write the file again") from error
+    if not isinstance(content, dict):
+        raise E2ENetError(f"{path} holds a {type(content).__name__}, but an object was expected: is it the right file?")
+    return content

@@ -1,0 +1,239 @@
+"""Networks as nnU-Net builds them, from model folders, plans and data sets; and what trainings left behind."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.evaluation.files import read_json
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_latest.pth")
+LOGGED = ("train_losses", "val_losses", "ema_fg_dice")
+
+
+@dataclass(frozen=True)
+class Design:
+    """A network to be built, and the patch that it works on; plain data, so that another process can build it too.
+
+    Attributes:
+        name: what tables call it.
+        origin: where it comes from, for people.
+        plans, dataset: content of ``plans.json`` and ``dataset.json``.
+        configuration: of the plans.
+        trainer: nnU-Net's class that builds the network.
+        architecture: as in plans, in the place of the plans' own; or None.
+        checkpoint: file of weights and topology; random ones where it is None.
+    """
+
+    name: str
+    origin: str
+    plans: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+    configuration: str
+    trainer: str = "nnUNetTrainer"
+    architecture: Mapping[str, Any] | None = None
+    checkpoint: Path | None = None
+
+    def __post_init__(self) -> None:
+        available = self._manager.available_configurations
+        if self.configuration not in available:
+            raise E2ENetError(f"the plans have no configuration {self.configuration}: choose with -c from {', '.join(available)}")
+
+    @property
+    def _manager(self) -> PlansManager:
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        return PlansManager(dict(self.plans))
+
+    @property
+    def settings(self) -> ConfigurationManager:
+        """nnU-Net's view of the configuration."""
+        return self._manager.get_configuration(self.configuration)
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        return tuple(int(n) for n in self.settings.patch_size)
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.settings.batch_size)
+
+    @property
+    def input_channels(self) -> int:
+        from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+        return int(determine_num_input_channels(self._manager, self.settings, dict(self.dataset)))
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the logits."""
+        return int(self._manager.get_label_manager(dict(self.dataset)).num_segmentation_heads)
+
+    def input_shape(self, batch_size: int = 1) -> tuple[int, ...]:
+        return (batch_size, self.input_channels, *self.patch_size)
+
+    def build(self, deep_supervision: bool = False) -> nn.Module:
+        """The network on the CPU.
+
+        Raises:
+            E2ENetError: nnU-Net does not find the trainer, or the weights do not fit.
+        """
+        settings = self.settings
+        if self.architecture is not None:
+            settings.configuration["architecture"] = self.architecture
+        is_e2enet = settings.network_arch_class_name.endswith(".E2ENet")  # plans say all of it, whatever trained it
+        trainer = _trainer_class("nnUNetTrainer" if is_e2enet else self.trainer)
+        with redirect_stdout(StringIO()):
+            network: nn.Module = trainer.build_network_architecture(
+                self._manager, settings, self.input_channels, self.outputs, deep_supervision
+            )
+        if self.checkpoint is not None:
+            try:
+                network.load_state_dict(load_checkpoint(self.checkpoint)["network_weights"])
+            except RuntimeError as error:
+                raise E2ENetError(f"the weights in {self.checkpoint} do not fit the network of its plans: {error}") from error
+        return network
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one fold left behind.
+
+    Attributes:
+        fold: its name.
+        trainer, configuration: nnU-Net's names.
+        epochs: how many were finished.
+        curves: values by epoch, by nnU-Net's name of them (``LOGGED``).
+        epoch_seconds: median duration of an epoch; NaN where unknown.
+    """
+
+    fold: str
+    trainer: str
+    configuration: str
+    epochs: int
+    curves: dict[str, list[float]]
+    epoch_seconds: float
+
+
+def read_trainings(model: Path) -> list[Training]:
+    """One for each fold that has a checkpoint."""
+    trainings = []
+    for folder in sorted(model.glob("fold_*")):
+        file = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
+        if file is None:
+            continue
+        checkpoint = load_checkpoint(file)
+        logged = checkpoint.get("logging", {})
+        curves = {name: [float(value) for value in logged.get(name, [])] for name in LOGGED}
+        starts, ends = (logged.get(f"epoch_{edge}_timestamps", []) for edge in ("start", "end"))
+        seconds = sorted(end - start for start, end in zip(starts, ends, strict=False))
+        trainings.append(
+            Training(
+                folder.name.removeprefix("fold_"),
+                str(checkpoint["trainer_name"]),
+                str(checkpoint["init_args"]["configuration"]),
+                int(checkpoint["current_epoch"]),
+                curves,
+                float(seconds[len(seconds) // 2]) if seconds else math.nan,
+            )
+        )
+    return trainings
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """nnU-Net's checkpoint, its tensors left on disk until they are used.
+
+    Raises:
+        E2ENetError: it cannot be read.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise E2ENetError(f"cannot read {file} as a checkpoint ({error}): is it whole?") from error
+    return checkpoint
+
+
+def model_design(model: Path, name: str) -> Design:
+    """The trained network of a model folder, with the weights and topology of its first fold.
+
+    Raises:
+        E2ENetError: no checkpoint in any fold.
+    """
+    file = next((f for n in CHECKPOINTS for f in sorted(model.glob(f"fold_*/{n}"))), None)
+    if file is None:
+        raise E2ENetError(f"{model} has no checkpoint in any fold_*: finish a training, or profile its plans.json")
+    checkpoint = load_checkpoint(file)
+    return Design(
+        name,
+        f"{model.name}, {file.parent.name}",
+        read_json(model / "plans.json"),
+        read_json(model / "dataset.json"),
+        str(checkpoint["init_args"]["configuration"]),
+        str(checkpoint["trainer_name"]),
+        checkpoint=file,
+    )
+
+
+def _trainer_class(name: str) -> Any:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    if name == nnUNetTrainer.__name__:  # no search, for which nnU-Net imports all of its trainers
+        return nnUNetTrainer
+    with redirect_stdout(StringIO()):
+        found = recursive_find_trainer_class_by_name(name)
+    if found is None:
+        raise E2ENetError(f"nnU-Net does not find the trainer {name}: `e2enet register`, or set nnUNet_extTrainer as in training")
+    return found
+
+
+def e2enet_variant(design: Design, sparsity: float) -> Design:
+    """E2ENet in the place of the network of a design, as ``nnUNetTrainerE2ENet`` trains it."""
+    from nnunetv2_e2enet.training.architecture import e2enet_architecture
+
+    architecture = e2enet_architecture(design.settings.configuration["architecture"], feature_sparsity=sparsity)
+    return replace(design, name=f"E2ENet S={sparsity:g}", trainer="nnUNetTrainer", architecture=architecture, checkpoint=None)
+
+
+def residual_encoder_variant(design: Design) -> Design:
+    """nnU-Net's residual encoder preset with the strides, kernels and channels of the U-Net of a design.
+
+    Presets M and L are the same network wherever their plans have the same strides; they differ in patch and batch.
+
+    Raises:
+        E2ENetError: the design is not stock nnU-Net.
+    """
+    architecture = deepcopy(design.settings.configuration["architecture"])
+    given = architecture["arch_kwargs"]
+    if "n_conv_per_stage" not in given or "kernel_sizes" not in given:
+        raise E2ENetError("the plans are not of stock nnU-Net: give nnUNetPlans to compare with residual encoder presets")
+    stages = given["n_stages"]
+    given.pop("n_conv_per_stage")
+    given["n_blocks_per_stage"] = [1, 3, 4, *[6] * stages][:stages]
+    given["n_conv_per_stage_decoder"] = [1] * (stages - 1)
+    architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    return replace(design, name="ResEnc M/L", trainer="nnUNetTrainer", architecture=architecture, checkpoint=None)
+
+
+def dataset_folder(name: str) -> Path | None:
+    """The folder of a data set, by name or number, in ``nnUNet_preprocessed``; None where there is none."""
+    root = os.environ.get("nnUNet_preprocessed")
+    if not root or not re.fullmatch(r"\d{1,3}|Dataset\d{3}_.+", name):
+        return None
+    pattern = f"Dataset{int(name):03d}_*" if name.isdigit() else name
+    return next((folder for folder in sorted(Path(root).glob(pattern)) if folder.is_dir()), None)

@@ -1,0 +1,223 @@
+"""How sure a difference is: bootstrap intervals, paired tests, the performance trade-off score.
+
+The unit is a case. scipy, statsmodels and scikit-posthocs do the mathematics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from nnunetv2_e2enet.evaluation.measure import nan_mean
+
+CONFIDENCE = 0.95
+ALPHA = 1 - CONFIDENCE
+RESAMPLES = 2000
+RESAMPLES_AT_ONCE = 50
+FEWEST_CASES = 2
+MEAN = "mean"
+"""Name of the mean over classes, among the names of classes."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its bootstrap confidence interval; the limits are NaN where there are fewer than two cases."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Wilcoxon signed-rank test of two models on one class or the mean over classes.
+
+    Attributes:
+        scope: class, or ``MEAN``.
+        difference: mean of (first model - second model) over the cases, with its bootstrap interval.
+        median_difference: of the same.
+        wins, ties, losses: cases in which the first value is larger, the same, smaller.
+        p, p_holm: two-sided p-value, and corrected by Holm for all scopes of the metric; NaN where there is nothing to test.
+    """
+
+    scope: str
+    difference: Interval
+    median_difference: float
+    wins: int
+    ties: int
+    losses: int
+    p: float
+    p_holm: float
+
+
+@dataclass(frozen=True)
+class RankTest:
+    """Friedman test of three or more models, and Nemenyi's test of each pair.
+
+    Attributes:
+        scope: class, or ``MEAN``.
+        n: cases in which all models have a value.
+        mean_ranks: of each model, 1 is best.
+        chi2, p, p_holm: Friedman's statistic and p-value, and corrected by Holm for all scopes of the metric.
+        critical_difference: mean ranks that lie further apart differ at the 5 % level (Nemenyi).
+        p_nemenyi: p-value of each pair of models, a symmetric matrix.
+    """
+
+    scope: str
+    n: int
+    mean_ranks: list[float]
+    chi2: float
+    p: float
+    p_holm: float
+    critical_difference: float
+    p_nemenyi: list[list[float]]
+
+
+def scopes(values: Array, classes: Sequence[str]) -> dict[str, Array]:
+    """The mean over classes and each class, as arrays (models, cases), from (models, cases, classes)."""
+    return {MEAN: nan_mean(values, axis=2), **{name: values[..., i] for i, name in enumerate(classes)}}
+
+
+def class_intervals(values: Array, classes: Sequence[str], seed: int = 0) -> dict[str, Interval]:
+    """Means over cases of each class and, under ``MEAN``, the mean of these means; of one model's (cases, classes).
+
+    The interval of ``MEAN`` comes from drawing whole cases, so classes of one case stay together.
+    """
+    intervals = {MEAN: _bootstrap(values, lambda drawn: nan_mean(nan_mean(drawn, axis=-2), axis=-1), seed)}
+    for index, name in enumerate(classes):
+        intervals[name] = mean_interval(values[:, index], seed)
+    return intervals
+
+
+def mean_interval(values: Array, seed: int = 0) -> Interval:
+    """Mean of the values that are defined."""
+    defined = values[~np.isnan(values)]
+    return _bootstrap(defined[:, None], lambda drawn: drawn.mean(axis=(-2, -1)), seed)
+
+
+def _bootstrap(values: Array, statistic: Callable[[Array], Array], seed: int) -> Interval:
+    """Percentile bootstrap over the first axis. ``statistic`` reduces the last two axes: cases, classes."""
+    n = len(values)
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    estimate = float(statistic(values))
+    if n < FEWEST_CASES or math.isnan(estimate):
+        return Interval(estimate, math.nan, math.nan, n)
+    result = stats.bootstrap(
+        (np.arange(n),),
+        lambda drawn, axis: statistic(values[np.moveaxis(drawn, axis, -1).astype(int)]),  # noqa: ARG005
+        n_resamples=RESAMPLES,
+        batch=RESAMPLES_AT_ONCE,
+        vectorized=True,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    )
+    drawn = result.bootstrap_distribution
+    low, high = np.nanpercentile(drawn, [100 * ALPHA / 2, 100 * (1 - ALPHA / 2)])
+    return Interval(estimate, float(low), float(high), n)
+
+
+def paired_tests(values: Array, classes: Sequence[str], seed: int = 0) -> list[PairedTest]:
+    """Two models, (2, cases, classes): one test for the mean over classes and for each class.
+
+    Cases in which one of the two is not defined are left out. Cases of equal value say nothing about the sign of the
+    difference and are left out of the test (Wilcoxon's own way).
+    """
+    tests = []
+    for scope, (first, second) in scopes(values, classes).items():
+        difference = first - second
+        difference = difference[~np.isnan(difference)]
+        wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+        tests.append(
+            PairedTest(
+                scope,
+                mean_interval(difference, seed),
+                float(np.median(difference)) if difference.size else math.nan,
+                wins,
+                difference.size - wins - losses,
+                losses,
+                _wilcoxon(difference),
+                math.nan,
+            )
+        )
+    return [
+        PairedTest(**{**vars(test), "p_holm": corrected}) for test, corrected in zip(tests, holm([t.p for t in tests]), strict=True)
+    ]
+
+
+def _wilcoxon(difference: Array) -> float:
+    if difference.size < FEWEST_CASES:
+        return math.nan
+    if not difference.any():
+        return 1.0
+    return float(stats.wilcoxon(difference, zero_method="wilcox").pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's step-down method; NaN stays NaN and does not count."""
+    from statsmodels.stats.multitest import multipletests
+
+    given = np.asarray(p_values, dtype=float)
+    defined = ~np.isnan(given)
+    corrected = np.full(given.shape, math.nan)
+    if defined.any():
+        corrected[defined] = multipletests(given[defined], method="holm")[1]
+    return [float(p) for p in corrected]
+
+
+def rank_tests(values: Array, classes: Sequence[str], higher_is_better: bool) -> list[RankTest]:
+    """Three or more models, (models, cases, classes): one test for the mean over classes and for each class."""
+    tests = [_rank_test(scope, array, higher_is_better) for scope, array in scopes(values, classes).items()]
+    return [
+        RankTest(**{**vars(test), "p_holm": corrected}) for test, corrected in zip(tests, holm([t.p for t in tests]), strict=True)
+    ]
+
+
+def _rank_test(scope: str, values: Array, higher_is_better: bool) -> RankTest:
+    import scikit_posthocs
+
+    complete = values[:, ~np.isnan(values).any(axis=0)]
+    k, n = complete.shape
+    if n < FEWEST_CASES:
+        nothing = [[math.nan] * k for _ in range(k)]
+        return RankTest(scope, n, [math.nan] * k, math.nan, math.nan, math.nan, math.nan, nothing)
+    ranks = stats.rankdata(-complete if higher_is_better else complete, axis=0)
+    if np.ptp(complete, axis=0).any():
+        chi2, p = (float(x) for x in stats.friedmanchisquare(*complete))
+    else:  # all models are equal in all cases: Friedman's statistic is 0 / 0
+        chi2, p = 0.0, 1.0
+    nemenyi = scikit_posthocs.posthoc_nemenyi_friedman(ranks.T).to_numpy()
+    mean_ranks = [float(r) for r in ranks.mean(axis=1)]
+    return RankTest(scope, n, mean_ranks, chi2, p, math.nan, critical_difference(k, n), nemenyi.tolist())
+
+
+def critical_difference(models: int, cases: int) -> float:
+    """Nemenyi's, at the 5 % level (Demšar 2006): ``q sqrt(k (k + 1) / (6 N))``, q of the studentised range over root 2."""
+    q = float(stats.studentized_range.ppf(1 - ALPHA, models, np.inf)) / math.sqrt(2)
+    return q * math.sqrt(models * (models + 1) / (6 * cases))
+
+
+def trade_off_scores(
+    dice: Mapping[str, float], parameters: Mapping[str, float], macs: Mapping[str, float], a1: float = 1.0, a2: float = 1.0
+) -> dict[str, float]:
+    """The paper's performance trade-off score of each model, over all the models given.
+
+    ``a1 mDice / max(mDice) + a2 (min(Params) / Params + min(FLOPs) / FLOPs)``. Multiply-accumulates may stand for FLOPs:
+    a constant factor cancels out. NaN where no model has a Dice above 0.
+    """
+    best = max((d for d in dice.values() if not math.isnan(d)), default=0.0)
+    fewest, least = min(parameters.values()), min(macs.values())
+    return {
+        name: a1 * (dice[name] / best if best > 0 else math.nan) + a2 * (fewest / parameters[name] + least / macs[name])
+        for name in dice
+    }
+
