@@ -79,8 +79,7 @@ def breakdown(network: nn.Module, input_shape: Sequence[int]) -> list[Share]:
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         accounts.run_on_meta(network, input_shape)
-    by_module = counter.get_flop_counts()
-    root = type(network).__name__
+    macs_of = _macs_by_module(network, counter)
     totals: dict[tuple[int, str], list[int]] = {}
 
     def add(level: int, flow: str, numbers: Sequence[int]) -> None:
@@ -98,7 +97,7 @@ def breakdown(network: nn.Module, input_shape: Sequence[int]) -> list[Share]:
             continue
         bias = 0 if module.bias is None else module.bias.numel()
         add(level, "norm, bias", (bias, bias, 0, 0))
-        macs = sum(by_module.get(f"{root}.{name}", {}).values()) // 2
+        macs = macs_of.get(module, 0)
         for part, connections, active in _parts(module, flow):
             per_connection = module.weight[0, 0].numel()
             macs_per_connection = macs // module.weight.shape[:2].numel()
@@ -110,6 +109,17 @@ def breakdown(network: nn.Module, input_shape: Sequence[int]) -> list[Share]:
     order = {flow: i for i, flow in enumerate(FLOWS)}
     keys = sorted(totals, key=lambda key: (key[0], order.get(key[1], len(order))))
     return [Share(level, flow, *totals[level, flow]) for level, flow in keys if any(totals[level, flow])]
+
+
+def _macs_by_module(network: nn.Module, counter: FlopCounterMode) -> dict[nn.Module, int]:
+    """Of each module. Some of nnU-Net's blocks hold a convolution under two names, and the counter knows one of them."""
+    counts = counter.get_flop_counts()
+    root = type(network).__name__
+    found: dict[nn.Module, int] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        macs = sum(counts.get(f"{root}.{name}", {}).values()) // 2
+        found[module] = max(macs, found.get(module, 0))
+    return found
 
 
 def _place(name: str, network: nn.Module) -> tuple[int, str]:

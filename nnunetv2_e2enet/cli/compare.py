@@ -1,0 +1,169 @@
+"""``e2enet compare``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.evaluation.requirements import check_evaluation_extra
+
+if TYPE_CHECKING:
+    from nnunetv2_e2enet.evaluation.comparison import Comparison
+    from nnunetv2_e2enet.evaluation.labels import Labels
+
+HELP = "compare trained models: accuracy with its uncertainty, costs, failures; table, CSV, JSON, HTML report"
+
+EXAMPLES = """examples:
+  e2enet compare nnUNetTrainerE2ENet__nnUNetPlans__3d_fullres nnUNetTrainer__nnUNetPlans__3d_fullres --report out.html
+  e2enet compare E2ENet=FOLDER_A nnU-Net=FOLDER_B --folds 0 1 --tolerance 2 --tolerance pancreas=5
+  e2enet compare S70=PRED_A S80=PRED_B S90=PRED_C --reference labelsTs --csv cases.csv
+  e2enet compare A B --json | jq '.means.dice'
+
+FOLDER is an nnU-Net model folder, whose validation predictions are compared, or a folder of predictions. References are
+looked up in nnUNet_preprocessed and nnUNet_raw by the name of the data set, unless --reference names their folder.
+
+exit code: 0 compared, 1 the input cannot be compared (standard error says why), 2 wrong usage, 130 Ctrl-C. What was
+measured before an interruption is kept, and the next run goes on from there.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    parser.add_argument("results", nargs="+", metavar="[NAME=]FOLDER", help="two or more results")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="reference segmentations")
+    parser.add_argument("--folds", nargs="+", metavar="F", help="folds of model folders (default: all that are finished)")
+    parser.add_argument("--common", action="store_true", help="compare the cases that all have, and leave out the others")
+    parser.add_argument("--dataset-json", type=Path, metavar="FILE", help="names the labels of folders of predictions")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="NAME=FOLDER", help="model folder of a folder of predictions, for its costs"
+    )
+    parser.add_argument(
+        "--tolerance",
+        action="append",
+        default=[],
+        metavar="[CLASS=]MM",
+        help="of the surface Dice, for all classes or one (default: 1)",
+    )
+    parser.add_argument(
+        "--weights", nargs=2, type=float, default=(1.0, 1.0), metavar=("A1", "A2"), help="of the trade-off score (default: 1 1)"
+    )
+    parser.add_argument(
+        "--failure-dice", type=float, default=0.5, metavar="D", help="a class below it is a failure (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--report", type=Path, metavar="FILE", help="write one HTML page that needs nothing else")
+    output.add_argument("--images", type=Path, metavar="DIR", help="images for the report (default: imagesTr of the data set)")
+    output.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each case, model and class")
+    output.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write everything as JSON; without FILE, print it and nothing else"
+    )
+    work = parser.add_argument_group("work")
+    work.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    work.add_argument("--cache", type=Path, metavar="DIR", help="of measured cases (default: in the user's cache folder)")
+    work.add_argument("--no-cache", action="store_true", help="measure all cases, keep nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_evaluation_extra()
+    _check(args)
+    console = Console(highlight=False, stderr=args.json == "-")
+    comparison = _compare(args, console)
+    _write(args, comparison, console)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for file in (args.report, args.csv, None if args.json in (None, "-") else Path(args.json)):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise E2ENetError(f"cannot write {file}: the folder {file.parent} is missing; make it, or choose another place")
+    if args.workers is not None and args.workers < 1:
+        raise E2ENetError(f"--workers {args.workers}: at least one is needed")
+    if min(args.weights) < 0:
+        raise E2ENetError(f"--weights {args.weights[0]:g} {args.weights[1]:g}: expected numbers from 0")
+
+
+def _compare(args: argparse.Namespace, console: Console) -> Comparison:
+    from nnunetv2_e2enet.evaluation.cache import MetricsCache, default_folder
+    from nnunetv2_e2enet.evaluation.cases import match_cases
+    from nnunetv2_e2enet.evaluation.comparison import compare, model_facts
+    from nnunetv2_e2enet.evaluation.measure import measure
+    from nnunetv2_e2enet.evaluation.sources import find_reference, read_sources
+
+    with console.status("Looking at the folders …"):
+        sources = read_sources(args.results, args.folds, args.dataset_json, args.model)
+        labels = sources[0].labels
+        tolerances = _tolerances(args.tolerance, labels)
+        cases = match_cases(sources, find_reference(sources, args.reference), args.common)
+    folder = None if args.no_cache else args.cache or default_folder()
+    cache = MetricsCache(folder, labels, tolerances)
+    workers = args.workers or min(os.cpu_count() or 1, max(1, len(cases) // 4))
+    names = [source.name for source in sources]
+    with _progress(console, "Measuring cases") as report:
+        results = measure(names, cases, labels, tolerances, cache, workers, report)
+    with console.status("Counting costs …"):
+        facts = [model_facts(source) for source in sources]
+    with console.status("Statistics …"):
+        return compare(facts, labels, tolerances, results, tuple(args.weights), args.failure_dice, args.seed)
+
+
+def _tolerances(given: list[str], labels: Labels) -> list[float]:
+    """mm for each class, from ``MM`` and ``CLASS=MM``; a class's own counts more than that for all."""
+    default, own = 1.0, {}
+    for text in given:
+        name, sign, number = text.rpartition("=")
+        try:
+            mm = float(number)
+        except ValueError:
+            raise E2ENetError(f"--tolerance {text}: {number!r} is not a number of mm, as in 2 or pancreas=5") from None
+        if not 0 <= mm < float("inf"):
+            raise E2ENetError(f"--tolerance {text}: expected mm from 0")
+        if sign and name not in labels.names:
+            raise E2ENetError(f"--tolerance {text}: there is no class {name}, but {', '.join(labels.names)}")
+        if sign:
+            own[name] = mm
+        else:
+            default = mm
+    return [own.get(name, default) for name in labels.names]
+
+
+@contextmanager
+def _progress(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _write(args: argparse.Namespace, comparison: Comparison, console: Console) -> None:
+    from nnunetv2_e2enet.evaluation.export import as_csv, as_json
+    from nnunetv2_e2enet.evaluation.files import write_text
+    from nnunetv2_e2enet.evaluation.provenance import provenance
+    from nnunetv2_e2enet.evaluation.tables import print_comparison
+
+    facts = provenance(["compare", *sys.argv[2:]] if sys.argv[1:2] == ["compare"] else ["compare", *args.results])
+    if args.json != "-":
+        print_comparison(console, comparison)
+    written: list[Path] = []
+    if args.csv is not None:
+        write_text(args.csv, as_csv(comparison))
+        written.append(args.csv)
+    if args.json is not None:
+        text = json.dumps(as_json(comparison, facts), indent=1, allow_nan=False)
+        if args.json == "-":
+            print(text)
+        else:
+            write_text(Path(args.json), text + "\n")
+            written.append(Path(args.json))
+    for file in written:
+        console.print(f"Wrote {file}", soft_wrap=True)

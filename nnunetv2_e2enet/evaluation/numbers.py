@@ -1,0 +1,44 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+
+from nnunetv2_e2enet.evaluation.metrics import Metric
+from nnunetv2_e2enet.evaluation.statistics import Interval
+
+NOTHING = "–"  # noqa: RUF001 (an en dash)
+
+
+def value(number: float, metric: Metric) -> str:
+    return NOTHING if math.isnan(number) else f"{number:.{metric.digits}f}"
+
+
+def limits(interval: Interval, metric: Metric) -> str:
+    """The confidence interval alone, a digit less than the mean."""
+    if math.isnan(interval.low):
+        return f"n = {interval.n}"
+    digits = max(metric.digits - 1, 1)
+    return f"{interval.low:.{digits}f} – {interval.high:.{digits}f}"  # noqa: RUF001
+
+
+def signed(number: float, metric: Metric) -> str:
+    return NOTHING if math.isnan(number) else f"{number:+.{metric.digits}f}"
+
+
+def p_value(p: float) -> str:
+    if math.isnan(p):
+        return NOTHING
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
+
+
+def millions(number: float) -> str:
+    return f"{number / 1e6:.2f} M"
+
+
+def giga(number: float) -> str:
+    return f"{number / 1e9:.2f} G"
+
+
+def gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,47 @@
+"""With what a result was made: versions, machine, command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("nnunetv2-e2enet", "nnunetv2", "torch", "monai", "scipy", "scikit-posthocs", "numpy", "SimpleITK")
+
+
+def provenance(arguments: Sequence[str]) -> dict[str, Any]:
+    """Plain data. ``arguments`` are those of the command line, without the program."""
+    import torch
+
+    return {
+        "command": shlex.join(["e2enet", *arguments]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "machine": {
+            "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
