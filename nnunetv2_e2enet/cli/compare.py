@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -78,8 +78,7 @@ def run(args: argparse.Namespace) -> int:
     check_evaluation_extra()
     _check(args)
     console = Console(highlight=False, stderr=args.json == "-")
-    comparison = _compare(args, console)
-    _write(args, comparison, console)
+    _write(args, _compare(args, console), console)
     return 0
 
 
@@ -155,6 +154,10 @@ def _write(args: argparse.Namespace, comparison: Comparison, console: Console) -
     if args.json != "-":
         print_comparison(console, comparison)
     written: list[Path] = []
+    if args.report is not None:
+        with console.status("Drawing the report …"):
+            write_text(args.report, _report(args, comparison, facts))
+        written.append(args.report)
     if args.csv is not None:
         write_text(args.csv, as_csv(comparison))
         written.append(args.csv)
@@ -167,3 +170,12 @@ def _write(args: argparse.Namespace, comparison: Comparison, console: Console) -
             written.append(Path(args.json))
     for file in written:
         console.print(f"Wrote {file}", soft_wrap=True)
+
+
+def _report(args: argparse.Namespace, comparison: Comparison, facts: dict[str, Any]) -> str:
+    from nnunetv2_e2enet.evaluation.report import report_html
+    from nnunetv2_e2enet.evaluation.report.pictures import pictures
+    from nnunetv2_e2enet.evaluation.sources import find_images
+
+    images = find_images([model.source for model in comparison.models], args.images)
+    return report_html(comparison, pictures(comparison, images), facts)

@@ -1,0 +1,250 @@
+"""The page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from nnunetv2_e2enet.evaluation.comparison import Comparison, ModelFacts
+from nnunetv2_e2enet.evaluation.metrics import METRICS
+from nnunetv2_e2enet.evaluation.report import charts, tables
+from nnunetv2_e2enet.evaluation.report.pictures import Picture
+from nnunetv2_e2enet.evaluation.report.svg import Chart, model_style
+from nnunetv2_e2enet.evaluation.statistics import MEAN, RESAMPLES
+from nnunetv2_e2enet.evaluation.tables import cost_notes, verdicts
+
+DICE = METRICS[0]
+CURVES = {"train_losses": "training loss", "val_losses": "validation loss", "ema_fg_dice": "pseudo Dice (moving average)"}
+
+
+def report_html(comparison: Comparison, pictures: Sequence[Picture], provenance: dict[str, Any]) -> str:
+    """The whole page as text. It loads nothing: style, charts and pictures are in it."""
+    sections = {
+        "Summary": _summary(comparison),
+        "Accuracy against cost": _cost(comparison),
+        "Classes": _classes(comparison),
+        "Size of organs": _sizes(comparison),
+        "Case by case": _cases(comparison),
+        "Pictures": _pictures(comparison, pictures),
+        "Failures": _failures(comparison),
+        "Training": _training(comparison),
+        "How to read this": _method(comparison),
+        "How this was made": _provenance(comparison, provenance),
+    }
+    present = {title: body for title, body in sections.items() if body}
+    links = "".join(f'<a href="#{_anchor(title)}">{title}</a>' for title in present)
+    bodies = "".join(f'<section id="{_anchor(title)}"><h2>{title}</h2>{body}</section>' for title, body in present.items())
+    names = escape(" and ".join(comparison.names) if len(comparison.names) < 4 else f"{len(comparison.names)} models")
+    results = comparison.results
+    dataset = next((m.source.dataset for m in comparison.models if m.source.dataset), None)
+    lead = f"{dataset + ', ' if dataset else ''}{len(results.cases)} cases, {len(results.classes)} classes, {provenance['date']}"
+    style = files("nnunetv2_e2enet.evaluation.report").joinpath("style.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{names}: comparison</title><style>{style}</style></head><body>"
+        f'<header><h1>{names}</h1><p class="lead">{escape(lead)}</p><nav aria-label="Sections">{links}</nav>{_legend(comparison)}</header>'
+        f"<main>{bodies}</main></body></html>\n"
+    )
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
+
+
+def _legend(comparison: Comparison) -> str:
+    items = []
+    for index, name in enumerate(comparison.names):
+        mark = Chart("", "", 14)
+        mark.mark(7, 7, model_style(index)[0], model_style(index)[1], 5.5)
+        items.append(f'<li><svg viewBox="0 0 14 14" aria-hidden="true">{"".join(mark.elements)}</svg>{escape(name)}</li>')
+    return f'<ul class="legend" aria-label="Models">{"".join(items)}</ul>'
+
+
+def _figure(chart: Chart, note: str = "") -> str:
+    caption = f"<figcaption>{escape(note)}</figcaption>" if note else ""
+    return f"<figure><h3>{escape(chart.title)}</h3>{chart.render()}{caption}</figure>"
+
+
+def _figures(parts: Sequence[str]) -> str:
+    return f'<div class="charts">{"".join(parts)}</div>'
+
+
+def _summary(comparison: Comparison) -> str:
+    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in verdicts(comparison))
+    failed = len(comparison.failures)
+    total = sum(int((~_isnan(comparison, i)).sum()) for i in range(len(comparison.names)))
+    return (
+        f"<ul>{sentences}</ul><h3>Accuracy</h3>{tables.accuracy(comparison)}"
+        f'<p class="note">Mean of the class means with its 95 % bootstrap interval. {failed} of {total} (model, case, class) are '
+        f'failures, <a href="#failures">listed below</a>.</p>'
+        + (f"<h3>Dice of each fold</h3>{tables.folds(comparison)}" if tables.folds(comparison) else "")
+    )
+
+
+def _isnan(comparison: Comparison, model: int) -> Any:
+    values = comparison.results.values["dice"][model]
+    return values != values
+
+
+def _cost(comparison: Comparison) -> str:
+    notes = "".join(
+        f'<p class="note">Costs of {escape(model.name)} are not known: {escape(model.note)}</p>'
+        for model in comparison.models
+        if model.note
+    )
+    if not any(model.costs for model in comparison.models):
+        return notes
+    costs = [model.costs for model in comparison.models]
+    parameters = [
+        [math.nan if c is None else c.parameters_active / 1e6 for c in costs],
+        [math.nan if c is None else c.parameters_stored / 1e6 for c in costs],
+    ]
+    macs = [
+        [math.nan if c is None else c.macs_active / 1e9 for c in costs],
+        [math.nan if c is None else c.macs_executed / 1e9 for c in costs],
+    ]
+    plots = [
+        _figure(
+            charts.pareto(comparison, parameters, "parameters", "M", ("active", "stored")),
+            "Filled: active parameters. Hollow: stored ones. Whiskers: 95 % interval. Dashed: models that none beats in both.",
+        ),
+        _figure(
+            charts.pareto(comparison, macs, "multiply-accumulates", "G", ("active", "executed")),
+            "Filled: what the topology leaves to compute. Hollow: what is executed. Top left is best.",
+        ),
+    ]
+    return f'{tables.costs(comparison)}<p class="note">{escape(cost_notes(comparison))}</p>{notes}{_figures(plots)}'
+
+
+def _classes(comparison: Comparison) -> str:
+    plots = [_figure(charts.box_plots(comparison, metric)) for metric in METRICS]
+    details = [
+        f"<details{' open' if metric is DICE else ''}><summary>{metric.title}: means, intervals and tests of each class</summary>"
+        f"{tables.classes(comparison, metric)}</details>"
+        for metric in METRICS
+    ]
+    ranks = ""
+    if comparison.ranked:
+        overall = {metric: next(t for t in comparison.ranked[metric.key] if t.scope == MEAN) for metric in METRICS}
+        shown = {metric: test for metric, test in overall.items() if not math.isnan(test.critical_difference)}
+        diagrams = [_figure(charts.critical_difference_diagram(comparison, test, metric)) for metric, test in shown.items()]
+        if diagrams:
+            ranks = (
+                "<h3>Ranks</h3><p>A thick bar joins models that Nemenyi's test does not tell apart at the 5 % level.</p>"
+                + _figures(diagrams)
+                + tables.nemenyi(comparison, overall[DICE])
+                + '<p class="note">Nemenyi p-values of Dice, mean over classes.</p>'
+            )
+    return _figures(plots) + "".join(details) + ranks
+
+
+def _sizes(comparison: Comparison) -> str:
+    note = f"Small dots are cases (at most {charts.DOTS_PER_MODEL} a model, drawn at random), large marks the means of classes."
+    return _figures([_figure(charts.volume_and_dice(comparison), note)])
+
+
+def _cases(comparison: Comparison) -> str:
+    plots = []
+    for second in range(1, len(comparison.names)):
+        for metric in METRICS[:2] if len(comparison.names) > 2 else METRICS:
+            chart = charts.case_differences(comparison, 0, second, metric)
+            plots.append(_figure(chart, chart.description + ". The colour is that of the better model."))
+    return _figures(plots)
+
+
+def _pictures(comparison: Comparison, pictures: Sequence[Picture]) -> str:
+    if not pictures:
+        return ""
+    parts = []
+    for picture in pictures:
+        words = f"{picture.heading}. {picture.caption}"
+        alt = f"Axial, coronal and sagittal slice with the reference and the predictions. {words}"
+        image = f'<img src="{picture.data}" alt="{escape(alt)}">' if picture.data else ""
+        parts.append(f"<figure><h3>{escape(picture.heading)}</h3>{image}<figcaption>{escape(picture.caption)}</figcaption></figure>")
+    note = "Worst and best are those of lowest and highest Dice, averaged over models and classes. The slice of each plane is the one that shows most."
+    return f'<p class="note">{note}</p><div class="pictures">{"".join(parts)}</div>'
+
+
+def _failures(comparison: Comparison) -> str:
+    if not comparison.failures:
+        return "<p>No class was missed, invented, or segmented with a Dice below the threshold.</p>"
+    counts = {name: sum(f.model == name for f in comparison.failures) for name in comparison.names}
+    listed = ", ".join(f"{escape(name)} {count}" for name, count in counts.items())
+    shown = min(tables.FAILURES_SHOWN, len(comparison.failures))
+    more = f" The {shown} worst are shown; JSON and CSV have all." if shown < len(comparison.failures) else ""
+    opened = " open" if shown <= 20 else ""
+    return (
+        f"<p>A class is missed (in the reference alone), invented (in the prediction alone), or of low Dice. {listed}.{more}</p>"
+        f"<details{opened}><summary>List</summary>{tables.failures(comparison)}</details>"
+    )
+
+
+def _training(comparison: Comparison) -> str:
+    found = [charts.training_curves(comparison, key, title) for key, title in CURVES.items()]
+    plots = [_figure(chart, "A line for each fold, in the colour of its model.") for chart in found if chart is not None]
+    if not plots:
+        return ""
+    rows = [
+        [escape(model.name), escape(t.fold), escape(t.trainer), str(t.epochs), "–" if math.isnan(t.epoch_seconds) else f"{t.epoch_seconds:.1f} s"]  # noqa: RUF001
+        for model in comparison.models
+        for t in model.trainings
+    ]
+    head = ["model", "fold", "trainer", "epochs", "median epoch"]
+    return _figures(plots) + tables.table(head, rows, words=3)
+
+
+def _method(comparison: Comparison) -> str:
+    tolerances = sorted(set(comparison.tolerances))
+    if len(tolerances) == 1:
+        tolerance = f"{tolerances[0]:g} mm"
+    else:
+        classes = zip(comparison.results.classes, comparison.tolerances, strict=True)
+        tolerance = ", ".join(f"{escape(name)} {mm:g} mm" for name, mm in classes)
+    if comparison.paired:
+        tests = "Two-sided Wilcoxon signed-rank tests over cases, corrected by Holm within each metric (mean and classes)."
+    else:
+        tests = "Friedman tests over cases, corrected by Holm within each metric, then Nemenyi's test of all pairs."
+    return (
+        "<dl>"
+        "<dt>Dice</dt><dd>Counted as in nnU-Net's evaluation. Not defined, and left out, where neither reference nor prediction "
+        "has the class; 0 where one of them has.</dd>"
+        f"<dt>Surface Dice</dt><dd>Share of both surfaces within the tolerance of the other one ({tolerance}). 0 where one of the "
+        "two is empty.</dd>"
+        "<dt>HD95</dt><dd>Larger of the two directed 95 % distances between the surfaces. The diagonal of the image where one of "
+        "the two is empty, so that missing an organ is not rewarded.</dd>"
+        "<dt>Volume error</dt><dd>Absolute difference of the volumes.</dd>"
+        f"<dt>Intervals</dt><dd>95 %, percentile bootstrap over cases, {RESAMPLES} resamples. They say how the mean varies with the "
+        "choice of cases, not with another training.</dd>"
+        f"<dt>Tests</dt><dd>{tests} A small p-value says that a difference is not chance over cases, not that it matters; a large "
+        "one does not say that models are equal.</dd>"
+        "<dt>Costs</dt><dd>Counted by torch.utils.flop_counter for one patch; one multiply-accumulate is two operations.</dd>"
+        "</dl>"
+    )
+
+
+def _provenance(comparison: Comparison, provenance: dict[str, Any]) -> str:
+    rows = [_model_row(model) for model in comparison.models]
+    models = tables.table(["model", "network", "plans", "configuration", "trainer", "folder"], rows, words=6)
+    facts = {
+        "command": f"<code>{escape(str(provenance['command']))}</code>",
+        "machine": _machine(provenance["machine"]),
+        "versions": escape(", ".join(f"{name} {version}" for name, version in provenance["versions"].items())),
+    }
+    listed = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in facts.items())
+    return f"{models}<dl>{listed}</dl>"
+
+
+def _machine(facts: dict[str, Any]) -> str:
+    words = [facts["processor"], f"{facts['cores']} cores", facts["gpu"], facts["system"]]
+    return escape(", ".join(str(word) for word in words if word))
+
+
+def _model_row(model: ModelFacts) -> list[str]:
+    trainers = sorted({training.trainer for training in model.trainings})
+    configurations = sorted({training.configuration for training in model.trainings})
+    words = [model.name, model.architecture, model.plans, ", ".join(configurations), ", ".join(trainers), str(model.source.folder)]
+    return [escape(word) or "–" for word in words]  # noqa: RUF001

@@ -1,0 +1,123 @@
+"""Overlay pictures of chosen cases, as data that a page can hold."""
+
+from __future__ import annotations
+
+import base64
+import io
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+from PIL import Image
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.evaluation.cases import Case
+from nnunetv2_e2enet.evaluation.comparison import Comparison, order_by_dice
+from nnunetv2_e2enet.evaluation.labels import Labels
+from nnunetv2_e2enet.evaluation.overlay import write_overlay
+
+SHOWN = 2
+"""Cases at each end."""
+MOST_COLUMNS = 5
+QUALITY = 82
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One case, drawn.
+
+    Attributes:
+        heading: why it is shown, with the name of the case.
+        caption: Dice of each model.
+        data: ``data:`` URL of the picture; empty where it could not be drawn, and ``caption`` says why.
+    """
+
+    heading: str
+    caption: str
+    data: str
+
+
+def pictures(comparison: Comparison, images: Path | None) -> list[Picture]:
+    """The cases of lowest and of highest mean Dice, and those on which the first two models differ most.
+
+    Args:
+        images: folder of ``CASE_0000`` files; the segmentations are shown without the image where it is None.
+    """
+    drawn = []
+    for heading, index in _chosen(comparison).items():
+        case = comparison.results.cases[index]
+        means = comparison.results.case_means("dice")[:, index]
+        caption = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(comparison.names, means, strict=True))
+        try:
+            data = _draw(comparison, case, images)
+        except E2ENetError as error:
+            drawn.append(Picture(heading, f"Mean Dice: {caption}. No picture: {error}", ""))
+        else:
+            drawn.append(Picture(heading, f"Mean Dice: {caption}.", data))
+    return drawn
+
+
+def _chosen(comparison: Comparison) -> dict[str, int]:
+    """Index of the case by heading; no case twice."""
+    order = order_by_dice(comparison)
+    names = comparison.results.names
+    n = min(SHOWN, len(order) // 2) or min(1, len(order))
+    chosen = {f"Worst case {i + 1}: {names[index]}": index for i, index in enumerate(order[:n])}
+    if len(order) > n:
+        chosen |= {f"Best case {i + 1}: {names[index]}": index for i, index in enumerate(order[: -n - 1 : -1])}
+    means = comparison.results.case_means("dice")
+    difference = means[0] - means[1]
+    first, second = comparison.names[:2]
+    for best, value, index in (
+        (first, np.nanmax(difference), int(np.nanargmax(difference))),
+        (second, -np.nanmin(difference), int(np.nanargmin(difference))),
+    ):
+        if value > 0 and index not in chosen.values():
+            chosen[f"{best} is furthest ahead: {names[index]}"] = index
+    return chosen
+
+
+def _draw(comparison: Comparison, case: Case, images: Path | None) -> str:
+    ending = comparison.models[0].source.file_ending
+    columns = {"Reference": case.reference}
+    columns |= dict(list(zip(comparison.names, case.predictions, strict=True))[: MOST_COLUMNS - 1])
+    with tempfile.TemporaryDirectory() as folder:
+        image = images / f"{case.name}_0000{ending}" if images else None
+        if image is None or not image.is_file():
+            image = _blank(case.reference, Path(folder))
+        target = Path(folder) / "overlay.png"
+        write_overlay(target, image, columns, value_names(comparison.labels))
+        return _embedded(target)
+
+
+def value_names(labels: Labels) -> dict[int, str]:
+    """A name for each label value: that of the smallest class or region which has it."""
+    names = {}
+    for value in labels.known:
+        holders = [c for c in labels.classes if value in c.values]
+        if value and holders:
+            names[value] = min(holders, key=lambda c: len(c.values)).name
+    return names
+
+
+def _blank(reference: Path, folder: Path) -> Path:
+    """An empty image on the grid of the reference."""
+    try:
+        grid = sitk.ReadImage(str(reference))
+    except RuntimeError as error:
+        raise E2ENetError(f"cannot read {reference} as an image: is it whole?") from error
+    blank = sitk.Image(grid.GetSize(), sitk.sitkUInt8)
+    blank.CopyInformation(grid)
+    file = folder / "blank.nii.gz"
+    sitk.WriteImage(blank, str(file))
+    return file
+
+
+def _embedded(file: Path) -> str:
+    """As a ``data:`` URL, compressed as a photograph is."""
+    with Image.open(file) as picture:
+        compressed = io.BytesIO()
+        picture.convert("RGB").save(compressed, "WEBP", quality=QUALITY)
+    return "data:image/webp;base64," + base64.b64encode(compressed.getvalue()).decode()
