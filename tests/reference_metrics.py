@@ -35,9 +35,7 @@ def brute_force(
     if not all(surfaces):
         empty = not any(surfaces)
         return {**result, "nsd": math.nan if empty else 0.0, "hd95": math.nan if empty else diagonal}
-    distances = [
-        [min(_distance(v, w, spacing) for w in other) for v in own] for own, other in (surfaces, surfaces[::-1])
-    ]
+    distances = [[min(_distance(v, w, spacing) for w in other) for v in own] for own, other in (surfaces, surfaces[::-1])]
     close = sum(d <= tolerance + 1e-4 for part in distances for d in part)
     result["nsd"] = close / sum(len(part) for part in distances)
     result["hd95"] = max(_percentile(part, 0.95) for part in distances)

@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--common", action="store_true", help="compare the cases that all have, and leave out the others")
     parser.add_argument("--dataset-json", type=Path, metavar="FILE", help="names the labels of folders of predictions")
     parser.add_argument(
-        "--model", action="append", default=[], metavar="NAME=FOLDER", help="model folder of a folder of predictions, for its costs"
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="model folder of a folder of predictions, for its costs",
     )
     parser.add_argument(
         "--tolerance",
@@ -55,7 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the surface Dice, for all classes or one (default: 1)",
     )
     parser.add_argument(
-        "--weights", nargs=2, type=float, default=(1.0, 1.0), metavar=("A1", "A2"), help="of the trade-off score (default: 1 1)"
+        "--weights",
+        nargs=2,
+        type=float,
+        default=(1.0, 1.0),
+        metavar=("A1", "A2"),
+        help="of the trade-off score (default: 1 1)",
     )
     parser.add_argument(
         "--failure-dice", type=float, default=0.5, metavar="D", help="a class below it is a failure (default: %(default)s)"
@@ -66,7 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--images", type=Path, metavar="DIR", help="images for the report (default: imagesTr of the data set)")
     output.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each case, model and class")
     output.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="write everything as JSON; without FILE, print it and nothing else"
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write everything as JSON; without FILE, print it and nothing else",
     )
     work = parser.add_argument_group("work")
     work.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")

@@ -65,5 +65,7 @@ class MetricsCache:
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise E2ENetError(f"cannot keep results in {entry.parent} ({error.strerror}): use --cache or --no-cache") from error
+            raise E2ENetError(
+                f"cannot keep results in {entry.parent} ({error.strerror}): use --cache or --no-cache"
+            ) from error
         write_text(entry, json.dumps(rows))

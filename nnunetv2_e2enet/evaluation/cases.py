@@ -115,7 +115,9 @@ def _label_problems(sources: Sequence[Source]) -> list[str]:
         if differing:
             problems.append(f"label maps differ: {_some(differing)}")
         if source.labels.ignore != first.labels.ignore:
-            problems.append(f"the ignore label is {first.labels.ignore} in {first.name}, {source.labels.ignore} in {source.name}")
+            problems.append(
+                f"the ignore label is {first.labels.ignore} in {first.name}, {source.labels.ignore} in {source.name}"
+            )
         if source.file_ending != first.file_ending:
             problems.append(f"files end in {first.file_ending} in {first.name} and in {source.file_ending} in {source.name}")
     return problems
@@ -127,9 +129,7 @@ def _case_problems(sources: Sequence[Source], shared: set[str]) -> list[str]:
         more = sorted(set(source.predictions) - shared)
         if more:
             problems.append(f"only some have {_some(more)}, among them {source.name} (--common leaves such cases out)")
-    folds: dict[str, set[str]] = {
-        case: {s.folds[case] for s in sources if case in s.folds} for case in sorted(shared)
-    }
+    folds: dict[str, set[str]] = {case: {s.folds[case] for s in sources if case in s.folds} for case in sorted(shared)}
     differing = [case for case, numbers in folds.items() if len(numbers) > 1]
     if differing:
         problems.append(
@@ -145,7 +145,9 @@ def _geometry_problems(sources: Sequence[Source], cases: Sequence[Case]) -> list
         found = list(pool.map(_differences, cases))
     problems = []
     for index, source in enumerate(sources):
-        texts = [f"{case.name}: {differences[index]}" for case, differences in zip(cases, found, strict=True) if differences[index]]
+        texts = [
+            f"{case.name}: {differences[index]}" for case, differences in zip(cases, found, strict=True) if differences[index]
+        ]
         if texts:
             problems.append(f"{source.name} lies on another grid than the reference: {_some(texts)}")
     return problems

@@ -113,7 +113,8 @@ def compare(
     """The statistics of finished measurements. ``seed`` is that of the bootstrap; the same seed gives the same intervals."""
     intervals = {
         metric.key: {
-            name: class_intervals(results.values[metric.key][i], results.classes, seed) for i, name in enumerate(results.models)
+            name: class_intervals(results.values[metric.key][i], results.classes, seed)
+            for i, name in enumerate(results.models)
         }
         for metric in METRICS
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
@@ -104,7 +103,12 @@ def breakdown(network: nn.Module, input_shape: Sequence[int]) -> list[Share]:
             add(
                 level,
                 part,
-                (connections * per_connection, active * per_connection, connections * macs_per_connection, active * macs_per_connection),
+                (
+                    connections * per_connection,
+                    active * per_connection,
+                    connections * macs_per_connection,
+                    active * macs_per_connection,
+                ),
             )
     order = {flow: i for i, flow in enumerate(FLOWS)}
     keys = sorted(totals, key=lambda key: (key[0], order.get(key[1], len(order))))
@@ -123,7 +127,8 @@ def _macs_by_module(network: nn.Module, counter: FlopCounterMode) -> dict[nn.Mod
 
 
 def _place(name: str, network: nn.Module) -> tuple[int, str]:
-    levels = len(cast(Sequence[nn.Module], network.encoder.stages)) if hasattr(network, "encoder") else 0
+    encoder = getattr(network, "encoder", None)
+    levels = len(getattr(encoder, "stages", ()))
     for pattern, flow in _PLACES:
         found = pattern.match(name)
         if not found:
@@ -146,5 +151,9 @@ def _parts(module: _ConvNd, flow: str) -> list[tuple[str, int, int]]:
     if flow != "node":
         return [(flow, n, module.n_active)]
     same = module.out_channels
-    pieces = {"forward": module.mask[:, :same], "upward": module.mask[:, same : 2 * same], "downward": module.mask[:, 2 * same :]}
+    pieces = {
+        "forward": module.mask[:, :same],
+        "upward": module.mask[:, same : 2 * same],
+        "downward": module.mask[:, 2 * same :],
+    }
     return [(name, mask.numel(), int(mask.sum())) for name, mask in pieces.items() if mask.numel()]

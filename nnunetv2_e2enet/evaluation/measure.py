@@ -94,7 +94,9 @@ def measure(
         found.append([cache.load(entry) for entry in entries[-1]])
     from_cache = sum(metrics is not None for row in found for metrics in row)
     tasks = [
-        _Task(i, case.reference, {j: f for j, f in enumerate(case.predictions) if found[i][j] is None}, labels, tuple(tolerances))
+        _Task(
+            i, case.reference, {j: f for j, f in enumerate(case.predictions) if found[i][j] is None}, labels, tuple(tolerances)
+        )
         for i, case in enumerate(cases)
         if None in found[i]
     ]
@@ -145,7 +147,9 @@ def _run(tasks: Sequence[_Task], workers: int) -> Iterator[tuple[int, dict[int, 
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in finished)
     except BrokenProcessPool as error:
-        raise E2ENetError("a worker process was ended from outside, perhaps for want of memory: use fewer --workers") from error
+        raise E2ENetError(
+            "a worker process was ended from outside, perhaps for want of memory: use fewer --workers"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -189,5 +193,3 @@ def read_label_map(file: Path) -> tuple[NDArray[np.integer], tuple[float, ...]]:
     if np.issubdtype(voxels.dtype, np.signedinteger) and voxels.min(initial=0) < 0:
         raise E2ENetError(f"{file} holds negative values: expected label values from 0")
     return voxels, tuple(image.GetSpacing()[::-1])
-
-

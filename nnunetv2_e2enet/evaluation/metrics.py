@@ -183,13 +183,14 @@ def _surface_distances(
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
-        (own, other), distances, _ = get_edge_surface_distance(
+        edges, distances, _ = get_edge_surface_distance(
             prediction, reference, spacing=list(spacing), symmetric=True, mask=valid, warn_empty=False
         )
-    counts = int(own.sum()), int(other.sum())
+    counts = [int(surface.sum()) for surface in edges]
     if 0 in counts:  # there are no distances
         return np.full(counts[0], nan), np.full(counts[1], nan)
-    return distances[0].numpy().astype(float), distances[1].numpy().astype(float)
+    to_reference, to_prediction = (d.numpy().astype(float) for d in distances)
+    return to_reference, to_prediction
 
 
 def _union(boxes: Sequence[tuple[slice, ...]], shape: Sequence[int]) -> tuple[slice, ...]:

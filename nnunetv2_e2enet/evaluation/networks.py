@@ -52,7 +52,9 @@ class Design:
     def __post_init__(self) -> None:
         available = self._manager.available_configurations
         if self.configuration not in available:
-            raise E2ENetError(f"the plans have no configuration {self.configuration}: choose with -c from {', '.join(available)}")
+            raise E2ENetError(
+                f"the plans have no configuration {self.configuration}: choose with -c from {', '.join(available)}"
+            )
 
     @property
     def _manager(self) -> PlansManager:
@@ -198,7 +200,9 @@ def _trainer_class(name: str) -> Any:
     with redirect_stdout(StringIO()):
         found = recursive_find_trainer_class_by_name(name)
     if found is None:
-        raise E2ENetError(f"nnU-Net does not find the trainer {name}: `e2enet register`, or set nnUNet_extTrainer as in training")
+        raise E2ENetError(
+            f"nnU-Net does not find the trainer {name}: `e2enet register`, or set nnUNet_extTrainer as in training"
+        )
     return found
 
 

@@ -19,7 +19,7 @@ def limits(interval: Interval, metric: Metric) -> str:
     if math.isnan(interval.low):
         return f"n = {interval.n}"
     digits = max(metric.digits - 1, 1)
-    return f"{interval.low:.{digits}f} – {interval.high:.{digits}f}"  # noqa: RUF001
+    return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
 
 
 def signed(number: float, metric: Metric) -> str:
@@ -29,7 +29,7 @@ def signed(number: float, metric: Metric) -> str:
 def p_value(p: float) -> str:
     if math.isnan(p):
         return NOTHING
-    return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
+    return "< 0.001" if p < 1e-3 else f"{p:.3f}"
 
 
 def millions(number: float) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +113,7 @@ def _bootstrap(values: Array, statistic: Callable[[Array], Array], seed: int) ->
         return Interval(estimate, math.nan, math.nan, n)
     result = stats.bootstrap(
         (np.arange(n),),
-        lambda drawn, axis: statistic(values[np.moveaxis(drawn, axis, -1).astype(int)]),  # noqa: ARG005
+        lambda drawn, axis: statistic(values[np.moveaxis(drawn, axis, -1).astype(int)]),
         n_resamples=RESAMPLES,
         batch=RESAMPLES_AT_ONCE,
         vectorized=True,
@@ -149,9 +149,7 @@ def paired_tests(values: Array, classes: Sequence[str], seed: int = 0) -> list[P
                 math.nan,
             )
         )
-    return [
-        PairedTest(**{**vars(test), "p_holm": corrected}) for test, corrected in zip(tests, holm([t.p for t in tests]), strict=True)
-    ]
+    return [replace(test, p_holm=p) for test, p in zip(tests, holm([test.p for test in tests]), strict=True)]
 
 
 def _wilcoxon(difference: Array) -> float:
@@ -177,9 +175,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def rank_tests(values: Array, classes: Sequence[str], higher_is_better: bool) -> list[RankTest]:
     """Three or more models, (models, cases, classes): one test for the mean over classes and for each class."""
     tests = [_rank_test(scope, array, higher_is_better) for scope, array in scopes(values, classes).items()]
-    return [
-        RankTest(**{**vars(test), "p_holm": corrected}) for test, corrected in zip(tests, holm([t.p for t in tests]), strict=True)
-    ]
+    return [replace(test, p_holm=p) for test, p in zip(tests, holm([test.p for test in tests]), strict=True)]
 
 
 def _rank_test(scope: str, values: Array, higher_is_better: bool) -> RankTest:
@@ -220,4 +216,3 @@ def trade_off_scores(
         name: a1 * (dice[name] / best if best > 0 else math.nan) + a2 * (fewest / parameters[name] + least / macs[name])
         for name in dice
     }
-

@@ -49,18 +49,19 @@ def _accuracy(comparison: Comparison) -> Table:
 def _costs(comparison: Comparison) -> Table:
     table = _table("Costs: parameters, multiply-accumulates (MAC) of one patch, trade-off score (PT)")
     table.add_column("model")
-    for title in ("stored\nparam.", "active\nparam.", "dense\nMAC", "active\nMAC", "executed\nMAC", "active\nPT", "executed\nPT"):
+    columns = {"param.": ("stored", "active"), "MAC": ("dense", "active", "executed"), "PT": ("active", "executed")}
+    for title in (f"{kind}\n{what}" for what, kinds in columns.items() for kind in kinds):
         table.add_column(title, justify="right")
     for model in comparison.models:
         if model.costs is None:
             table.add_row(model.name, *[numbers.NOTHING] * 7)
             continue
-        c, scores = model.costs, comparison.scores.get(model.name)
+        c, pt = model.costs, comparison.scores.get(model.name)
         table.add_row(
             model.name,
             *(numbers.millions(n) for n in (c.parameters_stored, c.parameters_active)),
             *(numbers.giga(n) for n in (c.macs_dense, c.macs_active, c.macs_executed)),
-            *(f"{scores[kind]:.3f}" if scores else numbers.NOTHING for kind in ("active", "executed")),
+            *(f"{pt[kind]:.3f}" if pt else numbers.NOTHING for kind in ("active", "executed")),
         )
     return table
 
@@ -115,7 +116,8 @@ def _paired_verdict(comparison: Comparison, key: str) -> str:
     unit = f" {metric.unit}" if metric.unit else ""
     if math.isnan(test.p_holm):
         return f"{metric.title}: too few cases for a test ({test.difference.n})."
-    size = f"{first} - {second} = {numbers.signed(test.difference.mean, metric)}{unit} ({numbers.limits(test.difference, metric)})"
+    mean, interval = numbers.signed(test.difference.mean, metric), numbers.limits(test.difference, metric)
+    size = f"{first} - {second} = {mean}{unit} ({interval})"
     if test.p_holm < ALPHA:
         better = (test.median_difference > 0) == metric.higher_is_better
         finding = f"{first if better else second} is better"
@@ -149,7 +151,8 @@ def _print_failures(console: Console, comparison: Comparison) -> None:
     for title in ("Dice", "reference", "predicted"):
         table.add_column(title, justify="right")
     for f in failures[:FAILURES_SHOWN]:
-        table.add_row(f.model, f.case, f.label, f.kind, f"{f.dice:.3f}", f"{f.reference_ml:.2f} ml", f"{f.prediction_ml:.2f} ml")
+        volumes = (f"{ml:.2f} ml" for ml in (f.reference_ml, f.prediction_ml))
+        table.add_row(f.model, f.case, f.label, f.kind, f"{f.dice:.3f}", *volumes)
     console.print(table)
 
 

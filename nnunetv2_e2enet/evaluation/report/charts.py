@@ -31,7 +31,9 @@ def pareto(
     heights = [h for i in intervals for h in (i.mean, i.low, i.high)]
     x = fitting_axis([v for kind in values for v in kind], LEFT, RIGHT, logarithmic=True, margin=0.15)
     y = fitting_axis(heights, 240 - BOTTOM, TOP, margin=0.1)
-    listed = "; ".join(f"{name}: Dice {i.mean:.4f}, {values[0][j]:.4g} {unit}" for j, (name, i) in enumerate(zip(models, intervals, strict=True)))
+    listed = "; ".join(
+        f"{name}: Dice {i.mean:.4f}, {cost:.4g} {unit}" for name, i, cost in zip(models, intervals, values[0], strict=True)
+    )
     chart = Chart(f"Mean Dice over {title}", listed, 240)
     chart.frame(x, y, f"{title} ({unit}), log scale", "mean Dice")
     front = _front([(v, i.mean) for v, i in zip(values[0], intervals, strict=True)])
@@ -47,6 +49,9 @@ def pareto(
             if first and math.isfinite(interval.low):
                 chart.line(x(cost), y(interval.low), x(cost), y(interval.high), "whisker", colour)
             chart.mark(x(cost), y(interval.mean), colour, marker, 5.5, "mark" if first else "hollow", tip)
+            if first:
+                left = x(cost) < (LEFT + RIGHT) / 2
+                chart.text(x(cost) + (9 if left else -9), y(interval.mean) - 7, name, "start" if left else "end", "tick")
     return chart
 
 
@@ -133,10 +138,14 @@ def volume_and_dice(comparison: Comparison, seed: int = 0) -> Chart:
 
 
 def _volume_words(comparison: Comparison) -> str:
-    volumes = np.nanmean(np.where(comparison.results.values["reference_ml"] > 0, comparison.results.values["reference_ml"], np.nan)[0], axis=0)
+    volumes = np.nanmean(
+        np.where(comparison.results.values["reference_ml"] > 0, comparison.results.values["reference_ml"], np.nan)[0], axis=0
+    )
     order = np.argsort(volumes)
     classes = comparison.results.classes
-    return "Classes by mean volume: " + ", ".join(f"{classes[k]} {volumes[k]:.3g} ml" for k in order if np.isfinite(volumes[k]))
+    return "Classes by mean volume: " + ", ".join(
+        f"{classes[k]} {volumes[k]:.3g} ml" for k in order if np.isfinite(volumes[k])
+    )
 
 
 def case_differences(comparison: Comparison, first: int, second: int, metric: Metric) -> Chart:
@@ -197,13 +206,15 @@ def critical_difference_diagram(comparison: Comparison, test: RankTest, metric: 
     height = top + 22 * len(models) + 10
     words = ", ".join(f"{comparison.names[i]} {rank:.2f}" for rank, i in models)
     chart = Chart(
-        f"Critical difference diagram, {metric.title}", f"Mean ranks: {words}. Critical difference {test.critical_difference:.2f}", height
+        f"Critical difference diagram, {metric.title}",
+        f"Mean ranks: {words}. Critical difference {test.critical_difference:.2f}",
+        height,
     )
     x = Axis(1, len(models), 24, WIDTH - 24)
     chart.line(x.start, 30, x.end, 30)
-    for rank in range(1, len(models) + 1):
-        chart.line(x(rank), 26, x(rank), 30)
-        chart.text(x(rank), 20, str(rank), kind="tick")
+    for tick in range(1, len(models) + 1):
+        chart.line(x(tick), 26, x(tick), 30)
+        chart.text(x(tick), 20, str(tick), kind="tick")
     for row, (low, high) in enumerate(groups):
         chart.line(x(low) - 3, 38 + 9 * row, x(high) + 3, 38 + 9 * row, "clique")
     for row, (rank, i) in enumerate(models):
@@ -212,7 +223,9 @@ def critical_difference_diagram(comparison: Comparison, test: RankTest, metric: 
         left = x(rank) < WIDTH / 2
         chart.line(x(rank), 30, x(rank), y, "whisker", colour)
         chart.mark(x(rank), 30, colour, marker, 4)
-        chart.text(x(rank) + (8 if left else -8), y + 4, f"{comparison.names[i]} ({rank:.2f})", "start" if left else "end", "tick")
+        chart.text(
+            x(rank) + (8 if left else -8), y + 4, f"{comparison.names[i]} ({rank:.2f})", "start" if left else "end", "tick"
+        )
     return chart
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 from nnunetv2_e2enet.evaluation.comparison import Comparison, ModelFacts
 from nnunetv2_e2enet.evaluation.metrics import METRICS
+from nnunetv2_e2enet.evaluation.numbers import NOTHING
 from nnunetv2_e2enet.evaluation.report import charts, tables
+from nnunetv2_e2enet.evaluation.report.explanations import explanations
 from nnunetv2_e2enet.evaluation.report.pictures import Picture
 from nnunetv2_e2enet.evaluation.report.svg import Chart, model_style
-from nnunetv2_e2enet.evaluation.statistics import MEAN, RESAMPLES
+from nnunetv2_e2enet.evaluation.statistics import MEAN
 from nnunetv2_e2enet.evaluation.tables import cost_notes, verdicts
 
 DICE = METRICS[0]
@@ -28,10 +30,10 @@ def report_html(comparison: Comparison, pictures: Sequence[Picture], provenance:
         "Classes": _classes(comparison),
         "Size of organs": _sizes(comparison),
         "Case by case": _cases(comparison),
-        "Pictures": _pictures(comparison, pictures),
+        "Pictures": _pictures(pictures),
         "Failures": _failures(comparison),
         "Training": _training(comparison),
-        "How to read this": _method(comparison),
+        "How to read this": explanations(comparison),
         "How this was made": _provenance(comparison, provenance),
     }
     present = {title: body for title, body in sections.items() if body}
@@ -40,13 +42,16 @@ def report_html(comparison: Comparison, pictures: Sequence[Picture], provenance:
     names = escape(" and ".join(comparison.names) if len(comparison.names) < 4 else f"{len(comparison.names)} models")
     results = comparison.results
     dataset = next((m.source.dataset for m in comparison.models if m.source.dataset), None)
-    lead = f"{dataset + ', ' if dataset else ''}{len(results.cases)} cases, {len(results.classes)} classes, {provenance['date']}"
+    lead = (
+        f"{dataset + ', ' if dataset else ''}{len(results.cases)} cases, {len(results.classes)} classes, {provenance['date']}"
+    )
     style = files("nnunetv2_e2enet.evaluation.report").joinpath("style.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{names}: comparison</title><style>{style}</style></head><body>"
-        f'<header><h1>{names}</h1><p class="lead">{escape(lead)}</p><nav aria-label="Sections">{links}</nav>{_legend(comparison)}</header>'
+        f'<header><h1>{names}</h1><p class="lead">{escape(lead)}</p><nav aria-label="Sections">{links}</nav>'
+        f"{_legend(comparison)}</header>"
         f"<main>{bodies}</main></body></html>\n"
     )
 
@@ -79,8 +84,8 @@ def _summary(comparison: Comparison) -> str:
     total = sum(int((~_isnan(comparison, i)).sum()) for i in range(len(comparison.names)))
     return (
         f"<ul>{sentences}</ul><h3>Accuracy</h3>{tables.accuracy(comparison)}"
-        f'<p class="note">Mean of the class means with its 95 % bootstrap interval. {failed} of {total} (model, case, class) are '
-        f'failures, <a href="#failures">listed below</a>.</p>'
+        f'<p class="note">Mean of the class means with its 95 % bootstrap interval. {failed} of {total} (model, case, class) '
+        f'are failures, <a href="#failures">listed below</a>.</p>'
         + (f"<h3>Dice of each fold</h3>{tables.folds(comparison)}" if tables.folds(comparison) else "")
     )
 
@@ -123,7 +128,7 @@ def _cost(comparison: Comparison) -> str:
 def _classes(comparison: Comparison) -> str:
     plots = [_figure(charts.box_plots(comparison, metric)) for metric in METRICS]
     details = [
-        f"<details{' open' if metric is DICE else ''}><summary>{metric.title}: means, intervals and tests of each class</summary>"
+        f"<details{' open' if metric is DICE else ''}><summary>{metric.title}: means, intervals and tests</summary>"
         f"{tables.classes(comparison, metric)}</details>"
         for metric in METRICS
     ]
@@ -143,7 +148,9 @@ def _classes(comparison: Comparison) -> str:
 
 
 def _sizes(comparison: Comparison) -> str:
-    note = f"Small dots are cases (at most {charts.DOTS_PER_MODEL} a model, drawn at random), large marks the means of classes."
+    note = (
+        f"Small dots are cases (at most {charts.DOTS_PER_MODEL} a model, drawn at random), large marks the means of classes."
+    )
     return _figures([_figure(charts.volume_and_dice(comparison), note)])
 
 
@@ -156,7 +163,7 @@ def _cases(comparison: Comparison) -> str:
     return _figures(plots)
 
 
-def _pictures(comparison: Comparison, pictures: Sequence[Picture]) -> str:
+def _pictures(pictures: Sequence[Picture]) -> str:
     if not pictures:
         return ""
     parts = []
@@ -164,8 +171,13 @@ def _pictures(comparison: Comparison, pictures: Sequence[Picture]) -> str:
         words = f"{picture.heading}. {picture.caption}"
         alt = f"Axial, coronal and sagittal slice with the reference and the predictions. {words}"
         image = f'<img src="{picture.data}" alt="{escape(alt)}">' if picture.data else ""
-        parts.append(f"<figure><h3>{escape(picture.heading)}</h3>{image}<figcaption>{escape(picture.caption)}</figcaption></figure>")
-    note = "Worst and best are those of lowest and highest Dice, averaged over models and classes. The slice of each plane is the one that shows most."
+        parts.append(
+            f"<figure><h3>{escape(picture.heading)}</h3>{image}<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        )
+    note = (
+        "Worst and best are those of lowest and highest Dice, averaged over models and classes. The slice of each plane is "
+        "the one that shows most."
+    )
     return f'<p class="note">{note}</p><div class="pictures">{"".join(parts)}</div>'
 
 
@@ -178,7 +190,8 @@ def _failures(comparison: Comparison) -> str:
     more = f" The {shown} worst are shown; JSON and CSV have all." if shown < len(comparison.failures) else ""
     opened = " open" if shown <= 20 else ""
     return (
-        f"<p>A class is missed (in the reference alone), invented (in the prediction alone), or of low Dice. {listed}.{more}</p>"
+        "<p>A class is missed (in the reference alone), invented (in the prediction alone), or of low Dice. "
+        f"{listed}.{more}</p>"
         f"<details{opened}><summary>List</summary>{tables.failures(comparison)}</details>"
     )
 
@@ -188,42 +201,13 @@ def _training(comparison: Comparison) -> str:
     plots = [_figure(chart, "A line for each fold, in the colour of its model.") for chart in found if chart is not None]
     if not plots:
         return ""
-    rows = [
-        [escape(model.name), escape(t.fold), escape(t.trainer), str(t.epochs), "–" if math.isnan(t.epoch_seconds) else f"{t.epoch_seconds:.1f} s"]  # noqa: RUF001
-        for model in comparison.models
-        for t in model.trainings
-    ]
+    rows = []
+    for model in comparison.models:
+        for t in model.trainings:
+            seconds = NOTHING if math.isnan(t.epoch_seconds) else f"{t.epoch_seconds:.1f} s"
+            rows.append([*map(escape, (model.name, t.fold, t.trainer)), str(t.epochs), seconds])
     head = ["model", "fold", "trainer", "epochs", "median epoch"]
     return _figures(plots) + tables.table(head, rows, words=3)
-
-
-def _method(comparison: Comparison) -> str:
-    tolerances = sorted(set(comparison.tolerances))
-    if len(tolerances) == 1:
-        tolerance = f"{tolerances[0]:g} mm"
-    else:
-        classes = zip(comparison.results.classes, comparison.tolerances, strict=True)
-        tolerance = ", ".join(f"{escape(name)} {mm:g} mm" for name, mm in classes)
-    if comparison.paired:
-        tests = "Two-sided Wilcoxon signed-rank tests over cases, corrected by Holm within each metric (mean and classes)."
-    else:
-        tests = "Friedman tests over cases, corrected by Holm within each metric, then Nemenyi's test of all pairs."
-    return (
-        "<dl>"
-        "<dt>Dice</dt><dd>Counted as in nnU-Net's evaluation. Not defined, and left out, where neither reference nor prediction "
-        "has the class; 0 where one of them has.</dd>"
-        f"<dt>Surface Dice</dt><dd>Share of both surfaces within the tolerance of the other one ({tolerance}). 0 where one of the "
-        "two is empty.</dd>"
-        "<dt>HD95</dt><dd>Larger of the two directed 95 % distances between the surfaces. The diagonal of the image where one of "
-        "the two is empty, so that missing an organ is not rewarded.</dd>"
-        "<dt>Volume error</dt><dd>Absolute difference of the volumes.</dd>"
-        f"<dt>Intervals</dt><dd>95 %, percentile bootstrap over cases, {RESAMPLES} resamples. They say how the mean varies with the "
-        "choice of cases, not with another training.</dd>"
-        f"<dt>Tests</dt><dd>{tests} A small p-value says that a difference is not chance over cases, not that it matters; a large "
-        "one does not say that models are equal.</dd>"
-        "<dt>Costs</dt><dd>Counted by torch.utils.flop_counter for one patch; one multiply-accumulate is two operations.</dd>"
-        "</dl>"
-    )
 
 
 def _provenance(comparison: Comparison, provenance: dict[str, Any]) -> str:
@@ -246,5 +230,12 @@ def _machine(facts: dict[str, Any]) -> str:
 def _model_row(model: ModelFacts) -> list[str]:
     trainers = sorted({training.trainer for training in model.trainings})
     configurations = sorted({training.configuration for training in model.trainings})
-    words = [model.name, model.architecture, model.plans, ", ".join(configurations), ", ".join(trainers), str(model.source.folder)]
-    return [escape(word) or "–" for word in words]  # noqa: RUF001
+    words = [
+        model.name,
+        model.architecture,
+        model.plans,
+        ", ".join(configurations),
+        ", ".join(trainers),
+        str(model.source.folder),
+    ]
+    return [escape(word) or NOTHING for word in words]

@@ -10,7 +10,13 @@ from html import escape
 from nnunetv2_e2enet.evaluation.overlay import OKABE_ITO
 
 MODEL_COLOURS = tuple(OKABE_ITO[i] for i in (5, 6, 2, 3, 1, 0, 4))
-MARKERS = ("circle", "square", "triangle", "diamond")
+_OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
+    "circle": (),
+    "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+    "triangle": ((0, -1.1), (1.05, 0.8), (-1.05, 0.8)),
+    "diamond": ((0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)),
+}
+MARKERS = tuple(_OUTLINES)
 WIDTH = 400
 TICKS = 5
 CHARACTER = 6.2
@@ -97,9 +103,8 @@ class Chart:
         self.elements.append(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>')
 
     def vertical_text(self, x: float, y: float, words: str) -> None:
-        self.elements.append(
-            f'<text class="label" transform="translate({x:.1f} {y:.1f}) rotate(-90)" text-anchor="middle">{escape(words)}</text>'
-        )
+        place = f'transform="translate({x:.1f} {y:.1f}) rotate(-90)" text-anchor="middle"'
+        self.elements.append(f'<text class="label" {place}>{escape(words)}</text>')
 
     def box(self, x: float, y: float, width: float, height: float, colour: str, kind: str = "box", tip: str = "") -> None:
         style = f"fill:{colour};stroke:{colour}"
@@ -111,16 +116,13 @@ class Chart:
         self.elements.append(f'<polyline class="{kind}" points="{joined}" style="stroke:{colour}"/>')
 
     def mark(self, x: float, y: float, colour: str, marker: str, size: float = 5, kind: str = "mark", tip: str = "") -> None:
-        s = size
-        shapes = {
-            "circle": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{s:.1f}"',
-            "square": f'<rect x="{x - s * 0.9:.1f}" y="{y - s * 0.9:.1f}" width="{1.8 * s:.1f}" height="{1.8 * s:.1f}"',
-            "triangle": f'<polygon points="{x:.1f},{y - s * 1.1:.1f} {x - s:.1f},{y + s * 0.8:.1f} {x + s:.1f},{y + s * 0.8:.1f}"',
-            "diamond": f'<polygon points="{x:.1f},{y - s * 1.2:.1f} {x + s * 1.2:.1f},{y:.1f} {x:.1f},{y + s * 1.2:.1f} '
-            f'{x - s * 1.2:.1f},{y:.1f}"',
-        }
-        tag = shapes[marker].split(" ", 1)[0][1:]
-        opening = f'{shapes[marker]} class="{kind}" style="fill:{colour};stroke:{colour}"'
+        outline = _OUTLINES[marker]
+        if outline:
+            points = " ".join(f"{x + size * dx:.1f},{y + size * dy:.1f}" for dx, dy in outline)
+            tag, shape = "polygon", f'points="{points}"'
+        else:
+            tag, shape = "circle", f'cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"'
+        opening = f'<{tag} {shape} class="{kind}" style="fill:{colour};stroke:{colour}"'
         self.elements.append(f"{opening}>{_tip(tip)}</{tag}>" if tip else f"{opening}/>")
 
     def frame(self, x: Axis, y: Axis, x_title: str, y_title: str, tick: Callable[[float], str] = "{:g}".format) -> None:

@@ -26,7 +26,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1, to
         return "".join(f"<{tag}{_class('words', i < words)}>{cell}</{tag}>" for i, cell in enumerate(row))
 
     lines = [f"<tr{_class('total', total and i == 0)}>{cells('td', row)}</tr>" for i, row in enumerate(rows)]
-    return f'<div class="scroll"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
 
 
 def _class(name: str, applies: bool) -> str:
