@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,10 +159,10 @@ def _progress(console: Console, title: str) -> Iterator[Callable[[int, int], Non
 def _write(args: argparse.Namespace, comparison: Comparison, console: Console) -> None:
     from nnunetv2_e2enet.evaluation.export import as_csv, as_json
     from nnunetv2_e2enet.evaluation.files import write_text
-    from nnunetv2_e2enet.evaluation.provenance import provenance
+    from nnunetv2_e2enet.evaluation.provenance import command_line, provenance
     from nnunetv2_e2enet.evaluation.tables import print_comparison
 
-    facts = provenance(["compare", *sys.argv[2:]] if sys.argv[1:2] == ["compare"] else ["compare", *args.results])
+    facts = provenance(command_line("compare", args.results))
     if args.json != "-":
         print_comparison(console, comparison)
     written: list[Path] = []

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from nnunetv2_e2enet import __version__
-from nnunetv2_e2enet.cli import compare, demo, info, phantom, plan, register, unregister
+from nnunetv2_e2enet.cli import compare, completion, demo, info, phantom, plan, profile, register, unregister
 from nnunetv2_e2enet.errors import E2ENetError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -17,8 +17,10 @@ COMMANDS: dict[str, ModuleType] = {
     "info": info,
     "plan": plan,
     "phantom": phantom,
+    "profile": profile,
     "compare": compare,
     "demo": demo,
+    "completion": completion,
 }
 
 

@@ -20,7 +20,7 @@ FORMAT = 1
 def as_json(comparison: Comparison, provenance: dict[str, Any]) -> dict[str, Any]:
     """Plain data; what is not defined is null."""
     results = comparison.results
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "provenance": provenance,
         "metrics": {m.key: {"unit": m.unit, "higher_is_better": m.higher_is_better} for m in METRICS},
@@ -53,9 +53,7 @@ def as_json(comparison: Comparison, provenance: dict[str, Any]) -> dict[str, Any
             for j, case in enumerate(results.cases)
         ],
     }
-    plain = _plain(content)
-    assert isinstance(plain, dict)
-    return plain
+    return {key: plain(value) for key, value in content.items()}
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -88,12 +86,12 @@ def _model(comparison: Comparison, name: str) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Without numpy's types, tuples, and numbers that JSON does not know."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

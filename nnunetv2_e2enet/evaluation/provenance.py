@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +30,11 @@ def provenance(arguments: Sequence[str]) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
+
+
+def command_line(command: str, fallback: Sequence[str]) -> list[str]:
+    """The arguments of this process if it runs ``e2enet COMMAND``; otherwise the command and what it was given."""
+    return sys.argv[1:] if sys.argv[1:2] == [command] else [command, *fallback]
 
 
 def _version(package: str) -> str:

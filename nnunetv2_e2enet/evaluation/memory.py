@@ -1,0 +1,125 @@
+"""Peak memory of a training step and of a prediction, each measured in a fresh process."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nnunetv2_e2enet.evaluation.networks import Design
+
+BYTES_PER_PARAMETER = 16
+"""In training, float32: weight, gradient, momentum, and one more while they are updated."""
+SPARE = 0.9
+"""Share of the free memory that a measurement may be expected to take."""
+
+
+def free_bytes() -> float:
+    """Memory that a new process may take; infinity where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="utf-8").splitlines())
+        return float(fields["MemAvailable"].split()[0]) * 1024
+    return math.inf
+
+
+def peak_bytes(design: Design, training: bool, batch_size: int, device: str, threads: int) -> float:
+    """Of one step of training or prediction, above what the process held before it built the network.
+
+    On the CPU that is the growth of the resident set at its highest; on CUDA, what PyTorch has allocated at most.
+
+    Args:
+        training: forward and backward with nnU-Net's loss and an optimiser's step; otherwise a forward pass.
+        batch_size: patches in the batch.
+
+    Returns:
+        Bytes; NaN if the process was ended from outside, for want of memory as a rule.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            return pool.submit(_measure, design, training, batch_size, device, threads).result()
+        except BrokenProcessPool:
+            return math.nan
+
+
+def _measure(design: Design, training: bool, batch_size: int, device: str, threads: int) -> float:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer  # noqa: F401 (its memory is none of the network's)
+
+    torch.set_num_threads(threads)
+    step = _training_step if training else _prediction
+    if device == "cpu":
+        nn.Conv3d(1, 1, 3)(torch.zeros(1, 1, 8, 8, 8)).sum().backward()
+        _reset_peak()
+        before = _resident("VmRSS")
+        step(design, batch_size, device)()
+        return _resident("VmHWM") - before
+    torch.zeros(1, device=device)
+    torch.cuda.reset_peak_memory_stats()
+    step(design, batch_size, device)()
+    return float(torch.cuda.max_memory_allocated())
+
+
+def _prediction(design: Design, batch_size: int, device: str) -> Callable[[], None]:
+    network = design.build().to(device).eval()
+    x = torch.randn(design.input_shape(batch_size), device=device)
+
+    def step() -> None:
+        with torch.inference_mode(), torch.autocast(device, enabled=device == "cuda"):
+            network(x)
+
+    return step
+
+
+def _training_step(design: Design, batch_size: int, device: str) -> Callable[[], None]:
+    from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+    network = design.build(deep_supervision=True).to(device)
+    x = torch.randn(design.input_shape(batch_size), device=device)
+    dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    loss = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
+    optimiser = torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True)
+
+    def step() -> None:
+        with torch.autocast(device, enabled=device == "cuda"):
+            outputs = network(x)
+            heads = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+            targets = [torch.randint(design.outputs, (batch_size, 1, *h.shape[2:]), device=device).float() for h in heads]
+            total = sum(loss(h, t) / 2**i for i, (h, t) in enumerate(zip(heads, targets, strict=True)))
+        assert isinstance(total, torch.Tensor)
+        total.backward()
+        optimiser.step()
+
+    return step
+
+
+def can_measure(device: str) -> bool:
+    """Whether this system tells a process's peak."""
+    return device == "cuda" or Path("/proc/self/status").is_file() or sys.platform == "darwin"
+
+
+def _resident(field: str) -> float:
+    """Bytes of the resident set: ``VmRSS`` now, ``VmHWM`` at its highest."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+        return float(fields[field].split()[0]) * 1024
+    import resource
+
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def _reset_peak() -> None:
+    """Linux forgets the highest resident set so far, where it lets us."""
+    switch = Path("/proc/self/clear_refs")
+    if switch.exists() and os.access(switch, os.W_OK):
+        switch.write_text("5", encoding="utf-8")

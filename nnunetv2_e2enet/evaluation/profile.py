@@ -1,0 +1,183 @@
+"""What networks cost on this machine: counted, measured, side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import nan, prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunetv2_e2enet.evaluation import memory
+from nnunetv2_e2enet.evaluation.costs import Costs, Share, breakdown, count_costs
+from nnunetv2_e2enet.evaluation.networks import Design
+from nnunetv2_e2enet.network import accounts
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        dtype: a name in ``DTYPES``, of weights and image when time is measured.
+        threads: of PyTorch on the CPU.
+        rounds: how often each network is timed.
+        batch_size: patches in a training step; that of the plans unless given.
+        with_memory, with_time, with_breakdown: what to do.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+    rounds: int = 7
+    batch_size: int | None = None
+    with_memory: bool = True
+    with_time: bool = True
+    with_breakdown: bool = False
+
+
+@dataclass
+class Profile:
+    """Of one network.
+
+    Attributes:
+        name, origin, architecture: what it is and where it comes from.
+        patch_size: voxels of the patch.
+        batch_size: patches in the training step whose memory is given.
+        costs: counted, for one patch.
+        kept_bytes: what autograd keeps for backward in a training step, counted in float32.
+        training_bytes, prediction_bytes: measured peaks; NaN where not measured, and ``note`` says why.
+        seconds: each timed forward pass of one patch.
+        shares: costs by level and flow, where asked for.
+    """
+
+    name: str
+    origin: str
+    architecture: str
+    patch_size: tuple[int, ...]
+    batch_size: int
+    costs: Costs
+    kept_bytes: int
+    training_bytes: float = nan
+    prediction_bytes: float = nan
+    seconds: list[float] = field(default_factory=list)
+    shares: list[Share] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def latency(self) -> tuple[float, float, float]:
+        """Seconds of a patch: lower quartile, median, upper quartile; NaN where nothing was timed."""
+        if not self.seconds:
+            return nan, nan, nan
+        if len(self.seconds) == 1:
+            return self.seconds[0], self.seconds[0], self.seconds[0]
+        low, median, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, median, high
+
+    @property
+    def voxels_per_second(self) -> float:
+        return prod(self.patch_size) / self.latency[1]
+
+    def as_json(self) -> dict[str, Any]:
+        low, median, high = self.latency
+        summary = {"latency_seconds": {"q1": low, "median": median, "q3": high}, "voxels_per_second": self.voxels_per_second}
+        return {**asdict(self), **summary}
+
+
+def profile(designs: Sequence[Design], settings: Settings, progress: Progress = lambda _: None) -> list[Profile]:
+    """Count, measure memory, then time all networks in turns.
+
+    Args:
+        progress: told what is done next.
+    """
+    torch.set_num_threads(settings.threads)
+    profiles = []
+    networks: dict[str, nn.Module] = {}
+    for design in designs:
+        progress(f"Counting {design.name}")
+        network = design.build()
+        profiles.append(_count(design, network, settings))
+        if settings.with_time:
+            networks[design.name] = network.to(settings.device, DTYPES[settings.dtype]).eval()
+    if settings.with_memory:
+        for design, counted in zip(designs, profiles, strict=True):
+            _measure_memory(design, counted, settings, progress)
+    if settings.with_time:
+        shapes = {design.name: design.input_shape() for design in designs}
+        seconds = time_in_turns(networks, shapes, settings, progress)
+        for counted in profiles:
+            counted.seconds = seconds[counted.name]
+    return profiles
+
+
+def steps(designs: Sequence[Design], settings: Settings) -> int:
+    """How often ``profile`` tells its progress."""
+    one = 1 + 2 * settings.with_memory + (settings.rounds + 1) * settings.with_time
+    return len(designs) * one
+
+
+def _count(design: Design, network: nn.Module, settings: Settings) -> Profile:
+    batch_size = settings.batch_size or design.batch_size
+    return Profile(
+        design.name,
+        design.origin,
+        type(network).__name__,
+        design.patch_size,
+        batch_size,
+        count_costs(network, design.input_shape()),
+        accounts.saved_bytes(design.build(deep_supervision=True), design.input_shape(batch_size)),
+        shares=breakdown(network, design.input_shape()) if settings.with_breakdown else [],
+    )
+
+
+def _measure_memory(design: Design, counted: Profile, settings: Settings, progress: Progress) -> None:
+    needed = counted.kept_bytes + memory.BYTES_PER_PARAMETER * counted.costs.parameters_stored
+    free = memory.free_bytes() if settings.device == "cpu" else float(torch.cuda.mem_get_info()[0])
+    progress(f"Memory of a training step, {design.name}")
+    if not memory.can_measure(settings.device):
+        counted.note = "this system does not tell the peak memory of a process"
+    elif needed > memory.SPARE * free:
+        counted.note = f"a training step needs {needed / 2**30:.1f} GiB or more, {free / 2**30:.1f} GiB are free: not run"
+    else:
+        counted.training_bytes = memory.peak_bytes(design, True, counted.batch_size, settings.device, settings.threads)
+    progress(f"Memory of a prediction, {design.name}")
+    if memory.can_measure(settings.device):
+        counted.prediction_bytes = memory.peak_bytes(design, False, 1, settings.device, settings.threads)
+
+
+def time_in_turns(
+    networks: Mapping[str, nn.Module],
+    shapes: Mapping[str, Sequence[int]],
+    settings: Settings,
+    progress: Progress = lambda _: None,
+) -> dict[str, list[float]]:
+    """Seconds of forward passes in inference mode, A B C A B C …, after a pass of each that does not count.
+
+    What else happens on the machine, and its temperature, thus meets all networks alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    images = {name: torch.randn(tuple(shape)).to(settings.device, DTYPES[settings.dtype]) for name, shape in shapes.items()}
+    with torch.inference_mode():
+        for turn in range(settings.rounds + 1):
+            for name, network in networks.items():
+                progress(f"Timing {name}, " + (f"round {turn} of {settings.rounds}" if turn else "warm-up"))
+                _synchronise(settings.device)
+                start = time.perf_counter()
+                network(images[name])
+                _synchronise(settings.device)
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,164 @@
+"""What ``e2enet profile`` is asked about: model folders, plans files, data sets; and the networks beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.evaluation.files import read_json
+from nnunetv2_e2enet.evaluation.networks import (
+    Design,
+    dataset_folder,
+    e2enet_variant,
+    model_design,
+    residual_encoder_variant,
+)
+from nnunetv2_e2enet.evaluation.sources import default_names, is_model_folder
+
+SPARSITIES = (0.0, 0.7, 0.8, 0.9)
+BESIDE = ("e2enet", "nnunet", "resenc")
+PRESETS = {"ResEnc M": "nnUNetPlannerResEncM", "ResEnc L": "nnUNetPlannerResEncL"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to profile.
+
+    Attributes:
+        subjects: folders, files, names or numbers of data sets.
+        configuration: of plans; ``3d_fullres`` where there is one unless given.
+        trainer: builds the networks of plans, instead of those below.
+        dataset_json: of a plans file that has none beside it.
+        beside: which networks to build from plans (``BESIDE``); None is all for plans and data sets, none for model folders.
+        sparsities: of E2ENet.
+    """
+
+    subjects: Sequence[str]
+    configuration: str | None = None
+    trainer: str | None = None
+    dataset_json: Path | None = None
+    beside: Sequence[str] | None = None
+    sparsities: Sequence[float] = SPARSITIES
+
+
+def designs(request: Request) -> list[Design]:
+    """All networks that were asked for, each with a name of its own.
+
+    Raises:
+        E2ENetError: a subject is nothing known.
+    """
+    folders = [Path(s) for s in request.subjects if is_model_folder(Path(s))]
+    names = dict(zip(folders, default_names(folders) if len(folders) > 1 else [_short(f) for f in folders], strict=True))
+    found: list[Design] = []
+    for subject in request.subjects:
+        path = Path(subject)
+        if path in names:
+            design = model_design(path, names[path])
+            found += [design, *(_beside(replace(design, checkpoint=None), None, request, request.beside or ()))]
+        elif path.is_file():
+            found += _from_plans(path, None, request)
+        else:
+            folder = dataset_folder(subject)
+            if folder is None:
+                raise E2ENetError(
+                    f"{subject} is no model folder (plans.json and fold_*), plans file, or data set in nnUNet_preprocessed: "
+                    "check the path, or set nnUNet_preprocessed"
+                )
+            found += _from_plans(folder / "nnUNetPlans.json", folder.name, request)
+    return _with_own_names(found)
+
+
+def _short(folder: Path) -> str:
+    return folder.resolve().name.split("__")[0]
+
+
+def _with_own_names(found: Sequence[Design]) -> list[Design]:
+    """Without repetitions; a name that comes twice gets its origin."""
+    names = [design.name for design in found]
+    renamed = [replace(d, name=f"{d.name} ({d.origin})") if names.count(d.name) > 1 else d for d in found]
+    return list({design.name: design for design in renamed}.values())
+
+
+def _from_plans(file: Path, dataset_name: str | None, request: Request) -> list[Design]:
+    beside = file.parent / "dataset.json"
+    description = request.dataset_json or (beside if beside.is_file() else None)
+    if description is None:
+        raise E2ENetError(f"there is no dataset.json beside {file}, for channels and classes: give --dataset-json FILE")
+    plans = read_json(file)
+    configurations = plans.get("configurations")
+    if not isinstance(configurations, dict) or not configurations:
+        raise E2ENetError(f"{file} has no configurations: expected nnU-Net's plans, such as nnUNetPlans.json")
+    configuration = request.configuration or ("3d_fullres" if "3d_fullres" in configurations else next(iter(configurations)))
+    name = str(plans.get("plans_name", file.stem))
+    origin = f"{name}, {configuration}"
+    stock = Design("nnU-Net", origin, plans, read_json(description), configuration)
+    if request.trainer is not None:
+        return [replace(stock, name=request.trainer, trainer=request.trainer)]
+    return _beside(stock, dataset_name, request, BESIDE if request.beside is None else request.beside)
+
+
+def _beside(design: Design, dataset_name: str | None, request: Request, kinds: Sequence[str]) -> list[Design]:
+    """The networks of the kinds asked for, on the patch and strides of a design."""
+    found: list[Design] = []
+    is_e2enet = design.settings.network_arch_class_name.endswith(".E2ENet")
+    if "e2enet" in kinds:
+        found += [e2enet_variant(design, sparsity) for sparsity in request.sparsities]
+    if is_e2enet:
+        if "nnunet" in kinds and design.name == "nnU-Net":  # plans of E2ENet's planner
+            found.append(replace(design, name=str(design.plans.get("plans_name", "plans"))))
+        return found
+    if "nnunet" in kinds:
+        found.append(replace(design, name="nnU-Net", trainer="nnUNetTrainer"))
+    if "resenc" in kinds:
+        presets = [_preset(name, dataset_name, design.configuration) for name in PRESETS] if dataset_name else []
+        known = [preset for preset in presets if preset is not None]
+        found += known or [residual_encoder_variant(design)]
+    return found
+
+
+def _preset(name: str, dataset_name: str, configuration: str) -> Design | None:
+    """A residual encoder preset with its own patch: from its plans, or planned now and not written; None if that cannot be."""
+    folder = Path(os.environ["nnUNet_preprocessed"]) / dataset_name
+    description = read_json(folder / "dataset.json")
+    planner = PRESETS[name]
+    plans_name = planner.replace("nnUNetPlannerResEnc", "nnUNetResEncUNet") + "Plans"
+    file = folder / f"{plans_name}.json"
+    if file.is_file():
+        return Design(name, f"{plans_name}, {configuration}", read_json(file), description, configuration)
+    raw = os.environ.get("nnUNet_raw")
+    if not raw or not (Path(raw) / dataset_name).is_dir() or configuration not in ("2d", "3d_fullres"):
+        return None
+    plans = read_json(folder / "nnUNetPlans.json")
+    with redirect_stdout(StringIO()):
+        planned = _plan(planner, dataset_name, configuration)
+    plans["configurations"] = {configuration: planned}
+    return Design(name, f"planned as by {planner}, {configuration}", plans, description, configuration)
+
+
+def _plan(planner_name: str, dataset_name: str, configuration: str) -> dict[str, Any]:
+    """The configuration that nnU-Net's planner makes of a data set's fingerprint."""
+    from nnunetv2.experiment_planning.experiment_planners.residual_unets import residual_encoder_unet_planners as planners
+    from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+
+    planner = getattr(planners, planner_name)(dataset_name)
+    order, _ = planner.determine_transpose()
+    spacing = planner.determine_fullres_target_spacing()
+    fingerprint = planner.dataset_fingerprint
+    shapes = [
+        compute_new_shape(shape, old, spacing)
+        for old, shape in zip(fingerprint["spacings"], fingerprint["shapes_after_crop"], strict=True)
+    ]
+    shape, spacing = np.median(shapes, 0)[order], spacing[order]
+    voxels = float(np.prod(shape, dtype=np.float64) * planner.dataset_json["numTraining"])
+    first = 1 if configuration == "2d" else 0
+    identifier = planner.generate_data_identifier(configuration)
+    plan: dict[str, Any] = planner.get_plans_for_configuration(spacing[first:], shape[first:], identifier, voxels, {})
+    return plan
