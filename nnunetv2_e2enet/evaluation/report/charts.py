@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet.evaluation.comparison import Comparison
+from nnunetv2_e2enet.evaluation.measure import nan_mean
 from nnunetv2_e2enet.evaluation.metrics import Metric
 from nnunetv2_e2enet.evaluation.report.svg import WIDTH, Axis, Chart, fitting_axis, model_style, shortened
 from nnunetv2_e2enet.evaluation.statistics import MEAN, RankTest
@@ -138,14 +139,10 @@ def volume_and_dice(comparison: Comparison, seed: int = 0) -> Chart:
 
 
 def _volume_words(comparison: Comparison) -> str:
-    volumes = np.nanmean(
-        np.where(comparison.results.values["reference_ml"] > 0, comparison.results.values["reference_ml"], np.nan)[0], axis=0
-    )
-    order = np.argsort(volumes)
-    classes = comparison.results.classes
-    return "Classes by mean volume: " + ", ".join(
-        f"{classes[k]} {volumes[k]:.3g} ml" for k in order if np.isfinite(volumes[k])
-    )
+    reference = comparison.results.values["reference_ml"][0]
+    volumes = nan_mean(np.where(reference > 0, reference, np.nan), axis=0)
+    sized = sorted((volume, name) for volume, name in zip(volumes, comparison.results.classes, strict=True) if volume > 0)
+    return "Classes by mean volume: " + ", ".join(f"{name} {volume:.3g} ml" for volume, name in sized)
 
 
 def case_differences(comparison: Comparison, first: int, second: int, metric: Metric) -> Chart:

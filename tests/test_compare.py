@@ -1,0 +1,357 @@
+"""`e2enet compare` from folders to files: what it finds, refuses, keeps and writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from conftest import Project
+from support import program
+
+from nnunetv2_e2enet.cli.main import main
+from nnunetv2_e2enet.evaluation.cache import MetricsCache
+from nnunetv2_e2enet.evaluation.cases import match_cases
+from nnunetv2_e2enet.evaluation.measure import measure
+from nnunetv2_e2enet.evaluation.sources import read_sources
+
+LABELS = {"background": 0, "liver": 1, "tumour": 2}
+REGIONS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "inner": 3, "ignore": 4}
+SPACING = (2.0, 1.0, 1.5)
+
+
+def write_map(file: Path, voxels: np.ndarray, spacing: tuple[float, ...] = SPACING, origin: float = 0) -> Path:
+    image = sitk.GetImageFromArray(voxels)
+    image.SetSpacing(spacing[::-1])
+    image.SetOrigin([origin] * 3)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(file))
+    return file
+
+
+def label_map(seed: int, largest: int = 2, shape: tuple[int, ...] = (8, 16, 12)) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    voxels = np.zeros(shape, np.uint8)
+    for value in range(1, largest + 1):
+        low = random.integers(0, 4, 3)
+        voxels[tuple(slice(n, n + random.integers(3, 8)) for n in low)] = value
+    return voxels
+
+
+class Study:
+    """A folder with references and the predictions of some models."""
+
+    def __init__(self, folder: Path, models: int = 2, cases: int = 6, labels: dict[str, Any] | None = None) -> None:
+        self.folder = folder
+        self.reference = folder / "labelsTr"
+        self.labels = labels or LABELS
+        self.models = [folder / f"model_{chr(ord('a') + i)}" for i in range(models)]
+        largest = 4 if "ignore" in self.labels else 2
+        for i in range(cases):
+            reference = label_map(i, largest)
+            write_map(self.reference / f"case_{i}.nii.gz", reference)
+            for m, model in enumerate(self.models):
+                prediction = np.where(reference == 4, 0, np.roll(reference, (i + m) % 3, axis=m % 3)).astype(np.uint8)
+                write_map(model / f"case_{i}.nii.gz", prediction)
+        for model in self.models:
+            (model / "dataset.json").write_text(json.dumps({"labels": self.labels, "file_ending": ".nii.gz"}))
+
+    def arguments(self, *more: str) -> list[str]:
+        reference = ["--reference", str(self.reference), "--workers", "1", "--cache", str(self.folder / "cache")]
+        return ["compare", *map(str, self.models), *reference, *more]
+
+    def json(self, *more: str) -> dict[str, Any]:
+        file = self.folder / "result.json"
+        assert main(self.arguments("--json", str(file), *more)) == 0
+        return json.loads(file.read_text())
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return Study(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [LABELS, REGIONS])
+def test_dice_equals_nnunets_evaluation(tmp_path: Path, labels: dict[str, Any]) -> None:
+    from nnunetv2.evaluation.evaluate_predictions import compute_metrics
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    study = Study(tmp_path, labels=labels)
+    manager = LabelManager(labels, [1, 2, 3] if labels is REGIONS else None)
+    keys = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    content = study.json()
+    for model in study.models:
+        expected = [
+            compute_metrics(
+                str(study.reference / f"{c['case']}.nii.gz"),
+                str(model / f"{c['case']}.nii.gz"),
+                SimpleITKIO(),
+                keys,
+                manager.ignore_label,
+            )
+            for c in content["cases"]
+        ]
+        names = [c["name"] for c in content["classes"]]
+        for case, theirs in zip(content["cases"], expected, strict=True):
+            for name, key in zip(names, keys, strict=True):
+                ours = case["models"][model.name][name]["dice"]
+                assert (math.nan if ours is None else ours) == pytest.approx(
+                    theirs["metrics"][key]["Dice"], abs=1e-9, nan_ok=True
+                )
+        means = [np.nanmean([e["metrics"][key]["Dice"] for e in expected]) for key in keys]
+        assert content["means"]["dice"][model.name]["mean"]["mean"] == pytest.approx(np.mean(means), abs=1e-9)
+
+
+def test_a_trained_model_folder(trained: Path, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in project.environment.items():
+        monkeypatch.setenv(name, value)
+    output = tmp_path / "out.json"
+    report = tmp_path / "out.html"
+    both = [f"E2ENet={trained}", f"again={trained}"]
+    options = ["--workers", "1", "--no-cache", "--json", str(output), "--report", str(report)]
+    assert main(["compare", *both, *options]) == 0
+    content = json.loads(output.read_text())
+    found = {case["case"]: case["models"]["E2ENet"] for case in content["cases"]}
+    values = {str(c["values"][0]): c["name"] for c in content["classes"]}
+    n = 0
+    for summary in trained.glob("fold_*/validation/summary.json"):
+        for theirs in json.loads(summary.read_text())["metric_per_case"]:
+            case = Path(theirs["prediction_file"]).name.removesuffix(".nii.gz")
+            for key, metrics in theirs["metrics"].items():
+                n += 1
+                ours = found[case][values[key]]["dice"]
+                assert (math.nan if ours is None else ours) == pytest.approx(metrics["Dice"], abs=1e-6, nan_ok=True)
+    assert n == len(found) * len(values) > 0
+    costs = content["models"][0]["costs"]
+    assert costs["macs_executed"] == costs["macs_dense"] > costs["macs_active"]
+    assert [t["fold"] for t in content["models"][0]["trainings"]] == ["0", "1"]
+    assert content["trade_off"]["scores"]["E2ENet"]["active"] == pytest.approx(3)
+    page = report.read_text()
+    assert page.count("data:image/webp;base64,") >= 2
+    assert "training loss by epoch" in page
+
+
+def test_everything_that_does_not_match_is_named_at_once(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = study.models
+    (a / "case_0.nii.gz").unlink()
+    write_map(b / "case_1.nii.gz", label_map(1, shape=(8, 16, 13)))
+    write_map(a / "case_2.nii.gz", label_map(2), spacing=(3.0, 1.0, 1.5))
+    write_map(a / "case_3.nii.gz", label_map(3), origin=20)
+    (a / "case_5.nii.gz").write_bytes(b"no image")
+    (study.reference / "case_4.nii.gz").unlink()
+    description = {"labels": {"background": 0, "liver": 1, "lesion": 2}, "file_ending": ".nii.gz"}
+    (b / "dataset.json").write_text(json.dumps(description))
+    report = study.folder / "out.html"
+    assert main(study.arguments("--report", str(report))) == 1
+    message = capsys.readouterr().err
+    for words in (
+        "tumour is 2 in model_a and missing in model_b",
+        "only some have case_0, among them model_b",
+        "no reference in",
+        "case_4",
+        "case_1: 13 x 16 x 8 voxels, the reference has 12 x 16 x 8",
+        "case_2: spacing 1.5 x 1 x 3 mm",
+        "case_3: origin (20, 20, 20) mm",
+        "case_5.nii.gz as an image",
+    ):
+        assert words in message
+    assert not report.exists()
+    assert not (study.folder / "cache").exists()
+
+
+def test_common_cases_alone(study: Study) -> None:
+    (study.models[0] / "case_0.nii.gz").unlink()
+    (study.models[1] / "case_5.nii.gz").unlink()
+    content = study.json("--common")
+    assert [case["case"] for case in content["cases"]] == ["case_1", "case_2", "case_3", "case_4"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: ["compare", str(s.models[0])], "give at least two"),
+        (lambda s: ["compare", str(s.models[0]), str(s.folder / "none")], "is not a folder"),
+        (lambda s: ["compare", f"x={s.models[0]}", f"x={s.models[1]}"], "same name"),
+        (lambda s: s.arguments("--tolerance", "spleen=1"), "no class spleen"),
+        (lambda s: s.arguments("--tolerance", "wide"), "not a number of mm"),
+        (lambda s: s.arguments("--report", str(s.folder / "none" / "x.html")), "is missing"),
+        (lambda s: s.arguments("--workers", "0"), "at least one"),
+        (lambda s: ["compare", *map(str, s.models)], "--reference"),
+        (lambda s: s.arguments("--model", f"model_x={s.folder}"), "model_x"),
+    ],
+)
+def test_bad_input_is_one_line(
+    study: Study, change: Any, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(change(study)) == 1
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_tolerances_of_classes(study: Study) -> None:
+    strict, loose = study.json(), study.json("--tolerance", "1", "--tolerance", "tumour=50")
+    assert [c["tolerance_mm"] for c in loose["classes"]] == [1, 50]
+    means = [content["means"]["nsd"]["model_a"] for content in (strict, loose)]
+    assert means[0]["liver"] == means[1]["liver"]
+    assert means[0]["tumour"]["mean"] < means[1]["tumour"]["mean"] == 1
+
+
+def test_unchanged_cases_come_from_the_cache(study: Study) -> None:
+    sources = read_sources([str(model) for model in study.models])
+    cases = match_cases(sources, study.reference)
+    labels = sources[0].labels
+
+    def run(tolerance: float = 1.0, workers: int = 1) -> Any:
+        tolerances = [tolerance] * 2
+        cache = MetricsCache(study.folder / "cache", labels, tolerances)
+        return measure([s.name for s in sources], cases, labels, tolerances, cache, workers)
+
+    first, second = run(), run()
+    assert (first.from_cache, second.from_cache) == (0, 12)
+    for name, values in first.values.items():
+        np.testing.assert_array_equal(values, second.values[name])
+    time.sleep(0.02)
+    write_map(study.models[1] / "case_3.nii.gz", label_map(99))
+    changed = run()
+    assert changed.from_cache == 11
+    assert not np.array_equal(changed.values["dice"][1, 3], first.values["dice"][1, 3])
+    assert run(tolerance=2.0).from_cache == 0
+    for file in (study.folder / "cache").rglob("*.json"):
+        file.write_text("damaged")
+    repaired = run(workers=2)  # and in other processes
+    assert repaired.from_cache == 0
+    for name, values in changed.values.items():
+        np.testing.assert_array_equal(values, repaired.values[name])
+
+
+def test_files_for_machines(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    table = study.folder / "cases.csv"
+    assert main(study.arguments("--json", "--csv", str(table))) == 0
+    content = json.loads(capsys.readouterr().out)
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 6 * 2 * 2
+    for row in rows:
+        case = next(c for c in content["cases"] if c["case"] == row["case"])
+        metrics = case["models"][row["model"]][row["class"]]
+        assert {name: float(row[name]) if row[name] else None for name in metrics} == metrics
+    assert content["provenance"]["versions"]["nnunetv2-e2enet"]
+    assert {failure["kind"] for failure in content["failures"]} <= {"missed", "invented", "low Dice"}
+    assert content["paired_tests"]["dice"][0]["scope"] == "mean"
+
+
+class Page(HTMLParser):
+    """What a page loads, and what it says of its pictures."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.images: list[str | None] = []
+        self.drawings: list[str | None] = []
+        self.tags: set[str] = set()
+        self.anchors: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.add(tag)
+        self.loaded += [str(values[name]) for name in ("src", "srcset", "data", "poster", "xlink:href") if name in values]
+        if tag in ("link", "image", "use"):
+            self.loaded.append(str(values.get("href")))
+        if tag == "a":
+            self.anchors.append(str(values["href"]))
+        if values.get("id"):
+            self.ids.add(str(values["id"]))
+        if tag == "img":
+            self.images.append(values.get("alt"))
+        if tag == "svg" and values.get("aria-hidden") != "true":
+            self.drawings.append(values.get("aria-label"))
+
+
+@pytest.mark.parametrize("models", [2, 3])
+def test_the_report_needs_nothing_else_and_says_what_its_pictures_show(tmp_path: Path, models: int) -> None:
+    study = Study(tmp_path / "a<b>&c", models)
+    report = tmp_path / "out.html"
+    assert main(study.arguments("--report", str(report))) == 0
+    text = report.read_text()
+    page = Page(text)
+    assert all(url.startswith("data:") for url in page.loaded)
+    assert all(anchor.startswith("#") and anchor[1:] in page.ids for anchor in page.anchors)
+    assert not page.tags & {"script", "iframe", "object", "embed", "link"}
+    assert "@import" not in text
+    assert "url(" not in text
+    assert len(page.images) >= 4
+    assert all(page.images)
+    assert len(page.drawings) > 6
+    assert all(page.drawings)
+    assert "a<b>" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+    assert ("Critical difference" in text) == (models > 2)
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_two_dimensions(tmp_path: Path) -> None:
+    for i in range(3):
+        voxels = np.zeros((20, 30), np.uint8)
+        voxels[3:9, 4 : 10 + i] = 1
+        for folder, values in (("labelsTr", voxels), ("model_a", voxels), ("model_b", np.roll(voxels, i, axis=0))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / folder / f"case_{i}.png"))
+    description = tmp_path / "dataset.json"
+    description.write_text(json.dumps({"labels": {"background": 0, "nucleus": 1}, "file_ending": ".png"}))
+    report = tmp_path / "out.html"
+    folders = [str(tmp_path / name) for name in ("model_a", "model_b")]
+    options = ["--reference", str(tmp_path / "labelsTr"), "--dataset-json", str(description), "--workers", "1", "--no-cache"]
+    assert main(["compare", *folders, *options, "--report", str(report)]) == 0
+    assert "No picture" in report.read_text()
+
+
+def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    study = Study(tmp_path, cases=1)
+    for i in range(30):
+        for folder in (study.reference, *study.models):
+            shutil.copy(folder / "case_0.nii.gz", folder / f"case_{i}.nii.gz") if i else None
+    report, cache = tmp_path / "out.html", tmp_path / "cache"
+    command = [program("e2enet"), *study.arguments("--report", str(report), "--workers", "2")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    deadline = time.monotonic() + 120
+    while not list(cache.rglob("*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert not report.exists()
+    kept = list(cache.rglob("*"))
+    assert not [file for file in kept if file.name.endswith(".tmp")]
+    finished = [file for file in kept if file.suffix == ".json"]
+    assert finished
+    assert all(isinstance(json.loads(file.read_text()), list) for file in finished)
+    assert main(study.arguments("--report", str(report))) == 0
+    assert report.exists()
+
+
+def test_without_the_extra_the_message_says_how_to_get_it(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nnunetv2_e2enet.evaluation import requirements
+
+    monkeypatch.setattr(requirements, "NEEDED", ("monai", "no_such_library"))
+    assert main(study.arguments()) == 1
+    assert "needs no_such_library, not installed here: pip install 'nnunetv2-e2enet[evaluation]'" in capsys.readouterr().err
