@@ -111,9 +111,8 @@ def main() -> None:
     code = process.wait()
     watcher.join()
     seconds = time.perf_counter() - start
-    print(
-        f"exit code {code}, {seconds:.0f} s, {args.workers} workers, peak {max(peaks) / 2**30:.2f} GiB of all processes together"
-    )
+    peak = max(peaks) / 2**30
+    print(f"exit code {code}, {seconds:.0f} s, {args.workers} workers, peak of all processes {peak:.2f} GiB")
     sys.exit(code)
 
 

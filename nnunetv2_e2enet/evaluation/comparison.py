@@ -139,7 +139,7 @@ def compare(
 def model_facts(source: Source) -> ModelFacts:
     """Costs and trainings of a source, from its model folder where there is one."""
     if source.model is None:
-        return ModelFacts(source, None, (), "", "", [], "no model folder is known: name it with --model")
+        return ModelFacts(source, None, (), "", "", [], "name the model folder with --model")
     try:
         trainings = read_trainings(source.model)
         design = model_design(source.model, source.name)

@@ -32,6 +32,11 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 1e-3 else f"{p:.3f}"
 
 
+def p_statement(p: float) -> str:
+    """In a sentence: ``p = 0.012``, ``p < 0.001``."""
+    return f"p {p_value(p)}" if p < 1e-3 else f"p = {p_value(p)}"
+
+
 def millions(number: float) -> str:
     return f"{number / 1e6:.2f} M"
 

@@ -105,10 +105,12 @@ def default_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _split_name(text: str) -> tuple[str, Path]:
-    """``NAME=FOLDER``; a text that names a folder as it stands is no name."""
-    name, sign, folder = text.partition("=")
-    if sign and name and not Path(text).exists():
-        return name, Path(folder)
+    """``NAME=FOLDER``, divided where a folder follows; a text that is a folder as it stands has no name."""
+    if not Path(text).exists():
+        places = [i for i, character in enumerate(text) if character == "=" and i > 0]
+        for place in reversed(places):
+            if Path(text[place + 1 :]).exists() or place == places[0]:
+                return text[:place], Path(text[place + 1 :])
     return "", Path(text)
 
 

@@ -22,9 +22,8 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     if any(model.costs for model in comparison.models):
         console.print(_costs(comparison))
         console.print(cost_notes(comparison))
-    for model in comparison.models:
-        if model.note:
-            console.print(f"Costs of {model.name} are not known: {model.note}")
+    for note in missing_costs(comparison):
+        console.print(note)
     console.print(_classes(comparison))
     for line in verdicts(comparison):
         console.print(line)
@@ -80,6 +79,15 @@ def cost_notes(comparison: Comparison) -> str:
     return text
 
 
+def missing_costs(comparison: Comparison) -> list[str]:
+    """Why costs are not known; models with the same reason in one sentence."""
+    reasons: dict[str, list[str]] = {}
+    for model in comparison.models:
+        if model.note:
+            reasons.setdefault(model.note, []).append(model.name)
+    return [f"Costs of {', '.join(names)} are not known: {reason}" for reason, names in reasons.items()]
+
+
 def _classes(comparison: Comparison) -> Table:
     table = _table("Dice by class")
     table.add_column("class")
@@ -123,7 +131,7 @@ def _paired_verdict(comparison: Comparison, key: str) -> str:
         finding = f"{first if better else second} is better"
     else:
         finding = "no difference shown"
-    return f"{metric.title}: {finding}; {size}, Wilcoxon p = {numbers.p_value(test.p_holm)} (Holm), n = {test.difference.n}."
+    return f"{metric.title}: {finding}; {size}, Wilcoxon {numbers.p_statement(test.p_holm)} (Holm), n = {test.difference.n}."
 
 
 def _ranked_verdict(comparison: Comparison, key: str) -> str:
@@ -135,7 +143,7 @@ def _ranked_verdict(comparison: Comparison, key: str) -> str:
     listed = ", ".join(f"{name} {rank:.2f}" for rank, name in ranks)
     finding = "the models differ" if test.p_holm < ALPHA else "no difference shown"
     return (
-        f"{metric.title}: {finding} (Friedman p = {numbers.p_value(test.p_holm)}, Holm; n = {test.n}). Mean ranks, 1 is best: "
+        f"{metric.title}: {finding} (Friedman {numbers.p_statement(test.p_holm)}, Holm; n = {test.n}). Mean ranks, 1 is best: "
         f"{listed}; critical difference {test.critical_difference:.2f} (Nemenyi)."
     )
 

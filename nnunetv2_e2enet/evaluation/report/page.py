@@ -16,7 +16,7 @@ from nnunetv2_e2enet.evaluation.report.explanations import explanations
 from nnunetv2_e2enet.evaluation.report.pictures import Picture
 from nnunetv2_e2enet.evaluation.report.svg import Chart, model_style
 from nnunetv2_e2enet.evaluation.statistics import MEAN
-from nnunetv2_e2enet.evaluation.tables import cost_notes, verdicts
+from nnunetv2_e2enet.evaluation.tables import cost_notes, missing_costs, verdicts
 
 DICE = METRICS[0]
 CURVES = {"train_losses": "training loss", "val_losses": "validation loss", "ema_fg_dice": "pseudo Dice (moving average)"}
@@ -96,11 +96,7 @@ def _isnan(comparison: Comparison, model: int) -> Any:
 
 
 def _cost(comparison: Comparison) -> str:
-    notes = "".join(
-        f'<p class="note">Costs of {escape(model.name)} are not known: {escape(model.note)}</p>'
-        for model in comparison.models
-        if model.note
-    )
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in missing_costs(comparison))
     if not any(model.costs for model in comparison.models):
         return notes
     costs = [model.costs for model in comparison.models]
