@@ -5,7 +5,7 @@ from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet
 
 from nnunetv2_e2enet.training.variants import variant
 
-_DEMO = {"num_epochs": 12, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 4}
+_DEMO = {"num_epochs": 10, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 4}
 _SMOKE = {"num_epochs": 3, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
 
 nnUNetTrainer_demo = variant(nnUNetTrainer, "demo", **_DEMO)
