@@ -25,7 +25,11 @@ FIRST_LINE = "# Written by `e2enet register` (nnunetv2-e2enet); `e2enet unregist
 TRAINER_FOLDER = Path("training", "nnUNetTrainer")
 PLANNER_FOLDER = Path("experiment_planning")
 MODULES = {
-    TRAINER_FOLDER / "nnUNetTrainerE2ENet.py": ("trainers.e2enet_trainers", "trainers.e2enet_demo_trainers"),
+    TRAINER_FOLDER / "nnUNetTrainerE2ENet.py": (
+        "trainers.e2enet_trainers",
+        "trainers.e2enet_combined_trainers",
+        "trainers.e2enet_demo_trainers",
+    ),
     PLANNER_FOLDER / "nnUNetPlannerE2ENet.py": ("planners.e2enet_planners",),
 }
 
