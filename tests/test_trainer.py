@@ -12,6 +12,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from support import Project, make, run_command, train_epochs, weights
@@ -295,6 +296,6 @@ def test_combinations_keep_what_the_variants_do(in_process: Project) -> None:
         return trainer
 
     assert isinstance(initialized("Adam3en4").optimizer, torch.optim.AdamW)
-    assert "CE" in type(initialized("CELoss").loss.loss).__name__
+    assert isinstance(initialized("CELoss").loss.loss, RobustCrossEntropyLoss)
     mirrored = initialized("NoMirroring").configure_rotation_dummyDA_mirroring_and_inital_patch_size()[-1]
     assert mirrored is None
