@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support import nnunet_environment, run_command
+from support import Project, run_command
 
 from nnunetv2_e2enet.registration import find_nnunet, is_registered, register, unregister
 
@@ -36,46 +32,6 @@ def registered() -> Iterator[None]:
         unregister(nnunet)
 
 
-@dataclass(frozen=True)
-class Project:
-    """nnU-Net's three folders with one small phantom data set, preprocessed."""
-
-    folder: Path
-    dataset: str = "Dataset993_Phantom"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return nnunet_environment(self.folder)
-
-    @property
-    def raw(self) -> Path:
-        return self.folder / "nnUNet_raw" / self.dataset
-
-    @property
-    def preprocessed(self) -> Path:
-        return self.folder / "nnUNet_preprocessed" / self.dataset
-
-    def plans(self, name: str = "nnUNetPlans") -> dict[str, Any]:
-        return json.loads((self.preprocessed / f"{name}.json").read_text())
-
-    def write_plans(self, name: str, plans: dict[str, Any]) -> None:
-        (self.preprocessed / f"{name}.json").write_text(json.dumps({**plans, "plans_name": name}))
-
-    def model(self, trainer: str, plans: str = "nnUNetPlans", configuration: str = "3d_fullres") -> Path:
-        return self.folder / "nnUNet_results" / self.dataset / f"{trainer}__{plans}__{configuration}"
-
-    def train(
-        self,
-        trainer: str,
-        *options: str,
-        fold: str = "0",
-        configuration: str = "3d_fullres",
-        check: bool = True,
-    ) -> subprocess.CompletedProcess[str]:
-        command = ["nnUNetv2_train", "993", configuration, fold, "-tr", trainer, "-device", "cpu"]
-        return run_command(*command, *options, env=self.environment, check=check)
-
-
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory, registered: None) -> Project:  # noqa: ARG001
     project = Project(tmp_path_factory.mktemp("nnunet"))
@@ -96,3 +52,12 @@ def trained(project: Project) -> Path:
     for fold in ("0", "1"):
         project.train("nnUNetTrainerE2ENet_smoke", fold=fold)
     return project.model("nnUNetTrainerE2ENet_smoke")
+
+
+@pytest.fixture
+def in_process(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Project:
+    """nnU-Net's folders for trainers made in this process; their results go to a folder of their own."""
+    for name, value in project.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    return project

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
-from conftest import Project
-from support import program
+from support import Project, program
 
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.evaluation.cache import MetricsCache

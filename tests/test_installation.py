@@ -1,6 +1,7 @@
 """New environments, from nothing: the package installs, registers, and nnU-Net's own commands find it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,9 @@ def test_new_environment(tmp_path: Path, how: list[str]) -> None:
     run(*pip, *how, str(REPOSITORY))
     run(str(programs / "e2enet"), "register")
     info = run(str(programs / "e2enet"), "info")
-    assert "nnU-Net finds 25 of 25 trainers" in info
+    found = re.search(r"nnU-Net finds (\d+) of (\d+) trainers", info)
+    assert found is not None
+    assert int(found[1]) == int(found[2]) > 20
     assert "nnU-Net finds 1 of 1 planners" in info
     find = (
         "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +10,20 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from conftest import Project
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
-from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet, nnUNetTrainerE2ENet_S90
-from support import run_command
+from support import Project, make, run_command, train_epochs, weights
 
 from nnunetv2_e2enet.network import E2ENet, e2enet_features, maskable_layers
-from nnunetv2_e2enet.training.trainer import E2ENetMixin
+from nnunetv2_e2enet.trainers import e2enet_combined_trainers
+from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
+from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet, nnUNetTrainerE2ENet_S90
 from nnunetv2_e2enet.training.variants import variant
 
 DSFF_LINE = re.compile(r"DSFF sparsity ([\d.]+), prune fraction ([\d.]+), connections changed (\d+), explored ([\d.]+)")
-
-
-@pytest.fixture
-def in_process(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Project:
-    """nnU-Net's folders for trainers made in this process; their results go to a folder of their own."""
-    for name, value in project.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    return project
-
-
-def make(cls: Any, project: Project, plans: dict[str, Any] | None = None, configuration: str = "3d_fullres") -> Any:
-    dataset_json = load_json(str(project.raw / "dataset.json"))
-    given = {**deepcopy(plans or project.plans()), "continue_training": False}
-    return cls(given, configuration, 0, dataset_json, torch.device("cpu"))
-
-
-def weights(model: Path, fold: int = 0) -> dict[str, torch.Tensor]:
-    file = model / f"fold_{fold}" / "checkpoint_final.pth"
-    return torch.load(file, map_location="cpu", weights_only=False)["network_weights"]
 
 
 # --- through the console commands ---------------------------------------------------------------------------------------
@@ -210,23 +189,6 @@ def test_start_is_the_same_for_the_same_seed(in_process: Project) -> None:
     assert not torch.equal(masks[0], masks[2])
 
 
-def train_epochs(trainer: Any, n_epochs: int) -> None:
-    for _ in range(n_epochs):
-        trainer.on_epoch_start()
-        trainer.on_train_epoch_start()
-        trainer.on_train_epoch_end([trainer.train_step(batch()) for _ in range(2)])
-        with torch.no_grad():
-            trainer.on_validation_epoch_start()
-            trainer.on_validation_epoch_end([trainer.validation_step(batch())])
-        trainer.on_epoch_end()
-
-
-def batch() -> dict[str, Any]:
-    data = torch.randn(1, 1, 24, 64, 64)
-    target = [(data > i / 10).float()[:, :, ::z, ::xy, ::xy] for i, (z, xy) in enumerate([(1, 1), (1, 2), (2, 4), (4, 8)])]
-    return {"data": data, "target": target}
-
-
 def test_interrupted_training_resumes_with_its_topology_and_schedule(in_process: Project) -> None:
     cls = variant(nnUNetTrainerE2ENet_smoke, "saved", num_epochs=6, save_every=1)
 
@@ -311,19 +273,29 @@ def test_unknown_settings_are_refused(in_process: Project) -> None:
         make(variant(nnUNetTrainerE2ENet, "typo", featur_sparsity=0.5), in_process)
 
 
-def test_mixin_goes_before_any_trainer(in_process: Project) -> None:
-    class Adam(nnUNetTrainer):
-        def configure_optimizers(self) -> tuple[Any, Any]:
-            optimizer = torch.optim.AdamW(self.network.parameters(), 1e-3, amsgrad=True)
-            return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _epoch: 1.0)
-
-    class E2ENetAdam(E2ENetMixin, Adam):
-        pass
-
-    trainer = make(variant(E2ENetAdam, "x", base_num_features=4, max_num_features=8, topology_update_period=1), in_process)
+@pytest.mark.parametrize("name", e2enet_combined_trainers.__all__)
+def test_combinations_with_nnunets_variants(in_process: Project, name: str) -> None:
+    """A real epoch with a topology update; pruned and grown connections are clean whatever the optimizer keeps of them."""
+    combined = getattr(e2enet_combined_trainers, name)
+    small = {"base_num_features": 4, "max_num_features": 8, "topology_update_period": 1}
+    trainer = make(variant(combined, "small", **small), in_process)
     trainer.initialize()
     train_epochs(trainer, 1)
-    state = trainer.optimizer.state
     for layer in trainer.topology_updater.layers.values():
         assert layer.n_active == round(0.2 * layer.n_connections)
-        assert state[layer.weight]["max_exp_avg_sq"][~layer.mask].abs().sum() == 0
+        assert (layer.explored & ~layer.mask).any()
+        states = [v for v in trainer.optimizer.state[layer.weight].values() if v.shape == layer.weight.shape]
+        assert states
+        assert all(value[~layer.mask].abs().sum() == 0 for value in states)
+
+
+def test_combinations_keep_what_the_variants_do(in_process: Project) -> None:
+    def initialized(name: str) -> Any:
+        trainer = make(getattr(e2enet_combined_trainers, f"nnUNetTrainerE2ENet_{name}"), in_process)
+        trainer.initialize()
+        return trainer
+
+    assert isinstance(initialized("Adam3en4").optimizer, torch.optim.AdamW)
+    assert isinstance(initialized("CELoss").loss.loss, RobustCrossEntropyLoss)
+    mirrored = initialized("NoMirroring").configure_rotation_dummyDA_mirroring_and_inital_patch_size()[-1]
+    assert mirrored is None

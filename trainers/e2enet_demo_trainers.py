@@ -1,11 +1,11 @@
 """The trainings of `make demo`, minutes on two CPU cores, and a smoke test of seconds: does everything run on these data?"""
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet
 
+from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet
 from nnunetv2_e2enet.training.variants import variant
 
-_DEMO = {"num_epochs": 12, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 4}
+_DEMO = {"num_epochs": 10, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 4}
 _SMOKE = {"num_epochs": 3, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
 
 nnUNetTrainer_demo = variant(nnUNetTrainer, "demo", **_DEMO)

@@ -120,9 +120,10 @@ def _draw(
 ) -> Figure:
     """The figure; arrays have the shape (depth, height, width), the spacing is in mm in this order."""
     heights = _row_heights(image.shape, spacing)
-    legend_columns = min(len(labels), 2 * len(columns))
+    width = COLUMN_WIDTH_INCHES * len(columns) + 0.4
+    legend_columns = _legend_columns(width, list(labels.values()))
     legend_rows = math.ceil(len(labels) / legend_columns)
-    inches = (COLUMN_WIDTH_INCHES * len(columns) + 0.4, sum(heights) + 0.6 + 0.35 * legend_rows)
+    inches = (width, sum(heights) + 0.6 + 0.35 * legend_rows)
     figure = Figure(figsize=inches, dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(PLANES), len(columns), squeeze=False, height_ratios=heights)
@@ -174,6 +175,12 @@ def _draw_labels(cell: Axes, pixels: NDArray[np.integer], labels: Sequence[int])
             colour, line_style = _style(rank)
             cell.contourf(columns, rows, mask, levels=[0.5, 1.5], colors=[colour], alpha=FILL_OPACITY)
             cell.contour(columns, rows, mask, levels=[0.5], colors=[colour], linewidths=1.8, linestyles=line_style)
+
+
+def _legend_columns(inches: float, names: Sequence[str]) -> int:
+    """How many entries as wide as the longest name stand side by side."""
+    widest = (0.62 * max(len(name) for name in names) + 4.5) * FONT_SIZE / 72
+    return max(1, min(len(names), int(inches / widest)))
 
 
 def _legend_entry(rank: int, name: str) -> Patch:

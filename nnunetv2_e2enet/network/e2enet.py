@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.errors import E2ENetError
@@ -134,6 +135,22 @@ class E2ENet(nn.Module):
                 f"the patch {list(patch_size)} cannot be divided by the network's strides, in all {divisor}: "
                 "change patch_size in the plans to multiples of them"
             )
+
+    def get_extra_state(self) -> Tensor:
+        """The shift size travels with the weights, which would fit a network that shifts otherwise."""
+        return torch.tensor(self._effective_shift_size)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises E2ENetError if the weights were trained with another shift size."""
+        if int(state) != self._effective_shift_size:
+            raise E2ENetError(
+                f"the weights were trained with shift_size {int(state)}, but the network has {self._effective_shift_size}: "
+                "build the network with the shift size of the weights"
+            )
+
+    @property
+    def _effective_shift_size(self) -> int:
+        return self.shift_size if self.dimension == 3 else 1
 
     @staticmethod
     def initialize(module: nn.Module) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,7 @@ from nnunetv2_e2enet.dsff import (
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture
+from nnunetv2_e2enet.training.checkpoints import check_checkpoint
 
 if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as TrainerBase
@@ -118,6 +121,33 @@ class E2ENetMixin(TrainerBase):
         network = self.network.module if self.is_ddp else self.network
         return getattr(network, "_orig_mod", network)
 
+    def save_checkpoint(self, filename: str) -> None:
+        """As nnU-Net does, but a file that is there is replaced only by one that is complete."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        target, temporary = Path(filename), Path(f"{filename}.tmp")
+        try:
+            super().save_checkpoint(str(temporary))
+            temporary.replace(target)
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError when the disk is full
+            temporary.unlink(missing_ok=True)
+            free = shutil.disk_usage(target.parent).free
+            raise SystemExit(
+                f"E2ENet: {target} could not be written ({str(error).splitlines()[0]}; {free / 1e9:.1f} GB are free): former "
+                "checkpoints are intact. Make room and resume with --c"
+            ) from error
+
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+        """As nnU-Net does, after a check that the checkpoint is of this network."""
+        if not self.was_initialized:
+            self.initialize()
+        if isinstance(filename_or_checkpoint, str):
+            architecture = self.configuration_manager.configuration["architecture"]
+            with one_line_errors():
+                check_checkpoint(Path(filename_or_checkpoint), architecture, self.unwrapped_network.state_dict())
+        super().load_checkpoint(filename_or_checkpoint)
+
     def on_train_start(self) -> None:
         super().on_train_start()
         with one_line_errors():
@@ -137,10 +167,20 @@ class E2ENetMixin(TrainerBase):
                 f"{self.feature_sparsity}: load weights of that sparsity, or use the trainer that they were trained with"
             )
 
+    def _check_weights(self) -> None:
+        """Raises E2ENetError if the training has diverged; the checkpoints on disk are from before."""
+        for name, parameter in self.unwrapped_network.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise E2ENetError(
+                    f"{name} is not finite after epoch {self.current_epoch}: the training has diverged. Resume it from its "
+                    "last checkpoint with --c and a lower initial_lr"
+                )
+
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         super().on_train_epoch_end(train_outputs)
         updater = self.topology_updater
         with one_line_errors():
+            self._check_weights()
             update = updater.update(self.current_epoch, self.optimizer)
         self.print_to_log_file(
             f"DSFF sparsity {sparsity(updater.layers):.4f}, "

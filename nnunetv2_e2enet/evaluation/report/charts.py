@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from nnunetv2_e2enet.evaluation.comparison import Comparison
 from nnunetv2_e2enet.evaluation.measure import nan_mean
 from nnunetv2_e2enet.evaluation.metrics import Metric
-from nnunetv2_e2enet.evaluation.report.svg import WIDTH, Axis, Chart, fitting_axis, model_style, shortened
+from nnunetv2_e2enet.evaluation.report.svg import CHARACTER, WIDTH, Axis, Chart, fitting_axis, model_style, shortened
 from nnunetv2_e2enet.evaluation.statistics import MEAN, RankTest
 
-LEFT, RIGHT, TOP, BOTTOM = 56, WIDTH - 14, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 64, WIDTH - 14, 14, 46
 DOTS_PER_MODEL = 400
 BOX = 9
 
@@ -72,9 +72,7 @@ def box_plots(comparison: Comparison, metric: Metric) -> Chart:
     row = len(results.models) * (BOX + 3) + 12
     height = TOP + row * len(results.classes) + BOTTOM
     label_width = min(120.0, 12 + 6.2 * max(len(name) for name in results.classes))
-    x = fitting_axis([0.0, *values[np.isfinite(values)].tolist()], label_width, RIGHT, margin=0.02)
-    if metric.higher_is_better:
-        x = Axis(min(0.0, x.low) if x.low < 0.5 else x.low, 1.0, label_width, RIGHT)
+    x = Axis(0.0, 1.0 if metric.higher_is_better else _widest_whisker(values), label_width, RIGHT - 6)
     unit = f" ({metric.unit})" if metric.unit else ""
     medians = "; ".join(
         f"{label}: " + ", ".join(f"{m} {_median(values[i, :, k]):.3g}" for i, m in enumerate(results.models))
@@ -108,8 +106,23 @@ def _draw_box(chart: Chart, x: Axis, top: float, numbers: NDArray[np.float64], m
     chart.box(x(q1), top, x(q3) - x(q1), BOX, colour, tip=tip)
     chart.line(x(median), top, x(median), top + BOX, "median", colour)
     outliers = numbers[(numbers < inside.min()) | (numbers > inside.max())]
-    for outlier in outliers:
+    for outlier in outliers[outliers <= x.high]:
         chart.mark(x(float(outlier)), middle, colour, "circle", 1.6, "dot")
+    beyond = outliers[outliers > x.high]
+    if beyond.size:
+        tip = f"{name}: {beyond.size} of {numbers.size} beyond {x.high:.3g}, up to {beyond.max():.4g}"
+        chart.mark(x.end + 7, middle, colour, "right", 3.2, "mark", tip)
+
+
+def _widest_whisker(values: NDArray[np.float64]) -> float:
+    """A little more than the end of the longest whisker: what lies beyond would squeeze all boxes."""
+    ends = [0.0]
+    for numbers in values.transpose(0, 2, 1).reshape(-1, values.shape[1]):
+        defined = numbers[np.isfinite(numbers)]
+        if defined.size:
+            q1, q3 = np.percentile(defined, [25, 75])
+            ends.append(float(defined[defined <= q3 + 1.5 * (q3 - q1)].max()))
+    return 1.25 * max(ends) or 1.0
 
 
 def volume_and_dice(comparison: Comparison, seed: int = 0) -> Chart:
@@ -214,15 +227,14 @@ def critical_difference_diagram(comparison: Comparison, test: RankTest, metric: 
         chart.text(x(tick), 20, str(tick), kind="tick")
     for row, (low, high) in enumerate(groups):
         chart.line(x(low) - 3, 38 + 9 * row, x(high) + 3, 38 + 9 * row, "clique")
-    for row, (rank, i) in enumerate(models):
+    for row, (rank, i) in enumerate(reversed(models)):  # the best has the longest line, so that labels cross none
         colour, marker = model_style(i)
         y = top + 22 * row + 8
-        left = x(rank) < WIDTH / 2
+        words = f"{comparison.names[i]} ({rank:.2f})"
+        fits = x(rank) + 8 + CHARACTER * len(words) < WIDTH
         chart.line(x(rank), 30, x(rank), y, "whisker", colour)
         chart.mark(x(rank), 30, colour, marker, 4)
-        chart.text(
-            x(rank) + (8 if left else -8), y + 4, f"{comparison.names[i]} ({rank:.2f})", "start" if left else "end", "tick"
-        )
+        chart.text(x(rank) + (8 if fits else -8), y + 4, words, "start" if fits else "end", "tick halo")
     return chart
 
 

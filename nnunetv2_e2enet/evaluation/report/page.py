@@ -14,7 +14,7 @@ from nnunetv2_e2enet.evaluation.numbers import NOTHING
 from nnunetv2_e2enet.evaluation.report import charts, tables
 from nnunetv2_e2enet.evaluation.report.explanations import explanations
 from nnunetv2_e2enet.evaluation.report.pictures import Picture
-from nnunetv2_e2enet.evaluation.report.svg import Chart, model_style
+from nnunetv2_e2enet.evaluation.report.svg import Chart, colour_variables, model_style
 from nnunetv2_e2enet.evaluation.statistics import MEAN
 from nnunetv2_e2enet.evaluation.tables import cost_notes, missing_costs, verdicts
 
@@ -39,7 +39,7 @@ def report_html(comparison: Comparison, pictures: Sequence[Picture], provenance:
     present = {title: body for title, body in sections.items() if body}
     links = "".join(f'<a href="#{_anchor(title)}">{title}</a>' for title in present)
     bodies = "".join(f'<section id="{_anchor(title)}"><h2>{title}</h2>{body}</section>' for title, body in present.items())
-    names = escape(" and ".join(comparison.names) if len(comparison.names) < 4 else f"{len(comparison.names)} models")
+    names = escape(_listed(comparison.names))
     results = comparison.results
     dataset = next((m.source.dataset for m in comparison.models if m.source.dataset), None)
     lead = (
@@ -49,11 +49,15 @@ def report_html(comparison: Comparison, pictures: Sequence[Picture], provenance:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{names}: comparison</title><style>{style}</style></head><body>"
+        f"<title>{names}: comparison</title><style>{style}{colour_variables()}</style></head><body>"
         f'<header><h1>{names}</h1><p class="lead">{escape(lead)}</p><nav aria-label="Sections">{links}</nav>'
         f"{_legend(comparison)}</header>"
         f"<main>{bodies}</main></body></html>\n"
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _anchor(title: str) -> str:
@@ -122,7 +126,8 @@ def _cost(comparison: Comparison) -> str:
 
 
 def _classes(comparison: Comparison) -> str:
-    plots = [_figure(charts.box_plots(comparison, metric)) for metric in METRICS]
+    note = "Triangles at the edge stand for values beyond it."
+    plots = [_figure(charts.box_plots(comparison, metric), "" if metric.higher_is_better else note) for metric in METRICS]
     details = [
         f"<details{' open' if metric is DICE else ''}><summary>{metric.title}: means, intervals and tests</summary>"
         f"{tables.classes(comparison, metric)}</details>"

@@ -10,13 +10,15 @@ from html import escape
 from nnunetv2_e2enet.evaluation.overlay import OKABE_ITO
 
 MODEL_COLOURS = tuple(OKABE_ITO[i] for i in (5, 6, 2, 3, 1, 0, 4))
+MODEL_COLOURS_IN_THE_DARK = tuple(OKABE_ITO[i] for i in (1, 6, 2, 3, 5, 0, 4))
 _OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
     "circle": (),
     "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
     "triangle": ((0, -1.1), (1.05, 0.8), (-1.05, 0.8)),
     "diamond": ((0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)),
+    "right": ((1, 0), (-1, 1), (-1, -1)),
 }
-MARKERS = tuple(_OUTLINES)
+MARKERS = ("circle", "square", "triangle", "diamond")
 WIDTH = 400
 TICKS = 5
 CHARACTER = 6.2
@@ -25,7 +27,16 @@ CHARACTER = 6.2
 
 def model_style(index: int) -> tuple[str, str]:
     """Colour and marker of a model; both differ, so that neither is needed alone."""
-    return MODEL_COLOURS[index % len(MODEL_COLOURS)], MARKERS[index % len(MARKERS)]
+    return f"var(--model-{index % len(MODEL_COLOURS)})", MARKERS[index % len(MARKERS)]
+
+
+def colour_variables() -> str:
+    """The style that says what the models' colours are."""
+    light, dark = (
+        "".join(f"--model-{i}: {colour}; " for i, colour in enumerate(colours))
+        for colours in (MODEL_COLOURS, MODEL_COLOURS_IN_THE_DARK)
+    )
+    return f":root {{ {light}}} @media screen and (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}"
 
 
 @dataclass(frozen=True)

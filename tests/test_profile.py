@@ -1,0 +1,188 @@
+"""`e2enet profile`: counts against the published network, measurements that are plausible, the command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from support import AMOS_STRIDES, Project
+from torch import nn
+
+from nnunetv2_e2enet.cli.main import main
+from nnunetv2_e2enet.evaluation.costs import breakdown, count_costs
+from nnunetv2_e2enet.evaluation.memory import peak_bytes
+from nnunetv2_e2enet.evaluation.networks import Design, e2enet_variant, residual_encoder_variant
+from nnunetv2_e2enet.evaluation.profile import Settings, time_in_turns
+
+AMOS_PATCH = [64, 160, 160]
+
+
+def plans_of(strides: list[list[int]], patch: list[int], base: int = 32) -> dict[str, Any]:
+    """Plans as nnU-Net writes them, with what building a network needs."""
+    n = len(strides)
+    kernels = [[1, 3, 3] if i == 0 else [3, 3, 3] for i in range(n)]
+    architecture = {
+        "network_class_name": f"{PlainConvUNet.__module__}.PlainConvUNet",
+        "arch_kwargs": {
+            "n_stages": n,
+            "features_per_stage": [min(base * 2**i, 320) for i in range(n)],
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": kernels,
+            "strides": strides,
+            "n_conv_per_stage": [2] * n,
+            "n_conv_per_stage_decoder": [2] * (n - 1),
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+    configuration = {"patch_size": patch, "batch_size": 2, "architecture": architecture}
+    return {"plans_name": "nnUNetPlans", "label_manager": "LabelManager", "configurations": {"3d_fullres": configuration}}
+
+
+def dataset_of(classes: int) -> dict[str, Any]:
+    labels = {"background": 0, **{f"organ {i}": i for i in range(1, classes)}}
+    return {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz"}
+
+
+@pytest.fixture(scope="module")
+def small() -> Design:
+    return Design("nnU-Net", "test", plans_of(AMOS_STRIDES[1:4], [8, 16, 16], base=8), dataset_of(3), "3d_fullres")
+
+
+def test_counts_are_the_published_ones() -> None:
+    stock = Design("nnU-Net", "AMOS", plans_of(AMOS_STRIDES, AMOS_PATCH), dataset_of(16), "3d_fullres")
+    with torch.device("meta"):
+        nnunet, resenc = stock.build(), residual_encoder_variant(stock).build()
+    for network, parameters, macs in ((nnunet, 31_124_368, 438.60e9), (resenc, 102_278_544, 813.87e9)):
+        costs = count_costs(network, stock.input_shape())
+        assert costs.parameters_stored == costs.parameters_active == parameters
+        assert costs.macs_dense == costs.macs_active == costs.macs_executed == pytest.approx(macs, rel=2e-5)
+    for sparsity, parameters, macs in ((0, 23.807e6, 1134.41e9), (0.7, 11.224e6, 427.3e9), (0.9, 7.629e6, 225.3e9)):
+        # those of E2ENet were counted with the outputs of deep supervision
+        costs = count_costs(e2enet_variant(stock, sparsity).build(deep_supervision=True), stock.input_shape())
+        assert costs.parameters_stored == 23_806_928
+        assert costs.parameters_active == pytest.approx(parameters, rel=1e-4)
+        assert costs.macs_active == pytest.approx(macs, rel=1e-3)
+        assert costs.macs_dense == costs.macs_executed == pytest.approx(1134.41e9, rel=1e-5)
+
+
+def test_levels_and_flows_add_up(small: Design) -> None:
+    for design in (small, e2enet_variant(small, 0.8), residual_encoder_variant(small)):
+        network = design.build()
+        costs, shares = count_costs(network, design.input_shape()), breakdown(network, design.input_shape())
+        assert {share.level for share in shares} == {0, 1, 2}
+        for field in ("parameters_stored", "parameters_active", "macs_dense", "macs_active"):
+            assert sum(asdict(share)[field] for share in shares) == getattr(costs, field)
+    flows = {share.flow for share in breakdown(e2enet_variant(small, 0.8).build(), small.input_shape())}
+    assert flows == {"encoder", "forward", "upward", "downward", "second block", "head", "norm, bias"}
+
+
+def test_counting_leaves_the_network_as_it_was(small: Design) -> None:
+    for design in (small, residual_encoder_variant(small)):
+        network = design.build()
+        count_costs(network, design.input_shape())
+        assert not any(p.is_meta for p in network.parameters())
+        network(torch.zeros(small.input_shape()))
+
+
+def test_networks_are_timed_in_turns() -> None:
+    calls: list[str] = []
+
+    class Named(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(f"{self.name}{len(x.shape)}")
+            return x
+
+    shapes = {"a": (1, 1, 4), "b": (1, 4)}
+    seconds = time_in_turns({name: Named(name) for name in shapes}, shapes, Settings(rounds=3))
+    assert calls == ["a3", "b2"] * 4
+    assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_peak_memory_is_measured() -> None:
+    larger = Design("nnU-Net", "test", plans_of(AMOS_STRIDES[1:4], [32, 64, 64]), dataset_of(3), "3d_fullres")
+    training = peak_bytes(larger, True, 2, "cpu", 1)
+    # the outputs of the finest level's convolutions alone are 4 x 32 channels of float32 for each voxel and patch
+    assert 4 * 32 * 4 * 2 * 32 * 64 * 64 < training < 4e9
+
+
+def test_the_command_on_a_plans_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plans = tmp_path / "nnUNetPlans.json"
+    plans.write_text(json.dumps(plans_of(AMOS_STRIDES[1:4], [8, 16, 16], base=8)))
+    command = ["profile", str(plans), "--no-memory", "--rounds", "2", "--sparsity", "0.5", "--threads", "1"]
+    assert main(command) == 1
+    assert "--dataset-json" in capsys.readouterr().err
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset_of(3)))
+    assert main([*command, "--flows", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [p["name"] for p in content["profiles"]] == ["E2ENet S=0.5", "nnU-Net", "ResEnc M/L"]
+    ours = content["profiles"][0]
+    assert ours["costs"]["macs_active"] < ours["costs"]["macs_dense"] == ours["costs"]["macs_executed"]
+    assert len(ours["seconds"]) == 2
+    assert ours["latency_seconds"]["median"] > 0
+    assert ours["training_bytes"] is None
+    assert ours["shares"]
+    assert content["settings"]["threads"] == 1
+    assert main([*command, "--levels", "--no-time"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "masked weights are multiplied like any others" in shown
+    assert "costs by level" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["none_such"], "is no model folder"),
+        (["PLANS", "-c", "2d"], "no configuration 2d"),
+        (["PLANS", "--trainer", "nnUNetTrainerNone"], "does not find the trainer"),
+        (["PLANS", "--rounds", "0"], "at least 1"),
+        (["PLANS", "--sparsity", "1"], "feature_sparsity is 1"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plans = tmp_path / "nnUNetPlans.json"
+    plans.write_text(json.dumps(plans_of(AMOS_STRIDES[1:4], [8, 16, 16], base=8)))
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset_of(3)))
+    given = [str(plans) if a == "PLANS" else a for a in arguments]
+    assert main(["profile", *given, "--no-memory", "--no-time"]) == 1
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_data_set_and_model_folder(
+    trained: Path, project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in project.environment.items():
+        monkeypatch.setenv(name, value)
+    counts_alone = ["--no-memory", "--no-time", "--json", "--sparsity", "0.8"]
+    before = sorted(project.preprocessed.iterdir())
+    assert main(["profile", "993", str(trained), *counts_alone]) == 0
+    profiles = {p["name"]: p for p in json.loads(capsys.readouterr().out)["profiles"]}
+    assert list(profiles) == ["E2ENet S=0.8", "nnU-Net", "ResEnc M", "ResEnc L", "nnUNetTrainerE2ENet_smoke"]
+    assert profiles["nnUNetTrainerE2ENet_smoke"]["architecture"] == "E2ENet"
+    assert profiles["ResEnc L"]["architecture"] == "ResidualEncoderUNet"
+    assert sorted(project.preprocessed.iterdir()) == before
+
+
+def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
+    for shell in ("bash", "zsh"):
+        assert main(["completion", shell]) == 0
+        script = capsys.readouterr().out
+        assert "--report" in script
+        assert "profile" in script
