@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--failure-dice", type=float, default=0.5, metavar="D", help="a class below it is a failure (default: %(default)s)"
     )
+    parser.add_argument(
+        "--measure", action="store_true", help="measure memory and time of the models too, as `e2enet profile` does"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
     output = parser.add_argument_group("output")
     output.add_argument("--report", type=Path, metavar="FILE", help="write one HTML page that needs nothing else")
@@ -125,7 +129,29 @@ def _compare(args: argparse.Namespace, console: Console) -> Comparison:
     with console.status("Counting costs …"):
         facts = [model_facts(source) for source in sources]
     with console.status("Statistics …"):
-        return compare(facts, labels, tolerances, results, tuple(args.weights), args.failure_dice, args.seed)
+        comparison = compare(facts, labels, tolerances, results, tuple(args.weights), args.failure_dice, args.seed)
+    return _measured(comparison, console) if args.measure else comparison
+
+
+def _measured(comparison: Comparison, console: Console) -> Comparison:
+    """With memory and time of the models whose folders are known."""
+    import torch
+
+    from nnunetv2_e2enet.evaluation.networks import model_design
+    from nnunetv2_e2enet.evaluation.profile import Settings, profile, steps
+
+    settings = Settings("cuda" if torch.cuda.is_available() else "cpu", threads=torch.get_num_threads())
+    sources = [facts.source for facts in comparison.models if facts.costs is not None]
+    designs = [model_design(source.model, source.name) for source in sources if source.model is not None]
+    total, done = steps(designs, settings), 0
+    with _progress(console, "Measuring memory and time") as report:
+
+        def tell(_description: str) -> None:
+            nonlocal done
+            report(done, total)
+            done += 1
+
+        return replace(comparison, profiles=profile(designs, settings, tell), settings=settings)
 
 
 def _tolerances(given: list[str], labels: Labels) -> list[float]:

@@ -14,6 +14,7 @@ from nnunetv2_e2enet.evaluation.labels import Labels
 from nnunetv2_e2enet.evaluation.measure import Results
 from nnunetv2_e2enet.evaluation.metrics import METRICS
 from nnunetv2_e2enet.evaluation.networks import Training, model_design, read_trainings
+from nnunetv2_e2enet.evaluation.profile import Profile, Settings
 from nnunetv2_e2enet.evaluation.sources import Source
 from nnunetv2_e2enet.evaluation.statistics import (
     Interval,
@@ -82,6 +83,7 @@ class Comparison:
         ranked: tests by metric, of three or more.
         scores: performance trade-off by model, with active and with executed arithmetic; empty where costs are unknown.
         weights: ``a1`` and ``a2`` of the scores.
+        profiles, settings: measurements of the models' memory and time, where they were asked for.
     """
 
     models: list[ModelFacts]
@@ -95,6 +97,8 @@ class Comparison:
     failures: list[Failure]
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     weights: tuple[float, float] = (1.0, 1.0)
+    profiles: list[Profile] = field(default_factory=list)
+    settings: Settings = field(default_factory=Settings)
 
     @property
     def names(self) -> list[str]:

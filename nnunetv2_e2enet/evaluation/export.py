@@ -37,6 +37,7 @@ def as_json(comparison: Comparison, provenance: dict[str, Any]) -> dict[str, Any
         "paired_tests": {metric: [asdict(test) for test in tests] for metric, tests in comparison.paired.items()},
         "rank_tests": {metric: [asdict(test) for test in tests] for metric, tests in comparison.ranked.items()},
         "trade_off": {"a1": comparison.weights[0], "a2": comparison.weights[1], "scores": comparison.scores},
+        "profiles": {"settings": asdict(comparison.settings), "models": [p.as_json() for p in comparison.profiles]},
         "failures": [asdict(failure) for failure in comparison.failures],
         "cases": [
             {

@@ -108,7 +108,8 @@ class Design:
             try:
                 network.load_state_dict(load_checkpoint(self.checkpoint)["network_weights"])
             except RuntimeError as error:
-                raise E2ENetError(f"the weights in {self.checkpoint} do not fit the network of its plans: {error}") from error
+                reason = " ".join(str(error).split())
+                raise E2ENetError(f"the weights in {self.checkpoint} do not fit the network of its plans: {reason}") from error
         return network
 
 

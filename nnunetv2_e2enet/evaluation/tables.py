@@ -11,6 +11,7 @@ from rich.table import Table
 from nnunetv2_e2enet.evaluation import numbers
 from nnunetv2_e2enet.evaluation.comparison import Comparison, comparable_patches
 from nnunetv2_e2enet.evaluation.metrics import METRICS
+from nnunetv2_e2enet.evaluation.profile_tables import how_measured, measured
 from nnunetv2_e2enet.evaluation.statistics import ALPHA, MEAN
 
 FAILURES_SHOWN = 10
@@ -24,6 +25,10 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         console.print(cost_notes(comparison))
     for note in missing_costs(comparison):
         console.print(note)
+    if comparison.profiles:
+        console.print()
+        console.print(measured(comparison.profiles, comparison.settings))
+        console.print(how_measured(comparison.settings))
     console.print(_classes(comparison))
     for line in verdicts(comparison):
         console.print(line)
@@ -129,6 +134,8 @@ def _paired_verdict(comparison: Comparison, key: str) -> str:
     if test.p_holm < ALPHA:
         better = (test.median_difference > 0) == metric.higher_is_better
         finding = f"{first if better else second} is better"
+    elif 2 / 2 ** (test.wins + test.losses) >= ALPHA:  # the smallest p-value that signs of so many cases can give
+        finding = "too few cases to show a difference"
     else:
         finding = "no difference shown"
     return f"{metric.title}: {finding}; {size}, Wilcoxon {numbers.p_statement(test.p_holm)} (Holm), n = {test.difference.n}."

@@ -11,6 +11,7 @@ from typing import Any
 from nnunetv2_e2enet.evaluation.comparison import Comparison, ModelFacts
 from nnunetv2_e2enet.evaluation.metrics import METRICS
 from nnunetv2_e2enet.evaluation.numbers import NOTHING
+from nnunetv2_e2enet.evaluation.profile_tables import how_measured
 from nnunetv2_e2enet.evaluation.report import charts, tables
 from nnunetv2_e2enet.evaluation.report.explanations import explanations
 from nnunetv2_e2enet.evaluation.report.pictures import Picture
@@ -122,7 +123,16 @@ def _cost(comparison: Comparison) -> str:
             "Filled: what the topology leaves to compute. Hollow: what is executed. Top left is best.",
         ),
     ]
-    return f'{tables.costs(comparison)}<p class="note">{escape(cost_notes(comparison))}</p>{notes}{_figures(plots)}'
+    measured = ""
+    if comparison.profiles:
+        settings = comparison.settings
+        how = f"Measured on {settings.device}, {settings.threads} threads, {settings.dtype}. {how_measured(settings)}"
+        measured = f'{tables.measurements(comparison)}<p class="note">{escape(how)}</p>'
+        seconds = {p.name: p.latency[1] for p in comparison.profiles}
+        latency = [seconds.get(name, math.nan) for name in comparison.names]
+        plots.append(_figure(charts.pareto(comparison, [latency], "time of a patch", "s"), "Median of the timed passes."))
+    note = f'<p class="note">{escape(cost_notes(comparison))}</p>'
+    return f"{tables.costs(comparison)}{note}{notes}{measured}{_figures(plots)}"
 
 
 def _classes(comparison: Comparison) -> str:

@@ -66,14 +66,18 @@ class Axis:
     def ticks(self) -> list[float]:
         """Round numbers between the ends."""
         if not self.logarithmic:
-            step = _round_step((self.high - self.low) / TICKS)
-            first = math.ceil(self.low / step - 1e-9)
-            last = math.floor(self.high / step + 1e-9)
-            return [i * step for i in range(first, last + 1)]
+            return self._even_ticks
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         factors = (1, 2, 5) if len(decades) <= 3 else (1,)
-        ticks = [f * 10.0**d for d in decades for f in factors]
-        return [t for t in ticks if self.low * 0.999 <= t <= self.high * 1.001]
+        ticks = [f * 10.0**d for d in decades for f in factors if self.low * 0.999 <= f * 10.0**d <= self.high * 1.001]
+        return ticks if len(ticks) > 1 else self._even_ticks
+
+    @property
+    def _even_ticks(self) -> list[float]:
+        step = _round_step((self.high - self.low) / TICKS)
+        first = math.ceil(self.low / step - 1e-9)
+        last = math.floor(self.high / step + 1e-9)
+        return [i * step for i in range(first, last + 1)]
 
 
 def _round_step(rough: float) -> float:

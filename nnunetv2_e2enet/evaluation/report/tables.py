@@ -64,6 +64,27 @@ def costs(comparison: Comparison) -> str:
     return table(head, rows)
 
 
+def measurements(comparison: Comparison) -> str:
+    """Memory and time, where they were measured."""
+    head = [
+        "model",
+        "training step<br>peak",
+        "prediction<br>peak",
+        "patch<br>median",
+        "quartiles",
+        "Mvoxel/s",
+        "batch",
+        "patch",
+    ]
+    rows = []
+    for p in comparison.profiles:
+        low, median, high = p.latency
+        peaks = [numbers.NOTHING if math.isnan(n) else numbers.gib(n) for n in (p.training_bytes, p.prediction_bytes)]
+        times = [f"{median:.3f} s", f"{low:.3f} to {high:.3f}", f"{p.voxels_per_second / 1e6:.2f}"]
+        rows.append([escape(p.name), *peaks, *times, str(p.batch_size), " × ".join(map(str, p.patch_size))])  # noqa: RUF001
+    return table(head, rows)
+
+
 def classes(comparison: Comparison, metric: Metric) -> str:
     """Means and intervals of all classes, with the tests."""
     tests: Sequence[PairedTest | RankTest] = comparison.paired.get(metric.key) or comparison.ranked.get(metric.key, [])
