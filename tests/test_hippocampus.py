@@ -77,3 +77,32 @@ def test_the_whole_way(task: Path, tmp_path: Path, registered: None) -> None:  #
     result = load_json(str(tmp_path / "held_out" / "summary.json"))
     assert len(result["metric_per_case"]) == N_HELD_OUT
     assert 0 <= result["foreground_mean"]["Dice"] <= 1
+
+
+@pytest.mark.slow
+def test_two_trainings_are_compared(task: Path, tmp_path: Path, registered: None) -> None:  # noqa: ARG001
+    environment = nnunet_environment(tmp_path)
+    for folder in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / folder).mkdir()
+    run_command("nnUNetv2_convert_MSD_dataset", "-i", str(task), "-np", "2", env=environment)
+    run_command("nnUNetv2_plan_and_preprocess", "-d", "4", "-c", "3d_fullres", "-np", "2", "-npfp", "2", env=environment)
+    results = tmp_path / "nnUNet_results" / "Dataset004_Hippocampus"
+    models = {}
+    for trainer in ("nnUNetTrainerE2ENet_smoke", "nnUNetTrainer_smoke"):
+        run_command("nnUNetv2_train", "4", "3d_fullres", "0", "-tr", trainer, "-device", "cpu", env=environment)
+        models[trainer] = results / f"{trainer}__nnUNetPlans__3d_fullres"
+    output, report = tmp_path / "out.json", tmp_path / "out.html"
+    written = ["--report", str(report), "--json", str(output), "--no-cache", "--workers", "1"]
+    run_command("e2enet", "compare", *map(str, models.values()), *written, env=environment)
+    content = json.loads(output.read_text())
+    assert "Worst case 1: hippocampus" in report.read_text()
+    keys = {c["name"]: str(c["values"][0]) for c in content["classes"]}
+    for name, model in models.items():
+        summary = load_json(str(model / "fold_0" / "validation" / "summary.json"))
+        theirs = {Path(case["prediction_file"]).name: case["metrics"] for case in summary["metric_per_case"]}
+        assert len(theirs) == len(content["cases"]) > 0
+        for case in content["cases"]:
+            for label, metrics in case["models"][name].items():
+                expected = theirs[f"{case['case']}.nii.gz"][keys[label]]["Dice"]
+                assert metrics["dice"] == pytest.approx(expected, abs=1e-6)
+        assert content["means"]["dice"][name]["mean"]["mean"] == pytest.approx(summary["foreground_mean"]["Dice"], abs=1e-6)

@@ -198,13 +198,14 @@ def _trainer_class(name: str) -> Any:
 
     if name == nnUNetTrainer.__name__:  # no search, for which nnU-Net imports all of its trainers
         return nnUNetTrainer
-    with redirect_stdout(StringIO()):
-        found = recursive_find_trainer_class_by_name(name)
-    if found is None:
+    try:
+        with redirect_stdout(StringIO()):
+            return recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:  # not there, or nnU-Net's search met a module that cannot be imported
+        reason = str(error).split("\n")[0]
         raise E2ENetError(
-            f"nnU-Net does not find the trainer {name}: `e2enet register`, or set nnUNet_extTrainer as in training"
-        )
-    return found
+            f"nnU-Net does not find the trainer {name}: `e2enet register`, or set nnUNet_extTrainer ({reason})"
+        ) from error
 
 
 def e2enet_variant(design: Design, sparsity: float) -> Design:
