@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.evaluation.choices import BESIDE, SPARSITIES
 
 if TYPE_CHECKING:
     from nnunetv2_e2enet.evaluation.profile import Profile, Settings
@@ -31,8 +32,6 @@ exit code: 0 profiled, 1 the input cannot be used (standard error says why), 2 w
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from nnunetv2_e2enet.evaluation.subjects import BESIDE, SPARSITIES
-
     parser.epilog = EXAMPLES
     parser.add_argument(
         "subjects", nargs="+", metavar="SUBJECT", help="model folder, plans file, or name or number of a data set"
@@ -44,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--beside", nargs="*", choices=BESIDE, help="networks to build from the plans (default: all, none for model folders)"
     )
     parser.add_argument(
-        "--sparsity", nargs="+", type=float, default=list(SPARSITIES), metavar="S", help="of E2ENet (default: %(default)s)"
+        "--sparsity",
+        nargs="+",
+        type=float,
+        default=list(SPARSITIES),
+        metavar="S",
+        help="of E2ENet (default: 0, 0.7, 0.8, 0.9)",
     )
     parser.add_argument("--levels", action="store_true", help="costs of each level")
     parser.add_argument("--flows", action="store_true", help="costs of each level and flow")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.evaluation.choices import BESIDE, SPARSITIES
 from nnunetv2_e2enet.evaluation.files import read_json
 from nnunetv2_e2enet.evaluation.networks import (
     Design,
@@ -23,8 +24,6 @@ from nnunetv2_e2enet.evaluation.networks import (
 )
 from nnunetv2_e2enet.evaluation.sources import default_names, is_model_folder
 
-SPARSITIES = (0.0, 0.7, 0.8, 0.9)
-BESIDE = ("e2enet", "nnunet", "resenc")
 PRESETS = {"ResEnc M": "nnUNetPlannerResEncM", "ResEnc L": "nnUNetPlannerResEncL"}
 
 
