@@ -305,6 +305,17 @@ def test_the_report_needs_nothing_else_and_says_what_its_pictures_show(tmp_path:
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
+def test_cases_without_any_foreground(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in study.folder.rglob("*.nii.gz"):
+        write_map(file, np.zeros((4, 5, 6), np.uint8))
+    report = study.folder / "out.html"
+    assert main(study.arguments("--report", str(report))) == 0
+    assert "too few cases for a test (0)" in " ".join(capsys.readouterr().out.split())
+    content = study.json()
+    assert content["means"]["dice"]["model_a"]["mean"]["mean"] is None
+    assert content["failures"] == []
+
+
 def test_two_dimensions(tmp_path: Path) -> None:
     for i in range(3):
         voxels = np.zeros((20, 30), np.uint8)

@@ -62,6 +62,8 @@ def pictures(comparison: Comparison, images: Path | None) -> list[Picture]:
 def _chosen(comparison: Comparison) -> dict[str, int]:
     """Index of the case by heading; no case twice."""
     order = order_by_dice(comparison)
+    if not order:
+        return {}
     names = comparison.results.names
     n = min(SHOWN, len(order) // 2) or min(1, len(order))
     chosen = {f"Worst case {i + 1}: {names[index]}": index for i, index in enumerate(order[:n])}
