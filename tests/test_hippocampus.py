@@ -88,9 +88,9 @@ def test_two_trainings_are_compared(task: Path, tmp_path: Path, registered: None
     run_command("nnUNetv2_plan_and_preprocess", "-d", "4", "-c", "3d_fullres", "-np", "2", "-npfp", "2", env=environment)
     results = tmp_path / "nnUNet_results" / "Dataset004_Hippocampus"
     models = {}
-    for trainer in ("nnUNetTrainerE2ENet_smoke", "nnUNetTrainer_smoke"):
+    for name, trainer in (("E2ENet_smoke", "nnUNetTrainerE2ENet_smoke"), ("nnU-Net_smoke", "nnUNetTrainer_smoke")):
         run_command("nnUNetv2_train", "4", "3d_fullres", "0", "-tr", trainer, "-device", "cpu", env=environment)
-        models[trainer] = results / f"{trainer}__nnUNetPlans__3d_fullres"
+        models[name] = results / f"{trainer}__nnUNetPlans__3d_fullres"
     output, report = tmp_path / "out.json", tmp_path / "out.html"
     written = ["--report", str(report), "--json", str(output), "--no-cache", "--workers", "1"]
     run_command("e2enet", "compare", *map(str, models.values()), *written, env=environment)

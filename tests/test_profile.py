@@ -174,8 +174,8 @@ def test_data_set_and_model_folder(
     before = sorted(project.preprocessed.iterdir())
     assert main(["profile", "993", str(trained), *counts_alone]) == 0
     profiles = {p["name"]: p for p in json.loads(capsys.readouterr().out)["profiles"]}
-    assert list(profiles) == ["E2ENet S=0.8", "nnU-Net", "ResEnc M", "ResEnc L", "nnUNetTrainerE2ENet_smoke"]
-    assert profiles["nnUNetTrainerE2ENet_smoke"]["architecture"] == "E2ENet"
+    assert list(profiles) == ["E2ENet S=0.8", "nnU-Net", "ResEnc M", "ResEnc L", "E2ENet_smoke"]
+    assert profiles["E2ENet_smoke"]["architecture"] == "E2ENet"
     assert profiles["ResEnc L"]["architecture"] == "ResidualEncoderUNet"
     assert sorted(project.preprocessed.iterdir()) == before
 

@@ -38,11 +38,11 @@ def p_statement(p: float) -> str:
 
 
 def millions(number: float) -> str:
-    return f"{number / 1e6:.2f} M"
+    return f"{number / 1e6:.2f} M" if number >= 1e5 or number == 0 else f"{number / 1e3:.2f} k"
 
 
 def giga(number: float) -> str:
-    return f"{number / 1e9:.2f} G"
+    return f"{number / 1e9:.2f} G" if number >= 1e8 or number == 0 else f"{number / 1e6:.2f} M"
 
 
 def gib(n_bytes: float) -> str:

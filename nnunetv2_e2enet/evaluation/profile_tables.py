@@ -37,8 +37,8 @@ def print_profiles(console: Console, profiles: list[Profile], settings: Settings
 
 def _counts(profiles: list[Profile]) -> Table:
     table = _table("Parameters, and multiply-accumulates (MAC) of one patch")
-    for title in ("network", "patch"):
-        table.add_column(title)
+    table.add_column("network", overflow="fold")
+    table.add_column("patch", no_wrap=True)
     for title in ("stored\nparam.", "active\nparam.", "dense\nMAC", "active\nMAC", "executed\nMAC"):
         table.add_column(title, justify="right")
     for p in profiles:
@@ -54,7 +54,7 @@ def _counts(profiles: list[Profile]) -> Table:
 
 def measured(profiles: Sequence[Profile], settings: Settings) -> Table:
     table = _table(f"Measured on {settings.device}, {settings.threads} threads, {settings.dtype}")
-    table.add_column("network")
+    table.add_column("network", overflow="fold")
     for title in ("training\npeak", "prediction\npeak", "patch\nmedian", "quartiles", "Mvoxel/s"):
         table.add_column(title, justify="right")
     for p in profiles:
@@ -94,4 +94,4 @@ def _parts(p: Profile, flows: bool) -> Table:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

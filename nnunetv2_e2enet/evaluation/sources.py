@@ -101,7 +101,13 @@ def default_names(folders: Sequence[Path]) -> list[str]:
     if any(len(p) != 3 for p in parts):
         return texts
     differing = [i for i in range(3) if len({p[i] for p in parts}) > 1]
-    return ["__".join(p[i] for i in differing) for p in parts]
+    return ["__".join(short_trainer_name(p[i]) if i == 0 else p[i] for i in differing) for p in parts]
+
+
+def short_trainer_name(trainer: str) -> str:
+    """``E2ENet_S90`` for ``nnUNetTrainerE2ENet_S90``, ``nnU-Net_250epochs`` for ``nnUNetTrainer_250epochs``."""
+    variant = trainer.removeprefix("nnUNetTrainer")
+    return variant if variant and not variant.startswith("_") else f"nnU-Net{variant}"
 
 
 def _split_name(text: str) -> tuple[str, Path]:

@@ -22,7 +22,7 @@ from nnunetv2_e2enet.evaluation.networks import (
     model_design,
     residual_encoder_variant,
 )
-from nnunetv2_e2enet.evaluation.sources import default_names, is_model_folder
+from nnunetv2_e2enet.evaluation.sources import default_names, is_model_folder, short_trainer_name
 
 PRESETS = {"ResEnc M": "nnUNetPlannerResEncM", "ResEnc L": "nnUNetPlannerResEncL"}
 
@@ -76,7 +76,7 @@ def designs(request: Request) -> list[Design]:
 
 
 def _short(folder: Path) -> str:
-    return folder.resolve().name.split("__")[0]
+    return short_trainer_name(folder.resolve().name.split("__")[0])
 
 
 def _with_own_names(found: Sequence[Design]) -> list[Design]:

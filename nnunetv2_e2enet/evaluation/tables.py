@@ -37,10 +37,12 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 
 def _accuracy(comparison: Comparison) -> Table:
     table = _table(f"Accuracy: mean of classes, 95 % bootstrap interval, {len(comparison.results.cases)} cases")
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for metric in METRICS:
         arrow = "↑" if metric.higher_is_better else "↓"
-        table.add_column(f"{metric.title} {arrow}" + (f"\n{metric.unit}" if metric.unit else ""), justify="right")
+        table.add_column(
+            f"{metric.title} {arrow}" + (f"\n{metric.unit}" if metric.unit else ""), justify="right", no_wrap=True
+        )
     for name in comparison.names:
         cells = []
         for metric in METRICS:
@@ -52,7 +54,7 @@ def _accuracy(comparison: Comparison) -> Table:
 
 def _costs(comparison: Comparison) -> Table:
     table = _table("Costs: parameters, multiply-accumulates (MAC) of one patch, trade-off score (PT)")
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     columns = {"param.": ("stored", "active"), "MAC": ("dense", "active", "executed"), "PT": ("active", "executed")}
     for title in (f"{kind}\n{what}" for what, kinds in columns.items() for kind in kinds):
         table.add_column(title, justify="right")
@@ -97,7 +99,7 @@ def _classes(comparison: Comparison) -> Table:
     table = _table("Dice by class")
     table.add_column("class")
     for name in comparison.names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     paired = {test.scope: test for test in comparison.paired.get("dice", [])}
     ranked = {test.scope: test for test in comparison.ranked.get("dice", [])}
     if paired:
@@ -172,4 +174,4 @@ def _print_failures(console: Console, comparison: Comparison) -> None:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
