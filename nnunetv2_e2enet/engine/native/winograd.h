@@ -1,0 +1,205 @@
+// Winograd's F(4 x 4, 3 x 3) in the plane: transforms of input and output tiles, one tile a vector lane.
+#pragma once
+
+#include "core.h"
+#include "vec.h"
+
+namespace E2E_NAMESPACE {
+
+// One column of B^T d.
+static inline void transform_in(const Vec d[6], Vec o[6]) {
+    const Vec four = splat(4.0f), five = splat(5.0f), two = splat(2.0f);
+    const Vec even = d[4] - four * d[2], odd = d[3] - four * d[1];
+    const Vec even2 = d[4] - d[2], odd2 = two * (d[3] - d[1]);
+    o[0] = fma(four, d[0], d[4] - five * d[2]);
+    o[1] = even + odd;
+    o[2] = even - odd;
+    o[3] = even2 + odd2;
+    o[4] = even2 - odd2;
+    o[5] = fma(four, d[1], d[5] - five * d[3]);
+}
+
+// One column of A^T m.
+static inline void transform_out(const Vec m[6], Vec o[4]) {
+    const Vec a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], d = m[3] - m[4];
+    o[0] = m[0] + a + c;
+    o[1] = fma(splat(2.0f), d, b);
+    o[2] = fma(splat(4.0f), c, a);
+    o[3] = fma(splat(8.0f), d, b) + m[5];
+}
+
+// Bit l of each word: lane l's pixel lies in the plane, and its tile is one of the grid.
+struct LaneBits {
+    uint32_t row[6], column[6], tile;
+
+    LaneBits(const e2e::Grid& grid, int64_t first) : row(), column(), tile(0) {
+        int64_t f = first;
+        int64_t in_slice = f % grid.slice;
+        int64_t ty = in_slice / grid.tiles_x, tx = in_slice % grid.tiles_x;
+        for (int lane = 0; lane < kLanes && f < grid.tiles; ++lane, ++f) {
+            const uint32_t bit = 1u << lane;
+            tile |= bit;
+            for (int i = 0; i < 6; ++i) {
+                const int64_t y = 4 * ty + i - 1, x = 4 * tx + i - 1;
+                if (y >= 0 && y < grid.height) row[i] |= bit;
+                if (x >= 0 && x < grid.width) column[i] |= bit;
+            }
+            if (++tx == grid.tiles_x) {
+                tx = 0;
+                if (++ty == grid.tiles_y) ty = 0;
+            }
+        }
+    }
+};
+
+static inline uint32_t bits_between(int64_t first, int64_t lo, int64_t hi) {
+    const uint32_t all = kLanes == 32 ? ~0u : (1u << kLanes) - 1;
+    const int64_t from = lo - first, to = hi - first;
+    if (from >= kLanes || to <= 0 || from >= to) return 0;
+    const uint32_t below_to = to >= kLanes ? all : (1u << to) - 1;
+    return from <= 0 ? below_to : below_to & ~((1u << from) - 1);
+}
+
+static inline void transform_tile_vector(const float* const rows[6], int64_t pitch, const Mask masks[e2e::kPoints],
+                                         const e2e::Channel& channel, float* v, int64_t v_pitch) {
+    static const int phase_of[6] = {3, 0, 1, 2, 3, 0}, tile_of[6] = {-1, 0, 0, 0, 0, 1};
+    const Vec scale = splat(channel.scale), offset = splat(channel.offset), slope = splat(channel.slope);
+    Vec half[6][6];
+    for (int j = 0; j < 6; ++j) {
+        Vec d[6], o[6];
+        for (int i = 0; i < 6; ++i) {
+            const Vec raw = load(rows[i] + phase_of[j] * pitch + tile_of[j]);
+            d[i] = keep(masks[i * 6 + j], activate(raw, scale, offset, slope));
+        }
+        transform_in(d, o);
+        for (int i = 0; i < 6; ++i) half[i][j] = o[i];
+    }
+    for (int i = 0; i < 6; ++i) {
+        Vec o[6];
+        transform_in(half[i], o);
+        for (int j = 0; j < 6; ++j) store(v + (i * 6 + j) * v_pitch, o[j]);
+    }
+}
+
+static void input_transform(const e2e::Channel* channels, int n, const e2e::Grid& grid, int64_t first, int vectors, float* v,
+                            int64_t v_pitch) {
+    Mask masks[e2e::kMaxVectors][e2e::kPoints];
+    bool any[e2e::kMaxVectors] = {};
+    for (int c = 0; c < n; ++c) {
+        const e2e::Channel& channel = channels[c];
+        if (c == 0 || channel.lo != channels[c - 1].lo || channel.hi != channels[c - 1].hi) {
+            for (int i = 0; i < vectors; ++i) {
+                const int64_t f = first + i * kLanes;
+                const LaneBits bits(grid, f);
+                const uint32_t here = bits.tile & bits_between(f, channel.lo, channel.hi);
+                any[i] = here != 0;
+                for (int p = 0; p < e2e::kPoints; ++p) masks[i][p] = mask_of(bits.row[p / 6] & bits.column[p % 6] & here);
+            }
+        }
+        float* target = v + static_cast<int64_t>(c) * vectors * kLanes;
+        for (int i = 0; i < vectors; ++i, target += kLanes) {
+            if (!any[i]) {  // nothing of this channel's slice exists, not even memory to read
+                for (int p = 0; p < e2e::kPoints; ++p) store(target + p * v_pitch, zero());
+                continue;
+            }
+            const float* at = channel.base + first + i * kLanes;
+            const int64_t row = 4 * channel.pitch;
+            const float* const rows[6] = {at + 3 * row - grid.tiles_x, at,           at + row, at + 2 * row,
+                                          at + 3 * row,                at + grid.tiles_x};
+            transform_tile_vector(rows, channel.pitch, masks[i], channel, target, v_pitch);
+        }
+    }
+}
+
+static inline void start_statistics(e2e::Statistics& s, const float* pixel) {
+    if (s.started) return;
+    s.started = 1;
+    s.center = *pixel;
+}
+
+static void output_transform(const float* m, int64_t m_pitch, int first_output, int last_output, const e2e::Grid& grid,
+                             int64_t first, int vectors, float* out, bool bypass, e2e::Statistics* statistics) {
+    const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
+    const uint32_t all = (1u << kLanes) - 1;
+    uint32_t bits[e2e::kMaxVectors][e2e::kPhases];
+    bool whole[e2e::kMaxVectors];
+    int64_t count = 0;
+    for (int i = 0; i < vectors; ++i) {
+        const LaneBits lanes(grid, first + i * kLanes);
+        whole[i] = true;
+        for (int q = 0; q < e2e::kPhases; ++q) {
+            bits[i][q] = lanes.row[q / 4 + 1] & lanes.column[q % 4 + 1];
+            whole[i] = whole[i] && bits[i][q] == all;
+            count += __builtin_popcount(bits[i][q]);
+        }
+    }
+    for (int o = first_output; o < last_output; ++o) {
+        e2e::Statistics& s = statistics[o];
+        Vec total = zero(), square = zero(), center = zero();
+        for (int i = 0; i < vectors; ++i) {
+            const float* at = m + o * tiles + i * kLanes;
+            Vec half[4][6], y[4][4];
+            for (int j = 0; j < 6; ++j) {
+                Vec col[6], h[4];
+                for (int k = 0; k < 6; ++k) col[k] = load(at + (k * 6 + j) * m_pitch);
+                transform_out(col, h);
+                for (int k = 0; k < 4; ++k) half[k][j] = h[k];
+            }
+            for (int k = 0; k < 4; ++k) transform_out(half[k], y[k]);
+            if (i == 0) {
+                float pixel[kLanes];
+                store(pixel, y[0][0]);
+                start_statistics(s, pixel);
+                center = splat(s.center);
+            }
+            float* target = out + static_cast<int64_t>(o) * e2e::kPhases * grid.pitch + first + i * kLanes;
+            for (int q = 0; q < e2e::kPhases; ++q) {
+                const Vec pixel = y[q / 4][q % 4];
+                Vec difference = pixel - center;
+                if (!whole[i]) difference = keep(mask_of(bits[i][q]), difference);
+                total = total + difference;
+                square = fma(difference, difference, square);
+                if (bypass) {
+                    stream(target + q * grid.pitch, pixel);
+                } else {
+                    store(target + q * grid.pitch, pixel);
+                }
+            }
+        }
+        s.sum += sum(total);
+        s.square += sum(square);
+        s.count += count;
+    }
+}
+
+static void store_phase(const float* m, int outputs, const e2e::Grid& grid, int64_t first, int vectors, int phase, float* out,
+                        e2e::Statistics* statistics) {
+    const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
+    Mask masks[e2e::kMaxVectors];
+    int64_t count = 0;
+    for (int i = 0; i < vectors; ++i) {
+        const LaneBits lanes(grid, first + i * kLanes);
+        const uint32_t bits = lanes.row[phase / 4 + 1] & lanes.column[phase % 4 + 1];
+        masks[i] = mask_of(bits);
+        count += __builtin_popcount(bits);
+    }
+    for (int o = 0; o < outputs; ++o) {
+        e2e::Statistics& s = statistics[o];
+        const float* at = m + o * tiles;
+        float* target = out + (static_cast<int64_t>(o) * e2e::kPhases + phase) * grid.pitch + first;
+        start_statistics(s, at);
+        const Vec center = splat(s.center);
+        Vec total = zero(), square = zero();
+        for (int i = 0; i < vectors; ++i) {
+            const Vec pixel = load(at + i * kLanes), difference = keep(masks[i], pixel - center);
+            total = total + difference;
+            square = fma(difference, difference, square);
+            store(target + i * kLanes, pixel);
+        }
+        s.sum += sum(total);
+        s.square += sum(square);
+        s.count += count;
+    }
+}
+
+}  // namespace E2E_NAMESPACE
