@@ -32,7 +32,7 @@ class Grid(Structure):
         ("tiles_x", c_int32),
         ("slice", c_int64),
         ("tiles", c_int64),
-        ("pitch", c_int64),
+        ("chunk", c_int64),
     )
 
 

@@ -1,7 +1,8 @@
-"""Where feature maps lie: planes cut into tiles of 4 x 4 pixels, one phase plane for each position in the tile."""
+"""Where feature maps lie: planes cut into tiles of 4 x 4 pixels, and chunks of 64 tiles, channel after channel."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import c_float
 
 import numpy as np
@@ -10,18 +11,18 @@ from numpy.typing import NDArray
 from nnunetv2_e2enet.engine.core import Grid, Map
 
 TILE = 4
-PHASES = TILE * TILE
 LINE = 16  # floats in a cache line
+CHUNK = 64  # tiles
+CHANNEL_FLOATS = CHUNK * TILE * TILE  # in a chunk
 
 Floats = NDArray[np.float32]
 
 
-def make_grid(depth: int, height: int, width: int) -> Grid:
-    """The tiles of a map. Phase planes are an odd number of cache lines apart, out of each other's cache sets."""
+def make_grid(depth: int, height: int, width: int, channels: int) -> Grid:
+    """The tiles of a map."""
     tiles_y, tiles_x = -(-height // TILE), -(-width // TILE)
     in_slice = tiles_y * tiles_x
-    lines = -(-depth * in_slice // LINE)
-    return Grid(depth, height, width, tiles_y, tiles_x, in_slice, depth * in_slice, (lines | 1) * LINE)
+    return Grid(depth, height, width, tiles_y, tiles_x, in_slice, depth * in_slice, channels * CHANNEL_FLOATS)
 
 
 def aligned(floats: int) -> Floats:
@@ -34,19 +35,18 @@ def aligned(floats: int) -> Floats:
 class Buffer:
     """Memory of a map, with room around it: kernels read whole vectors and neighbouring tiles, then mask them."""
 
-    def __init__(self, channels: int, grid: Grid) -> None:
-        guard = -(-(grid.tiles_x + 2 * LINE) // LINE) * LINE
+    def __init__(self, channels: int, size: Sequence[int]) -> None:
+        depth, height, width = size
         self.channels = channels
-        self.grid = grid
-        self._floats = aligned(channels * PHASES * grid.pitch + 2 * guard)
-        self._first = guard
+        self.grid = make_grid(depth, height, width, channels)
+        guard = -(-(self.grid.tiles_x + 2 * LINE) // CHUNK)
+        chunks = -(-self.grid.tiles // CHUNK)
+        self._floats = aligned((chunks + 2 * guard) * self.grid.chunk)
+        self._first = guard * self.grid.chunk
 
     @property
     def n_bytes(self) -> int:
         return self._floats.nbytes
-
-    def stored(self, norm: StoredNorm | None = None) -> StoredMap:
-        return StoredMap(self, norm)
 
     @property
     def address(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nnunetv2_e2enet.engine import core as abi
 from nnunetv2_e2enet.engine.core import ConvJob, Core, HeadJob, PoolJob, StridedJob
-from nnunetv2_e2enet.engine.layout import Buffer, StoredMap, StoredNorm, aligned, make_grid
+from nnunetv2_e2enet.engine.layout import Buffer, StoredMap, StoredNorm, aligned
 from nnunetv2_e2enet.engine.weights import ConvWeights, NormWeights, PackedBlock, PackedNode, PackedWeights
 
 Job = ConvJob | StridedJob | PoolJob
@@ -24,14 +24,14 @@ class Workspace:
 
     def __init__(self, weights: PackedWeights, patch_size: Sequence[int]) -> None:
         size = [1] * (3 - len(patch_size)) + list(patch_size)
-        grids = []
+        sizes = []
         for stride in weights.strides:
             size = [s // t for s, t in zip(size, stride, strict=True)]
-            grids.append(make_grid(*size))
+            sizes.append(size)
         features = weights.features
-        self.image = Buffer(weights.input_channels, grids[0])
-        self.maps = [(Buffer(n, grid), Buffer(n, grid)) for n, grid in zip(features, grids, strict=True)]
-        self.pooled = [Buffer(n, grid) for n, grid in zip(features, grids[1:-1], strict=False)]
+        self.image = Buffer(weights.input_channels, sizes[0])
+        self.maps = [(Buffer(n, size), Buffer(n, size)) for n, size in zip(features, sizes, strict=True)]
+        self.pooled = [Buffer(n, size) for n, size in zip(features, sizes[1:-1], strict=False)]
         self.scratch = aligned(0)
 
     @property
@@ -59,7 +59,7 @@ class Program:
         self._threads = 0
         self._kept: list[object] = []  # what the jobs point to
         self._jobs: list[Job | tuple[int, HeadJob]] = []
-        self._image = self.workspace.image.stored()
+        self._image = StoredMap(self.workspace.image, None)
         self._build()
 
     @property

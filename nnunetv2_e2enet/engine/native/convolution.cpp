@@ -19,20 +19,19 @@ struct Schedule {
     int64_t v_pitch, m_pitch;
     bool shared;        // threads work together on `blocks` blocks at a time
     int64_t blocks;
-    int64_t up_pitch, up_floats, up_scratch;
+    int64_t up_floats, up_scratch;
 
     Schedule(const Kernels& kernels, const ConvJob& job, int threads) {
         const Grid& grid = job.out.grid;
         const WinogradWeights& w = job.weights;
         slices = grid.depth;
-        up_pitch = up_floats = up_scratch = 0;
+        up_floats = up_scratch = 0;
         if (job.upward >= 0) {
             const int64_t whole = kCacheLine / gcd(grid.slice, kCacheLine);  // slices until rounds start on a vector
             const int64_t fit = kUpsampledFloats / (job.upsample.outputs * kPhases * grid.slice);
             slices = std::min<int64_t>(grid.depth, std::max<int64_t>(whole, fit / whole * whole));
-            up_pitch = odd_lines(slices * grid.slice);
-            up_floats = up_pitch * kPhases * job.upsample.outputs + 2 * guard(grid);
-            up_scratch = upsample_scratch(kernels, job.upsample, grid);
+            up_floats = (divide_up(slices * grid.slice, kChunk) + 2 * guard_chunks(grid)) * kChannel * job.upsample.outputs;
+            up_scratch = upsample_scratch(job.upsample);
         }
         const int64_t total = divide_up(slices * grid.slice, kernels.lanes);
         const int64_t per_vector = (kPoints * int64_t{kernels.lanes}) * (w.inputs + w.outputs);
@@ -45,8 +44,6 @@ struct Schedule {
         v_pitch = odd_lines(int64_t{w.inputs} * vectors * kernels.lanes);
         m_pitch = odd_lines(int64_t{w.outputs} * vectors * kernels.lanes);
     }
-
-    static int64_t guard(const Grid& grid) { return round_up(grid.tiles_x + 2 * kCacheLine, kCacheLine); }
 };
 
 std::vector<Channel> describe_channels(const ConvJob& job) {
@@ -59,11 +56,12 @@ std::vector<Channel> describe_channels(const ConvJob& job) {
             Channel channel{};
             channel.lo = std::max<int64_t>(0, moved) * slice;
             channel.hi = std::min<int64_t>(depth, depth + moved) * slice;
-            channel.pitch = map.grid.pitch;
             channel.slope = 1.0f;
             channel.scale = 1.0f;
             if (flow != job.upward) {
-                channel.base = plane(map, c, 0) - moved * slice;
+                channel.data = channel_of(map, c);
+                channel.chunk = map.grid.chunk;
+                channel.move = -moved * slice;
                 channel.scale = scale_of(map, c);
                 channel.offset = offset_of(map, c);
                 channel.slope = slope_of(map);
@@ -80,7 +78,7 @@ class Convolution {
         : kernels_(kernels), job_(job), schedule_(kernels, job, threads), threads_(threads) {
         const Grid& grid = job.out.grid;
         for (int flow = 0; flow < job.upward; ++flow) first_up_ += job.flows[flow].channels;
-        stream_ = job.out.channels * kPhases * grid.pitch > kStreamFloats;
+        stream_ = job.out.channels * kPhases * grid.tiles > kStreamFloats;
     }
 
     int64_t reserve(float* base) {
@@ -123,10 +121,12 @@ class Convolution {
   private:
     void upsample(Channel* channels, int64_t first, int64_t last, int thread, int team) {
         const Grid& grid = job_.out.grid;
-        const UpsampleTarget target{up_ + Schedule::guard(grid), schedule_.up_pitch, first, last};
+        const int64_t chunk = int64_t{kChannel} * job_.upsample.outputs;
+        const UpsampleTarget target{up_ + guard_chunks(grid) * chunk, chunk, first, last};
         for (int32_t c = 0; c < job_.upsample.outputs; ++c) {
-            channels[c].base = target.data + c * kPhases * target.pitch - first * grid.slice;
-            channels[c].pitch = target.pitch;
+            channels[c].data = target.data + c * kChannel;
+            channels[c].chunk = chunk;
+            channels[c].move = -first * grid.slice;
         }
         upsample_slices(kernels_, job_.upsample, grid, job_.shift + first_up_, target,
                         up_scratch_ + thread * schedule_.up_scratch, thread, team);

@@ -5,10 +5,13 @@
 
 namespace e2e {
 
-// A plane is cut into tiles of 4 x 4 pixels. A channel is stored as 16 phase planes, one for each position in the tile
-// (phase = 4 * row + column); a phase plane holds one float per tile, in the order (slice, tile row, tile column).
+// A plane is cut into tiles of 4 x 4 pixels, numbered in the order (slice, tile row, tile column). A map is stored in chunks
+// of 64 tiles; a chunk holds one channel after the other, and of each 64 floats for each of the 16 positions in the tile
+// (phase = 4 * row + column). So a vector of tiles is a vector load, and a block of tiles is one long read for all channels.
 constexpr int kTile = 4;
 constexpr int kPhases = 16;
+constexpr int kChunk = 64;
+constexpr int kChannel = kPhases * kChunk;  // floats of a channel in a chunk
 constexpr int kPoints = 36;     // of the 6 x 6 transformed tile of Winograd's F(4 x 4, 3 x 3)
 constexpr int kMaxVectors = 5;  // vectors of tiles in a block
 constexpr int kDenseRows = 6;   // output maps that the dense product computes together
@@ -18,14 +21,20 @@ struct Grid {
     int32_t tiles_y, tiles_x;
     int64_t slice;  // tiles of one slice
     int64_t tiles;  // of all slices
-    int64_t pitch;  // floats from one phase plane to the next
+    int64_t chunk;  // floats from one chunk to the next
 };
 
-// One input channel of a convolution, its depth shift applied: tile f of the output's grid finds phase q at
-// base[q * pitch + f] for lo <= f < hi, and zeros elsewhere. The producer's norm is value * scale + offset.
+// Where phase 0 of a tile of channel 0 lies; also for tiles before the first.
+inline __attribute__((always_inline)) int64_t place(int64_t tile, int64_t chunk) {
+    return (tile >> 6) * chunk + (tile & (kChunk - 1));
+}
+
+// One input channel of a convolution, its depth shift applied: tile f of the output's grid reads tile f + move of `data` for
+// lo <= f < hi, and zeros elsewhere. The producer's norm is value * scale + offset.
 struct Channel {
-    const float* base;
-    int64_t pitch;
+    const float* data;
+    int64_t chunk;
+    int64_t move;
     int64_t lo, hi;
     float scale, offset, slope;
 };
@@ -46,6 +55,14 @@ struct SparseRows {
     int32_t rows;
 };
 
+// Consecutive coarse tiles in one row, and the lanes that they become when they are spread to finer tiles.
+struct RowPiece {
+    int64_t tile, n;      // of the coarse grid
+    int64_t skip, count;  // fine tiles: left out at the front, kept
+    int64_t at;           // where they go
+    int row;              // of pixels in the coarse tile
+};
+
 struct Kernels {
     int lanes;
     // V[point][channel][tile of the block] = transformed input
@@ -62,13 +79,15 @@ struct Kernels {
     // Pixels of one phase that were computed directly, and their statistics.
     void (*store_phase)(const float* m, int outputs, const Grid& grid, int64_t first, int vectors, int phase, float* out,
                         Statistics* statistics);
-    // out[row][sub][tile] = sum over connections of weight[connection][sub] * e[index][tile]; the first `tiles` are written.
+    // out[sub][row * kChannel + tile] = sum over connections of weight[connection][sub] * e[index * pitch + tile].
     void (*upsample_product)(const float* e, const SparseRows& rows, int first_row, int last_row, const float* weight,
-                             int subs, int tiles, float* const* out, int64_t out_stride);
+                             int subs, int64_t pitch, int tiles, float* const* out);
     // out[k] = activated in[k * stride]
     void (*activate_row)(const float* in, int stride, int64_t n, float scale, float offset, float slope, float* out);
-    // out[k * ways + w] = activated in[w][k]
-    void (*interleave_row)(const float* const* in, int ways, int64_t n, float scale, float offset, float slope, float* out);
+    // Pixels of a coarse channel for lanes of fine tiles, `ways` of which lie beside each other in a coarse tile:
+    // out[u * pitch + at + k] = activated pixel (row, u of the fine tile's 4 / ways columns).
+    void (*expand)(const float* channel, int64_t chunk, const RowPiece* pieces, int64_t n, int ways, float scale, float offset,
+                   float slope, float* out, int64_t pitch);
     // out[k] = largest (or smallest) of in[i][k * stride]
     void (*pool_row)(const float* const* in, int count, int stride, int64_t n, bool largest, float* out);
     // out[4 * k + i] = in[i][k]

@@ -33,17 +33,30 @@ struct Window {
 
     void fill(const Kernels& kernels, const StridedJob& job, const std::vector<Segment>& segments, int64_t tiles,
               int64_t first_channel, int64_t last_channel, float* window) const {
+        std::vector<float> copy(static_cast<size_t>(tiles * job.stride[2]));
         const Grid& fine = job.in.grid;
         for (int64_t c = first_channel; c < last_channel; ++c) {
+            if (c + 1 < last_channel) prefetch_channel(job, segments, c + 1);
             for (int w = 0; w < rows * columns; ++w) {
                 float* to = window + (w * job.in.channels + c) * tiles;
-                for (const Segment& s : segments) fill_row(kernels, job, fine, s, c, w / columns - 1, w % columns - 1, to);
+                for (const Segment& s : segments) fill_row(kernels, job, fine, s, c, w / columns - 1, w % columns - 1, copy.data(), to);
             }
         }
     }
 
+    static inline __attribute__((always_inline)) void prefetch_channel(const StridedJob& job, const std::vector<Segment>& segments, int64_t c) {
+        const Grid& fine = job.in.grid;
+        for (const Segment& s : segments) {
+            const int64_t d = std::min<int64_t>(std::max<int64_t>(s.slice * job.stride[0] - job.shift[c], 0), fine.depth - 1);
+            const int64_t tile = d * fine.slice + s.row * job.stride[1] * fine.tiles_x + s.column * job.stride[2];
+            const int64_t end = tile + (job.stride[1] - 1) * fine.tiles_x + s.count * job.stride[2];
+            for (int64_t t = tile & ~int64_t{kChunk - 1}; t < std::min(end, fine.tiles); t += kChunk)
+                prefetch_chunk(channel_of(job.in, c), fine.chunk, t);
+        }
+    }
+
     static void fill_row(const Kernels& kernels, const StridedJob& job, const Grid& fine, const Segment& s, int64_t c, int row,
-                         int column, float* to) {
+                         int column, float* copy, float* to) {
         const int sh = job.stride[1], sw = job.stride[2];
         const int64_t d = s.slice * job.stride[0] - job.shift[c], y = kTile * sh * s.row + row;
         to += s.lane;
@@ -55,8 +68,9 @@ struct Window {
         for (int64_t t = hi; t < s.count; ++t) to[t] = 0;
         if (lo == hi) return;
         const int64_t first = x + lo * step;
-        const float* in = plane(job.in, c, y % kTile * kTile + first % kTile) + d * fine.slice + y / kTile * fine.tiles_x +
-                          first / kTile;
+        const int64_t tile = d * fine.slice + y / kTile * fine.tiles_x + first / kTile;
+        const float* in = read_run(channel_of(job.in, c), fine.chunk, y % kTile * kTile + first % kTile, tile,
+                                   sw * (hi - lo - 1) + 1, copy);
         kernels.activate_row(in, sw, hi - lo, scale_of(job.in, c), offset_of(job.in, c), slope_of(job.in), to + lo);
     }
 
@@ -126,7 +140,7 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
     const int64_t vectors = std::min<int64_t>(4, divide_up(grid.tiles, kernels.lanes)), tiles = vectors * kernels.lanes;
     const int64_t blocks = divide_up(grid.tiles, tiles), inputs = job.in.channels;
     Scratch memory(scratch);
-    const int64_t in_floats = inputs * tiles, out_floats = kPhases * job.classes * tiles;
+    const int64_t in_floats = kPhases * inputs * tiles, out_floats = kPhases * job.classes * tiles;
     float* in_rows = memory.take(in_floats * threads);
     float* out_rows = memory.take(out_floats * threads);
     if (!scratch) return memory.used();
@@ -139,11 +153,14 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
         const Share share(blocks, thread, omp_get_num_threads());
         for (int64_t block = share.first; block < share.last; ++block) {
             const int64_t first = block * tiles, count = std::min(tiles, grid.tiles - first);
+            for (int64_t c = 0; c < inputs; ++c) {
+                const float* from = channel_of(job.in, c) + place(first, grid.chunk);
+                for (int q = 0; q < kPhases; ++q)
+                    kernels.activate_row(from + q * kChunk, 1, count, scale_of(job.in, c), offset_of(job.in, c),
+                                         slope_of(job.in), in + (q * inputs + c) * tiles);
+            }
             for (int q = 0; q < kPhases; ++q) {
-                for (int64_t c = 0; c < inputs; ++c)
-                    kernels.activate_row(plane(job.in, c, q) + first, 1, count, scale_of(job.in, c), offset_of(job.in, c),
-                                         slope_of(job.in), in + c * tiles);
-                const float* bases[1] = {in};
+                const float* bases[1] = {in + q * inputs * tiles};
                 kernels.dense_product(bases, 1, static_cast<int>(inputs), job.weight, 0,
                                       static_cast<int>(divide_up(job.classes, kDenseRows)), job.classes,
                                       out + q * job.classes * tiles, static_cast<int>(vectors));

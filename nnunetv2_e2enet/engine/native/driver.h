@@ -2,9 +2,11 @@
 #pragma once
 
 #include <omp.h>
+#include <time.h>
 
-#include <chrono>
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "jobs.h"
@@ -16,6 +18,9 @@ constexpr int64_t kCacheLine = 16;  // floats
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+
+// Chunks around a map: kernels read whole vectors and neighbouring tiles, then mask them.
+inline int64_t guard_chunks(const Grid& grid) { return divide_up(grid.tiles_x + 2 * kCacheLine, kChunk); }
 
 // Rows of a block lie in 36 streams; an odd number of cache lines between them keeps them out of each other's cache sets.
 inline int64_t odd_lines(int64_t floats) {
@@ -44,23 +49,28 @@ class Scratch {
     int64_t used_ = 0;
 };
 
-// Adds the time from one call to the next to a timer, in the first thread only.
+// Adds the CPU time from one call to the next to a timer, in the first thread only.
 class StopWatch {
   public:
     StopWatch(double* seconds, int thread) : seconds_(thread == 0 ? seconds : nullptr) {
-        if (seconds_) last_ = Clock::now();
+        if (seconds_) last_ = now();
     }
     void lap(Timer timer) {
         if (!seconds_) return;
-        const auto now = Clock::now();
-        seconds_[timer] += std::chrono::duration<double>(now - last_).count();
-        last_ = now;
+        const double time = now();
+        seconds_[timer] += time - last_;
+        last_ = time;
     }
 
   private:
-    using Clock = std::chrono::steady_clock;
+    static double now() {
+        timespec t;
+        clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+        return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+    }
+
     double* seconds_;
-    Clock::time_point last_;
+    double last_ = 0;
 };
 
 // Merge what the threads gathered (Chan et al.) and turn it into scale and offset. statistics is [threads][channels].
@@ -84,20 +94,48 @@ inline void finish_norm(const Norm& norm, const std::vector<Statistics>& statist
     }
 }
 
+inline __attribute__((always_inline)) void prefetch(const float* p, int64_t floats) {
+    for (int64_t i = 0; i < floats; i += kCacheLine) __builtin_prefetch(p + i, 0, 3);
+}
+
+// The chunk that a tile lies in, line by line: scattered reads alone would wait for memory each.
+inline __attribute__((always_inline)) void prefetch_chunk(const float* channel, int64_t chunk, int64_t tile) {
+    prefetch(channel + place(tile & ~int64_t{kChunk - 1}, chunk), kChannel);
+}
+
 inline float scale_of(const Map& map, int64_t c) { return map.scale ? map.scale[c] : 1.0f; }
 inline float offset_of(const Map& map, int64_t c) { return map.offset ? map.offset[c] : 0.0f; }
 inline float slope_of(const Map& map) { return map.scale ? map.slope : 1.0f; }
-inline const float* plane(const Map& map, int64_t c, int64_t phase) {
-    return map.data + (c * kPhases + phase) * map.grid.pitch;
+inline float* channel_of(const Map& map, int64_t c) { return map.data + c * kChannel; }
+
+// Floats of `n` consecutive tiles in one phase: where they lie, or copied together if that is in two chunks or more.
+inline const float* read_run(const float* channel, int64_t chunk, int64_t phase, int64_t tile, int64_t n, float* copy) {
+    channel += phase * kChunk;
+    if ((tile & (kChunk - 1)) + n <= kChunk) return channel + place(tile, chunk);
+    for (int64_t done = 0; done < n;) {
+        const int64_t part = std::min(n - done, kChunk - ((tile + done) & (kChunk - 1)));
+        std::memcpy(copy + done, channel + place(tile + done, chunk), sizeof(float) * static_cast<size_t>(part));
+        done += part;
+    }
+    return copy;
+}
+
+inline void write_run(float* channel, int64_t chunk, int64_t phase, int64_t tile, int64_t n, const float* run) {
+    channel += phase * kChunk;
+    for (int64_t done = 0; done < n;) {
+        const int64_t part = std::min(n - done, kChunk - ((tile + done) & (kChunk - 1)));
+        std::memcpy(channel + place(tile + done, chunk), run + done, sizeof(float) * static_cast<size_t>(part));
+        done += part;
+    }
 }
 
 // The upward flow of some output slices, written where the convolution reads it.
 struct UpsampleTarget {
-    float* data;    // of the first slice; [output][phase][pitch]
-    int64_t pitch;
+    float* data;     // tile 0 is the first of first_slice
+    int64_t chunk;   // floats from one chunk to the next
     int64_t first_slice, last_slice;
 };
-int64_t upsample_scratch(const Kernels& kernels, const Upsample& job, const Grid& fine);
+int64_t upsample_scratch(const Upsample& job);
 void upsample_slices(const Kernels& kernels, const Upsample& job, const Grid& fine, const int32_t* shift,
                      const UpsampleTarget& target, float* scratch, int thread, int threads);
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "core.h"
+#include "rows.h"
 #include "vec.h"
 #include "winograd.h"
 
@@ -102,7 +103,7 @@ static void dense_product(const float* const* v, int taps, int inputs, const flo
 
 template <int S, int N>
 static inline void upsample_rows(const float* e, const SparseRows& rows, int first_row, int last_row, const float* weight,
-                                 int subs, int64_t e_pitch, int first_tile, int tiles, float* const* out, int64_t out_stride) {
+                                 int subs, int64_t e_pitch, int first_tile, int tiles, float* const* out) {
     for (int r = first_row; r < last_row; ++r) {
         Vec acc[S][N];
         for (auto& row : acc)
@@ -116,113 +117,44 @@ static inline void upsample_rows(const float* e, const SparseRows& rows, int fir
                 for (int i = 0; i < N; ++i) acc[s][i] = fma(splat(w[s]), x[i], acc[s][i]);
         }
         for (int s = 0; s < S; ++s) {
-            float* target = out[s] + rows.output[r] * out_stride + first_tile;
+            float* target = out[s] + rows.output[r] * e2e::kChannel + first_tile;
             for (int i = 0; i < N; ++i) {
                 const int left = tiles - first_tile - i * kLanes;
-                if (left >= kLanes) {
-                    store(target + i * kLanes, acc[s][i]);
-                } else if (left > 0) {
-                    float tail[kLanes];
-                    store(tail, acc[s][i]);
-                    std::memcpy(target + i * kLanes, tail, sizeof(float) * static_cast<size_t>(left));
-                }
+                if (left > 0) store_up_to(target + i * kLanes, acc[s][i], left);
             }
         }
+    }
+}
+
+template <int S>
+static inline void upsample_subs(const float* e, const SparseRows& rows, int first_row, int last_row, const float* weight,
+                                 int subs, int64_t pitch, int tiles, float* const* out) {
+    const int vectors = (tiles + kLanes - 1) / kLanes;
+    for (int i = 0; i < vectors;) {
+        const int left = vectors - i, at = i * kLanes;
+        const int n = E2E_ISA != 512 ? (left < 2 ? left : 2) : left == 5 ? 3 : left < 4 ? left : 4;
+        if (n == 1) upsample_rows<S, 1>(e, rows, first_row, last_row, weight, subs, pitch, at, tiles, out);
+        if (n == 2) upsample_rows<S, 2>(e, rows, first_row, last_row, weight, subs, pitch, at, tiles, out);
+        if (n == 3) upsample_rows<S, 3>(e, rows, first_row, last_row, weight, subs, pitch, at, tiles, out);
+        if (n == 4) upsample_rows<S, 4>(e, rows, first_row, last_row, weight, subs, pitch, at, tiles, out);
+        i += n;
     }
 }
 
 static void upsample_product(const float* e, const SparseRows& rows, int first_row, int last_row, const float* weight,
-                             int subs, int tiles, float* const* out, int64_t out_stride) {
-    constexpr int kWidth = E2E_ISA == 512 ? 4 : 2;
-    const int vectors = (tiles + kLanes - 1) / kLanes;
-    const int64_t pitch = static_cast<int64_t>(vectors) * kLanes;
-    for (int i = 0; i < vectors;) {
-        const bool wide = vectors - i >= kWidth;
-        const int at = i * kLanes;
-        for (int s = 0; s < subs;) {
-            const int n = subs - s >= 4 ? 4 : subs - s >= 2 ? 2 : 1;
-            const float* w = weight + s;
-            float* const* o = out + s;
-            if (wide) {
-                if (n == 4) upsample_rows<4, kWidth>(e, rows, first_row, last_row, w, subs, pitch, at, tiles, o, out_stride);
-                if (n == 2) upsample_rows<2, kWidth>(e, rows, first_row, last_row, w, subs, pitch, at, tiles, o, out_stride);
-                if (n == 1) upsample_rows<1, kWidth>(e, rows, first_row, last_row, w, subs, pitch, at, tiles, o, out_stride);
-            } else {
-                if (n == 4) upsample_rows<4, 1>(e, rows, first_row, last_row, w, subs, pitch, at, tiles, o, out_stride);
-                if (n == 2) upsample_rows<2, 1>(e, rows, first_row, last_row, w, subs, pitch, at, tiles, o, out_stride);
-                if (n == 1) upsample_rows<1, 1>(e, rows, first_row, last_row, w, subs, pitch, at, tiles, o, out_stride);
-            }
-            s += n;
-        }
-        i += wide ? kWidth : 1;
+                             int subs, int64_t pitch, int tiles, float* const* out) {
+    for (int s = 0; s < subs;) {
+        const int n = subs - s >= 4 ? 4 : subs - s >= 2 ? 2 : 1;
+        if (n == 4) upsample_subs<4>(e, rows, first_row, last_row, weight + s, subs, pitch, tiles, out + s);
+        if (n == 2) upsample_subs<2>(e, rows, first_row, last_row, weight + s, subs, pitch, tiles, out + s);
+        if (n == 1) upsample_subs<1>(e, rows, first_row, last_row, weight + s, subs, pitch, tiles, out + s);
+        s += n;
     }
-}
-
-// ---- rows of tiles --------------------------------------------------------------------------------------------------
-
-static inline float activate(float v, float scale, float offset, float slope) {
-    const float y = v * scale + offset;
-    return y > y * slope ? y : y * slope;
-}
-
-static void activate_row(const float* in, int stride, int64_t n, float scale, float offset, float slope, float* out) {
-    if (stride == 1) {
-        for (int64_t k = 0; k < n; ++k) out[k] = activate(in[k], scale, offset, slope);
-    } else if (stride == 2) {
-        for (int64_t k = 0; k < n; ++k) out[k] = activate(in[2 * k], scale, offset, slope);
-    } else {
-        for (int64_t k = 0; k < n; ++k) out[k] = activate(in[k * stride], scale, offset, slope);
-    }
-}
-
-static void interleave_row(const float* const* in, int ways, int64_t n, float scale, float offset, float slope, float* out) {
-    if (ways == 2) {
-        const float *a = in[0], *b = in[1];
-        for (int64_t k = 0; k < n; ++k) {
-            out[2 * k] = activate(a[k], scale, offset, slope);
-            out[2 * k + 1] = activate(b[k], scale, offset, slope);
-        }
-        return;
-    }
-    for (int w = 0; w < ways; ++w)
-        for (int64_t k = 0; k < n; ++k) out[k * ways + w] = activate(in[w][k], scale, offset, slope);
-}
-
-template <int Stride>
-static inline void pool_with(const float* const* in, int count, int stride, int64_t n, bool largest, float* out) {
-    const int64_t step = Stride ? Stride : stride;
-    for (int64_t k = 0; k < n; ++k) out[k] = in[0][k * step];
-    for (int i = 1; i < count; ++i) {
-        const float* from = in[i];
-        if (largest) {
-            for (int64_t k = 0; k < n; ++k) out[k] = from[k * step] > out[k] ? from[k * step] : out[k];
-        } else {
-            for (int64_t k = 0; k < n; ++k) out[k] = from[k * step] < out[k] ? from[k * step] : out[k];
-        }
-    }
-}
-
-static void pool_row(const float* const* in, int count, int stride, int64_t n, bool largest, float* out) {
-    if (stride == 1) return pool_with<1>(in, count, stride, n, largest, out);
-    if (stride == 2) return pool_with<2>(in, count, stride, n, largest, out);
-    return pool_with<0>(in, count, stride, n, largest, out);
-}
-
-static void pixels_row(const float* in, int64_t in_stride, int64_t tiles, int64_t pixels, float* out) {
-    const int64_t whole = pixels / e2e::kTile < tiles ? pixels / e2e::kTile : tiles;
-    const float *a = in, *b = in + in_stride, *c = in + 2 * in_stride, *d = in + 3 * in_stride;
-    for (int64_t k = 0; k < whole; ++k) {
-        out[4 * k] = a[k];
-        out[4 * k + 1] = b[k];
-        out[4 * k + 2] = c[k];
-        out[4 * k + 3] = d[k];
-    }
-    for (int64_t x = 4 * whole; x < pixels; ++x) out[x] = in[(x % 4) * in_stride + x / 4];
 }
 
 static const e2e::Kernels kTable = {
     kLanes,       input_transform,  sparse_product, dense_product,  output_transform, store_phase,
-    upsample_product, activate_row, interleave_row, pool_row, pixels_row,
+    upsample_product, activate_row, expand, pool_row, pixels_row,
 };
 
 }  // namespace E2E_NAMESPACE

@@ -6,120 +6,164 @@
 namespace e2e {
 namespace {
 
-constexpr int64_t kUpsampleTiles = 80;  // of the fine grid in one product
-constexpr int kMaxWays = 4;             // strides 1, 2 and 4 divide a tile; others take the slow road
-
 bool divides_tile(int stride) { return stride == 1 || stride == 2 || stride == 4; }
 
-// A piece of a slice: whole rows of tiles, or a part of one row.
+// Tiles first ... first + count - 1 of a slice, at most a chunk of them.
 struct Piece {
-    int64_t row, rows, column, columns;
+    int64_t first, count;
 };
 
-std::vector<Piece> cut_slice(const Grid& grid) {
+std::vector<Piece> cut_slice(int64_t tiles) {
     std::vector<Piece> pieces;
-    if (grid.tiles_x > kUpsampleTiles) {
-        for (int64_t row = 0; row < grid.tiles_y; ++row)
-            for (int64_t x = 0; x < grid.tiles_x; x += kUpsampleTiles)
-                pieces.push_back({row, 1, x, std::min(kUpsampleTiles, grid.tiles_x - x)});
-        return pieces;
-    }
-    const int64_t rows = kUpsampleTiles / grid.tiles_x;
-    for (int64_t row = 0; row < grid.tiles_y; row += rows)
-        pieces.push_back({row, std::min(rows, grid.tiles_y - row), 0, grid.tiles_x});
+    for (int64_t first = 0; first < tiles; first += kChunk) pieces.push_back({first, std::min<int64_t>(kChunk, tiles - first)});
     return pieces;
 }
 
-// The coarse pixels under a piece of fine tiles: e[v * across + u][channel][tile].
-void expand(const Kernels& kernels, const Upsample& job, int64_t slice, const Piece& piece, int64_t pitch, float* e) {
-    const Map& coarse = job.coarse;
-    const int down = kTile / job.stride[1], across = kTile / job.stride[2], ways = job.stride[2];
-    const int64_t count = divide_up(piece.columns, ways);
-    for (int v = 0; v < down; ++v) {
-        for (int u = 0; u < across; ++u) {
-            for (int64_t c = 0; c < coarse.channels; ++c, e += pitch) {
-                for (int64_t r = 0; r < piece.rows; ++r) {
-                    const int64_t y = down * (piece.row + r) + v;
-                    const int64_t tile = slice * coarse.grid.slice + y / kTile * coarse.grid.tiles_x + piece.column / ways;
-                    const float* in[kMaxWays];
-                    for (int k = 0; k < ways; ++k) in[k] = plane(coarse, c, y % kTile * kTile + across * k + u) + tile;
-                    kernels.interleave_row(in, ways, count, scale_of(coarse, c), offset_of(coarse, c), slope_of(coarse),
-                                           e + r * piece.columns);
+// Output channels that move together.
+struct Group {
+    int32_t first, last;
+    int64_t shift;
+};
+
+std::vector<Group> cut_groups(const int32_t* shift, int32_t channels) {
+    std::vector<Group> groups;
+    for (int32_t c = 0; c < channels; ++c) {
+        if (groups.empty() || groups.back().shift != shift[c]) groups.push_back({c, c, shift[c]});
+        groups.back().last = c + 1;
+    }
+    return groups;
+}
+
+class Upsampler {
+  public:
+    Upsampler(const Kernels& kernels, const Upsample& job, const Grid& fine, const UpsampleTarget& target, float* scratch)
+        : kernels_(kernels), job_(job), fine_(fine), target_(target), e_(scratch), down_(kTile / job.stride[1]),
+          across_(kTile / job.stride[2]) {}
+
+    static int64_t floats(const Upsample& job) {
+        return kTile / job.stride[1] * (kTile / job.stride[2]) * job.coarse.channels * kChunk + kCacheLine;
+    }
+
+    // The coarse pixels under a piece of fine tiles: e[v * across + u][channel][tile].
+    void load(int64_t slice, const Piece& piece) {
+        const Map& coarse = job_.coarse;
+        const int ways = job_.stride[2];
+        const int64_t at_v = across_ * coarse.channels * kChunk, first_tile = slice / job_.stride[0] * coarse.grid.slice;
+        rows_.clear();
+        for (int64_t done = 0; done < piece.count;) {
+            const int64_t row = (piece.first + done) / fine_.tiles_x, column = (piece.first + done) % fine_.tiles_x;
+            const int64_t count = std::min(piece.count - done, fine_.tiles_x - column), skip = column % ways;
+            for (int v = 0; v < down_; ++v) {
+                const int64_t y = down_ * row + v, tile = first_tile + y / kTile * coarse.grid.tiles_x + column / ways;
+                rows_.push_back({tile, divide_up(skip + count, ways), skip, count, v * at_v + done, static_cast<int>(y % kTile)});
+            }
+            done += count;
+        }
+        for (int64_t c = 0; c < coarse.channels; ++c) {
+            prefetch_part(channel_of(coarse, c), rows_[0].tile + kChunk);
+            kernels_.expand(channel_of(coarse, c), coarse.grid.chunk, rows_.data(), static_cast<int64_t>(rows_.size()), ways,
+                            scale_of(coarse, c), offset_of(coarse, c), slope_of(coarse), e_ + c * kChunk,
+                            coarse.channels * kChunk);
+        }
+    }
+
+    // Output channels of the piece that was loaded, to slice `to` of the target.
+    void multiply(int64_t slice, const Piece& piece, const Group& group, int64_t to) const {
+        const int sd = job_.stride[0], sh = job_.stride[1], sw = job_.stride[2], subs = sh * sw;
+        const SparseRows rows{job_.start, job_.output, job_.index, job_.outputs};
+        const float* weight = job_.weight + slice % sd * job_.connections * subs;
+        for (int64_t done = 0; done < piece.count;) {  // as far as the target's chunks go
+            const int64_t at = (to - target_.first_slice) * fine_.slice + piece.first + done;
+            const int64_t count = std::min(piece.count - done, kChunk - (at & (kChunk - 1)));
+            const float* e = e_ + done;
+            for (int v = 0; v < down_; ++v) {
+                for (int u = 0; u < across_; ++u, e += job_.coarse.channels * kChunk) {
+                    float* out[kPhases];
+                    for (int s = 0; s < subs; ++s)
+                        out[s] = target_.data + place(at, target_.chunk) +
+                                 ((v * sh + s / sw) * kTile + u * sw + s % sw) * kChunk;
+                    kernels_.upsample_product(e, rows, group.first, group.last, weight, subs, kChunk, static_cast<int>(count), out);
                 }
             }
+            done += count;
         }
     }
-}
 
-void upsample_piece(const Kernels& kernels, const Upsample& job, const Grid& fine, int64_t slice, int64_t first_output,
-                    int64_t last_output, const Piece& piece, float* target, int64_t pitch, float* e) {
-    const int sd = job.stride[0], sh = job.stride[1], sw = job.stride[2], subs = sh * sw;
-    const int64_t tiles = piece.rows * piece.columns, e_pitch = round_up(tiles, kernels.lanes);
-    expand(kernels, job, slice / sd, piece, e_pitch, e);
-    const SparseRows rows{job.start, job.output, job.index, job.outputs};
-    const float* weight = job.weight + slice % sd * job.connections * subs;
-    float* at = target + piece.row * fine.tiles_x + piece.column;
-    for (int v = 0; v < kTile / sh; ++v) {
-        for (int u = 0; u < kTile / sw; ++u, e += job.coarse.channels * e_pitch) {
-            float* out[kPhases];
-            for (int s = 0; s < subs; ++s) out[s] = at + ((v * sh + s / sw) * kTile + u * sw + s % sw) * pitch;
-            kernels.upsample_product(e, rows, static_cast<int>(first_output), static_cast<int>(last_output), weight, subs,
-                                     static_cast<int>(tiles), out, kPhases * pitch);
-        }
+  private:
+    // A piece reads a part of a coarse chunk; ask for as large a part of the next one.
+    void prefetch_part(const float* channel, int64_t tile) const {
+        const int64_t part = kChunk / (job_.stride[1] * job_.stride[2]);
+        if (tile >= job_.coarse.grid.tiles) return;
+        prefetch(channel + place(tile & ~int64_t{kChunk - 1}, job_.coarse.grid.chunk) + (tile & (kChunk - part)) * kPhases,
+                 part * kPhases);
     }
-}
+
+    const Kernels& kernels_;
+    const Upsample& job_;
+    const Grid& fine_;
+    const UpsampleTarget& target_;
+    float* e_;
+    const int down_, across_;
+    std::vector<RowPiece> rows_;
+};
 
 // Strides that do not divide a tile: pixel by pixel.
-void upsample_plainly(const Upsample& job, const Grid& fine, int64_t slice, int64_t first_output, int64_t last_output,
-                      const Piece& piece, float* target, int64_t pitch) {
+void upsample_plainly(const Upsample& job, const Grid& fine, int64_t slice, const Piece& piece, const Group& group, int64_t to,
+                      const UpsampleTarget& target) {
+    const int64_t at = (to - target.first_slice) * fine.slice + piece.first;
     const int sd = job.stride[0], sh = job.stride[1], sw = job.stride[2];
     const Map& coarse = job.coarse;
     const float slope = slope_of(coarse);
-    for (int64_t o = first_output; o < last_output; ++o) {
-        for (int64_t y = piece.row * kTile; y < std::min<int64_t>(fine.height, (piece.row + piece.rows) * kTile); ++y) {
-            const int64_t x_end = std::min<int64_t>(fine.width, (piece.column + piece.columns) * kTile);
-            for (int64_t x = piece.column * kTile; x < x_end; ++x) {
-                const int64_t cy = y / sh, cx = x / sw, phase = cy % kTile * kTile + cx % kTile;
-                const int64_t tile = slice / sd * coarse.grid.slice + cy / kTile * coarse.grid.tiles_x + cx / kTile;
-                const int64_t sub = (slice % sd * job.connections * sh + y % sh) * sw + x % sw;
-                float total = 0;
-                for (int32_t k = job.start[o]; k < job.start[o + 1]; ++k) {
-                    const int64_t c = job.index[k];
-                    const float value = plane(coarse, c, phase)[tile] * scale_of(coarse, c) + offset_of(coarse, c);
-                    total += job.weight[sub + int64_t{k} * sh * sw] * std::max(value, value * slope);
-                }
-                target[(o * kPhases + y % kTile * kTile + x % kTile) * pitch + y / kTile * fine.tiles_x + x / kTile] = total;
+    for (int64_t o = group.first; o < group.last; ++o) {
+        for (int64_t item = 0; item < piece.count * kPhases; ++item) {
+            const int64_t t = piece.first + item / kPhases, phase = item % kPhases;
+            const int64_t y = t / fine.tiles_x * kTile + phase / kTile, x = t % fine.tiles_x * kTile + phase % kTile;
+            if (y >= fine.height || x >= fine.width) continue;
+            const int64_t cy = y / sh, cx = x / sw;
+            const int64_t tile = slice / sd * coarse.grid.slice + cy / kTile * coarse.grid.tiles_x + cx / kTile;
+            const int64_t from = place(tile, coarse.grid.chunk) + (cy % kTile * kTile + cx % kTile) * kChunk;
+            const int64_t sub = (slice % sd * job.connections * sh + y % sh) * sw + x % sw;
+            float total = 0;
+            for (int32_t k = job.start[o]; k < job.start[o + 1]; ++k) {
+                const int64_t c = job.index[k];
+                const float value = channel_of(coarse, c)[from] * scale_of(coarse, c) + offset_of(coarse, c);
+                total += job.weight[sub + int64_t{k} * sh * sw] * std::max(value, value * slope);
             }
+            target.data[o * kChannel + place(at + item / kPhases, target.chunk) + phase * kChunk] = total;
         }
     }
 }
 
 }  // namespace
 
-int64_t upsample_scratch(const Kernels& kernels, const Upsample& job, const Grid& fine) {
-    if (!divides_tile(job.stride[1]) || !divides_tile(job.stride[2])) return 0;
-    const int64_t tiles = std::min(std::max<int64_t>(kUpsampleTiles, 1), std::max<int64_t>(fine.slice, kCacheLine));
-    const int64_t phases = kTile / job.stride[1] * (kTile / job.stride[2]);
-    return phases * job.coarse.channels * round_up(tiles, kernels.lanes) + 2 * kCacheLine;
+int64_t upsample_scratch(const Upsample& job) {
+    return divides_tile(job.stride[1]) && divides_tile(job.stride[2]) ? Upsampler::floats(job) : 0;
 }
 
 void upsample_slices(const Kernels& kernels, const Upsample& job, const Grid& fine, const int32_t* shift,
                      const UpsampleTarget& target, float* scratch, int thread, int threads) {
-    const std::vector<Piece> pieces = cut_slice(fine);
     const bool direct = divides_tile(job.stride[1]) && divides_tile(job.stride[2]);
-    const int64_t slices = target.last_slice - target.first_slice, n_pieces = static_cast<int64_t>(pieces.size());
-    for (int32_t first = 0, last; first < job.outputs; first = last) {  // channels that move together
-        for (last = first + 1; last < job.outputs && shift[last] == shift[first];) ++last;
-        const Share share(slices * n_pieces, thread, threads);
-        for (int64_t item = share.first; item < share.last; ++item) {
-            const int64_t to = item / n_pieces, slice = target.first_slice + to - shift[first];
-            if (slice < 0 || slice >= fine.depth) continue;  // the convolution reads zeros there
-            float* at = target.data + to * fine.slice;
-            const Piece& piece = pieces[static_cast<size_t>(item % n_pieces)];
+    const std::vector<Piece> pieces = cut_slice(fine.slice);
+    const std::vector<Group> groups = cut_groups(shift, job.outputs);
+    const auto less = [](const Group& a, const Group& b) { return a.shift < b.shift; };
+    const int64_t lowest = std::min_element(groups.begin(), groups.end(), less)->shift;
+    const int64_t highest = std::max_element(groups.begin(), groups.end(), less)->shift;
+    const int64_t begin = std::max<int64_t>(0, target.first_slice - highest);
+    const int64_t end = std::min<int64_t>(fine.depth, target.last_slice - lowest);
+    const int64_t n_pieces = static_cast<int64_t>(pieces.size());
+    Upsampler upsampler(kernels, job, fine, target, scratch);
+    const Share share(std::max<int64_t>(0, end - begin) * n_pieces, thread, threads);
+    for (int64_t item = share.first; item < share.last; ++item) {
+        const int64_t slice = begin + item / n_pieces;
+        const Piece& piece = pieces[static_cast<size_t>(item % n_pieces)];
+        if (direct) upsampler.load(slice, piece);
+        for (const Group& group : groups) {
+            const int64_t to = slice + group.shift;
+            if (to < target.first_slice || to >= target.last_slice) continue;
             if (direct) {
-                upsample_piece(kernels, job, fine, slice, first, last, piece, at, target.pitch, scratch);
+                upsampler.multiply(slice, piece, group, to);
             } else {
-                upsample_plainly(job, fine, slice, first, last, piece, at, target.pitch);
+                upsample_plainly(job, fine, slice, piece, group, to, target);
             }
         }
     }
@@ -127,31 +171,35 @@ void upsample_slices(const Kernels& kernels, const Upsample& job, const Grid& fi
 
 void run_pool(const Kernels& kernels, const PoolJob& job, int threads) {
     const Grid &fine = job.in.grid, &coarse = job.out.grid;
-    const int sd = job.stride[0], sh = job.stride[1], sw = job.stride[2];
-    const int64_t rows = int64_t{coarse.depth} * coarse.tiles_y;
+    const int sd = job.stride[0], sh = job.stride[1], sw = job.stride[2], window = sd * sh * sw;
+    const int64_t rows = int64_t{coarse.depth} * coarse.tiles_y, run = int64_t{coarse.tiles_x} * sw + kCacheLine;
     #pragma omp parallel num_threads(threads)
     {
         StopWatch watch(job.seconds, omp_get_thread_num());
-        std::vector<const float*> in(static_cast<size_t>(sd * sh * sw));
-        const Share share(job.in.channels * rows, omp_get_thread_num(), omp_get_num_threads());
-        for (int64_t item = share.first; item < share.last; ++item) {
-            const int64_t c = item / rows, d = item % rows / coarse.tiles_y, ty = item % coarse.tiles_y;
-            for (int q = 0; q < kPhases; ++q) {
-                if (kTile * ty + q / kTile >= coarse.height) continue;
-                // Of the last tile some columns may lie outside of both planes.
-                const int64_t n = divide_up(coarse.width - q % kTile, kTile);
-                if (n <= 0) continue;
-                size_t count = 0;
+        std::vector<const float*> in(static_cast<size_t>(window));
+        std::vector<float> copies(static_cast<size_t>((window + 1) * run));
+        float* pooled = copies.data() + window * run;
+        const Share share(rows, omp_get_thread_num(), omp_get_num_threads());
+        const int64_t per_row = kPhases * job.in.channels;
+        for (int64_t item = share.first * per_row; item < share.last * per_row; ++item) {
+            const int64_t q = item % kPhases, c = item % per_row / kPhases, row = item / per_row;
+            const int64_t d = row / coarse.tiles_y, ty = row % coarse.tiles_y;
+            const int64_t n = divide_up(coarse.width - q % kTile, kTile);  // the last tile may have less columns
+            if (kTile * ty + q / kTile >= coarse.height || n <= 0) continue;
+            if (q == 0)  // the next row of coarse tiles reads the fine rows after these
                 for (int a = 0; a < sd; ++a) {
-                    for (int i = 0; i < sh * sw; ++i) {
-                        const int64_t y = sh * (kTile * ty + q / kTile) + i / sw, x = sw * (q % kTile) + i % sw;
-                        in[count++] = plane(job.in, c, y % kTile * kTile + x % kTile) + (sd * d + a) * fine.slice +
-                                      y / kTile * fine.tiles_x + x / kTile;
-                    }
+                    const int64_t tile = (sd * d + a) * fine.slice + (ty + 1) * sh * fine.tiles_x;
+                    for (int64_t t = tile; t < std::min(fine.tiles, tile + sh * fine.tiles_x); t += kChunk)
+                        prefetch_chunk(channel_of(job.in, c), fine.chunk, t);
                 }
-                float* out = job.out.data + (c * kPhases + q) * coarse.pitch + d * coarse.slice + ty * coarse.tiles_x;
-                kernels.pool_row(in.data(), static_cast<int>(count), sw, n, job.gamma[c] >= 0, out);
+            for (int i = 0; i < window; ++i) {
+                const int64_t y = sh * (kTile * ty + q / kTile) + i / sw % sh, x = sw * (q % kTile) + i % sw;
+                const int64_t tile = (sd * d + i / sw / sh) * fine.slice + y / kTile * fine.tiles_x + x / kTile;
+                in[static_cast<size_t>(i)] = read_run(channel_of(job.in, c), fine.chunk, y % kTile * kTile + x % kTile,
+                                                      tile, sw * (n - 1) + 1, copies.data() + i * run);
             }
+            kernels.pool_row(in.data(), window, sw, n, job.gamma[c] >= 0, pooled);
+            write_run(channel_of(job.out, c), coarse.chunk, q, d * coarse.slice + ty * coarse.tiles_x, n, pooled);
         }
         watch.lap(kPool);
     }
@@ -164,8 +212,9 @@ void run_import(const float* image, const Map& out, int threads) {
     for (int64_t item = 0; item < out.channels * rows; ++item) {
         const int64_t c = item / rows, d = item % rows / grid.height, y = item % grid.height;
         const float* in = image + item * grid.width;
-        float* to = out.data + (c * kPhases + y % kTile * kTile) * grid.pitch + d * grid.slice + y / kTile * grid.tiles_x;
-        for (int64_t x = 0; x < grid.width; ++x) to[x % kTile * grid.pitch + x / kTile] = in[x];
+        float* to = channel_of(out, c) + y % kTile * kTile * kChunk;
+        const int64_t tile = d * grid.slice + y / kTile * grid.tiles_x;
+        for (int64_t x = 0; x < grid.width; ++x) to[place(tile + x / kTile, grid.chunk) + x % kTile * kChunk] = in[x];
     }
 }
 

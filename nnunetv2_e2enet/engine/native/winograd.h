@@ -60,16 +60,49 @@ static inline uint32_t bits_between(int64_t first, int64_t lo, int64_t hi) {
     return from <= 0 ? below_to : below_to & ~((1u << from) - 1);
 }
 
-static inline void transform_tile_vector(const float* const rows[6], int64_t pitch, const Mask masks[e2e::kPoints],
-                                         const e2e::Channel& channel, float* v, int64_t v_pitch) {
-    static const int phase_of[6] = {3, 0, 1, 2, 3, 0}, tile_of[6] = {-1, 0, 0, 0, 0, 1};
+// Where a vector of tiles finds itself and its 8 neighbours (3 * row + column, itself in the middle) in a channel, and which
+// of their pixels count. A neighbour's lanes may lie in two chunks.
+struct Reach {
+    int64_t place[9], next[9];  // of the first lane, and of the first lane as seen from the next chunk
+    Mask in_next[9];
+    Mask valid[e2e::kPoints];
+    bool any;    // pixel counts
+    bool split;  // a neighbour lies in two chunks
+    bool split_center;
+
+    void look(const e2e::Grid& grid, int64_t first, const e2e::Channel& channel) {
+        const LaneBits bits(grid, first);
+        const uint32_t here = bits.tile & bits_between(first, channel.lo, channel.hi);
+        any = here != 0;
+        split = split_center = false;
+        if (!any) return;
+        for (int p = 0; p < e2e::kPoints; ++p) valid[p] = mask_of(bits.row[p / 6] & bits.column[p % 6] & here);
+        for (int n = 0; n < 9; ++n) {
+            const int64_t tile = first + channel.move + (n / 3 - 1) * grid.tiles_x + n % 3 - 1;
+            const int64_t left = e2e::kChunk - (tile & (e2e::kChunk - 1));  // lanes in this chunk
+            const bool both = left < kLanes;
+            place[n] = e2e::place(tile, channel.chunk);
+            next[n] = both ? e2e::place(tile + left, channel.chunk) - left : place[n];
+            in_next[n] = mask_of(both ? ~0u << left : 0u);
+            split = split || both;
+            if (n == 4) split_center = both;
+        }
+    }
+};
+
+template <int Split>  // 0: no vector lies in two chunks, 1: some of neighbours do, 2: the tiles' own as well
+static inline void transform_tile_vector(const e2e::Channel& channel, const Reach& reach, float* v, int64_t v_pitch) {
+    static constexpr int phase_of[6] = {3, 0, 1, 2, 3, 0}, side_of[6] = {0, 1, 1, 1, 1, 2};
     const Vec scale = splat(channel.scale), offset = splat(channel.offset), slope = splat(channel.slope);
     Vec half[6][6];
     for (int j = 0; j < 6; ++j) {
         Vec d[6], o[6];
         for (int i = 0; i < 6; ++i) {
-            const Vec raw = load(rows[i] + phase_of[j] * pitch + tile_of[j]);
-            d[i] = keep(masks[i * 6 + j], activate(raw, scale, offset, slope));
+            const int n = side_of[i] * 3 + side_of[j];
+            const float* phase = channel.data + (phase_of[i] * e2e::kTile + phase_of[j]) * e2e::kChunk;
+            Vec raw = load(phase + reach.place[n]);
+            if (Split == 2 || (Split == 1 && n != 4)) raw = merge(reach.in_next[n], load(phase + reach.next[n]), raw);
+            d[i] = keep(reach.valid[i * 6 + j], activate(raw, scale, offset, slope));
         }
         transform_in(d, o);
         for (int i = 0; i < 6; ++i) half[i][j] = o[i];
@@ -81,32 +114,41 @@ static inline void transform_tile_vector(const float* const rows[6], int64_t pit
     }
 }
 
+// Memory is far away, and what a block needs of it is read in an order of its own: ask for the chunk after it line by line.
+// (Always inline: GCC takes a function that only prefetches for one without effect, and drops the call.)
+static inline __attribute__((always_inline)) void prefetch_ahead(const e2e::Channel& channel, const e2e::Grid& grid,
+                                                                 int64_t first, int64_t tiles) {
+    const int64_t chunks_ahead = (grid.tiles_x + e2e::kChunk - 1) / e2e::kChunk;  // the row of tiles below lies there
+    const int64_t tile = first + channel.move + chunks_ahead * e2e::kChunk;
+    if (tile - channel.move + e2e::kChunk <= channel.lo || tile - channel.move >= channel.hi) return;
+    const int64_t lane = tile & (e2e::kChunk - 1);
+    prefetch(channel.data + e2e::place(tile - lane, channel.chunk) + lane * e2e::kPhases, tiles * e2e::kPhases);
+}
+
+static inline bool same_reach(const e2e::Channel& a, const e2e::Channel& b) {
+    return a.lo == b.lo && a.hi == b.hi && a.move == b.move && a.chunk == b.chunk;
+}
+
 static void input_transform(const e2e::Channel* channels, int n, const e2e::Grid& grid, int64_t first, int vectors, float* v,
                             int64_t v_pitch) {
-    Mask masks[e2e::kMaxVectors][e2e::kPoints];
-    bool any[e2e::kMaxVectors] = {};
+    Reach reach[e2e::kMaxVectors];
+    const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
     for (int c = 0; c < n; ++c) {
         const e2e::Channel& channel = channels[c];
-        if (c == 0 || channel.lo != channels[c - 1].lo || channel.hi != channels[c - 1].hi) {
-            for (int i = 0; i < vectors; ++i) {
-                const int64_t f = first + i * kLanes;
-                const LaneBits bits(grid, f);
-                const uint32_t here = bits.tile & bits_between(f, channel.lo, channel.hi);
-                any[i] = here != 0;
-                for (int p = 0; p < e2e::kPoints; ++p) masks[i][p] = mask_of(bits.row[p / 6] & bits.column[p % 6] & here);
-            }
-        }
-        float* target = v + static_cast<int64_t>(c) * vectors * kLanes;
+        prefetch_ahead(channel, grid, first, tiles);
+        if (c == 0 || !same_reach(channel, channels[c - 1]))
+            for (int i = 0; i < vectors; ++i) reach[i].look(grid, first + i * kLanes, channel);
+        float* target = v + static_cast<int64_t>(c) * tiles;
         for (int i = 0; i < vectors; ++i, target += kLanes) {
-            if (!any[i]) {  // nothing of this channel's slice exists, not even memory to read
+            if (!reach[i].any) {  // nothing of this channel's slice exists, not even memory to read
                 for (int p = 0; p < e2e::kPoints; ++p) store(target + p * v_pitch, zero());
-                continue;
+            } else if (reach[i].split_center) {
+                transform_tile_vector<2>(channel, reach[i], target, v_pitch);
+            } else if (reach[i].split) {
+                transform_tile_vector<1>(channel, reach[i], target, v_pitch);
+            } else {
+                transform_tile_vector<0>(channel, reach[i], target, v_pitch);
             }
-            const float* at = channel.base + first + i * kLanes;
-            const int64_t row = 4 * channel.pitch;
-            const float* const rows[6] = {at + 3 * row - grid.tiles_x, at,           at + row, at + 2 * row,
-                                          at + 3 * row,                at + grid.tiles_x};
-            transform_tile_vector(rows, channel.pitch, masks[i], channel, target, v_pitch);
         }
     }
 }
@@ -152,7 +194,7 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
                 start_statistics(s, pixel);
                 center = splat(s.center);
             }
-            float* target = out + static_cast<int64_t>(o) * e2e::kPhases * grid.pitch + first + i * kLanes;
+            float* target = out + o * e2e::kChannel + e2e::place(first + i * kLanes, grid.chunk);
             for (int q = 0; q < e2e::kPhases; ++q) {
                 const Vec pixel = y[q / 4][q % 4];
                 Vec difference = pixel - center;
@@ -160,9 +202,9 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
                 total = total + difference;
                 square = fma(difference, difference, square);
                 if (bypass) {
-                    stream(target + q * grid.pitch, pixel);
+                    stream(target + q * e2e::kChunk, pixel);
                 } else {
-                    store(target + q * grid.pitch, pixel);
+                    store(target + q * e2e::kChunk, pixel);
                 }
             }
         }
@@ -186,7 +228,7 @@ static void store_phase(const float* m, int outputs, const e2e::Grid& grid, int6
     for (int o = 0; o < outputs; ++o) {
         e2e::Statistics& s = statistics[o];
         const float* at = m + o * tiles;
-        float* target = out + (static_cast<int64_t>(o) * e2e::kPhases + phase) * grid.pitch + first;
+        float* target = out + o * e2e::kChannel + phase * e2e::kChunk;
         start_statistics(s, at);
         const Vec center = splat(s.center);
         Vec total = zero(), square = zero();
@@ -194,7 +236,7 @@ static void store_phase(const float* m, int outputs, const e2e::Grid& grid, int6
             const Vec pixel = load(at + i * kLanes), difference = keep(masks[i], pixel - center);
             total = total + difference;
             square = fma(difference, difference, square);
-            store(target + i * kLanes, pixel);
+            store(target + e2e::place(first + i * kLanes, grid.chunk), pixel);
         }
         s.sum += sum(total);
         s.square += sum(square);
