@@ -1,0 +1,1 @@
+"""What ``nnUNetv2_plan_experiment -pl`` finds."""

@@ -1,0 +1,1 @@
+"""What ``nnUNetv2_train -tr`` finds."""

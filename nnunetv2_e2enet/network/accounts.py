@@ -59,7 +59,7 @@ def multiply_accumulates(network: nn.Module, input_shape: Sequence[int]) -> Mult
 def conv_output_elements(network: nn.Module, input_shape: Sequence[int]) -> int:
     elements = 0
 
-    def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal elements
         elements += output.numel()
 

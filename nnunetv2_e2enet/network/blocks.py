@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from nnunetv2_e2enet.network.connections import MASKED_CONV
 from nnunetv2_e2enet.network.depth_shift import depth_shift
 
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-INSTANCE_NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
-MAX_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+CONV: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
+INSTANCE_NORM: dict[int, Callable[..., nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+MAX_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ShiftBlock(nn.Module):
         maskable: bool = False,
     ) -> None:
         super().__init__()
-        conv = (MASKED_CONV if maskable else CONV)[style.dimension]
+        conv: Callable[..., nn.Module] = MASKED_CONV[style.dimension] if maskable else CONV[style.dimension]
         kernel_size = style.kernel_size
         self.shift_size = style.shift_size if style.dimension == 3 else 1
         self.conv = conv(

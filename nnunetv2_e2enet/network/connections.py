@@ -6,7 +6,7 @@ travels with its weights: in ``state_dict``, checkpoints, fold ensembles and exp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,11 +34,11 @@ class _StraightThroughMask(torch.autograd.Function):
     """Masked weights forward, the dense gradient backward: what gradient growth looks at."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+    def forward(_ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, weight, 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -143,8 +143,8 @@ class MaskedConvTranspose3d(MaskableLayer, nn.ConvTranspose3d):
         return F.conv_transpose3d(x, self.masked_weight(), self.bias, self.stride, self.padding)  # type: ignore[arg-type]
 
 
-MASKED_CONV: dict[int, type[MaskableLayer]] = {2: MaskedConv2d, 3: MaskedConv3d}
-MASKED_CONV_TRANSPOSE: dict[int, type[MaskableLayer]] = {2: MaskedConvTranspose2d, 3: MaskedConvTranspose3d}
+MASKED_CONV: dict[int, Callable[..., MaskableLayer]] = {2: MaskedConv2d, 3: MaskedConv3d}
+MASKED_CONV_TRANSPOSE: dict[int, Callable[..., MaskableLayer]] = {2: MaskedConvTranspose2d, 3: MaskedConvTranspose3d}
 
 
 def maskable_layers(network: nn.Module) -> Iterator[tuple[str, MaskableLayer]]:

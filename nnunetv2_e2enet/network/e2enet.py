@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.errors import E2ENetError
@@ -67,8 +68,8 @@ class E2ENet(nn.Module):
         conv_op: type[nn.Module],
         strides: int | Sequence[int | Sequence[int]],
         n_conv_per_stage: int | Sequence[int] = 2,
-        kernel_sizes: Any = None,
-        n_conv_per_stage_decoder: Any = None,
+        kernel_sizes: Any = None,  # noqa: ARG002 (plans hold it)
+        n_conv_per_stage_decoder: Any = None,  # noqa: ARG002 (plans hold it)
         conv_bias: bool = True,
         norm_op: type[nn.Module] | None = None,
         norm_op_kwargs: dict[str, Any] | None = None,
@@ -93,22 +94,15 @@ class E2ENet(nn.Module):
         n_conv = _per_level("n_conv_per_stage", n_conv_per_stage, n_stages)
         level_strides = _strides(strides, n_stages, dimension)
 
+        given: dict[str, Any] = {
+            "norm_op_kwargs": norm_op_kwargs,
+            "dropout_op": dropout_op,
+            "dropout_op_kwargs": dropout_op_kwargs,
+            "nonlin": nonlin,
+            "nonlin_kwargs": nonlin_kwargs,
+        }
         style = BlockStyle(
-            dimension,
-            shift_size,
-            conv_bias,
-            norm_op,
-            **{
-                name: value
-                for name, value in {
-                    "norm_op_kwargs": norm_op_kwargs,
-                    "dropout_op": dropout_op,
-                    "dropout_op_kwargs": dropout_op_kwargs,
-                    "nonlin": nonlin,
-                    "nonlin_kwargs": nonlin_kwargs,
-                }.items()
-                if value is not None
-            },
+            dimension, shift_size, conv_bias, norm_op, **{name: value for name, value in given.items() if value is not None}
         )
         self.dimension = dimension
         self.input_channels = input_channels
@@ -143,6 +137,22 @@ class E2ENet(nn.Module):
                 f"the patch {list(patch_size)} cannot be divided by the network's strides, in all {divisor}: "
                 "change patch_size in the plans to multiples of them"
             )
+
+    def get_extra_state(self) -> Tensor:
+        """The shift size travels with the weights, which would fit a network that shifts otherwise."""
+        return torch.tensor(self._effective_shift_size)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises E2ENetError if the weights were trained with another shift size."""
+        if int(state) != self._effective_shift_size:
+            raise E2ENetError(
+                f"the weights were trained with shift_size {int(state)}, but the network has {self._effective_shift_size}: "
+                "build the network with the shift size of the weights"
+            )
+
+    @property
+    def _effective_shift_size(self) -> int:
+        return self.shift_size if self.dimension == 3 else 1
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
@@ -180,7 +190,7 @@ class E2ENet(nn.Module):
 
 def _dimension(conv_op: type[nn.Module]) -> int:
     for dimension, conv in CONV.items():
-        if isinstance(conv_op, type) and issubclass(conv_op, conv):
+        if conv_op is conv:
             return dimension
     raise E2ENetError(f"conv_op is {conv_op!r}, but E2ENet is built of torch.nn.Conv3d or torch.nn.Conv2d")
 

@@ -7,7 +7,8 @@ do not depend on each other. Stage 0 is the encoder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -106,7 +107,7 @@ class FusionDecoder(nn.Module):
         """Encoder maps, finest first, to logits; with deep supervision a list of them, finest first."""
         maps = list(maps)
         last: dict[int, Tensor] = {}
-        for nodes in self.stages:
+        for nodes in cast(Iterable[nn.ModuleList], self.stages):
             maps = [node(maps[level], maps[level + 1], maps[level - 1] if level else None) for level, node in enumerate(nodes)]
             last[len(nodes) - 1] = maps[-1]
         if not self.deep_supervision:

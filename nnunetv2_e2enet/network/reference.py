@@ -8,7 +8,8 @@ The published network holds them in nested lists; exported, an array's name says
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.connections import MaskableLayer
 from nnunetv2_e2enet.network.e2enet import E2ENet
+from nnunetv2_e2enet.network.fusion import FusionNode
 
 _WEIGHT = re.compile(r"^(encoder|fusion|upsample|head)\.")
 
@@ -28,7 +31,7 @@ def reference_modules(network: E2ENet) -> dict[str, nn.Module]:
     for j, level in enumerate(network.encoder.stages):
         modules |= _block_modules(f"encoder.level{j}", level)
     for i, nodes in enumerate(network.decoder.stages, start=1):
-        for j, node in enumerate(nodes):
+        for j, node in enumerate(cast(Iterable[FusionNode], nodes)):
             modules |= _block_modules(f"fusion.stage{i}.level{j}", node.blocks)
             modules[f"upsample.stage{i}.level{j}"] = node.upsample
     for j, head in enumerate(reversed(network.decoder.seg_layers)):
@@ -38,7 +41,7 @@ def reference_modules(network: E2ENet) -> dict[str, nn.Module]:
 
 def _block_modules(prefix: str, blocks: nn.Module) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
-    for k, block in enumerate(blocks.children()):
+    for k, block in enumerate(cast(Iterable[ShiftBlock], blocks.children())):
         modules[f"{prefix}.conv{k}.conv"] = block.conv
         modules[f"{prefix}.conv{k}.norm"] = block.norm
     return modules

@@ -1,0 +1,43 @@
+# One environment for everything; `make demo` and `make test` need Python 3.10 or newer and make, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= demo
+# Users with a GPU get their normal torch; elsewhere a fixed release. Override it as in
+#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+BIN = $(VENV)/bin
+
+.PHONY: help install register demo test test-slow lint clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
+
+$(VENV)/.installed: pyproject.toml setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed  ## environment with the package in editable mode
+
+register: install  ## make the environment's nnU-Net find E2ENet
+	$(BIN)/e2enet register
+
+demo: register  ## phantom data through nnU-Net's commands, E2ENet beside stock nnU-Net (under 10 minutes)
+	rm -rf $(DEMO)
+	$(BIN)/e2enet demo --folder $(DEMO)
+
+test: install  ## the tests, without the slow ones
+	$(BIN)/pytest
+
+test-slow: install  ## the slow tests
+	$(BIN)/pytest -m slow
+
+lint: install  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## everything that is built
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info

@@ -1,0 +1,193 @@
+"""``e2enet demo``: phantom data through nnU-Net's own commands, E2ENet beside stock nnU-Net."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.registration import find_nnunet, is_registered
+
+if TYPE_CHECKING:
+    from nnunetv2_e2enet.network import ParameterCounts
+
+HELP = "train E2ENet and stock nnU-Net on phantom data, predict, compare (minutes on two CPU cores)"
+
+DATASET_ID = 990
+DATASET = f"Dataset{DATASET_ID}_Phantom"
+CONFIGURATION = "3d_fullres"
+MODELS = {"E2ENet": "nnUNetTrainerE2ENet_demo", "nnU-Net": "nnUNetTrainer_demo"}
+EXPECTED_DICE = 0.8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example:\n  e2enet demo --folder /tmp/e2enet_demo\n"
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="new folder for all that it writes (default: demo)")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one, otherwise cpu")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folders of a demo, and the environment that its commands run in."""
+
+    folder: Path
+    device: str
+
+    @property
+    def raw(self) -> Path:
+        return self.folder / "nnUNet_raw" / DATASET
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.folder / "nnUNet_preprocessed" / DATASET
+
+    def model(self, trainer: str) -> Path:
+        return self.folder / "nnUNet_results" / DATASET / f"{trainer}__nnUNetPlans__{CONFIGURATION}"
+
+    def predictions(self, trainer: str) -> Path:
+        return self.folder / "predictions" / trainer
+
+    def environment(self) -> dict[str, str]:
+        folders = {name: str(self.folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        # nnU-Net starts 8 export processes however few cores there are
+        return {**os.environ, **folders, "nnUNet_def_n_proc": str(min(8, os.cpu_count() or 1))}
+
+
+def run(args: argparse.Namespace) -> int:
+    nnunet = find_nnunet()
+    if not is_registered(nnunet):
+        raise E2ENetError("the demo uses nnU-Net's own commands, which do not find E2ENet yet: run `e2enet register` first")
+    folder = args.folder.resolve()
+    if folder.exists() and any(folder.iterdir()):
+        raise E2ENetError(f"{folder} is not empty: remove it, or name a new one with --folder")
+    workspace = Workspace(folder, args.device or _best_device())
+    console = Console(highlight=False)
+    for title, command in _commands(workspace):
+        _run(console, workspace, title, command)
+    return _report(console, workspace)
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _commands(work: Workspace) -> list[tuple[str, list[str]]]:
+    dataset = str(DATASET_ID)
+    cores = str(min(8, os.cpu_count() or 1))
+    commands = [
+        ("Phantom data", ["e2enet", "phantom", dataset]),
+        (
+            "Plan and preprocess",
+            [
+                *("nnUNetv2_plan_and_preprocess", "-d", dataset, "-c", CONFIGURATION),
+                *("--verify_dataset_integrity", "-np", cores, "-npfp", cores),
+            ],
+        ),
+    ]
+    for name, trainer in MODELS.items():
+        commands.append(
+            (f"Train {name}", ["nnUNetv2_train", dataset, CONFIGURATION, "0", "-tr", trainer, "-device", work.device])
+        )
+    for name, trainer in MODELS.items():
+        folders = ["-i", str(work.raw / "imagesTs"), "-o", str(work.predictions(trainer))]
+        model = ["-d", dataset, "-c", CONFIGURATION, "-f", "0", "-tr", trainer]
+        commands.append(
+            (f"Predict with {name}", ["nnUNetv2_predict", *folders, *model, "-device", work.device, "-npp", "1", "-nps", "1"])
+        )
+        description = ["-djfile", str(work.raw / "dataset.json"), "-pfile", str(work.model(trainer) / "plans.json")]
+        compared = [str(work.raw / "labelsTs"), str(work.predictions(trainer))]
+        commands.append((f"Evaluate {name}", ["nnUNetv2_evaluate_folder", *compared, *description]))
+    return commands
+
+
+def _run(console: Console, work: Workspace, title: str, command: list[str]) -> None:
+    """One console command, its output in a log file.
+
+    Raises:
+        E2ENetError: the command failed.
+    """
+    log = work.folder / "logs" / f"{title.lower().replace(' ', '_')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    program = Path(sys.executable).with_name(command[0])
+    start = time.monotonic()
+    with console.status(f"{title} …"), log.open("w") as output:
+        result = subprocess.run(
+            [str(program), *command[1:]], env=work.environment(), stdout=output, stderr=subprocess.STDOUT, check=False
+        )
+    if result.returncode:
+        raise E2ENetError(f"`{' '.join(command[:3])} …` ended with exit code {result.returncode}: see {log}")
+    console.print(f"{title:<22}{time.monotonic() - start:6.0f} s   {command[0]}")
+
+
+def _report(console: Console, work: Workspace) -> int:
+    from nnunetv2_e2enet.evaluation.overlay import write_overlay
+
+    labels = _labels(work)
+    dice = {name: _dice(work.predictions(trainer) / "summary.json") for name, trainer in MODELS.items()}
+    table = Table(title="Dice on held-out phantoms, and size of the networks")
+    table.add_column("")
+    for name in MODELS:
+        table.add_column(name, justify="right")
+    for value, label in labels.items():
+        table.add_row(label, *(f"{dice[name][str(value)]:.3f}" for name in MODELS))
+    table.add_section()
+    table.add_row("mean foreground Dice", *(f"{dice[name]['foreground']:.3f}" for name in MODELS), style="bold")
+    counts = {name: _parameters(work.model(trainer)) for name, trainer in MODELS.items()}
+    table.add_row("parameters active", *(f"{counts[name].active:,}" for name in MODELS))
+    table.add_row("parameters in total", *(f"{counts[name].total:,}" for name in MODELS))
+    console.print(table)
+
+    case = min((work.raw / "labelsTs").glob("*.nii.gz"))
+    columns = {"Reference": case}
+    columns |= {name: work.predictions(trainer) / case.name for name, trainer in MODELS.items()}
+    picture = work.folder / "overlay.png"
+    image = work.raw / "imagesTs" / case.name.replace(".nii.gz", "_0000.nii.gz")
+    write_overlay(picture, image, columns, labels)
+    console.print(f"Overlay: {picture}", soft_wrap=True)
+
+    reached = dice["E2ENet"]["foreground"]
+    if reached < EXPECTED_DICE:
+        raise E2ENetError(f"E2ENet reached a mean foreground Dice of {reached:.3f}, but at least {EXPECTED_DICE} is expected")
+    return 0
+
+
+def _labels(work: Workspace) -> dict[int, str]:
+    from batchgenerators.utilities.file_and_folder_operations import load_json
+
+    labels = load_json(str(work.raw / "dataset.json"))["labels"]
+    return {value: name for name, value in labels.items() if value}
+
+
+def _dice(summary: Path) -> dict[str, float]:
+    """Mean Dice by label, and ``foreground``."""
+    from batchgenerators.utilities.file_and_folder_operations import load_json
+
+    content = load_json(str(summary))
+    by_label = {label: metrics["Dice"] for label, metrics in content["mean"].items()}
+    return {**by_label, "foreground": content["foreground_mean"]["Dice"]}
+
+
+def _parameters(model: Path) -> ParameterCounts:
+    """Of the network that nnU-Net's predictor builds from a model folder."""
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    from nnunetv2_e2enet.network.accounts import parameter_counts
+
+    with redirect_stdout(StringIO()):
+        predictor = nnUNetPredictor(device=torch.device("cpu"))
+        predictor.initialize_from_trained_model_folder(str(model), (0,))
+    return parameter_counts(predictor.network)

@@ -1,0 +1,107 @@
+"""``e2enet info``."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from importlib import import_module
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+
+from nnunetv2_e2enet import __version__
+from nnunetv2_e2enet.registration import (
+    MODULES,
+    PLANNER_FOLDER,
+    TRAINER_FOLDER,
+    NnUNet,
+    find_nnunet,
+    is_ours,
+    registered_files,
+    trainers_folder,
+)
+
+HELP = "show versions, device, registration, and what nnU-Net finds"
+
+
+def add_arguments(_parser: argparse.ArgumentParser) -> None:
+    """There are none."""
+
+
+def run(_args: argparse.Namespace) -> int:
+    nnunet = find_nnunet()
+    console = Console(soft_wrap=True, highlight=False)
+    for label, value in _facts(nnunet).items():
+        console.print(f"[bold]{label:<24}[/]{value}")
+    for kind, names in our_classes().items():
+        _print_found(console, kind, names)
+    return 0
+
+
+def _facts(nnunet: NnUNet) -> dict[str, str]:
+    facts = {
+        "nnunetv2-e2enet": __version__,
+        "nnunetv2": f"{nnunet.version} in {nnunet.folder}",
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "device": _device(),
+    }
+    files = registered_files(nnunet)
+    for path, text in files.items():
+        state = "registered" if is_ours(text) else "not registered" if text is None else "not written by e2enet"
+        facts[path.name] = f"{state} in {path.parent}"
+    if not all(is_ours(text) for text in files.values()):
+        facts["to register"] = "e2enet register"
+        facts["or, for the trainers"] = f"export nnUNet_extTrainer={trainers_folder()}"
+    return facts
+
+
+def _print_found(console: Console, kind: str, names: list[str]) -> None:
+    try:
+        found = [name for name in names if FINDERS[kind](name)]
+    except Exception as error:  # noqa: BLE001 (nnU-Net imports all its modules in search of a class; any of them may fail)
+        console.print(f"\n[bold]nnU-Net finds no {kind}s[/]: its search ended with {type(error).__name__}: {error}")
+        return
+    console.print(f"\n[bold]nnU-Net finds {len(found)} of {len(names)} {kind}s[/]")
+    for name in found:
+        console.print(f"  {name}")
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} (cuda)"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def our_classes() -> dict[str, list[str]]:
+    """Names of our trainers and planners, by kind."""
+    classes: dict[str, list[str]] = {kind: [] for kind in FINDERS}
+    for target, modules in MODULES.items():
+        kind = "trainer" if target.parent == TRAINER_FOLDER else "planner"
+        for module in modules:
+            classes[kind] += import_module(f"nnunetv2_e2enet.{module}").__all__
+    return {kind: sorted(names) for kind, names in classes.items()}
+
+
+def _finds_trainer(name: str) -> bool:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    with redirect_stdout(StringIO()):  # nnU-Net narrates its search in nnUNet_extTrainer
+        return recursive_find_trainer_class_by_name(name) is not None
+
+
+def _finds_planner(name: str) -> bool:
+    import nnunetv2
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    folder = str(Path(nnunetv2.__path__[0]) / PLANNER_FOLDER)
+    return recursive_find_python_class(folder, name, "nnunetv2.experiment_planning") is not None
+
+
+FINDERS: dict[str, Callable[[str], bool]] = {"trainer": _finds_trainer, "planner": _finds_planner}

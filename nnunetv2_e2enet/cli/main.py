@@ -1,0 +1,50 @@
+"""Entry point of ``e2enet``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from nnunetv2_e2enet import __version__
+from nnunetv2_e2enet.cli import demo, info, phantom, plan, register, unregister
+from nnunetv2_e2enet.errors import E2ENetError
+
+COMMANDS: dict[str, ModuleType] = {
+    "register": register,
+    "unregister": unregister,
+    "info": info,
+    "plan": plan,
+    "phantom": phantom,
+    "demo": demo,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="e2enet", description="E2ENet for nnU-Net v2.")
+    parser.add_argument("--version", action="version", version=f"nnunetv2-e2enet {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=module.HELP, description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(subparser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Returns:
+        0 if all went well, 1 for bad input (said in one message on standard error), 130 after Ctrl-C.
+    """
+    args = build_parser().parse_args(arguments)
+    try:
+        return COMMANDS[args.command].run(args)
+    except E2ENetError as error:
+        print(f"e2enet {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"e2enet {args.command}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,70 @@
+"""``e2enet phantom``: a small synthetic data set in nnU-Net's raw format."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.registration import find_nnunet
+
+RAW_FOLDER_VARIABLE = "nnUNet_raw"
+
+HELP = "write a small synthetic data set (four organs in a torso) into $nnUNet_raw"
+
+EXAMPLE = """\
+example:
+  e2enet phantom 300 --cases 16 --test-cases 4
+  nnUNetv2_plan_and_preprocess -d 300 -c 3d_fullres
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLE
+    parser.add_argument("dataset_id", metavar="DATASET_ID", type=int, help="a free number from 1 to 999")
+    parser.add_argument("--name", default="Phantom", help="of the data set: letters, digits, - and _ (default: %(default)s)")
+    parser.add_argument(
+        "--cases", metavar="N", type=int, default=16, help="to train on; nnU-Net's five folds need 5 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--test-cases", metavar="M", type=int, default=4, help="held out, in imagesTs and labelsTs (default: %(default)s)"
+    )
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="same seed, same cases (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    find_nnunet()
+    from nnunetv2_e2enet.datasets import write_phantom_dataset
+
+    folder = _raw_folder() / _dataset_name(args.dataset_id, args.name)
+    _check_id_is_free(args.dataset_id, folder.name)
+    write_phantom_dataset(folder, args.cases, args.test_cases, args.seed)
+    print(f"Wrote {args.cases} training and {args.test_cases} held-out cases to {folder}")
+    return 0
+
+
+def _raw_folder() -> Path:
+    raw = os.environ.get(RAW_FOLDER_VARIABLE)
+    if not raw:
+        raise E2ENetError(
+            f"{RAW_FOLDER_VARIABLE} is not set: expected the folder of nnU-Net's raw data sets in this environment variable; "
+            f"set it, for example: export {RAW_FOLDER_VARIABLE}=$HOME/{RAW_FOLDER_VARIABLE}"
+        )
+    return Path(raw)
+
+
+def _dataset_name(dataset_id: int, name: str) -> str:
+    if not 1 <= dataset_id <= 999:
+        raise E2ENetError(f"data set number {dataset_id}: nnU-Net expects 1 to 999; choose a free one")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise E2ENetError(f"data set name {name!r}: expected letters, digits, - and _ only; choose such a name")
+    return f"Dataset{dataset_id:03d}_{name}"
+
+
+def _check_id_is_free(dataset_id: int, name: str) -> None:
+    """nnU-Net refuses to work with a number that has two names."""
+    from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+    others = [str(other) for other in find_candidate_datasets(dataset_id) if other != name]
+    if others:
+        raise E2ENetError(f"data set number {dataset_id} is taken by {others[0]}: expected a free number; choose another")

@@ -1,0 +1,23 @@
+"""``e2enet register``."""
+
+from __future__ import annotations
+
+import argparse
+
+from nnunetv2_e2enet import registration
+
+HELP = "make nnU-Net's commands find the E2ENet trainers and planners"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Writes one small module into each of two folders of the installed nnU-Net. Run it again at any time."
+
+
+def run(_args: argparse.Namespace) -> int:
+    nnunet = registration.find_nnunet()
+    written = registration.register(nnunet)
+    for path in written:
+        print(f"wrote {path}")
+    if not written:
+        print(f"already registered with nnU-Net {nnunet.version} in {nnunet.folder}")
+    return 0

@@ -1,0 +1,56 @@
+"""When the topology changes, and how much of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Protocol
+
+from nnunetv2_e2enet.errors import E2ENetError
+
+
+class Schedule(Protocol):
+    def is_update(self, epoch: int) -> bool:
+        """Whether the topology changes after the training iterations of ``epoch`` (counted from 0)."""
+
+    def prune_fraction(self, epoch: int) -> float:
+        """Share of the active connections that an update in ``epoch`` replaces."""
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """An update every ``period`` epochs; the fraction falls by a cosine to 0 at the last epoch (paper, section 3.2).
+
+    Args:
+        n_epochs: length of the training.
+        period: epochs between two updates.
+        initial_fraction: share of active connections replaced at epoch 0.
+    """
+
+    n_epochs: int
+    period: int = 5
+    initial_fraction: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.n_epochs < 1 or self.period < 1:
+            raise E2ENetError(f"a schedule of {self.n_epochs} epochs with period {self.period}: both must be at least 1")
+        if not 0 <= self.initial_fraction <= 1:
+            raise E2ENetError(f"initial_prune_fraction is {self.initial_fraction}, but it is a share: use 0 to 1")
+
+    def is_update(self, epoch: int) -> bool:
+        return (epoch + 1) % self.period == 0 and epoch < self.n_epochs - 1
+
+    def prune_fraction(self, epoch: int) -> float:
+        progress = min(epoch / (self.n_epochs - 1), 1.0) if self.n_epochs > 1 else 1.0
+        return self.initial_fraction * (1 + cos(pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class StaticSchedule:
+    """The topology of the start is kept."""
+
+    def is_update(self, epoch: int) -> bool:  # noqa: ARG002 (the same answer for every epoch)
+        return False
+
+    def prune_fraction(self, epoch: int) -> float:  # noqa: ARG002
+        return 0.0

@@ -1,0 +1,174 @@
+"""The one mechanism of dynamic sparse feature fusion: replace the least important connections by others.
+
+The number of active connections of a layer never changes. Every update draws its random numbers from (seed, epoch, layer)
+alone, so that a resumed training goes through the same topologies as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor, distributed, nn
+
+from nnunetv2_e2enet.dsff.criteria import Growth, Importance, KernelL1Norm, RandomGrowth
+from nnunetv2_e2enet.dsff.distribution import Distribution
+from nnunetv2_e2enet.dsff.schedule import Schedule
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network.connections import MaskableLayer, maskable_layers
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """What one update did to one layer, in connections."""
+
+    name: str
+    active: int
+    replaced: int
+
+
+@dataclass(frozen=True)
+class TopologyUpdate:
+    """What one update did."""
+
+    epoch: int
+    prune_fraction: float
+    layers: tuple[LayerUpdate, ...]
+
+    @property
+    def replaced(self) -> int:
+        return sum(layer.replaced for layer in self.layers)
+
+
+class TopologyUpdater:
+    """Prunes and grows the connections of a network's maskable layers.
+
+    Args:
+        network: any module with maskable layers, not wrapped.
+        schedule: when, and what fraction.
+        importance: what to keep.
+        growth: what to try.
+        seed: of the random numbers that ``growth`` gets.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        importance: Importance | None = None,
+        growth: Growth | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.layers: dict[str, MaskableLayer] = dict(maskable_layers(network))
+        self.schedule = schedule
+        self.importance = importance or KernelL1Norm()
+        self.growth = growth or RandomGrowth()
+        self.seed = seed
+        for layer in self.layers.values():
+            layer.dense_gradients = self.growth.needs_dense_gradients
+
+    @torch.no_grad()
+    def update(self, epoch: int, optimizer: torch.optim.Optimizer) -> TopologyUpdate | None:
+        """Change the topology if ``epoch`` (from 0) is one with an update; call it after the epoch's training iterations.
+
+        Returns:
+            What was done, or None where there was nothing to do.
+
+        Raises:
+            E2ENetError: weights are not finite; nothing has been changed then.
+        """
+        if not self.schedule.is_update(epoch):
+            return None
+        fraction = self.schedule.prune_fraction(epoch)
+        masks = {name: self._next_mask(name, layer, fraction, epoch) for name, layer in self.layers.items()}
+        changes = []
+        for name, layer in self.layers.items():
+            pruned, grown = masks[name]
+            _replace(layer, pruned, grown, optimizer)
+            changes.append(LayerUpdate(name, layer.n_active, int(grown.sum())))
+        return TopologyUpdate(epoch, fraction, tuple(changes))
+
+    def _next_mask(self, name: str, layer: MaskableLayer, fraction: float, epoch: int) -> tuple[Tensor, Tensor]:
+        importance = self.importance.score(layer)
+        if not torch.isfinite(importance).all():
+            raise E2ENetError(
+                f"{name} has weights that are not finite after epoch {epoch}: the training has diverged. Resume it from its "
+                "last checkpoint with a lower initial_lr"
+            )
+        generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{epoch}/{name}").getrandbits(63))
+        growth = self.growth.score(layer, generator).to(layer.mask.device)
+        pruned, grown = select(layer.mask, importance, growth, fraction)
+        if distributed.is_available() and distributed.is_initialized():  # the same on all ranks, come what may
+            for mask in (pruned, grown):
+                flags = mask.to(torch.uint8)
+                distributed.broadcast(flags, src=0)
+                mask.copy_(flags.bool())
+        return pruned, grown
+
+
+def select(mask: Tensor, importance: Tensor, growth: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Which connections to prune and which to grow.
+
+    ``ceil(fraction * active)`` of the active connections with the lowest importance are pruned. As many with the highest
+    growth score are grown: of those that were inactive before, and of the just pruned only where those are too few. A layer
+    without inactive connections is dense and stays so.
+
+    Args:
+        mask: bool, True where active.
+        importance, growth: scores, of the mask's shape.
+        fraction: from 0 to 1.
+
+    Returns:
+        Two bool tensors of the mask's shape, with the same number of True: pruned and grown. A connection where both are True
+        starts anew.
+    """
+    active = mask.flatten()
+    n_active = int(active.sum())
+    n_inactive = active.numel() - n_active
+    count = ceil(fraction * n_active) if n_inactive else 0
+
+    kept_order = importance.flatten().masked_fill(~active, torch.inf).argsort(stable=True)
+    pruned = torch.zeros_like(active)
+    pruned[kept_order[:count]] = True
+
+    # Candidates in three ranks: inactive before, just pruned, active. Within a rank by score, highest first.
+    by_score = growth.flatten().argsort(descending=True, stable=True)
+    rank = active.to(torch.uint8) * 2 - pruned.to(torch.uint8)
+    order = by_score[rank[by_score].argsort(stable=True)]
+    grown = torch.zeros_like(active)
+    grown[order[:count]] = True
+    return pruned.reshape(mask.shape), grown.reshape(mask.shape)
+
+
+def _replace(layer: MaskableLayer, pruned: Tensor, grown: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    layer.mask.copy_((layer.mask & ~pruned) | grown)
+    layer.explored.logical_or_(layer.mask)
+    changed = layer.over_kernel(pruned | grown)
+    layer.weight.masked_fill_(changed, 0)
+    layer.clear_inactive_weights()
+    for value in optimizer.state.get(layer.weight, {}).values():
+        if isinstance(value, Tensor) and value.shape == layer.weight.shape:
+            value.masked_fill_(changed, 0)
+
+
+def random_topology(network: nn.Module, sparsity: float, distribution: Distribution, seed: int) -> None:
+    """Give every maskable layer a uniform random set of active connections, the same for the same seed."""
+    layers = dict(maskable_layers(network))
+    for name, n_active in distribution.active(sparsity, layers).items():
+        generator = torch.Generator().manual_seed(random.Random(f"{seed}/start/{name}").getrandbits(63))
+        layers[name].set_random_topology(n_active, generator)
+
+
+def sparsity(layers: Mapping[str, MaskableLayer]) -> float:
+    """Share of connections that are off."""
+    connections = sum(layer.n_connections for layer in layers.values())
+    return 1 - sum(layer.n_active for layer in layers.values()) / connections
+
+
+def explored_share(layers: Mapping[str, MaskableLayer]) -> float:
+    """Share of connections that have been active at any time."""
+    connections = sum(layer.n_connections for layer in layers.values())
+    return sum(int(layer.explored.sum()) for layer in layers.values()) / connections

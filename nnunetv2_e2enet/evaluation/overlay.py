@@ -1,0 +1,199 @@
+"""A picture of one case: its segmentations side by side, over the image, in three planes."""
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from nnunetv2_e2enet.errors import E2ENetError
+
+OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00")
+"""Colours that the colour-blind can tell apart (Okabe and Ito, 2008), but for black and grey, which images use."""
+
+LineStyle = Literal["solid", "dashed", "dotted"]
+LINE_STYLES: tuple[LineStyle, ...] = ("solid", "dashed", "dotted")
+FILL_OPACITY = 0.4
+COLUMN_WIDTH_INCHES = 3.2
+DOTS_PER_INCH = 150
+FONT_SIZE = 14
+
+
+Voxel = TypeVar("Voxel", bound=np.generic)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A way to cut a volume of axes (inferior to superior, anterior to posterior, right to left)."""
+
+    name: str
+    axis: int
+    superior_is_last_row: bool
+
+
+PLANES = (Plane("Axial", 0, False), Plane("Coronal", 1, True), Plane("Sagittal", 2, True))
+
+
+def write_overlay(path: Path, image: Path, segmentations: Mapping[str, Path], labels: Mapping[int, str]) -> None:
+    """Write a PNG of one case, a row for each plane and a column for each segmentation, whole or not at all.
+
+    The slice of a plane is the one on which the segmentations together show most labels, and these largest. The image is
+    shown at its physical aspect ratio in the radiological convention (the patient's right is on the left).
+
+    Args:
+        path: the PNG to write or to replace, in a folder that exists.
+        image: a 3D image file that SimpleITK reads.
+        segmentations: title of each column to its label map, on the voxel grid of the image; at least one.
+        labels: label value to name, for the legend; 0 is background and not drawn.
+
+    Raises:
+        E2ENetError: no segmentation, no label, an unreadable file, not 3D, or grids that differ.
+    """
+    foreground = {value: name for value, name in labels.items() if value != 0}
+    if not segmentations or not foreground:
+        raise E2ENetError(
+            f"overlay of {len(segmentations)} segmentations with {len(foreground)} labels: expected at least one of each"
+        )
+    volume = _read(image)
+    columns = {title: _read_on_grid_of(volume, file, image) for title, file in segmentations.items()}
+    figure = _draw(sitk.GetArrayFromImage(volume), columns, foreground, volume.GetSpacing()[::-1])
+    _save(figure, path)
+
+
+def best_slice(segmentations: Sequence[NDArray[np.integer]], labels: Sequence[int], axis: int) -> int:
+    """The slice across ``axis`` on which the segmentations show most labels, and among equals the largest parts of them.
+
+    Args:
+        segmentations: label maps, all of one shape (depth, height, width).
+        labels: the values that count.
+        axis: 0, 1 or 2.
+
+    Returns:
+        The index along ``axis``; the middle where no label is shown anywhere.
+    """
+    other_axes = tuple(a for a in range(3) if a != axis)
+    areas = np.array([[np.sum(s == label, axis=other_axes) for label in labels] for s in segmentations], dtype=float)
+    if not areas.any():
+        return segmentations[0].shape[axis] // 2
+    labels_shown = np.sum(areas.any(axis=0), axis=0)
+    share_of_largest = areas / np.maximum(areas.max(axis=2, keepdims=True), 1)
+    tie_break = share_of_largest.mean(axis=(0, 1)) / 2
+    return int(np.argmax(labels_shown + tie_break))
+
+
+def _read(file: Path) -> sitk.Image:
+    """The volume in the orientation that ``Plane`` expects."""
+    try:
+        volume = sitk.ReadImage(str(file))
+    except RuntimeError as error:
+        raise E2ENetError(f"cannot read {file} as an image: expected a file that SimpleITK reads; check the path") from error
+    if volume.GetDimension() != 3 or volume.GetNumberOfComponentsPerPixel() != 1:
+        raise E2ENetError(f"{file} is not a 3D image of one channel: expected one; overlays are made of 3D scans only")
+    return sitk.DICOMOrient(volume, "LPS")
+
+
+def _read_on_grid_of(volume: sitk.Image, file: Path, image: Path) -> NDArray[np.integer]:
+    segmentation = _read(file)
+    same_size = segmentation.GetSize() == volume.GetSize()
+    if not same_size or not np.allclose(segmentation.GetSpacing(), volume.GetSpacing(), rtol=1e-3):
+        found, expected = (f"{v.GetSize()} voxels of {v.GetSpacing()} mm" for v in (segmentation, volume))
+        raise E2ENetError(f"{file} has {found}: expected those of {image}, {expected}; give the segmentation of this image")
+    voxels: NDArray[np.integer] = sitk.GetArrayFromImage(segmentation)
+    return voxels
+
+
+def _draw(
+    image: NDArray[np.floating],
+    columns: Mapping[str, NDArray[np.integer]],
+    labels: Mapping[int, str],
+    spacing: tuple[float, float, float],
+) -> Figure:
+    """The figure; arrays have the shape (depth, height, width), the spacing is in mm in this order."""
+    heights = _row_heights(image.shape, spacing)
+    legend_columns = min(len(labels), 2 * len(columns))
+    legend_rows = math.ceil(len(labels) / legend_columns)
+    inches = (COLUMN_WIDTH_INCHES * len(columns) + 0.4, sum(heights) + 0.6 + 0.35 * legend_rows)
+    figure = Figure(figsize=inches, dpi=DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(PLANES), len(columns), squeeze=False, height_ratios=heights)
+    low, high = np.percentile(image, [0.5, 99.5])
+    for plane, row in zip(PLANES, rows, strict=True):
+        index = best_slice(list(columns.values()), list(labels), plane.axis)
+        mm_down, mm_across = (mm for axis, mm in enumerate(spacing) if axis != plane.axis)
+        for segmentation, cell in zip(columns.values(), row, strict=True):
+            pixels = _cut(image, plane, index)
+            _draw_image(cell, pixels, (low, high), mm_down / mm_across, plane.superior_is_last_row)
+            _draw_labels(cell, _cut(segmentation, plane, index), list(labels))
+        row[0].set_ylabel(plane.name, fontsize=FONT_SIZE)
+    for title, cell in zip(columns, rows[0], strict=True):
+        cell.set_title(title, fontsize=FONT_SIZE + 2)
+    legend = [_legend_entry(rank, name) for rank, name in enumerate(labels.values())]
+    figure.legend(handles=legend, loc="outside lower center", ncols=legend_columns, fontsize=FONT_SIZE, frameon=False)
+    return figure
+
+
+def _cut(volume: NDArray[Voxel], plane: Plane, index: int) -> NDArray[Voxel]:
+    return np.moveaxis(volume, plane.axis, 0)[index]
+
+
+def _row_heights(shape: tuple[int, ...], spacing: tuple[float, float, float]) -> list[float]:
+    """Inches of each plane's row; one inch is the same number of millimetres in all of them."""
+    depth, height, width = (n * mm for n, mm in zip(shape, spacing, strict=True))
+    inches_per_mm = COLUMN_WIDTH_INCHES / max(height, width)
+    return [inches_per_mm * mm for mm in (height, depth, depth)]
+
+
+def _draw_image(
+    cell: Axes, pixels: NDArray[np.floating], window: tuple[float, float], aspect: float, superior_is_last_row: bool
+) -> None:
+    low, high = window
+    origin: Literal["lower", "upper"] = "lower" if superior_is_last_row else "upper"
+    cell.imshow(pixels, cmap="gray", vmin=low, vmax=high, aspect=aspect, origin=origin, interpolation="nearest")
+    cell.set_autoscale_on(False)
+    cell.set_xticks([])
+    cell.set_yticks([])
+
+
+def _draw_labels(cell: Axes, pixels: NDArray[np.integer], labels: Sequence[int]) -> None:
+    """A translucent area with an outline for each label that the slice shows."""
+    rows, columns = (np.arange(-1, n + 1) for n in pixels.shape)
+    for rank, label in enumerate(labels):
+        # a border of background closes the outline where a label touches the edge of the picture
+        mask = np.pad(pixels == label, 1).astype(float)
+        if mask.any():
+            colour, line_style = _style(rank)
+            cell.contourf(columns, rows, mask, levels=[0.5, 1.5], colors=[colour], alpha=FILL_OPACITY)
+            cell.contour(columns, rows, mask, levels=[0.5], colors=[colour], linewidths=1.8, linestyles=line_style)
+
+
+def _legend_entry(rank: int, name: str) -> Patch:
+    colour, line_style = _style(rank)
+    return Patch(label=name, facecolor=to_rgba(colour, FILL_OPACITY), edgecolor=colour, linestyle=line_style, linewidth=1.8)
+
+
+def _style(rank: int) -> tuple[str, LineStyle]:
+    """Colour and line style of a label by its place in the legend; all differ for up to 21 labels."""
+    repetition, index = divmod(rank, len(OKABE_ITO))
+    return OKABE_ITO[index], LINE_STYLES[repetition % len(LINE_STYLES)]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as staging:
+            finished = Path(staging) / path.name
+            figure.savefig(finished, format="png")
+            finished.replace(path)
+    except OSError as error:
+        raise E2ENetError(
+            f"cannot write {path} ({error.strerror}): expected a folder with write permission; choose another place"
+        ) from error

@@ -1,0 +1,68 @@
+"""E2ENet as the ``architecture`` entry of nnU-Net's plans."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network import E2ENet, e2enet_features
+
+NETWORK_CLASS_NAME = "nnunetv2_e2enet.network.E2ENet"
+BASE_NUM_FEATURES = 48
+MAX_NUM_FEATURES = 320
+
+_CLASS_NAMES = (NETWORK_CLASS_NAME, f"{E2ENet.__module__}.{E2ENet.__name__}")
+
+
+def e2enet_architecture(
+    architecture: dict[str, Any],
+    base_num_features: int = BASE_NUM_FEATURES,
+    max_num_features: int = MAX_NUM_FEATURES,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The architecture entry that makes nnU-Net build E2ENet in the place of the network in ``architecture``.
+
+    Levels, strides and dimension are taken over. If ``architecture`` is E2ENet already, its other values are kept as well;
+    otherwise channels, convolutions and norms are E2ENet's own.
+
+    Args:
+        architecture: of any configuration of any plans; not changed.
+        base_num_features, max_num_features: channels of the finest level and upper limit, where the plans are not E2ENet's.
+        settings: arguments of E2ENet that override those of the plans, such as ``feature_sparsity`` and ``shift_size``.
+
+    Raises:
+        E2ENetError: the entry says nothing of strides, or no dimension can be read from it.
+    """
+    result = deepcopy(architecture)
+    if architecture["network_class_name"] in _CLASS_NAMES:
+        result["network_class_name"] = NETWORK_CLASS_NAME
+        result["arch_kwargs"].pop("kernel_sizes", None)
+        result["arch_kwargs"].pop("n_conv_per_stage_decoder", None)
+    else:
+        given = architecture["arch_kwargs"]
+        if "strides" not in given or "conv_op" not in given:
+            raise E2ENetError(
+                f"the plans' network {architecture['network_class_name']} has no strides per level: take plans of a U-Net, "
+                "such as nnUNetPlans, a ResEnc preset, or nnUNetE2ENetPlans"
+            )
+        dimension = 2 if str(given["conv_op"]).endswith("2d") else 3
+        n_stages = len(given["strides"])
+        result["network_class_name"] = NETWORK_CLASS_NAME
+        result["arch_kwargs"] = {
+            "n_stages": n_stages,
+            "features_per_stage": e2enet_features(n_stages, base_num_features, max_num_features),
+            "conv_op": f"torch.nn.modules.conv.Conv{dimension}d",
+            "strides": deepcopy(given["strides"]),
+            "n_conv_per_stage": [2] * n_stages,
+            "conv_bias": True,
+            "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimension}d",
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        }
+        result["_kw_requires_import"] = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    result["arch_kwargs"].update(settings)
+    return result

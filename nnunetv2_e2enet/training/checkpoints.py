@@ -1,0 +1,96 @@
+"""nnU-Net's checkpoints: read without running code from them, compared with what a trainer is about to continue."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.serialization import safe_globals
+
+from nnunetv2_e2enet.errors import E2ENetError
+
+# nnU-Net logs numpy numbers. Their pickles name these two functions and the types of the numbers; nothing else is allowed.
+_NUMPY_SCALAR = np.float32(0).__reduce__()[0]
+_ALLOWED: list[Any] = [
+    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    *{type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")},
+]
+
+_KEYS = ("network_weights", "optimizer_state", "current_epoch", "init_args", "trainer_name")
+_ARCHITECTURE = ("strides", "features_per_stage", "n_conv_per_stage", "shift_size", "feature_sparsity")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint that nnU-Net wrote, on the CPU. Nothing in it is executed.
+
+    Raises:
+        E2ENetError: the file is missing, truncated, not nnU-Net's, or holds something that a checkpoint does not.
+    """
+    try:
+        with safe_globals(_ALLOWED):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise E2ENetError(
+            f"{path} cannot be read as a checkpoint, it is truncated or not nnU-Net's ({reason}): remove it and repeat the "
+            "command; nnU-Net resumes from the next of checkpoint_final, checkpoint_latest, checkpoint_best that is there"
+        ) from error
+    missing = [key for key in _KEYS if key not in checkpoint] if isinstance(checkpoint, dict) else list(_KEYS)
+    if missing:
+        raise E2ENetError(f"{path} has no {', '.join(missing)}: it is not a checkpoint of an nnU-Net training")
+    return checkpoint
+
+
+def check_checkpoint(path: Path, architecture: Mapping[str, Any], network_state: Mapping[str, Tensor]) -> None:
+    """Raises E2ENetError unless a checkpoint is of exactly the network that is to be continued.
+
+    Args:
+        path: the checkpoint.
+        architecture: entry of the plans from which the network was built.
+        network_state: ``state_dict()`` of that network, not wrapped.
+    """
+    checkpoint = read_checkpoint(path)
+    saved = _architecture(checkpoint)
+    if saved.get("network_class_name") != architecture["network_class_name"]:
+        raise E2ENetError(
+            f"{path} is of {saved.get('network_class_name', 'an unknown network')} ({checkpoint['trainer_name']}), not of "
+            "E2ENet: continue it with the trainer that wrote it, or train anew in another folder"
+        )
+    ours, theirs = architecture["arch_kwargs"], saved["arch_kwargs"]
+    for key in _ARCHITECTURE:
+        if _plain(ours[key]) != _plain(theirs.get(key)):
+            raise E2ENetError(
+                f"{path} was trained with {key} = {theirs.get(key)}, but the trainer has {ours[key]}: continue it with the "
+                "settings that it was trained with, or train anew"
+            )
+    weights = checkpoint["network_weights"]
+    wrong = [key for key, value in network_state.items() if key not in weights or weights[key].shape != value.shape]
+    if wrong:
+        raise E2ENetError(
+            f"{path} lacks {len(wrong)} of the network's tensors or has them in another shape, such as {wrong[0]}: it is not "
+            "of this network; train anew, or restore the checkpoint"
+        )
+    broken = [key for key in network_state if not torch.isfinite(weights[key]).all()]
+    if broken:
+        raise E2ENetError(
+            f"{path} holds weights that are not finite, in {broken[0]} and {len(broken) - 1} more: the training had diverged. "
+            "Remove it to resume from an earlier checkpoint, with a lower initial_lr"
+        )
+
+
+def _architecture(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    arguments = checkpoint["init_args"]
+    configuration = arguments["plans"]["configurations"].get(arguments["configuration"], {})
+    return configuration.get("architecture", {})
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as JSON has them."""
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,100 @@
+"""E2ENet's behaviour in an nnU-Net experiment planner, as a mixin."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture
+from nnunetv2_e2enet.training.trainer import one_line_errors
+
+if TYPE_CHECKING:
+    from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
+        ExperimentPlanner as PlannerBase,
+    )
+else:
+    PlannerBase = object
+
+# What stock nnU-Net's PlainConvUNet keeps for backward in float32, per element of its own memory estimate. It turns nnU-Net's
+# reference values, which stand for a GPU memory in use, into bytes kept. tests/test_planner.py measures it.
+STOCK_BYTES_PER_ELEMENT = 7.9
+
+
+class E2ENetPlannerMixin(PlannerBase):
+    """Plans for E2ENet; to be put before an nnU-Net experiment planner.
+
+    The patch is as large as ``-gpu_memory_target`` allows, judged by the bytes that autograd keeps of E2ENet's forward pass,
+    where stock nnU-Net counts elements of feature maps. The networks in the plans are dense (sparsity 0), so that stock
+    trainers train every connection; ``nnUNetTrainerE2ENet`` sets its own sparsity.
+    """
+
+    def __init__(
+        self,
+        dataset_name_or_id: str | int,
+        gpu_memory_target_in_gb: float = 8,
+        preprocessor_name: str = "DefaultPreprocessor",
+        plans_name: str = "nnUNetE2ENetPlans",
+        overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
+        suppress_transpose: bool = False,
+    ) -> None:
+        super().__init__(
+            dataset_name_or_id,
+            gpu_memory_target_in_gb,
+            preprocessor_name,
+            plans_name,
+            overwrite_target_spacing,
+            suppress_transpose,
+        )
+        self.UNet_class = E2ENet
+        self.UNet_base_num_features = BASE_NUM_FEATURES
+        self.UNet_max_features_2d = MAX_NUM_FEATURES
+        self.UNet_max_features_3d = MAX_NUM_FEATURES
+        self.UNet_reference_val_2d *= STOCK_BYTES_PER_ELEMENT
+        self.UNet_reference_val_3d *= STOCK_BYTES_PER_ELEMENT
+
+    @staticmethod
+    def static_estimate_VRAM_usage(  # noqa: N802 (nnU-Net's name)
+        patch_size: tuple[int, ...],
+        input_channels: int,
+        output_channels: int,
+        arch_class_name: str,
+        arch_kwargs: dict[str, Any],
+        arch_kwargs_req_import: tuple[str, ...],
+    ) -> int:
+        """Bytes kept for backward for one patch, in float32 and with the outputs of deep supervision."""
+        with torch.device("meta"):
+            network = get_network_from_plans(
+                arch_class_name,
+                arch_kwargs,
+                arch_kwargs_req_import,
+                input_channels,
+                output_channels,
+                allow_init=False,
+                deep_supervision=True,
+            )
+        return network.saved_bytes([int(size) for size in patch_size])
+
+    def generate_data_identifier(self, configuration_name: str) -> str:
+        """2d and 3d_fullres are preprocessed as with nnUNetPlans, so they share its data (as the ResEnc planners do)."""
+        if configuration_name in ("2d", "3d_fullres"):
+            return f"nnUNetPlans_{configuration_name}"
+        return f"{self.plans_identifier}_{configuration_name}"
+
+    def get_plans_for_configuration(
+        self,
+        spacing: np.ndarray | tuple[float, ...] | list[float],
+        median_shape: np.ndarray | tuple[int, ...],
+        data_identifier: str,
+        approximate_n_voxels_dataset: float,
+        _cache: dict[str, Any],
+    ) -> dict[str, Any]:
+        with one_line_errors():
+            plan = super().get_plans_for_configuration(
+                spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
+            )
+            plan["architecture"] = e2enet_architecture(plan["architecture"], feature_sparsity=0.0, shift_size=3)
+        return plan

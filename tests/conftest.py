@@ -1,0 +1,63 @@
+"""Fixtures: data that lies beside the repository where it is present, and a registered nnU-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import Project, run_command
+
+from nnunetv2_e2enet.registration import find_nnunet, is_registered, register, unregister
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference outputs and real scans, which are not part of the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs reference outputs and scans in {SHARED}, which is not there")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def registered() -> Iterator[None]:
+    """nnU-Net finds our classes while the tests run, and afterwards only if it did before."""
+    nnunet = find_nnunet()
+    before = is_registered(nnunet)
+    register(nnunet)
+    yield
+    if not before:
+        unregister(nnunet)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory, registered: None) -> Project:  # noqa: ARG001
+    project = Project(tmp_path_factory.mktemp("nnunet"))
+    environment = project.environment
+    run_command("e2enet", "phantom", "993", "--cases", "6", "--test-cases", "2", env=environment)
+    cores = ["-np", "2", "-npfp", "2"]
+    run_command("nnUNetv2_plan_and_preprocess", "-d", "993", "-c", "2d", "3d_fullres", *cores, env=environment)
+    # fewer slices a batch than nnU-Net would take, for the sake of two cores
+    plans = project.plans()
+    plans["configurations"]["2d"]["batch_size"] = 4
+    project.write_plans("nnUNetPlans", plans)
+    return project
+
+
+@pytest.fixture(scope="session")
+def trained(project: Project) -> Path:
+    """Model folder with folds 0 and 1 of a short E2ENet training."""
+    for fold in ("0", "1"):
+        project.train("nnUNetTrainerE2ENet_smoke", fold=fold)
+    return project.model("nnUNetTrainerE2ENet_smoke")
+
+
+@pytest.fixture
+def in_process(project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Project:
+    """nnU-Net's folders for trainers made in this process; their results go to a folder of their own."""
+    for name, value in project.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    return project

@@ -1,0 +1,110 @@
+"""What the tests call: nnU-Net's console commands, its folders, and trainers in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+
+AMOS_STRIDES = [[1, 1, 1], [1, 2, 2]] + [[2, 2, 2]] * 4
+
+
+def program(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def run_command(*command: str, check: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """A console command of this environment; its output is in the message if it fails."""
+    result = subprocess.run(
+        [program(command[0]), *command[1:]],
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if check and result.returncode:
+        pytest.fail(f"{' '.join(command)} ended with exit code {result.returncode}:\n{result.stdout[-6000:]}")
+    return result
+
+
+def nnunet_environment(folder: Path) -> dict[str, str]:
+    folders = {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    return {**folders, "nnUNet_def_n_proc": "2", "nnUNet_n_proc_DA": "2"}
+
+
+@dataclass(frozen=True)
+class Project:
+    """nnU-Net's three folders with one small phantom data set, preprocessed."""
+
+    folder: Path
+    dataset: str = "Dataset993_Phantom"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return nnunet_environment(self.folder)
+
+    @property
+    def raw(self) -> Path:
+        return self.folder / "nnUNet_raw" / self.dataset
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.folder / "nnUNet_preprocessed" / self.dataset
+
+    def plans(self, name: str = "nnUNetPlans") -> dict[str, Any]:
+        return json.loads((self.preprocessed / f"{name}.json").read_text())
+
+    def write_plans(self, name: str, plans: dict[str, Any]) -> None:
+        (self.preprocessed / f"{name}.json").write_text(json.dumps({**plans, "plans_name": name}))
+
+    def model(self, trainer: str, plans: str = "nnUNetPlans", configuration: str = "3d_fullres") -> Path:
+        return self.folder / "nnUNet_results" / self.dataset / f"{trainer}__{plans}__{configuration}"
+
+    def train(
+        self,
+        trainer: str,
+        *options: str,
+        fold: str = "0",
+        configuration: str = "3d_fullres",
+        check: bool = True,
+    ) -> subprocess.CompletedProcess[str]:
+        command = ["nnUNetv2_train", "993", configuration, fold, "-tr", trainer, "-device", "cpu"]
+        return run_command(*command, *options, env=self.environment, check=check)
+
+
+def make(cls: Any, project: Project, plans: dict[str, Any] | None = None, configuration: str = "3d_fullres") -> Any:
+    dataset_json = load_json(str(project.raw / "dataset.json"))
+    given = {**deepcopy(plans or project.plans()), "continue_training": False}
+    return cls(given, configuration, 0, dataset_json, torch.device("cpu"))
+
+
+def weights(model: Path, fold: int = 0) -> dict[str, torch.Tensor]:
+    file = model / f"fold_{fold}" / "checkpoint_final.pth"
+    return torch.load(file, map_location="cpu", weights_only=False)["network_weights"]
+
+
+def train_epochs(trainer: Any, n_epochs: int) -> None:
+    for _ in range(n_epochs):
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+        trainer.on_train_epoch_end([trainer.train_step(batch()) for _ in range(2)])
+        with torch.no_grad():
+            trainer.on_validation_epoch_start()
+            trainer.on_validation_epoch_end([trainer.validation_step(batch())])
+        trainer.on_epoch_end()
+
+
+def batch() -> dict[str, Any]:
+    data = torch.randn(1, 1, 24, 64, 64)
+    target = [(data > i / 10).float()[:, :, ::z, ::xy, ::xy] for i, (z, xy) in enumerate([(1, 1), (1, 2), (2, 4), (4, 8)])]
+    return {"data": data, "target": target}

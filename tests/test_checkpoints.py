@@ -1,0 +1,167 @@
+"""Checkpoints that are damaged, foreign or hostile, and disks that are full."""
+
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from support import Project, make, train_epochs
+from torch import nn
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
+from nnunetv2_e2enet.training.checkpoints import read_checkpoint
+from nnunetv2_e2enet.training.variants import variant
+
+
+@pytest.fixture
+def checkpoint(trained: Path, tmp_path: Path) -> Path:
+    """A copy of a real one, to be spoilt."""
+    return Path(shutil.copy(trained / "fold_0" / "checkpoint_final.pth", tmp_path / "checkpoint.pth"))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = torch.load(path, weights_only=False)
+    change(content)
+    torch.save(content, path)
+
+
+def arguments(content: dict[str, Any]) -> dict[str, Any]:
+    return content["init_args"]["plans"]["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+
+
+def test_real_checkpoint_is_read_without_running_code(checkpoint: Path) -> None:
+    content = read_checkpoint(checkpoint)
+    assert content["trainer_name"] == "nnUNetTrainerE2ENet_smoke"
+    assert len(content["logging"]["mean_fg_dice"]) == 3
+    assert content["init_args"]["plans"]["configurations"]["3d_fullres"]["patch_size"] == [24, 64, 64]
+
+
+def test_resumes_from_an_intact_checkpoint(in_process: Project, checkpoint: Path) -> None:
+    trainer = make(nnUNetTrainerE2ENet_smoke, in_process)
+    trainer.load_checkpoint(str(checkpoint))
+    assert trainer.current_epoch == 3
+
+
+class Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "list", "missing"])
+def test_files_that_are_no_checkpoints(checkpoint: Path, damage: str) -> None:
+    data = checkpoint.read_bytes()
+    if damage == "missing":
+        checkpoint.unlink()
+    elif damage == "list":
+        torch.save([1, 2], checkpoint)
+    else:
+        checkpoint.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "text": b"not a checkpoint\n" * 9}[damage])
+    with pytest.raises(E2ENetError, match="checkpoint") as error:
+        read_checkpoint(checkpoint)
+    assert "\n" not in str(error.value)
+
+
+def test_hostile_checkpoint_is_not_executed(in_process: Project, checkpoint: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    rewrite(checkpoint, lambda content: content.update(extra=Hostile(mark)))
+    trainer = make(nnUNetTrainerE2ENet_smoke, in_process)
+    with pytest.raises(SystemExit, match="cannot be read"):
+        trainer.load_checkpoint(str(checkpoint))
+    assert not mark.exists()
+    torch.load(checkpoint, weights_only=False)  # it would have been
+    assert mark.exists()
+
+
+def first_mask(content: dict[str, Any]) -> str:
+    return next(key for key in content["network_weights"] if key.endswith(".mask"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: arguments(c).update(feature_sparsity=0.7), "feature_sparsity = 0.7, but the trainer has 0.8"),
+        (lambda c: arguments(c).update(shift_size=5), "shift_size = 5, but the trainer has 3"),
+        (lambda c: arguments(c)["strides"].pop(), "strides ="),
+        (lambda c: arguments(c).update(features_per_stage=[1]), "features_per_stage"),
+        (lambda c: c["network_weights"].pop(first_mask(c)), "lacks 1 of the network's tensors"),
+        (lambda c: c["network_weights"]["encoder.stages.0.0.conv.weight"].fill_(float("nan")), "not finite"),
+        (
+            lambda c: c["init_args"]["plans"]["configurations"]["3d_fullres"].update(
+                architecture={"network_class_name": "UNet"}
+            ),
+            "is of UNet",
+        ),
+    ],
+    ids=["sparsity", "shift size", "levels", "channels", "masks", "nan", "foreign"],
+)
+def test_checkpoints_of_another_network_are_refused(
+    in_process: Project,
+    checkpoint: Path,
+    change: Callable[[dict[str, Any]], Any],
+    message: str,
+) -> None:
+    rewrite(checkpoint, change)
+    trainer = make(nnUNetTrainerE2ENet_smoke, in_process)
+    trainer.initialize()
+    before = {key: value.clone() for key, value in trainer.network.state_dict().items()}
+    with pytest.raises(SystemExit, match=message) as stop:
+        trainer.load_checkpoint(str(checkpoint))
+    assert str(stop.value).startswith("E2ENet: ")
+    assert "\n" not in str(stop.value)
+    assert all(torch.equal(value, before[key]) for key, value in trainer.network.state_dict().items())
+
+
+def test_weights_of_another_shift_size_are_refused() -> None:
+    def network(shift_size: int, dimension: int = 3) -> E2ENet:
+        conv = nn.Conv3d if dimension == 3 else nn.Conv2d
+        return E2ENet(1, 2, 2, 4, conv, [[1] * dimension, [2] * dimension], shift_size=shift_size)
+
+    with pytest.raises(E2ENetError, match="trained with shift_size 5, but the network has 3"):
+        network(3).load_state_dict(network(5).state_dict())
+    network(3).load_state_dict(network(3).state_dict())
+    network(3, dimension=2).load_state_dict(network(5, dimension=2).state_dict())  # in 2D nothing is shifted
+
+
+def test_full_disk_leaves_the_former_checkpoint(in_process: Project) -> None:
+    """The limit on the size of a file stands for the disk: the write fails half-way."""
+    trainer = make(variant(nnUNetTrainerE2ENet_smoke, "full_disk", save_every=1), in_process)
+    trainer.initialize()
+    train_epochs(trainer, 1)
+    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    former = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(former) // 2, hard))
+    try:
+        with pytest.raises(SystemExit, match="could not be written"):
+            trainer.save_checkpoint(str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == former
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def test_diverged_training_stops_before_it_is_saved(in_process: Project) -> None:
+    trainer = make(variant(nnUNetTrainerE2ENet_smoke, "diverged", save_every=1), in_process)
+    trainer.initialize()
+    train_epochs(trainer, 1)
+    latest = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    former = latest.read_bytes()
+    with torch.no_grad():
+        trainer.network.encoder.stages[0][0].conv.weight.fill_(float("inf"))
+    with pytest.raises(SystemExit, match="the training has diverged"):
+        train_epochs(trainer, 1)
+    assert latest.read_bytes() == former
+
+
+def test_plans_file_in_the_model_folder_is_what_was_trained(trained: Path) -> None:
+    saved = read_checkpoint(trained / "fold_0" / "checkpoint_final.pth")["init_args"]["plans"]
+    assert load_json(str(trained / "plans.json"))["configurations"] == saved["configurations"]

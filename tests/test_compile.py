@@ -1,0 +1,36 @@
+"""nnU-Net trains compiled networks on CUDA: the network must be one graph, and a topology update must not compile another."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from nnunetv2_e2enet.dsff import CosineSchedule, GradientGrowth, RandomGrowth, TopologyUpdater
+from nnunetv2_e2enet.network import E2ENet
+
+
+@pytest.mark.parametrize("growth", [RandomGrowth(), GradientGrowth()])
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_topology_updates_compile_nothing(growth: RandomGrowth | GradientGrowth, dimension: int) -> None:
+    torch._dynamo.reset()
+    conv = nn.Conv3d if dimension == 3 else nn.Conv2d
+    strides = [[1] * dimension] + [[2] * dimension] * 2
+    network = E2ENet(1, 2, 3, [4, 8, 8], conv, strides, deep_supervision=True)
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9)
+    updater = TopologyUpdater(network, CosineSchedule(10, 1), growth=growth)
+    counter = CompileCounter()
+    compiled = torch.compile(network, backend=counter, fullgraph=True)
+    x = torch.randn(1, 1, *[8] * dimension)
+    for epoch in range(4):
+        optimizer.zero_grad()
+        outputs = compiled(x)
+        sum(output.square().mean() for output in outputs).backward()
+        optimizer.step()
+        update = updater.update(epoch, optimizer)
+        assert update is not None
+        assert update.replaced > 0
+    assert counter.frame_count == 1
+    network.eval()
+    with torch.no_grad():
+        compiled_outputs, outputs = compiled(x), network(x)
+    assert all(torch.equal(a, b) for a, b in zip(compiled_outputs, outputs, strict=True))

@@ -1,0 +1,43 @@
+"""New environments, from nothing: the package installs, registers, and nnU-Net's own commands find it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TORCH = os.environ.get("TORCH", "torch==2.13.0").split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [[], ["--editable"]], ids=["pip install .", "pip install -e ."])
+def test_new_environment(tmp_path: Path, how: list[str]) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("nnUNet_", "PYTHON"))}
+
+    def run(*command: str) -> str:
+        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{command}: {result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+        return result.stdout
+
+    run(sys.executable, "-m", "venv", "venv")
+    programs = tmp_path / "venv" / "bin"
+    pip = [str(programs / "python"), "-m", "pip", "install", "--quiet"]
+    run(*pip, *TORCH)
+    run(*pip, *how, str(REPOSITORY))
+    run(str(programs / "e2enet"), "register")
+    info = run(str(programs / "e2enet"), "info")
+    found = re.search(r"nnU-Net finds (\d+) of (\d+) trainers", info)
+    assert found is not None
+    assert int(found[1]) == int(found[2]) > 20
+    assert "nnU-Net finds 1 of 1 planners" in info
+    find = (
+        "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"
+        "cls = find('nnUNetTrainerE2ENet_S90_20epochs')\n"
+        "print(cls.__name__)\n"
+    )
+    assert run(str(programs / "python"), "-c", find).endswith("nnUNetTrainerE2ENet_S90_20epochs\n")
+    run(str(programs / "e2enet"), "unregister")
+    assert "nnU-Net finds 0 of 1 planners" in run(str(programs / "e2enet"), "info")

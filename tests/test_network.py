@@ -1,0 +1,307 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dynamic_network_architectures.architectures.abstract_arch import test_submodules_loadable as check_submodules
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from support import AMOS_STRIDES
+from torch import nn
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network import E2ENet, accounts, e2enet_features, maskable_layers
+from nnunetv2_e2enet.network.reference import load_reference_weights, reference_modules
+
+
+def small(levels: int = 3, dimension: int = 3, **kwargs: Any) -> E2ENet:
+    arguments: dict[str, Any] = {
+        "input_channels": 1,
+        "num_classes": 2,
+        "n_stages": levels,
+        "features_per_stage": [4 + 2 * level for level in range(levels)],
+        "conv_op": nn.Conv3d if dimension == 3 else nn.Conv2d,
+        "strides": [[1] * dimension] + [[2] * dimension] * (levels - 1),
+    }
+    return E2ENet(**{**arguments, **kwargs})
+
+
+def amos(sparsity: float = 0.0) -> E2ENet:
+    return E2ENet(1, 16, 6, e2enet_features(6), nn.Conv3d, AMOS_STRIDES, deep_supervision=True, feature_sparsity=sparsity)
+
+
+def plain_conv_unet() -> PlainConvUNet:
+    return PlainConvUNet(
+        *(1, 6, [32, 64, 128, 256, 320, 320], nn.Conv3d, [[1, 3, 3]] + [[3, 3, 3]] * 5, AMOS_STRIDES, 2, 16, 2, True),
+        *(nn.InstanceNorm3d, {"eps": 1e-5, "affine": True}, None, None, nn.LeakyReLU, {"inplace": True}),
+        deep_supervision=True,
+    )
+
+
+# --- the function -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["forward_a"])
+def test_logits_of_the_published_network(shared: Path, case: str) -> None:
+    arrays = np.load(shared / "parity" / f"{case}.npz")
+    config = json.loads((shared / "parity" / f"{case}.json").read_text())
+    network = E2ENet(
+        config["input_channels"],
+        config["num_classes"],
+        config["levels"],
+        config["features_per_stage"],
+        nn.Conv3d,
+        config["strides"],
+        deep_supervision=True,
+        shift_size=config["shift_size"],
+    ).eval()
+    load_reference_weights(network, arrays)
+    with torch.no_grad():
+        outputs = network(torch.from_numpy(arrays["x"]))
+    assert len(outputs) == 4
+    for level, logits in enumerate(outputs):
+        expected = torch.from_numpy(arrays[f"logits.level{level}"])
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    counts = network.parameter_counts()
+    assert (counts.total, counts.maskable) == (config["total_parameters"], config["maskable_parameters"])
+
+
+def test_published_weights_bring_their_topology() -> None:
+    network, sparse = small(feature_sparsity=0.0), small(feature_sparsity=0.7)
+    arrays = {
+        f"{name}.{key}": p.detach().numpy()
+        for name, module in reference_modules(sparse).items()
+        for key, p in module.named_parameters(recurse=False)
+    }
+    load_reference_weights(network, {**arrays, "x": np.zeros(1)})
+    for (_, ours), (_, theirs) in zip(maskable_layers(network), maskable_layers(sparse), strict=True):
+        assert torch.equal(ours.mask, theirs.mask)
+    x = torch.randn(1, 1, 8, 8, 8)
+    assert torch.equal(network(x), sparse(x))
+
+
+def test_published_weights_of_another_network_are_refused_and_nothing_changes() -> None:
+    network = small()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    with pytest.raises(E2ENetError, match="missing"):
+        load_reference_weights(network, {"encoder.level0.conv0.conv.weight": np.zeros((4, 1, 1, 3, 3), np.float32)})
+    wrong = {
+        f"{n}.{k}": p.detach().numpy()
+        for n, m in reference_modules(network).items()
+        for k, p in m.named_parameters(recurse=False)
+    }
+    wrong["head.level0.weight"] = np.zeros((2, 9, 1, 1, 1), np.float32)
+    with pytest.raises(E2ENetError, match="shape"):
+        load_reference_weights(network, wrong)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_any_levels_strides_widths_and_dimension(data: st.DataObject) -> None:
+    dimension = data.draw(st.sampled_from([2, 3]))
+    levels = data.draw(st.integers(2, 6 if dimension == 2 else 4))
+    stride = st.lists(st.sampled_from([1, 2]), min_size=dimension, max_size=dimension)
+    strides = [[1] * dimension] + [data.draw(stride) for _ in range(levels - 1)]
+    widths = data.draw(st.lists(st.integers(1, 6), min_size=levels, max_size=levels))
+    patch = [max(2, int(p)) for p in np.prod(strides, axis=0)]
+    network = small(
+        levels,
+        dimension,
+        features_per_stage=widths,
+        strides=strides,
+        shift_size=data.draw(st.sampled_from([1, 3, 5])),
+        feature_sparsity=data.draw(st.sampled_from([0, 0.5, 0.8])),
+        deep_supervision=True,
+    )
+    outputs = network(torch.randn(2, 1, *patch))
+    scales = np.cumprod(strides, axis=0)[: max(0, levels - 3) + 1]
+    assert [list(o.shape) for o in outputs] == [[2, 2, *(np.array(patch) // s)] for s in scales]
+    network.decoder.deep_supervision = False
+    assert network(torch.randn(2, 1, *patch)).shape == (2, 2, *patch)
+
+
+def test_heads_are_those_that_nnunets_loss_weighs() -> None:
+    """nnU-Net has one output a level but the last, halves the weight from one to the next, and gives the last none."""
+    for levels in range(3, 8):
+        weighted = levels - 2
+        assert len(small(levels).decoder.seg_layers) == weighted
+
+
+def test_in_two_dimensions_nothing_is_shifted() -> None:
+    plain, shifted = small(dimension=2, shift_size=1), small(dimension=2, shift_size=5)
+    shifted.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 1, 16, 16)
+    assert torch.equal(plain(x), shifted(x))
+
+
+# --- topology -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 0.9])
+def test_fresh_network_has_a_random_topology_of_that_sparsity(sparsity: float) -> None:
+    first, second = small(feature_sparsity=sparsity), small(feature_sparsity=sparsity)
+    for (_, a), (_, b) in zip(maskable_layers(first), maskable_layers(second), strict=True):
+        assert a.n_active == b.n_active == round((1 - sparsity) * a.mask.numel())
+    masks = [torch.cat([layer.mask.flatten() for _, layer in maskable_layers(n)]) for n in (first, second)]
+    assert torch.equal(*masks) == (sparsity == 0)
+
+
+@pytest.mark.parametrize("value", [1e6, float("inf"), float("nan")])
+@pytest.mark.parametrize("dense_gradients", [False, True])
+def test_inactive_weights_have_no_effect(value: float, dense_gradients: bool) -> None:
+    network = small(feature_sparsity=0.6)
+    x = torch.randn(1, 1, 8, 8, 8)
+    expected = network(x)
+    for _, layer in maskable_layers(network):
+        layer.dense_gradients = dense_gradients
+        layer.weight.data[~layer.mask] = value
+    assert torch.equal(network(x), expected)
+
+
+def test_gradients_of_inactive_weights_are_zero_unless_asked_for() -> None:
+    network = small(feature_sparsity=0.6)
+    x = torch.randn(1, 1, 8, 8, 8)
+    network(x).square().sum().backward()
+    layers = [layer for _, layer in maskable_layers(network)]
+    assert all(layer.weight.grad[~layer.mask].abs().sum() == 0 for layer in layers)
+    active = [layer.weight.grad[layer.mask].clone() for layer in layers]
+    network.zero_grad()
+    for layer in layers:
+        layer.dense_gradients = True
+    network(x).square().sum().backward()
+    assert all(layer.weight.grad[~layer.mask].abs().sum() > 0 for layer in layers)
+    assert all(torch.allclose(layer.weight.grad[layer.mask], a) for layer, a in zip(layers, active, strict=True))
+
+
+def test_topology_travels_in_the_state_dict() -> None:
+    source, target = small(feature_sparsity=0.8), small(feature_sparsity=0.8)
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(1, 1, 8, 8, 8)
+    assert torch.equal(source(x), target(x))
+    assert source.parameter_counts() == target.parameter_counts()
+
+
+# --- a good citizen of nnU-Net ------------------------------------------------------------------------------------------
+
+
+def test_stock_nnunet_builds_it_from_plans_alone() -> None:
+    plans_entry = {
+        "n_stages": 3,
+        "features_per_stage": [4, 8, 16],
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+        "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+        "n_conv_per_stage": [2, 2, 2],
+        "n_conv_per_stage_decoder": [2, 2],
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+        "feature_sparsity": 0.75,
+        "shift_size": 5,
+    }
+    imports = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    network = get_network_from_plans("nnunetv2_e2enet.network.E2ENet", plans_entry, imports, 2, 3, deep_supervision=True)
+    assert isinstance(network, E2ENet)
+    assert network.shift_size == 5
+    assert all(layer.n_active == round(0.25 * layer.n_connections) for _, layer in maskable_layers(network))
+    assert all(layer.weight[~layer.mask].abs().sum() == 0 for _, layer in maskable_layers(network))
+    assert [o.shape for o in network(torch.randn(1, 2, 4, 8, 8))] == [(1, 3, 4, 8, 8)]
+
+
+def test_attributes_of_dynamic_network_architectures() -> None:
+    network = small(levels=5)
+    check_submodules(network)
+    assert network.get_submodule(network.key_to_encoder) is network.encoder.stages
+    assert network.key_to_lpe is None
+    assert network.encoder.output_channels == [4, 6, 8, 10, 12]
+    assert network.decoder.seg_layers[-1].in_channels == 4  # finest last, as in nnU-Net's decoder
+    assert any(".seg_layers." in key for key in network.state_dict())
+
+
+def test_initialisation_is_he_normal() -> None:
+    network = small(features_per_stage=[64, 64, 64], feature_sparsity=0.0)
+    weight = network.encoder.stages[1][1].conv.weight
+    fan_in = 64 * 9
+    assert weight.std().item() == pytest.approx((2 / (1 + 1e-4) / fan_in) ** 0.5, rel=0.05)
+    assert network.encoder.stages[1][1].conv.bias.abs().sum() == 0
+
+
+# --- accounts -----------------------------------------------------------------------------------------------------------
+
+
+def test_dense_counts_of_the_amos_plan() -> None:
+    network = amos()
+    counts, macs = network.parameter_counts(), network.multiply_accumulates((64, 160, 160))
+    assert counts == (23_806_928, 17_975_040, 23_806_928)
+    assert [round(m / 1e7) for m in macs] == [113441, 101011, 113441]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "parameters", "macs"), [(0.7, 11.224e6, 427.3e9), (0.8, 9.427e6, 326.3e9), (0.9, 7.629e6, 225.3e9)]
+)
+def test_sparse_counts_of_the_amos_plan(sparsity: float, parameters: float, macs: float) -> None:
+    network = amos(sparsity)
+    assert network.parameter_counts().active == pytest.approx(parameters, rel=1e-3)
+    assert network.multiply_accumulates((64, 160, 160)).active == pytest.approx(macs, rel=1e-3)
+
+
+def test_feature_maps_are_counted_as_nnunet_counts_them() -> None:
+    stock = plain_conv_unet()
+    assert accounts.conv_output_elements(stock, (1, 1, 64, 160, 160)) == stock.compute_conv_feature_map_size((64, 160, 160))
+    assert accounts.parameter_counts(stock).total == 31_124_368
+
+
+def test_saved_bytes_are_those_of_a_real_forward_pass() -> None:
+    """On the CPU, with tensors that hold values and a tally of its own."""
+    network = small(levels=4, feature_sparsity=0.5, deep_supervision=True)
+    own = {p.data_ptr() for p in network.parameters()}
+    seen: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        outputs = network(torch.randn(2, 1, 8, 16, 16))
+    expected = sum(t.untyped_storage().nbytes() for pointer, t in seen.items() if pointer not in own)
+    # masks are the network's own too, but they are of the size of connections, not of maps
+    assert network.saved_bytes((8, 16, 16), batch_size=2) == expected
+    assert len(outputs) == 2
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"feature_sparsity": 1.0}, "feature_sparsity is 1.0"),
+        ({"feature_sparsity": -0.1}, "feature_sparsity is -0.1"),
+        ({"feature_sparsity": "0.8"}, "feature_sparsity is '0.8'"),
+        ({"shift_size": 4}, "shift_size is 4"),
+        ({"n_stages": 1, "features_per_stage": [4], "strides": [[1, 1, 1]]}, "at least 2"),
+        ({"features_per_stage": [4, 8]}, "features_per_stage"),
+        ({"strides": [[1, 1, 1], [2, 2], [2, 2, 2]]}, "strides"),
+        ({"conv_op": nn.Conv1d}, "conv_op"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(E2ENetError, match=message) as error:
+        small(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_patches_that_the_strides_do_not_divide_are_refused() -> None:
+    with pytest.raises(E2ENetError, match=r"patch \[8, 10, 8\].*\[4, 4, 4\]"):
+        small()(torch.randn(1, 1, 8, 10, 8))
+    with pytest.raises(E2ENetError, match="2 axes"):
+        small().compute_conv_feature_map_size((8, 8))

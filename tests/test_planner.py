@@ -1,0 +1,146 @@
+"""Planning needs a data set's fingerprint alone, so these data sets have large images on paper and small ones on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from support import nnunet_environment, run_command
+from torch import nn
+
+from nnunetv2_e2enet.datasets import write_phantom_dataset
+from nnunetv2_e2enet.network import E2ENet, accounts, e2enet_features, maskable_layers
+from nnunetv2_e2enet.training.planner import STOCK_BYTES_PER_ELEMENT
+
+DATASET = "Dataset991_Abdomen"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    write_phantom_dataset(folder / "nnUNet_raw" / DATASET, n_train=5, n_test=0)
+    preprocessed = folder / "nnUNet_preprocessed" / DATASET
+    preprocessed.mkdir(parents=True)
+    statistics = {
+        "max": 1.0,
+        "mean": 0.5,
+        "median": 0.5,
+        "min": 0.0,
+        "percentile_00_5": 0.0,
+        "percentile_99_5": 1.0,
+        "std": 0.2,
+    }
+    fingerprint = {
+        "foreground_intensity_properties_per_channel": {"0": statistics},
+        "median_relative_size_after_cropping": 1.0,
+        "shapes_after_crop": [[90, 320, 320]] * 5,
+        "spacings": [[2.5, 1.0, 1.0]] * 5,
+    }
+    (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+    return folder
+
+
+def plans(project: Path, name: str) -> dict[str, Any]:
+    return json.loads((project / "nnUNet_preprocessed" / DATASET / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def planned(project: Path) -> Path:
+    environment = nnunet_environment(project)
+    run_command("nnUNetv2_plan_experiment", "-d", "991", env=environment)
+    run_command("e2enet", "plan", "-d", "991", env=environment)
+    large = ["-gpu_memory_target", "40", "-overwrite_plans_name", "nnUNetE2ENetPlans_40G"]
+    run_command("e2enet", "plan", "-d", "991", *large, env=environment)
+    return project
+
+
+def built(configuration: dict[str, Any]) -> E2ENet:
+    manager = PlansManager({"configurations": {"c": configuration}})
+    configuration_manager = manager.get_configuration("c")
+    network = nnUNetTrainer.build_network_architecture(manager, configuration_manager, 1, 5, True)
+    assert isinstance(network, E2ENet)
+    return network
+
+
+def test_stock_trainers_build_a_dense_e2enet_from_the_plans(planned: Path) -> None:
+    e2enet_plans = plans(planned, "nnUNetE2ENetPlans")
+    assert e2enet_plans["plans_name"] == "nnUNetE2ENetPlans"
+    assert e2enet_plans["experiment_planner_used"] == "nnUNetPlannerE2ENet"
+    for name in ("2d", "3d_fullres", "3d_lowres"):
+        configuration = e2enet_plans["configurations"][name]
+        network = built(configuration)
+        assert all(layer.mask.all() for _, layer in maskable_layers(network))
+        n_stages = configuration["architecture"]["arch_kwargs"]["n_stages"]
+        assert network.encoder.output_channels == e2enet_features(n_stages)
+        network.check_patch_size(configuration["patch_size"])
+
+
+def test_patch_fits_the_memory_target_by_the_bytes_that_e2enet_keeps(planned: Path) -> None:
+    """8 GB stand for nnU-Net's reference: 560 million elements of feature maps for a patch of a batch of two."""
+    sizes = {}
+    for name, gigabytes in (("nnUNetE2ENetPlans", 8), ("nnUNetE2ENetPlans_40G", 40)):
+        configuration = plans(planned, name)["configurations"]["3d_fullres"]
+        kept = built(configuration).saved_bytes(configuration["patch_size"])
+        assert kept <= 560e6 * STOCK_BYTES_PER_ELEMENT * gigabytes / 8
+        sizes[name] = torch.tensor(configuration["patch_size"]).prod().item()
+        assert configuration["batch_size"] >= 2
+    stock = plans(planned, "nnUNetPlans")["configurations"]["3d_fullres"]["patch_size"]
+    assert sizes["nnUNetE2ENetPlans"] < torch.tensor(stock).prod().item() <= sizes["nnUNetE2ENetPlans_40G"]
+
+
+def test_preprocessed_data_are_shared_with_stock_plans(planned: Path) -> None:
+    stock, ours = plans(planned, "nnUNetPlans"), plans(planned, "nnUNetE2ENetPlans")
+    for name in ("2d", "3d_fullres"):
+        a, b = (p["configurations"][name] for p in (stock, ours))
+        for key in ("data_identifier", "spacing", "normalization_schemes", "resampling_fn_data_kwargs"):
+            assert a[key] == b[key]
+    assert ours["configurations"]["3d_lowres"]["data_identifier"] == "nnUNetE2ENetPlans_3d_lowres"  # another spacing
+
+
+def test_registered_planner_gives_the_same_plans(planned: Path, registered: None) -> None:  # noqa: ARG001
+    before = plans(planned, "nnUNetE2ENetPlans")
+    command = ["nnUNetv2_plan_experiment", "-d", "991", "-pl", "nnUNetPlannerE2ENet", "-overwrite_plans_name", "Again"]
+    run_command(*command, env=nnunet_environment(planned))
+    again = plans(planned, "Again")
+    for configuration in (before["configurations"]["3d_fullres"], again["configurations"]["3d_fullres"]):
+        assert configuration["architecture"]["network_class_name"] == "nnunetv2_e2enet.network.E2ENet"
+    assert again["configurations"]["2d"] == before["configurations"]["2d"]
+    assert again["configurations"]["3d_fullres"] == before["configurations"]["3d_fullres"]
+
+
+@pytest.mark.parametrize(
+    ("dimension", "strides", "patch"),
+    [
+        (3, [[1, 1, 1], [1, 2, 2]] + [[2, 2, 2]] * 4, (64, 160, 160)),
+        (3, [[1, 1, 1]] + [[2, 2, 2]] * 5, (128, 128, 128)),
+        (3, [[1, 1, 1]] + [[2, 2, 2]] * 3, (40, 56, 40)),
+        (2, [[1, 1]] + [[2, 2]] * 7, (512, 512)),
+    ],
+)
+def test_bytes_that_stock_nnunet_keeps_per_element_of_its_estimate(
+    dimension: int, strides: list[list[int]], patch: tuple[int, ...]
+) -> None:
+    conv, norm = (nn.Conv3d, nn.InstanceNorm3d) if dimension == 3 else (nn.Conv2d, nn.InstanceNorm2d)
+    features = [min(32 * 2**i, 320) for i in range(len(strides))]
+    with torch.device("meta"):
+        stock = PlainConvUNet(
+            *(1, len(strides), features, conv, 3, strides, 2, 5, 2, True, norm, {"eps": 1e-5, "affine": True}),
+            *(None, None, nn.LeakyReLU, {"inplace": True}),
+            deep_supervision=True,
+        )
+    kept = accounts.saved_bytes(stock, (1, 1, *patch))
+    assert kept / stock.compute_conv_feature_map_size(patch) == pytest.approx(STOCK_BYTES_PER_ELEMENT, rel=0.03)
+
+
+def test_planning_without_a_fingerprint_or_folders_says_so_in_one_line(project: Path) -> None:
+    missing = run_command("e2enet", "plan", "-d", "992", env=nnunet_environment(project), check=False)
+    assert missing.returncode == 1
+    assert missing.stdout.splitlines()[-1].startswith("e2enet plan: data set 992 cannot be planned: ")
+    assert "Traceback" not in missing.stdout
+    unset = run_command("e2enet", "plan", "-d", "991", env={"nnUNet_raw": ""}, check=False)
+    assert unset.returncode == 1
+    assert "nnUNet_preprocessed is not set" in unset.stdout or "nnUNet_raw is not set" in unset.stdout

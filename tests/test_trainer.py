@@ -1,0 +1,301 @@
+"""The trainers, through nnU-Net's commands and as objects in this process."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from support import Project, make, run_command, train_epochs, weights
+
+from nnunetv2_e2enet.network import E2ENet, e2enet_features, maskable_layers
+from nnunetv2_e2enet.trainers import e2enet_combined_trainers
+from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
+from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet, nnUNetTrainerE2ENet_S90
+from nnunetv2_e2enet.training.variants import variant
+
+DSFF_LINE = re.compile(r"DSFF sparsity ([\d.]+), prune fraction ([\d.]+), connections changed (\d+), explored ([\d.]+)")
+
+
+# --- through the console commands ---------------------------------------------------------------------------------------
+
+
+def test_training_log_says_what_dsff_did(trained: Path) -> None:
+    log = next((trained / "fold_0").glob("training_log_*.txt")).read_text()
+    lines = [[float(value) for value in match.groups()] for match in DSFF_LINE.finditer(log)]
+    assert [line[0] for line in lines] == pytest.approx([0.8] * 3, abs=1e-3)  # each layer rounds to whole connections
+    assert [line[1] for line in lines] == [0.5, 0.25, 0.0]
+    assert lines[0][2] > lines[1][2] > lines[2][2] == 0
+    assert 0.2 < lines[0][3] < lines[1][3] == lines[2][3]
+
+
+def test_checkpoint_carries_a_topology_of_exactly_that_sparsity(trained: Path) -> None:
+    state = weights(trained)
+    masks = {key: value for key, value in state.items() if key.endswith(".mask")}
+    assert masks
+    for key, mask in masks.items():
+        assert int(mask.sum()) == round(0.2 * mask.numel())
+        assert state[key.replace(".mask", ".weight")][~mask].abs().sum() == 0
+    other = weights(trained, fold=1)
+    assert any(not torch.equal(mask, other[key]) for key, mask in masks.items())
+
+
+def test_model_folder_describes_the_network(trained: Path) -> None:
+    plans = load_json(str(trained / "plans.json"))
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    assert architecture["network_class_name"] == "nnunetv2_e2enet.network.E2ENet"
+    assert architecture["arch_kwargs"]["features_per_stage"][:3] == [8, 16, 32]
+    assert architecture["arch_kwargs"]["feature_sparsity"] == 0.8
+    assert architecture["arch_kwargs"]["shift_size"] == 3
+    assert "PlainConvUNet" in plans["configurations"]["2d"]["architecture"]["network_class_name"]  # others are left alone
+
+
+def test_prediction_and_evaluation(project: Project, trained: Path, tmp_path: Path) -> None:
+    model = ["-d", "993", "-c", "3d_fullres", "-tr", "nnUNetTrainerE2ENet_smoke", "-device", "cpu", "-npp", "1", "-nps", "1"]
+    images, labels = project.raw / "imagesTs", project.raw / "labelsTs"
+    run_command("nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path), *model, "-f", "0", env=project.environment)
+    for image in images.glob("*.nii.gz"):
+        scan = sitk.ReadImage(str(image))
+        prediction = sitk.ReadImage(str(tmp_path / image.name.replace("_0000", "")))
+        assert prediction.GetSize() == scan.GetSize()
+        assert prediction.GetSpacing() == pytest.approx(scan.GetSpacing())
+        assert set(np.unique(sitk.GetArrayFromImage(prediction))) <= set(range(5))
+    description = ["-djfile", str(trained / "dataset.json"), "-pfile", str(trained / "plans.json")]
+    run_command("nnUNetv2_evaluate_folder", str(labels), str(tmp_path), *description, env=project.environment)
+    assert 0 <= load_json(str(tmp_path / "summary.json"))["foreground_mean"]["Dice"] <= 1
+
+
+def test_stock_trainer_trains_the_dense_network_of_e2enet_plans(project: Project) -> None:
+    run_command("e2enet", "plan", "-d", "993", env=project.environment)
+    plans = project.plans("nnUNetE2ENetPlans")
+    arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    arguments["features_per_stage"] = [min(4 * 2**level, 16) for level in range(arguments["n_stages"])]
+    project.write_plans("nnUNetE2ENetPlans_narrow", plans)
+    project.train("nnUNetTrainer_smoke", "-p", "nnUNetE2ENetPlans_narrow")
+    state = weights(project.model("nnUNetTrainer_smoke", "nnUNetE2ENetPlans_narrow"))
+    masks = [value for key, value in state.items() if key.endswith(".mask")]
+    assert masks
+    assert all(mask.all() for mask in masks)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": [24, 64, 60]}, "the patch [24, 64, 60] cannot be divided by the network's strides"),
+        ({"strides": [[1, 1, 1]]}, "the plans have 1 level(s), but E2ENet fuses at least 2"),
+    ],
+)
+def test_bad_plans_end_the_command_with_one_line(project: Project, change: dict[str, Any], message: str) -> None:
+    plans = project.plans()
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration["patch_size"] = change.get("patch_size", configuration["patch_size"])
+    if "strides" in change:
+        configuration["architecture"]["arch_kwargs"]["strides"] = change["strides"]
+    project.write_plans("nnUNetBadPlans", plans)
+    result = project.train("nnUNetTrainerE2ENet_smoke", "-p", "nnUNetBadPlans", check=False)
+    model = project.model("nnUNetTrainerE2ENet_smoke", "nnUNetBadPlans")
+    assert result.returncode == 1
+    assert result.stdout.strip().splitlines()[-1].startswith(f"E2ENet: {message}")
+    assert "Traceback" not in result.stdout
+    assert {p.suffix for p in model.rglob("*") if p.is_file()} == {".txt"}  # nnU-Net's log
+    shutil.rmtree(model)
+
+
+# --- plans --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planner", ["nnUNetPlannerResEncM", "ResEncUNetPlanner"])
+def test_resenc_plans_give_their_strides_and_e2enet_its_own_channels(in_process: Project, planner: str) -> None:
+    name = f"plans_of_{planner}"
+    command = ["nnUNetv2_plan_experiment", "-d", "993", "-pl", planner, "-overwrite_plans_name", name]
+    run_command(*command, env=in_process.environment)
+    plans = in_process.plans(name)
+    given = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    trainer = make(nnUNetTrainerE2ENet, in_process, plans)
+    trainer.initialize()
+    network = trainer.network
+    assert isinstance(network, E2ENet)
+    assert network.encoder.strides == given["strides"]
+    assert network.encoder.output_channels == e2enet_features(given["n_stages"])
+
+
+def test_two_dimensional_configuration(in_process: Project) -> None:
+    trainer = make(nnUNetTrainerE2ENet_smoke, in_process, configuration="2d")
+    trainer.initialize()
+    outputs = trainer.network(torch.randn(1, 1, 64, 64))
+    assert outputs[0].shape == (1, 5, 64, 64)
+
+
+def test_channels_of_e2enet_plans_are_kept_and_settings_are_the_trainers(in_process: Project) -> None:
+    run_command("e2enet", "plan", "-d", "993", env=in_process.environment)
+    plans = in_process.plans("nnUNetE2ENetPlans")
+    arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    arguments["features_per_stage"] = [5] * arguments["n_stages"]
+    trainer = make(variant(nnUNetTrainerE2ENet_S90, "wide", shift_size=5), in_process, plans)
+    trainer.initialize()
+    assert set(trainer.network.encoder.output_channels) == {5}
+    assert trainer.network.shift_size == 5
+    layers = dict(maskable_layers(trainer.network))
+    assert all(layer.n_active == round((1 - 0.9) * layer.n_connections) for layer in layers.values())
+
+
+def test_two_levels_train_without_deep_supervision(in_process: Project) -> None:
+    """nnU-Net's deep supervision would give the only output no weight, which makes its loss NaN."""
+    plans = in_process.plans()
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["strides"] = [[1, 1, 1], [2, 2, 2]]
+    trainer = make(nnUNetTrainerE2ENet_smoke, in_process, plans)
+    trainer.initialize()
+    output = trainer.network(torch.randn(1, 1, 4, 8, 8))
+    loss = trainer.loss(output, torch.ones(1, 1, 4, 8, 8))
+    assert torch.isfinite(loss)
+
+
+def test_prediction_needs_no_settings(in_process: Project) -> None:
+    """The plans that a training leaves behind are enough to build its network, whatever the trainer's attributes were."""
+    trainer = make(variant(nnUNetTrainerE2ENet_smoke, "odd", shift_size=5, feature_sparsity=0.5), in_process)
+    trainer.initialize()
+    manager = PlansManager(trainer.plans_manager.plans)
+    for cls in (nnUNetTrainerE2ENet, nnUNetTrainer):
+        network = cls.build_network_architecture(manager, manager.get_configuration("3d_fullres"), 1, 5, False)
+        network.load_state_dict(trainer.network.state_dict())
+        trainer.set_deep_supervision_enabled(False)
+        x = torch.randn(1, 1, 24, 64, 64)
+        with torch.no_grad():
+            assert torch.equal(network(x), trainer.network(x))
+
+
+# --- topology -----------------------------------------------------------------------------------------------------------
+
+
+def test_start_is_the_same_for_the_same_seed(in_process: Project) -> None:
+    first, second, third = (
+        make(cls, in_process)
+        for cls in (nnUNetTrainerE2ENet_smoke,) * 2 + (variant(nnUNetTrainerE2ENet_smoke, "seed1", topology_seed=1),)
+    )
+    masks = []
+    for trainer in (first, second, third):
+        trainer.initialize()
+        masks.append(torch.cat([layer.mask.flatten() for _, layer in maskable_layers(trainer.network)]))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_interrupted_training_resumes_with_its_topology_and_schedule(in_process: Project) -> None:
+    cls = variant(nnUNetTrainerE2ENet_smoke, "saved", num_epochs=6, save_every=1)
+
+    def start() -> Any:
+        trainer = make(cls, in_process)
+        trainer.initialize()
+        return trainer
+
+    interrupted = start()
+    train_epochs(interrupted, 2)
+    saved = {key: value.clone() for key, value in interrupted.network.state_dict().items()}
+    resumed = start()
+    resumed.load_checkpoint(str(Path(interrupted.output_folder) / "checkpoint_latest.pth"))
+    assert resumed.current_epoch == 2
+    assert all(torch.equal(value, saved[key]) for key, value in resumed.network.state_dict().items())
+    assert resumed.topology_updater.schedule == interrupted.topology_updater.schedule
+    train_epochs(resumed, 1)
+    layers = dict(maskable_layers(resumed.network))
+    assert all(layer.n_active == round(0.2 * layer.n_connections) for layer in layers.values())
+    assert any(not torch.equal(layer.mask, saved[f"{name}.mask"]) for name, layer in layers.items())
+
+
+def finish_dataloaders(trainer: Any) -> None:
+    for loader in (trainer.dataloader_train, trainer.dataloader_val):
+        loader._finish()
+
+
+def test_pretrained_weights_bring_their_topology(in_process: Project, trained: Path) -> None:
+    checkpoint = str(trained / "fold_1" / "checkpoint_final.pth")
+    trainer = make(nnUNetTrainerE2ENet_smoke, in_process)
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, checkpoint)
+    trainer.on_train_start()
+    for name, layer in maskable_layers(trainer.network):
+        assert torch.equal(layer.mask, weights(trained, 1)[f"{name}.mask"])
+        assert torch.equal(layer.explored, layer.mask)
+    finish_dataloaders(trainer)
+
+
+def test_pretrained_weights_of_another_sparsity_are_refused(in_process: Project, trained: Path) -> None:
+    trainer = make(variant(nnUNetTrainerE2ENet_smoke, "S60", feature_sparsity=0.6), in_process)
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, str(trained / "fold_0" / "checkpoint_final.pth"))
+    with pytest.raises(SystemExit, match=r"sparsity of 0\.800, but nnUNetTrainerE2ENet_smoke_S60 trains with 0\.6"):
+        trainer.on_train_start()
+    assert not list(Path(trainer.output_folder).glob("*.pth"))
+    finish_dataloaders(trainer)
+
+
+def test_every_fold_of_an_ensemble_predicts_with_its_own_topology(trained: Path) -> None:
+    x = torch.randn(1, 24, 64, 64)
+
+    def logits(*folds: int) -> torch.Tensor:
+        predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(trained), folds)
+        return predictor.predict_logits_from_preprocessed_data(x).float()
+
+    zero, one, both = logits(0), logits(1), logits(0, 1)
+    assert not torch.allclose(zero, one)
+    torch.testing.assert_close(both, (zero + one) / 2, atol=2e-2, rtol=1e-2)  # nnU-Net sums in half precision
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"feature_sparsity": 1.5}, "feature_sparsity is 1.5"),
+        ({"shift_size": 2}, "shift_size is 2"),
+        ({"topology_update_period": 0}, "period 0"),
+        ({"initial_prune_fraction": 1.2}, "initial_prune_fraction is 1.2"),
+    ],
+)
+def test_bad_settings_end_with_one_line(in_process: Project, settings: dict[str, Any], message: str) -> None:
+    trainer = make(variant(nnUNetTrainerE2ENet_smoke, "bad", **settings), in_process)
+    with pytest.raises(SystemExit, match=re.escape(message)) as stop:
+        trainer.initialize()
+    assert str(stop.value).startswith("E2ENet: ")
+    assert "\n" not in str(stop.value)
+
+
+def test_unknown_settings_are_refused(in_process: Project) -> None:
+    with pytest.raises(AttributeError, match="no setting featur_sparsity"):
+        make(variant(nnUNetTrainerE2ENet, "typo", featur_sparsity=0.5), in_process)
+
+
+@pytest.mark.parametrize("name", e2enet_combined_trainers.__all__)
+def test_combinations_with_nnunets_variants(in_process: Project, name: str) -> None:
+    """A real epoch with a topology update; pruned and grown connections are clean whatever the optimizer keeps of them."""
+    combined = getattr(e2enet_combined_trainers, name)
+    small = {"base_num_features": 4, "max_num_features": 8, "topology_update_period": 1}
+    trainer = make(variant(combined, "small", **small), in_process)
+    trainer.initialize()
+    train_epochs(trainer, 1)
+    for layer in trainer.topology_updater.layers.values():
+        assert layer.n_active == round(0.2 * layer.n_connections)
+        assert (layer.explored & ~layer.mask).any()
+        states = [v for v in trainer.optimizer.state[layer.weight].values() if v.shape == layer.weight.shape]
+        assert states
+        assert all(value[~layer.mask].abs().sum() == 0 for value in states)
+
+
+def test_combinations_keep_what_the_variants_do(in_process: Project) -> None:
+    def initialized(name: str) -> Any:
+        trainer = make(getattr(e2enet_combined_trainers, f"nnUNetTrainerE2ENet_{name}"), in_process)
+        trainer.initialize()
+        return trainer
+
+    assert isinstance(initialized("Adam3en4").optimizer, torch.optim.AdamW)
+    assert isinstance(initialized("CELoss").loss.loss, RobustCrossEntropyLoss)
+    mirrored = initialized("NoMirroring").configure_rotation_dummyDA_mirroring_and_inital_patch_size()[-1]
+    assert mirrored is None
