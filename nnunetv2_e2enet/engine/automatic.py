@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.engine.core import Core, load_core
-from nnunetv2_e2enet.engine.description import NotSupported, describe, tensors
+from nnunetv2_e2enet.engine.description import NotSupportedError, describe, tensors
 from nnunetv2_e2enet.engine.program import Program
 from nnunetv2_e2enet.engine.weights import PackedWeights, pack
 from nnunetv2_e2enet.errors import E2ENetError
@@ -80,7 +80,7 @@ class Session:
         """The plan for the present weights, packed anew if they are others than last time.
 
         Raises:
-            NotSupported: the network has to stay with PyTorch.
+            NotSupportedError: the network has to stay with PyTorch.
         """
         with self._lock:
             fingerprint = _fingerprint(network, core)
@@ -133,13 +133,13 @@ def _fingerprint(network: E2ENet, core: Core) -> tuple[int, ...]:
 
 def why_not(network: E2ENet, x: Tensor) -> str | None:
     """Why this input stays with PyTorch; None if the engine takes it. Says nothing about the weights."""
-    if mode() == "off" or getattr(_local, "disabled", False):
+    if mode() == "off":
         return f"the engine is switched off ({ENGINE_VARIABLE})"
     if type(x) is not Tensor or x.device.type != "cpu" or x.layout != torch.strided:
         return "the input is not an ordinary tensor on the CPU"
     if x.dtype != torch.float32:
         return f"the input is {x.dtype}, not float32"
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_cpu_enabled():
         return "autocast is on"
     if x.dim() != network.dimension + 2 or x.shape[1] != network.input_channels or x.numel() == 0:
         return "the input has not the shape that the network expects"
@@ -159,6 +159,8 @@ def accelerate(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
     Raises:
         E2ENetError: a setting cannot be used, or mode "check" found a difference.
     """
+    if getattr(_local, "disabled", False):
+        return None
     session = session_of(network)
     session.reason = why_not(network, x)
     if session.reason is not None:
@@ -169,7 +171,7 @@ def accelerate(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
         return None
     try:
         plan = session.plan(network, core)
-    except NotSupported as reason:
+    except NotSupportedError as reason:
         session.reason = str(reason)
         return None
     logits = _run(session, plan, network, x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.network.blocks import ShiftBlock
-from nnunetv2_e2enet.network.connections import MaskableLayer, MaskedConv2d, MaskedConv3d
+from nnunetv2_e2enet.network.connections import MaskableLayer, MaskedConv2d, MaskedConv3d, maskable_layers
 from nnunetv2_e2enet.network.connections import MaskedConvTranspose2d as UpConv2d
 from nnunetv2_e2enet.network.connections import MaskedConvTranspose3d as UpConv3d
 from nnunetv2_e2enet.network.depth_shift import shift_groups
@@ -24,7 +24,7 @@ _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 Stride = tuple[int, int, int]
 
 
-class NotSupported(Exception):
+class NotSupportedError(Exception):
     """The network has something that the engine does not do; the message is the reason, without an end stop."""
 
 
@@ -78,7 +78,7 @@ def describe(network: E2ENet) -> Description:
     """Read a network.
 
     Raises:
-        NotSupported: with the reason.
+        NotSupportedError: with the reason.
     """
     _check_modules(network)
     encoder, decoder = network.encoder, network.decoder
@@ -96,20 +96,20 @@ def describe(network: E2ENet) -> Description:
 
 def _check_modules(network: E2ENet) -> None:
     if type(network) is not E2ENet or type(network.encoder) is not Encoder or type(network.decoder) is not FusionDecoder:
-        raise NotSupported("it is a variant of E2ENet")
+        raise NotSupportedError("it is a variant of E2ENet")
     for name, module in network.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
-            raise NotSupported(f"{name or 'the network'} has forward hooks, which would not be called")
+            raise NotSupportedError(f"{name or 'the network'} has forward hooks, which would not be called")
     for name, tensor in tensors(network):
         if tensor.device.type != "cpu" or tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter):
-            raise NotSupported(f"{name} is not an ordinary tensor on the CPU")
+            raise NotSupportedError(f"{name} is not an ordinary tensor on the CPU")
         if tensor.dtype not in (torch.float32, torch.bool):
-            raise NotSupported(f"{name} is {tensor.dtype}, not float32")
+            raise NotSupportedError(f"{name} is {tensor.dtype}, not float32")
 
 
 def tensors(network: nn.Module) -> list[tuple[str, Tensor]]:
     """All that the logits depend on: parameters and masks."""
-    masks = [(name, buffer) for name, buffer in network.named_buffers() if not name.endswith("explored")]
+    masks = [(f"{name}.mask", layer.mask) for name, layer in maskable_layers(network)]
     return [*network.named_parameters(), *masks]
 
 
@@ -120,37 +120,41 @@ def _stride3(stride: Sequence[int] | int) -> Stride:
 
 def _block(block: nn.Module) -> Block:
     if type(block) is not ShiftBlock:
-        raise NotSupported(f"a block is {type(block).__name__}")
+        raise NotSupportedError(f"a block is {type(block).__name__}")
     conv, norm, nonlin = block.conv, block.norm, block.nonlin
     if type(conv) not in _CONVS:
-        raise NotSupported(f"a convolution is {type(conv).__name__}")
+        raise NotSupportedError(f"a convolution is {type(conv).__name__}")
     assert isinstance(conv, (nn.Conv2d, nn.Conv3d))
     kernel = _stride3(conv.kernel_size)
     if kernel != (1, 3, 3) or _padding(conv) != (0, 1, 1) or conv.groups != 1 or set(conv.dilation) != {1}:
-        raise NotSupported(f"a convolution has kernel {kernel}, padding, dilation or groups of its own")
+        raise NotSupportedError(f"a convolution has kernel {kernel}, padding, dilation or groups of its own")
     if conv.padding_mode != "zeros":
-        raise NotSupported(f"a convolution pads with {conv.padding_mode}")
+        raise NotSupportedError(f"a convolution pads with {conv.padding_mode}")
     if type(norm) not in _NORMS:
-        raise NotSupported(f"the norm is {type(norm).__name__}")
+        raise NotSupportedError(f"the norm is {type(norm).__name__}")
     assert isinstance(norm, (nn.InstanceNorm2d, nn.InstanceNorm3d))
     if norm.track_running_stats or norm.running_mean is not None:
-        raise NotSupported("the norm keeps running statistics")
+        raise NotSupportedError("the norm keeps running statistics")
     if type(nonlin) is not nn.LeakyReLU or not 0 <= nonlin.negative_slope <= 1:
-        raise NotSupported(f"the activation is {nonlin}")
+        raise NotSupportedError(f"the activation is {nonlin}")
     if block.dropout is not None and type(block.dropout) not in _DROPOUTS:
-        raise NotSupported(f"the dropout is {type(block.dropout).__name__}")
+        raise NotSupportedError(f"the dropout is {type(block.dropout).__name__}")
     weight, mask = _weight(conv)
     out_channels, in_channels = weight.shape[:2]
     return Block(
         weight=weight.reshape(out_channels, in_channels, 3, 3),
         mask=mask,
         stride=_stride3(conv.stride if len(conv.stride) == 3 else (1, *conv.stride)),
-        shift=[offset for group, offset in shift_groups(in_channels, block.shift_size) for _ in range(group.stop - group.start)],
+        shift=_shift(in_channels, block.shift_size),
         gamma=norm.weight.detach() if norm.weight is not None else torch.ones(out_channels),
         beta=norm.bias.detach() if norm.bias is not None else torch.zeros(out_channels),
         eps=norm.eps,
         slope=nonlin.negative_slope,
     )
+
+
+def _shift(channels: int, shift_size: int) -> list[int]:
+    return [offset for group, offset in shift_groups(channels, shift_size) for _ in range(group.stop - group.start)]
 
 
 def _padding(conv: nn.Conv2d | nn.Conv3d) -> Stride | None:
@@ -169,14 +173,14 @@ def _weight(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _node(node: nn.Module) -> Node:
     if type(node) is not FusionNode:
-        raise NotSupported(f"a fusion node is {type(node).__name__}")
+        raise NotSupportedError(f"a fusion node is {type(node).__name__}")
     upsample, pool = node.upsample, node.downsample
     if type(upsample) not in (UpConv2d, UpConv3d) or upsample.bias is not None:
-        raise NotSupported("the upward flow is not a transposed convolution without bias")
+        raise NotSupportedError("the upward flow is not a transposed convolution without bias")
     if tuple(upsample.kernel_size) != tuple(upsample.stride) or any(upsample.padding):
-        raise NotSupported("the upward flow's kernel is not its stride")
+        raise NotSupportedError("the upward flow's kernel is not its stride")
     if pool is not None and type(pool) not in (nn.MaxPool2d, nn.MaxPool3d):
-        raise NotSupported(f"the downward flow is {type(pool).__name__}")
+        raise NotSupportedError(f"the downward flow is {type(pool).__name__}")
     weight, mask = _weight(upsample)
     return Node(
         up_weight=weight.reshape(*weight.shape[:2], *_stride3(upsample.stride)),
@@ -189,8 +193,8 @@ def _node(node: nn.Module) -> Node:
 
 def _head(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     if type(head) not in (nn.Conv2d, nn.Conv3d):
-        raise NotSupported(f"a head is {type(head).__name__}")
+        raise NotSupportedError(f"a head is {type(head).__name__}")
     assert isinstance(head, (nn.Conv2d, nn.Conv3d))
     if set(head.kernel_size) != {1} or set(head.stride) != {1} or head.groups != 1 or any(head.padding):
-        raise NotSupported("a head is not a convolution of one voxel")
+        raise NotSupportedError("a head is not a convolution of one voxel")
     return head.weight.detach().flatten(1), None if head.bias is None else head.bias.detach()

@@ -165,7 +165,9 @@ class Program:
     def _add_pool(self, finer: StoredMap, stride: tuple[int, int, int], target: Buffer) -> StoredMap:
         gamma = finer.norm.scale if finer.norm is not None else np.ones(finer.channels, np.float32)
         pooled = StoredMap(target, finer.norm)
-        job = PoolJob(self._map(finer), self._pointer(gamma), (c_int32 * 3)(*stride), self._map(pooled), self.seconds.ctypes.data)
+        job = PoolJob(
+            self._map(finer), self._pointer(gamma), (c_int32 * 3)(*stride), self._map(pooled), self.seconds.ctypes.data
+        )
         self._jobs.append(job)
         return pooled
 
@@ -218,4 +220,3 @@ class Program:
             len(weights.output),
             (c_int32 * 3)(*node.up_stride),
         )
-

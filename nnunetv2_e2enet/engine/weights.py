@@ -20,7 +20,14 @@ CHUNK = 128  # input maps whose transformed tiles stay in the first-level cache
 
 # Kernel transform of Winograd's F(4 x 4, 3 x 3) (Lavin and Gray, arXiv 1509.09308), interpolation points 0, 1, -1, 2, -2.
 _G = torch.tensor(
-    [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]],
+    [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ],
     dtype=torch.float64,
 )
 
@@ -98,13 +105,14 @@ class PackedWeights:
 
     @property
     def n_bytes(self) -> int:
-        """Of all arrays."""
-        blocks = [b for level in self.encoder for b in level]
-        nodes = [n for stage in self.stages for n in stage]
-        arrays = [b.direct for b in [*blocks, *(b for n in nodes for b in n.blocks)] if b.direct is not None]
-        convs = [b.conv for b in [*blocks, *(b for n in nodes for b in n.blocks)] if b.conv is not None]
-        indexed = [*convs, *(n.upsample for n in nodes)]
-        return sum(a.nbytes for a in arrays) + sum(c.weight.nbytes + c.index.nbytes for c in indexed)
+        """Of all weights."""
+        nodes = [node for stage in self.stages for node in stage]
+        blocks = [*(b for level in self.encoder for b in level), *(b for node in nodes for b in node.blocks)]
+        arrays = [b.direct for b in blocks if b.direct is not None]
+        for conv in (b.conv for b in blocks):
+            arrays += [] if conv is None else [conv.weight]
+        arrays += [node.upsample.weight for node in nodes]
+        return sum(array.nbytes for array in arrays)
 
 
 def _floats(tensor: Tensor) -> Floats:

@@ -15,7 +15,7 @@ ENGINE = "nnunetv2_e2enet.engine"  # imported at the first prediction that it co
 
 
 def accelerated(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
-    """The logits, computed without PyTorch; None where PyTorch has to: in training, with gradients, in a trace, off the CPU."""
+    """The logits without PyTorch; None where PyTorch computes them: in training, with gradients, in traces, off the CPU."""
     if network.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     if x.device.type != "cpu" or _is_watched():
