@@ -55,7 +55,7 @@ struct SparseRows {
     int32_t rows;
 };
 
-// Consecutive coarse tiles in one row, and the lanes that they become when they are spread to finer tiles.
+// Consecutive coarse tiles in one row and one chunk, and the lanes that they become when they are spread to finer tiles.
 struct RowPiece {
     int64_t tile, n;      // of the coarse grid
     int64_t skip, count;  // fine tiles: left out at the front, kept

@@ -33,13 +33,12 @@ struct Window {
 
     void fill(const Kernels& kernels, const StridedJob& job, const std::vector<Segment>& segments, int64_t tiles,
               int64_t first_channel, int64_t last_channel, float* window) const {
-        std::vector<float> copy(static_cast<size_t>(tiles * job.stride[2]));
         const Grid& fine = job.in.grid;
         for (int64_t c = first_channel; c < last_channel; ++c) {
             if (c + 1 < last_channel) prefetch_channel(job, segments, c + 1);
             for (int w = 0; w < rows * columns; ++w) {
                 float* to = window + (w * job.in.channels + c) * tiles;
-                for (const Segment& s : segments) fill_row(kernels, job, fine, s, c, w / columns - 1, w % columns - 1, copy.data(), to);
+                for (const Segment& s : segments) fill_row(kernels, job, fine, s, c, w / columns - 1, w % columns - 1, to);
             }
         }
     }
@@ -56,7 +55,7 @@ struct Window {
     }
 
     static void fill_row(const Kernels& kernels, const StridedJob& job, const Grid& fine, const Segment& s, int64_t c, int row,
-                         int column, float* copy, float* to) {
+                         int column, float* to) {
         const int sh = job.stride[1], sw = job.stride[2];
         const int64_t d = s.slice * job.stride[0] - job.shift[c], y = kTile * sh * s.row + row;
         to += s.lane;
@@ -69,9 +68,13 @@ struct Window {
         if (lo == hi) return;
         const int64_t first = x + lo * step;
         const int64_t tile = d * fine.slice + y / kTile * fine.tiles_x + first / kTile;
-        const float* in = read_run(channel_of(job.in, c), fine.chunk, y % kTile * kTile + first % kTile, tile,
-                                   sw * (hi - lo - 1) + 1, copy);
-        kernels.activate_row(in, sw, hi - lo, scale_of(job.in, c), offset_of(job.in, c), slope_of(job.in), to + lo);
+        const float* from = channel_of(job.in, c) + (y % kTile * kTile + first % kTile) * kChunk;
+        for (int64_t t = lo; t < hi;) {
+            const int64_t at = tile + sw * (t - lo), n = std::min(hi - t, tiles_in_chunk(at, sw));
+            kernels.activate_row(from + place(at, fine.chunk), sw, n, scale_of(job.in, c), offset_of(job.in, c),
+                                 slope_of(job.in), to + t);
+            t += n;
+        }
     }
 
     void taps(const float* window, int64_t channel_floats, int phase, const int32_t* stride, const float* bases[kTaps]) const {

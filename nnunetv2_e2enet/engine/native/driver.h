@@ -108,26 +108,8 @@ inline float offset_of(const Map& map, int64_t c) { return map.offset ? map.offs
 inline float slope_of(const Map& map) { return map.scale ? map.slope : 1.0f; }
 inline float* channel_of(const Map& map, int64_t c) { return map.data + c * kChannel; }
 
-// Floats of `n` consecutive tiles in one phase: where they lie, or copied together if that is in two chunks or more.
-inline const float* read_run(const float* channel, int64_t chunk, int64_t phase, int64_t tile, int64_t n, float* copy) {
-    channel += phase * kChunk;
-    if ((tile & (kChunk - 1)) + n <= kChunk) return channel + place(tile, chunk);
-    for (int64_t done = 0; done < n;) {
-        const int64_t part = std::min(n - done, kChunk - ((tile + done) & (kChunk - 1)));
-        std::memcpy(copy + done, channel + place(tile + done, chunk), sizeof(float) * static_cast<size_t>(part));
-        done += part;
-    }
-    return copy;
-}
-
-inline void write_run(float* channel, int64_t chunk, int64_t phase, int64_t tile, int64_t n, const float* run) {
-    channel += phase * kChunk;
-    for (int64_t done = 0; done < n;) {
-        const int64_t part = std::min(n - done, kChunk - ((tile + done) & (kChunk - 1)));
-        std::memcpy(channel + place(tile + done, chunk), run + done, sizeof(float) * static_cast<size_t>(part));
-        done += part;
-    }
-}
+// How many of the tiles tile, tile + stride, ... lie in the chunk of the first.
+inline int64_t tiles_in_chunk(int64_t tile, int64_t stride) { return (kChunk - 1 - (tile & (kChunk - 1))) / stride + 1; }
 
 // The upward flow of some output slices, written where the convolution reads it.
 struct UpsampleTarget {

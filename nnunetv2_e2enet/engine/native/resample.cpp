@@ -55,7 +55,7 @@ class Upsampler {
             const int64_t count = std::min(piece.count - done, fine_.tiles_x - column), skip = column % ways;
             for (int v = 0; v < down_; ++v) {
                 const int64_t y = down_ * row + v, tile = first_tile + y / kTile * coarse.grid.tiles_x + column / ways;
-                rows_.push_back({tile, divide_up(skip + count, ways), skip, count, v * at_v + done, static_cast<int>(y % kTile)});
+                push_rows(tile, skip, count, v * at_v + done, static_cast<int>(y % kTile));
             }
             done += count;
         }
@@ -90,6 +90,20 @@ class Upsampler {
     }
 
   private:
+    // As many as the chunks that the coarse tiles lie in.
+    void push_rows(int64_t tile, int64_t skip, int64_t count, int64_t at, int row) {
+        const int ways = job_.stride[2];
+        while (count > 0) {
+            const int64_t n = std::min(divide_up(skip + count, ways), tiles_in_chunk(tile, 1));
+            const int64_t kept = std::min(count, n * ways - skip);
+            rows_.push_back({tile, n, skip, kept, at, row});
+            tile += n;
+            count -= kept;
+            at += kept;
+            skip = 0;
+        }
+    }
+
     // A piece reads a part of a coarse chunk; ask for as large a part of the next one.
     void prefetch_part(const float* channel, int64_t tile) const {
         const int64_t part = kChunk / (job_.stride[1] * job_.stride[2]);
@@ -169,38 +183,74 @@ void upsample_slices(const Kernels& kernels, const Upsample& job, const Grid& fi
     }
 }
 
+namespace {
+
+class Pooling {
+  public:
+    Pooling(const Kernels& kernels, const PoolJob& job)
+        : kernels_(kernels), job_(job), sd_(job.stride[0]), sh_(job.stride[1]), sw_(job.stride[2]),
+          tiles_(static_cast<size_t>(sd_ * sh_ * sw_)), phases_(tiles_.size()), in_(tiles_.size()) {}
+
+    // All channels of one row of coarse tiles.
+    void row(int64_t d, int64_t ty) {
+        for (int64_t c = 0; c < job_.in.channels; ++c) {
+            if (c + 1 < job_.in.channels) ask_for(c + 1, d, ty);
+            for (int q = 0; q < kPhases; ++q) phase(c, d, ty, q);
+        }
+    }
+
+  private:
+    void ask_for(int64_t c, int64_t d, int64_t ty) const {
+        const Grid& fine = job_.in.grid;
+        for (int a = 0; a < sd_; ++a) {
+            const int64_t tile = (sd_ * d + a) * fine.slice + ty * sh_ * fine.tiles_x;
+            const int64_t end = std::min(fine.tiles, tile + sh_ * fine.tiles_x);
+            for (int64_t t = tile & ~int64_t{kChunk - 1}; t < end; t += kChunk)
+                prefetch_chunk(channel_of(job_.in, c), fine.chunk, t);
+        }
+    }
+
+    void phase(int64_t c, int64_t d, int64_t ty, int q) {
+        const Grid &fine = job_.in.grid, &coarse = job_.out.grid;
+        const int64_t n = divide_up(coarse.width - q % kTile, kTile);  // the last tile may have less columns
+        if (kTile * ty + q / kTile >= coarse.height || n <= 0) return;
+        for (size_t i = 0; i < tiles_.size(); ++i) {
+            const int at = static_cast<int>(i);
+            const int64_t y = sh_ * (kTile * ty + q / kTile) + at / sw_ % sh_, x = sw_ * (q % kTile) + at % sw_;
+            tiles_[i] = (sd_ * d + at / sw_ / sh_) * fine.slice + y / kTile * fine.tiles_x + x / kTile;
+            phases_[i] = (y % kTile * kTile + x % kTile) * kChunk;
+        }
+        const int64_t to = d * coarse.slice + ty * coarse.tiles_x;
+        for (int64_t k = 0; k < n;) {  // as far as nothing leaves its chunk
+            int64_t count = std::min(n - k, tiles_in_chunk(to + k, 1));
+            for (size_t i = 0; i < tiles_.size(); ++i) {
+                const int64_t tile = tiles_[i] + sw_ * k;
+                count = std::min(count, tiles_in_chunk(tile, sw_));
+                in_[i] = channel_of(job_.in, c) + phases_[i] + place(tile, fine.chunk);
+            }
+            kernels_.pool_row(in_.data(), static_cast<int>(in_.size()), sw_, count, job_.gamma[c] >= 0,
+                              channel_of(job_.out, c) + q * kChunk + place(to + k, coarse.chunk));
+            k += count;
+        }
+    }
+
+    const Kernels& kernels_;
+    const PoolJob& job_;
+    const int sd_, sh_, sw_;
+    std::vector<int64_t> tiles_, phases_;
+    std::vector<const float*> in_;
+};
+
+}  // namespace
+
 void run_pool(const Kernels& kernels, const PoolJob& job, int threads) {
-    const Grid &fine = job.in.grid, &coarse = job.out.grid;
-    const int sd = job.stride[0], sh = job.stride[1], sw = job.stride[2], window = sd * sh * sw;
-    const int64_t rows = int64_t{coarse.depth} * coarse.tiles_y, run = int64_t{coarse.tiles_x} * sw + kCacheLine;
+    const Grid& coarse = job.out.grid;
     #pragma omp parallel num_threads(threads)
     {
         StopWatch watch(job.seconds, omp_get_thread_num());
-        std::vector<const float*> in(static_cast<size_t>(window));
-        std::vector<float> copies(static_cast<size_t>((window + 1) * run));
-        float* pooled = copies.data() + window * run;
-        const Share share(rows, omp_get_thread_num(), omp_get_num_threads());
-        const int64_t per_row = kPhases * job.in.channels;
-        for (int64_t item = share.first * per_row; item < share.last * per_row; ++item) {
-            const int64_t q = item % kPhases, c = item % per_row / kPhases, row = item / per_row;
-            const int64_t d = row / coarse.tiles_y, ty = row % coarse.tiles_y;
-            const int64_t n = divide_up(coarse.width - q % kTile, kTile);  // the last tile may have less columns
-            if (kTile * ty + q / kTile >= coarse.height || n <= 0) continue;
-            if (q == 0)  // the next row of coarse tiles reads the fine rows after these
-                for (int a = 0; a < sd; ++a) {
-                    const int64_t tile = (sd * d + a) * fine.slice + (ty + 1) * sh * fine.tiles_x;
-                    for (int64_t t = tile; t < std::min(fine.tiles, tile + sh * fine.tiles_x); t += kChunk)
-                        prefetch_chunk(channel_of(job.in, c), fine.chunk, t);
-                }
-            for (int i = 0; i < window; ++i) {
-                const int64_t y = sh * (kTile * ty + q / kTile) + i / sw % sh, x = sw * (q % kTile) + i % sw;
-                const int64_t tile = (sd * d + i / sw / sh) * fine.slice + y / kTile * fine.tiles_x + x / kTile;
-                in[static_cast<size_t>(i)] = read_run(channel_of(job.in, c), fine.chunk, y % kTile * kTile + x % kTile,
-                                                      tile, sw * (n - 1) + 1, copies.data() + i * run);
-            }
-            kernels.pool_row(in.data(), window, sw, n, job.gamma[c] >= 0, pooled);
-            write_run(channel_of(job.out, c), coarse.chunk, q, d * coarse.slice + ty * coarse.tiles_x, n, pooled);
-        }
+        Pooling pooling(kernels, job);
+        const Share share(int64_t{coarse.depth} * coarse.tiles_y, omp_get_thread_num(), omp_get_num_threads());
+        for (int64_t item = share.first; item < share.last; ++item) pooling.row(item / coarse.tiles_y, item % coarse.tiles_y);
         watch.lap(kPool);
     }
 }

@@ -52,22 +52,14 @@ static void expand(const float* channel, int64_t chunk, const e2e::RowPiece* pie
                    float offset, float slope, float* out, int64_t pitch) {
     constexpr int kMaxWays = 4;
     const int across = e2e::kTile / ways;
-    float copies[kMaxWays][e2e::kChunk + 2], row[e2e::kChunk + 2 * kMaxWays];
+    float row[e2e::kChunk + 2 * kMaxWays];
     for (int64_t i = 0; i < n; ++i) {
         const e2e::RowPiece& p = pieces[i];
-        const int64_t here = e2e::kChunk - (p.tile & (e2e::kChunk - 1));  // tiles until the chunk ends
         const bool fits = p.skip == 0 && p.n * ways == p.count;
         for (int u = 0; u < across; ++u) {
             const float* in[kMaxWays];
-            for (int w = 0; w < ways; ++w) {
-                const float* phase = channel + (p.row * e2e::kTile + across * w + u) * e2e::kChunk;
-                in[w] = phase + e2e::place(p.tile, chunk);
-                if (p.n <= here) continue;
-                std::memcpy(copies[w], in[w], sizeof(float) * static_cast<size_t>(here));
-                std::memcpy(copies[w] + here, phase + e2e::place(p.tile + here, chunk),
-                            sizeof(float) * static_cast<size_t>(p.n - here));
-                in[w] = copies[w];
-            }
+            for (int w = 0; w < ways; ++w)
+                in[w] = channel + (p.row * e2e::kTile + across * w + u) * e2e::kChunk + e2e::place(p.tile, chunk);
             float* to = out + u * pitch + p.at;
             interleave_row(in, ways, p.n, scale, offset, slope, fits ? to : row);
             if (!fits) std::memcpy(to, row + p.skip, sizeof(float) * static_cast<size_t>(p.count));

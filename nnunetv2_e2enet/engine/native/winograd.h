@@ -90,7 +90,8 @@ struct Reach {
     }
 };
 
-template <int Split>  // 0: no vector lies in two chunks, 1: some of neighbours do, 2: the tiles' own as well
+// Split 0: no vector lies in two chunks, 1: some of neighbours do, 2: the tiles' own as well.
+template <int Split, bool Final>
 static inline void transform_tile_vector(const e2e::Channel& channel, const Reach& reach, float* v, int64_t v_pitch) {
     static constexpr int phase_of[6] = {3, 0, 1, 2, 3, 0}, side_of[6] = {0, 1, 1, 1, 1, 2};
     const Vec scale = splat(channel.scale), offset = splat(channel.offset), slope = splat(channel.slope);
@@ -102,7 +103,7 @@ static inline void transform_tile_vector(const e2e::Channel& channel, const Reac
             const float* phase = channel.data + (phase_of[i] * e2e::kTile + phase_of[j]) * e2e::kChunk;
             Vec raw = load(phase + reach.place[n]);
             if (Split == 2 || (Split == 1 && n != 4)) raw = merge(reach.in_next[n], load(phase + reach.next[n]), raw);
-            d[i] = keep(reach.valid[i * 6 + j], activate(raw, scale, offset, slope));
+            d[i] = keep(reach.valid[i * 6 + j], Final ? raw : activate(raw, scale, offset, slope));
         }
         transform_in(d, o);
         for (int i = 0; i < 6; ++i) half[i][j] = o[i];
@@ -129,6 +130,22 @@ static inline bool same_reach(const e2e::Channel& a, const e2e::Channel& b) {
     return a.lo == b.lo && a.hi == b.hi && a.move == b.move && a.chunk == b.chunk;
 }
 
+template <bool Final>  // no norm is left to apply
+static inline void transform_channel(const e2e::Channel& channel, const Reach* reach, int vectors, float* target,
+                                     int64_t v_pitch) {
+    for (int i = 0; i < vectors; ++i, target += kLanes) {
+        if (!reach[i].any) {  // nothing of this channel's slice exists, not even memory to read
+            for (int p = 0; p < e2e::kPoints; ++p) store(target + p * v_pitch, zero());
+        } else if (reach[i].split_center) {
+            transform_tile_vector<2, Final>(channel, reach[i], target, v_pitch);
+        } else if (reach[i].split) {
+            transform_tile_vector<1, Final>(channel, reach[i], target, v_pitch);
+        } else {
+            transform_tile_vector<0, Final>(channel, reach[i], target, v_pitch);
+        }
+    }
+}
+
 static void input_transform(const e2e::Channel* channels, int n, const e2e::Grid& grid, int64_t first, int vectors, float* v,
                             int64_t v_pitch) {
     Reach reach[e2e::kMaxVectors];
@@ -139,16 +156,10 @@ static void input_transform(const e2e::Channel* channels, int n, const e2e::Grid
         if (c == 0 || !same_reach(channel, channels[c - 1]))
             for (int i = 0; i < vectors; ++i) reach[i].look(grid, first + i * kLanes, channel);
         float* target = v + static_cast<int64_t>(c) * tiles;
-        for (int i = 0; i < vectors; ++i, target += kLanes) {
-            if (!reach[i].any) {  // nothing of this channel's slice exists, not even memory to read
-                for (int p = 0; p < e2e::kPoints; ++p) store(target + p * v_pitch, zero());
-            } else if (reach[i].split_center) {
-                transform_tile_vector<2>(channel, reach[i], target, v_pitch);
-            } else if (reach[i].split) {
-                transform_tile_vector<1>(channel, reach[i], target, v_pitch);
-            } else {
-                transform_tile_vector<0>(channel, reach[i], target, v_pitch);
-            }
+        if (channel.slope == 1.0f && channel.scale == 1.0f && channel.offset == 0.0f) {
+            transform_channel<true>(channel, reach, vectors, target, v_pitch);
+        } else {
+            transform_channel<false>(channel, reach, vectors, target, v_pitch);
         }
     }
 }
