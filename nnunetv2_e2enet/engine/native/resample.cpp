@@ -188,18 +188,50 @@ namespace {
 class Pooling {
   public:
     Pooling(const Kernels& kernels, const PoolJob& job)
-        : kernels_(kernels), job_(job), sd_(job.stride[0]), sh_(job.stride[1]), sw_(job.stride[2]),
-          tiles_(static_cast<size_t>(sd_ * sh_ * sw_)), phases_(tiles_.size()), in_(tiles_.size()) {}
+        : kernels_(kernels), job_(job), sd_(job.stride[0]), sh_(job.stride[1]), sw_(job.stride[2]), window_(sd_ * sh_ * sw_),
+          in_(static_cast<size_t>(window_)) {}
 
     // All channels of one row of coarse tiles.
     void row(int64_t d, int64_t ty) {
+        plan(d, ty);
         for (int64_t c = 0; c < job_.in.channels; ++c) {
             if (c + 1 < job_.in.channels) ask_for(c + 1, d, ty);
-            for (int q = 0; q < kPhases; ++q) phase(c, d, ty, q);
+            const float* from = channel_of(job_.in, c);
+            float* to = channel_of(job_.out, c);
+            for (size_t r = 0; r < runs_.size(); ++r) {
+                for (int i = 0; i < window_; ++i) in_[static_cast<size_t>(i)] = from + places_[r * in_.size() + static_cast<size_t>(i)];
+                kernels_.pool_row(in_.data(), window_, sw_, runs_[r].count, job_.gamma[c] >= 0, to + runs_[r].place);
+            }
         }
     }
 
   private:
+    struct Run {
+        int64_t place, count;  // of coarse tiles in one phase, none of whose pixels leave their chunk
+    };
+
+    // The same for every channel: runs, and where the pixels of the window of the first tile lie.
+    void plan(int64_t d, int64_t ty) {
+        const Grid &fine = job_.in.grid, &coarse = job_.out.grid;
+        const int64_t to = d * coarse.slice + ty * coarse.tiles_x;
+        runs_.clear();
+        places_.clear();
+        for (int q = 0; q < kPhases; ++q) {
+            const int64_t n = divide_up(coarse.width - q % kTile, kTile);  // the last tile may have less columns
+            if (kTile * ty + q / kTile >= coarse.height) continue;
+            for (int64_t k = 0, count; k < n; k += count) {
+                count = std::min(n - k, tiles_in_chunk(to + k, 1));
+                for (int i = 0; i < window_; ++i) {
+                    const int64_t y = sh_ * (kTile * ty + q / kTile) + i / sw_ % sh_, x = sw_ * (q % kTile) + i % sw_;
+                    const int64_t tile = (sd_ * d + i / sw_ / sh_) * fine.slice + y / kTile * fine.tiles_x + x / kTile + sw_ * k;
+                    count = std::min(count, tiles_in_chunk(tile, sw_));
+                    places_.push_back(place(tile, fine.chunk) + (y % kTile * kTile + x % kTile) * kChunk);
+                }
+                runs_.push_back({place(to + k, coarse.chunk) + q * kChunk, count});
+            }
+        }
+    }
+
     void ask_for(int64_t c, int64_t d, int64_t ty) const {
         const Grid& fine = job_.in.grid;
         for (int a = 0; a < sd_; ++a) {
@@ -210,35 +242,12 @@ class Pooling {
         }
     }
 
-    void phase(int64_t c, int64_t d, int64_t ty, int q) {
-        const Grid &fine = job_.in.grid, &coarse = job_.out.grid;
-        const int64_t n = divide_up(coarse.width - q % kTile, kTile);  // the last tile may have less columns
-        if (kTile * ty + q / kTile >= coarse.height || n <= 0) return;
-        for (size_t i = 0; i < tiles_.size(); ++i) {
-            const int at = static_cast<int>(i);
-            const int64_t y = sh_ * (kTile * ty + q / kTile) + at / sw_ % sh_, x = sw_ * (q % kTile) + at % sw_;
-            tiles_[i] = (sd_ * d + at / sw_ / sh_) * fine.slice + y / kTile * fine.tiles_x + x / kTile;
-            phases_[i] = (y % kTile * kTile + x % kTile) * kChunk;
-        }
-        const int64_t to = d * coarse.slice + ty * coarse.tiles_x;
-        for (int64_t k = 0; k < n;) {  // as far as nothing leaves its chunk
-            int64_t count = std::min(n - k, tiles_in_chunk(to + k, 1));
-            for (size_t i = 0; i < tiles_.size(); ++i) {
-                const int64_t tile = tiles_[i] + sw_ * k;
-                count = std::min(count, tiles_in_chunk(tile, sw_));
-                in_[i] = channel_of(job_.in, c) + phases_[i] + place(tile, fine.chunk);
-            }
-            kernels_.pool_row(in_.data(), static_cast<int>(in_.size()), sw_, count, job_.gamma[c] >= 0,
-                              channel_of(job_.out, c) + q * kChunk + place(to + k, coarse.chunk));
-            k += count;
-        }
-    }
-
     const Kernels& kernels_;
     const PoolJob& job_;
-    const int sd_, sh_, sw_;
-    std::vector<int64_t> tiles_, phases_;
+    const int sd_, sh_, sw_, window_;
     std::vector<const float*> in_;
+    std::vector<Run> runs_;
+    std::vector<int64_t> places_;
 };
 
 }  // namespace
