@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -135,6 +136,11 @@ def unregister(nnunet: NnUNet) -> list[Path]:
     except OSError as error:
         raise E2ENetError(f"{error.filename}: {error.strerror}: run as a user who may write there") from error
     return ours
+
+
+def console_command(name: str) -> str:
+    """Path of a console command of this Python environment, nnU-Net's or ours."""
+    return str(Path(sys.executable).with_name(name))
 
 
 def trainers_folder() -> Path:

@@ -37,6 +37,14 @@ def run_command(*command: str, check: bool = True, env: dict[str, str] | None = 
     return result
 
 
+def run_python(code: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Python code in a process of its own, away from the repository, so that it sees the installed package."""
+    command = [sys.executable, "-c", code]
+    folder = Path(sys.prefix)
+    environment = {**os.environ, **(env or {})}
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+
+
 def nnunet_environment(folder: Path) -> dict[str, str]:
     folders = {name: str(folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
     return {**folders, "nnUNet_def_n_proc": "2", "nnUNet_n_proc_DA": "2"}

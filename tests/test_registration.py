@@ -3,11 +3,10 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support import program, run_command
+from support import program, run_command, run_python
 
 from nnunetv2_e2enet import registration
 from nnunetv2_e2enet.errors import E2ENetError
@@ -79,7 +78,7 @@ def test_read_only_folder_gives_the_line_that_serves_instead() -> None:
     code = (
         "import os, sys, tempfile; from pathlib import Path\n"
         "from nnunetv2_e2enet import registration as r\n"
-        "import importlib.util; importlib.util.find_spec('nnunetv2_e2enet.trainers')\n"
+        "trainers = r.trainers_folder(); r.trainers_folder = lambda: trainers\n"  # the other user may not see it
         "folder = Path(tempfile.mkdtemp())\n"
         "for name in r.MODULES: (folder / name).parent.mkdir(parents=True); (folder / name).parent.chmod(0o555)\n"
         "folder.chmod(0o755)\n"
@@ -88,7 +87,7 @@ def test_read_only_folder_gives_the_line_that_serves_instead() -> None:
         "except r.E2ENetError as error: print(error); sys.exit(1 if list(folder.rglob('*.*')) else 0)\n"
         "sys.exit(2)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = run_python(code)
     assert result.returncode == 0, result.stderr
     assert "Permission denied" in result.stdout
     export = next(line for line in result.stdout.splitlines() if line.startswith("export nnUNet_extTrainer="))
@@ -100,9 +99,9 @@ def test_nnunet_goes_on_without_an_uninstalled_package(nnunet: NnUNet) -> None:
     path = register(nnunet)[0]
     text = path.read_text()
     gone = text.replace("nnunetv2_e2enet.trainers", "nnunetv2_e2enet.no_such_package")
-    assert subprocess.run([sys.executable, "-c", gone], check=False).returncode == 0
+    assert run_python(gone).returncode == 0
     broken = text.replace("nnunetv2_e2enet.trainers", "no_such_dependency.trainers")
-    assert subprocess.run([sys.executable, "-c", broken], check=False, stderr=subprocess.DEVNULL).returncode == 1
+    assert run_python(broken).returncode == 1
 
 
 @pytest.mark.parametrize("found", ["2.7.0", "3.0.0", "1.7.1"])
@@ -125,7 +124,7 @@ def test_missing_nnunet_is_said_in_one_line(command: list[str]) -> None:
         "from nnunetv2_e2enet.cli.main import main\n"
         f"sys.exit(main({command!r}))\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = run_python(code)
     assert result.returncode == 1
     assert result.stderr == (
         f"e2enet {command[0]}: nnU-Net v2 is not installed in this Python environment: pip install 'nnunetv2>=2.8,<3'\n"
@@ -173,8 +172,8 @@ def test_external_trainer_folder_serves_the_trainers(tmp_path: Path) -> None:
         "    cls = find(name)\n"
         "    print(cls.__name__, [b.__name__ for b in cls.__mro__])\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "nnUNet_extTrainer": str(registration.trainers_folder())}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    environment = {"PYTHONPATH": str(tmp_path), "nnUNet_extTrainer": str(registration.trainers_folder())}
+    result = run_python(code, environment)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Using trainer 'nnUNetTrainerE2ENet' from" in result.stdout
     assert "nnUNetTrainerE2ENet_S70_5epochs ['nnUNetTrainerE2ENet_S70_5epochs', 'nnUNetTrainerE2ENet_S70'" in result.stdout

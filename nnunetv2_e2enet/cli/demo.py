@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
-import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.registration import find_nnunet, is_registered
+from nnunetv2_e2enet.registration import console_command, find_nnunet, is_registered
 
 if TYPE_CHECKING:
     from nnunetv2_e2enet.network import ParameterCounts
@@ -121,11 +120,14 @@ def _run(console: Console, work: Workspace, title: str, command: list[str]) -> N
     """
     log = work.folder / "logs" / f"{title.lower().replace(' ', '_')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    program = Path(sys.executable).with_name(command[0])
     start = time.monotonic()
     with console.status(f"{title} …"), log.open("w") as output:
         result = subprocess.run(
-            [str(program), *command[1:]], env=work.environment(), stdout=output, stderr=subprocess.STDOUT, check=False
+            [console_command(command[0]), *command[1:]],
+            env=work.environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
         )
     if result.returncode:
         raise E2ENetError(f"`{' '.join(command[:3])} …` ended with exit code {result.returncode}: see {log}")

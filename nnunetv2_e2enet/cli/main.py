@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from nnunetv2_e2enet import __version__
-from nnunetv2_e2enet.cli import demo, info, phantom, plan, register, unregister
+from nnunetv2_e2enet.cli import crossval, demo, info, phantom, plan, register, unregister
 from nnunetv2_e2enet.errors import E2ENetError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -16,6 +16,7 @@ COMMANDS: dict[str, ModuleType] = {
     "unregister": unregister,
     "info": info,
     "plan": plan,
+    "crossval": crossval,
     "phantom": phantom,
     "demo": demo,
 }

@@ -1,0 +1,149 @@
+"""``e2enet crossval``: all folds of one or more trainers as one command that can be repeated until all is done."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.registration import find_nnunet
+from nnunetv2_e2enet.training import crossval
+from nnunetv2_e2enet.training.crossval import Fold, FoldState
+
+HELP = "train, validate and accumulate all folds; finished folds are skipped, unfinished ones resumed"
+
+EPILOG = """\
+examples:
+  e2enet crossval 4 3d_fullres -tr nnUNetTrainerE2ENet -tr nnUNetTrainer
+  e2enet crossval 4 3d_fullres -tr nnUNetTrainerE2ENet --folds 0 1 --gpus 0 1
+  e2enet crossval 4 3d_fullres -tr nnUNetTrainerE2ENet --slurm slurm_partition=gpu gpus_per_node=1 timeout_min=2880
+
+Each fold is nnU-Net's own nnUNetv2_train; its output is in crossval_fold_X.log in the model folder. --slurm submits one job
+a fold through submitit (pip install 'nnunetv2-e2enet[cluster]'); its values are submitit's parameters.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument("dataset", metavar="DATASET", help="name or id")
+    parser.add_argument("configuration", metavar="CONFIGURATION", help="such as 3d_fullres")
+    parser.add_argument("-tr", action="append", metavar="TRAINER", help="once for each trainer (default: nnUNetTrainerE2ENet)")
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="FOLD", help="default: 0 1 2 3 4")
+    parser.add_argument("--npz", action="store_true", help="keep validation probabilities, for ensembles")
+    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: %(default)s")
+    parser.add_argument("--gpus", type=int, nargs="+", metavar="GPU", help="one fold at a time on each (default: all)")
+    parser.add_argument("--slurm", nargs="*", metavar="KEY=VALUE", help="submit to SLURM instead of running here")
+    parser.add_argument("--status", action="store_true", help="show how far each fold is, and do nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    find_nnunet()
+    folds = _folds(args)
+    console = Console(highlight=False)
+    if args.status:
+        console.print(_table(folds))
+        return 0
+    if args.slurm is not None:
+        return _submit(console, folds, _parameters(args.slurm))
+    open_folds = [fold for fold in folds if fold.state() is not FoldState.DONE]
+    with Live(_table(folds), console=console, refresh_per_second=1) as live:
+        codes = crossval.run_locally(open_folds, _gpus(args), lambda: live.update(_table(folds, running=open_folds)))
+        live.update(_table(folds))
+    failed = [fold for fold in open_folds if codes[fold] or fold.state() is not FoldState.DONE]
+    if failed:
+        raise E2ENetError(
+            f"{len(failed)} of {len(folds)} folds did not finish, first fold {failed[0].number} of {failed[0].trainer}: see "
+            f"{failed[0].log}, then repeat the command to go on"
+        )
+    return _accumulate(console, args, folds)
+
+
+def _folds(args: argparse.Namespace) -> list[Fold]:
+    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+    from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+    for folder in (nnUNet_raw, nnUNet_preprocessed, nnUNet_results):
+        if not folder.get():
+            raise E2ENetError(f"{folder.env_var_name} is not set: export {folder.env_var_name}=FOLDER (see nnU-Net's docs)")
+    if len(set(args.folds)) < len(args.folds) or min(args.folds) < 0:
+        raise E2ENetError(f"folds {args.folds}: expected different numbers from 0")
+    options = ("-device", args.device, *(["--npz"] if args.npz else []))
+    folds = []
+    for trainer in args.tr or ["nnUNetTrainerE2ENet"]:
+        try:
+            model = Path(get_output_folder(args.dataset, trainer, args.p, args.configuration))
+        except (RuntimeError, ValueError) as error:  # nnU-Net: no such data set
+            raise E2ENetError(f"data set {args.dataset}: {str(error).splitlines()[0]}") from error
+        folds += [Fold(model, args.dataset, number, options) for number in args.folds]
+    return folds
+
+
+def _gpus(args: argparse.Namespace) -> list[int]:
+    import torch
+
+    if args.device != "cuda":
+        return []
+    present = torch.cuda.device_count()
+    gpus = list(range(present)) if args.gpus is None else args.gpus
+    if not gpus or max(gpus) >= present:
+        raise E2ENetError(f"{present} GPUs are here, asked for {args.gpus or 'all'}: name those that are here, or -device cpu")
+    return gpus
+
+
+def _table(folds: Sequence[Fold], running: Sequence[Fold] = ()) -> Table:
+    table = Table("trainer", "fold", "state", "epoch")
+    for fold in folds:
+        epoch = fold.epoch()
+        state = fold.state()
+        waiting = fold in running and state is not FoldState.DONE
+        shown = "-" if epoch is None else str(epoch)
+        table.add_row(fold.trainer, str(fold.number), f"{state.value}{' …' if waiting else ''}", shown)
+    return table
+
+
+def _accumulate(console: Console, args: argparse.Namespace, folds: Sequence[Fold]) -> int:
+    from batchgenerators.utilities.file_and_folder_operations import load_json
+
+    table = Table("trainer", "folds", "mean foreground Dice")
+    for model in dict.fromkeys(fold.model for fold in folds):
+        if crossval.accumulate(model, args.dataset, args.folds):
+            raise E2ENetError(f"nnU-Net's accumulation failed: see {model / 'crossval_accumulate.log'}")
+        dice = load_json(str(crossval.summary(model, args.folds)))["foreground_mean"]["Dice"]
+        table.add_row(model.name.split("__")[0], " ".join(map(str, args.folds)), f"{dice:.4f}")
+    console.print(table)
+    return 0
+
+
+def _parameters(pairs: Sequence[str]) -> dict[str, Any]:
+    malformed = [pair for pair in pairs if "=" not in pair]
+    if malformed:
+        raise E2ENetError(f"--slurm {malformed[0]}: expected KEY=VALUE, such as slurm_partition=gpu")
+    parameters = dict(pair.split("=", 1) for pair in pairs)
+    return {key: int(value) if value.isdigit() else value for key, value in parameters.items()}
+
+
+def _submit(console: Console, folds: Sequence[Fold], parameters: Mapping[str, Any]) -> int:
+    """One job a fold. The command may be repeated: jobs are submitted for what is not done."""
+    try:
+        import submitit
+    except ModuleNotFoundError:
+        raise E2ENetError("--slurm needs submitit: pip install 'nnunetv2-e2enet[cluster]'") from None
+    cluster = parameters.get("cluster", "slurm")
+    settings = {key: value for key, value in parameters.items() if key != "cluster"}
+    open_folds = [fold for fold in folds if fold.state() is not FoldState.DONE]
+    for fold in open_folds:
+        executor = submitit.AutoExecutor(folder=fold.model / "submitit", cluster=cluster)
+        executor.update_parameters(name=f"{fold.trainer}_{fold.number}", **settings)
+        job = executor.submit(fold.run)
+        console.print(f"{fold.trainer} fold {fold.number}: job {job.job_id}, submitted {time.strftime('%Y-%m-%d %H:%M')}")
+    if not open_folds:
+        console.print("all folds are done: repeat the command without --slurm to accumulate them")
+    return 0

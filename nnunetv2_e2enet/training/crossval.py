@@ -1,0 +1,152 @@
+"""Cross-validation as one job list: nnU-Net's own training command for each trainer and fold, resumed where it stopped."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from queue import SimpleQueue
+
+from nnunetv2_e2enet.registration import console_command
+
+
+class FoldState(Enum):
+    """How far nnU-Net got with a fold, read from the files it left."""
+
+    NEW = "not started"
+    STARTED = "started"
+    TRAINED = "trained, not validated"
+    DONE = "done"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One training: a fold of a trainer's model folder.
+
+    Attributes:
+        model: folder of the model, ``TRAINER__PLANS__CONFIGURATION`` in the data set's results.
+        dataset: name or id, as nnU-Net's commands take it.
+        number: of the fold.
+        options: further arguments of ``nnUNetv2_train``.
+    """
+
+    model: Path
+    dataset: str
+    number: int
+    options: tuple[str, ...] = ()
+
+    @property
+    def trainer(self) -> str:
+        return self.model.name.split("__")[0]
+
+    @property
+    def plans(self) -> str:
+        return self.model.name.split("__")[1]
+
+    @property
+    def configuration(self) -> str:
+        return self.model.name.split("__")[2]
+
+    @property
+    def folder(self) -> Path:
+        return self.model / f"fold_{self.number}"
+
+    @property
+    def log(self) -> Path:
+        """Where the output of the command goes."""
+        return self.model / f"crossval_fold_{self.number}.log"
+
+    def state(self) -> FoldState:
+        if (self.folder / "checkpoint_final.pth").is_file():
+            return FoldState.DONE if (self.folder / "validation" / "summary.json").is_file() else FoldState.TRAINED
+        started = any((self.folder / f"checkpoint_{name}.pth").is_file() for name in ("latest", "best"))
+        return FoldState.STARTED if started else FoldState.NEW
+
+    def epoch(self) -> int | None:
+        """The epoch that the newest training log speaks of, None before the first."""
+        logs = sorted(self.folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
+        epochs = re.findall(r"Epoch (\d+) ", logs[-1].read_text(errors="replace")) if logs else []
+        return int(epochs[-1]) if epochs else None
+
+    def command(self) -> list[str]:
+        """What brings this fold to its end from where it is."""
+        resume = {FoldState.STARTED: ["--c"], FoldState.TRAINED: ["--val"]}.get(self.state(), [])
+        train = [console_command("nnUNetv2_train"), self.dataset, self.configuration, str(self.number)]
+        return [*train, "-tr", self.trainer, "-p", self.plans, *self.options, *resume]
+
+    def run(self, gpu: int | None = None) -> int:
+        """Run the command, its output in ``log``.
+
+        Args:
+            gpu: the only one that it sees; all of them if None.
+
+        Returns:
+            Its exit code.
+        """
+        self.model.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ) if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        return _run_logged(self.command(), self.log, environment)
+
+
+def accumulate(model: Path, dataset: str, folds: Sequence[int]) -> int:
+    """nnU-Net's own accumulation over the folds of a model; its output goes to ``crossval_accumulate.log``.
+
+    Returns:
+        Its exit code.
+    """
+    trainer, plans, configuration = model.name.split("__")
+    of_model = ["-c", configuration, "-p", plans, "-tr", trainer, "-f", *map(str, folds)]
+    command = [console_command("nnUNetv2_accumulate_crossval_results"), dataset, *of_model]
+    return _run_logged(command, model / "crossval_accumulate.log", dict(os.environ))
+
+
+def _run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) -> int:
+    with log.open("a") as output:
+        return subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def summary(model: Path, folds: Sequence[int]) -> Path:
+    """Where nnU-Net's accumulation puts the metrics of all folds."""
+    return model / f"crossval_results_folds_{'_'.join(map(str, folds))}" / "summary.json"
+
+
+def run_locally(folds: Sequence[Fold], gpus: Sequence[int], watch: Callable[[], None]) -> dict[Fold, int]:
+    """Train folds on this machine, one at a time on each GPU (or one at a time, without a GPU).
+
+    Args:
+        gpus: numbers of the GPUs.
+        watch: called every second while trainings run.
+
+    Returns:
+        Exit codes.
+    """
+    free: SimpleQueue[int | None] = SimpleQueue()
+    for gpu in gpus:
+        free.put(gpu)
+    if not gpus:
+        free.put(None)
+    stopping = threading.Event()
+
+    def run(fold: Fold) -> int:
+        gpu = free.get()
+        try:
+            return -1 if stopping.is_set() else fold.run(gpu)
+        finally:
+            free.put(gpu)
+
+    with ThreadPoolExecutor(max(1, len(gpus))) as pool:
+        futures = {fold: pool.submit(run, fold) for fold in folds}
+        try:
+            while not all(future.done() for future in futures.values()):
+                watch()
+                stopping.wait(1)
+        except KeyboardInterrupt:  # the trainings got it as well; those that wait are not started
+            stopping.set()
+            raise
+    return {fold: future.result() for fold, future in futures.items()}

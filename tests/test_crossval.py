@@ -1,0 +1,85 @@
+"""`e2enet crossval` on folds in every state, through its console command."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from support import Project, run_command
+
+from nnunetv2_e2enet.training.crossval import Fold, FoldState
+
+TRAINER = "nnUNetTrainerE2ENet_smoke"
+
+
+@pytest.fixture
+def model(project: Project, trained: Path, tmp_path: Path) -> Path:
+    """A copy of the trained model in results of its own; folds 0 and 1 are done."""
+    target = tmp_path / "results" / project.dataset / trained.name
+    shutil.copytree(trained, target)
+    return target
+
+
+def crossval(project: Project, model: Path, *options: str, check: bool = True) -> str:
+    environment = {**project.environment, "nnUNet_results": str(model.parents[1])}
+    command = ["e2enet", "crossval", "993", "3d_fullres", "-tr", TRAINER, "-device", "cpu", *options]
+    return run_command(*command, env=environment, check=check).stdout
+
+
+def fold(model: Path, number: int) -> Fold:
+    return Fold(model, "993", number)
+
+
+def test_finished_folds_are_skipped_and_accumulated(project: Project, model: Path) -> None:
+    checkpoints = [path.stat().st_mtime_ns for path in sorted(model.glob("fold_*/checkpoint_final.pth"))]
+    output = crossval(project, model, "--folds", "0", "1")
+    assert [path.stat().st_mtime_ns for path in sorted(model.glob("fold_*/checkpoint_final.pth"))] == checkpoints
+    summary = load_json(str(model / "crossval_results_folds_0_1" / "summary.json"))
+    assert len(summary["metric_per_case"]) == 3  # of 6 cases in 5 folds
+    assert f"{summary['foreground_mean']['Dice']:.4f}" in output
+
+
+def test_unfinished_folds_go_on_from_where_they_are(project: Project, model: Path) -> None:
+    (model / "fold_0" / "validation" / "summary.json").unlink()
+    final = model / "fold_1" / "checkpoint_final.pth"
+    final.rename(final.with_name("checkpoint_latest.pth"))
+    assert [fold(model, n).state() for n in range(3)] == [FoldState.TRAINED, FoldState.STARTED, FoldState.NEW]
+    status = crossval(project, model, "--folds", "0", "1", "2", "--status")
+    assert [state.value in status for state in FoldState] == [True, True, True, False]
+    crossval(project, model, "--folds", "0", "1")
+    assert [fold(model, n).state() for n in range(2)] == [FoldState.DONE] * 2
+    assert "Epoch" not in (model / "crossval_fold_0.log").read_text()  # validated only
+    assert (model / "crossval_results_folds_0_1" / "summary.json").is_file()
+
+
+def test_a_failing_fold_is_named(project: Project, model: Path) -> None:
+    output = crossval(project, model, "--folds", "0", "7", check=False)
+    assert f"1 of 2 folds did not finish, first fold 7 of {TRAINER}" in output.replace("\n", " ")
+    assert "Traceback" not in output
+    assert (model / "crossval_fold_7.log").is_file()
+    assert not (model / "crossval_results_folds_0_7").exists()
+
+
+def test_jobs_are_submitted_for_what_is_not_done(project: Project, model: Path) -> None:
+    """submitit's local executor stands for the cluster."""
+    output = crossval(project, model, "--folds", "0", "2", "--slurm", "cluster=local", "timeout_min=10")
+    assert output.count("job ") == 1
+    deadline = time.monotonic() + 240
+    while fold(model, 2).state() is not FoldState.DONE and time.monotonic() < deadline:
+        time.sleep(1)
+    assert fold(model, 2).state() is FoldState.DONE
+    assert "all folds are done" in crossval(project, model, "--folds", "0", "2", "--slurm", "cluster=local")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--folds", "0", "0"], "expected different numbers"),
+        (["--slurm", "partition"], "expected KEY=VALUE"),
+    ],
+)
+def test_bad_input_is_said_in_one_line(project: Project, model: Path, options: list[str], message: str) -> None:
+    output = crossval(project, model, *options, check=False)
+    assert message in output
+    assert "Traceback" not in output
