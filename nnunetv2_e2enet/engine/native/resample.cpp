@@ -61,6 +61,7 @@ class Upsampler {
         }
         for (int64_t c = 0; c < coarse.channels; ++c) {
             prefetch_part(channel_of(coarse, c), rows_[0].tile + kChunk);
+            if (c + kSoon < coarse.channels) prefetch_rows(channel_of(coarse, c + kSoon));
             kernels_.expand(channel_of(coarse, c), coarse.grid.chunk, rows_.data(), static_cast<int64_t>(rows_.size()), ways,
                             scale_of(coarse, c), offset_of(coarse, c), slope_of(coarse), e_ + c * kChunk,
                             coarse.channels * kChunk);
@@ -112,6 +113,12 @@ class Upsampler {
                  part * kPhases);
     }
 
+    void prefetch_rows(const float* channel) const {
+        for (int64_t t = rows_.front().tile & ~(kCacheLine - 1); t < rows_.back().tile + rows_.back().n; t += kCacheLine)
+            for (int q = 0; q < kPhases; ++q) prefetch(channel + place(t, job_.coarse.grid.chunk) + q * kChunk, 1);
+    }
+
+    static constexpr int64_t kSoon = 2;  // channels ahead
     const Kernels& kernels_;
     const Upsample& job_;
     const Grid& fine_;
@@ -195,7 +202,7 @@ class Pooling {
     void row(int64_t d, int64_t ty) {
         plan(d, ty);
         for (int64_t c = 0; c < job_.in.channels; ++c) {
-            if (c + 1 < job_.in.channels) ask_for(c + 1, d, ty);
+            if (c + 2 < job_.in.channels) ask_for(c + 2, d, ty);
             const float* from = channel_of(job_.in, c);
             float* to = channel_of(job_.out, c);
             for (size_t r = 0; r < runs_.size(); ++r) {
