@@ -54,11 +54,12 @@ def test_unfinished_folds_go_on_from_where_they_are(project: Project, model: Pat
 
 
 def test_a_failing_fold_is_named(project: Project, model: Path) -> None:
-    output = crossval(project, model, "--folds", "0", "7", check=False)
-    assert f"1 of 2 folds did not finish, first fold 7 of {TRAINER}" in output.replace("\n", " ")
+    output = crossval(project, model, "-tr", "nnUNetTrainerE2ENet_nosuch", "--folds", "0", check=False)
+    assert "1 of 2 folds did not finish, first fold 0 of nnUNetTrainerE2ENet_nosuch" in output.replace("\n", " ")
     assert "Traceback" not in output
-    assert (model / "crossval_fold_7.log").is_file()
-    assert not (model / "crossval_results_folds_0_7").exists()
+    failed = model.with_name(model.name.replace(TRAINER, "nnUNetTrainerE2ENet_nosuch"))
+    assert "nnUNetTrainerE2ENet_nosuch" in (failed / "crossval_fold_0.log").read_text()
+    assert not (model / "crossval_results_folds_0").exists()
 
 
 def test_jobs_are_submitted_for_what_is_not_done(project: Project, model: Path) -> None:
