@@ -89,6 +89,7 @@ class ConvJob(Structure):
         ("weights", WinogradWeights),
         ("norm", Norm),
         ("out", Map),
+        ("halved", c_void_p),
         ("seconds", c_void_p),
     )
 
@@ -106,7 +107,14 @@ class StridedJob(Structure):
 
 
 class PoolJob(Structure):
-    _fields_ = (("input", Map), ("gamma", c_void_p), ("stride", c_int32 * 3), ("out", Map), ("seconds", c_void_p))
+    _fields_ = (
+        ("input", Map),
+        ("halved", c_int32),
+        ("gamma", c_void_p),
+        ("stride", c_int32 * 3),
+        ("out", Map),
+        ("seconds", c_void_p),
+    )
 
 
 class HeadJob(Structure):

@@ -14,15 +14,16 @@ TILE = 4
 LINE = 16  # floats in a cache line
 CHUNK = 64  # tiles
 CHANNEL_FLOATS = CHUNK * TILE * TILE  # in a chunk
+HALVED_FLOATS = CHUNK * 4  # the same of a map whose tiles were pooled to 2 x 2 pixels
 
 Floats = NDArray[np.float32]
 
 
-def make_grid(depth: int, height: int, width: int, channels: int) -> Grid:
-    """The tiles of a map."""
+def make_grid(depth: int, height: int, width: int, channel_floats: int) -> Grid:
+    """The tiles of a map whose channels have so many floats in a chunk, all together."""
     tiles_y, tiles_x = -(-height // TILE), -(-width // TILE)
     in_slice = tiles_y * tiles_x
-    return Grid(depth, height, width, tiles_y, tiles_x, in_slice, depth * in_slice, channels * CHANNEL_FLOATS)
+    return Grid(depth, height, width, tiles_y, tiles_x, in_slice, depth * in_slice, channel_floats)
 
 
 def aligned(floats: int) -> Floats:
@@ -35,10 +36,10 @@ def aligned(floats: int) -> Floats:
 class Buffer:
     """Memory of a map, with room around it: kernels read whole vectors and neighbouring tiles, then mask them."""
 
-    def __init__(self, channels: int, size: Sequence[int]) -> None:
+    def __init__(self, channels: int, size: Sequence[int], halved: bool = False) -> None:
         depth, height, width = size
         self.channels = channels
-        self.grid = make_grid(depth, height, width, channels)
+        self.grid = make_grid(depth, height, width, channels * (HALVED_FLOATS if halved else CHANNEL_FLOATS))
         guard = -(-(self.grid.tiles_x + 2 * LINE) // CHUNK)
         chunks = -(-self.grid.tiles // CHUNK)
         self._floats = aligned((chunks + 2 * guard) * self.grid.chunk)
@@ -68,6 +69,7 @@ class StoredMap:
     def __init__(self, buffer: Buffer, norm: StoredNorm | None, channels: int | None = None) -> None:
         self.buffer = buffer
         self.norm = norm
+        self.halved: Buffer | None = None  # the same with its tiles pooled to 2 x 2 pixels
         self.channels = buffer.channels if channels is None else channels
 
     @property

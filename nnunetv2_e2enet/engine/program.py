@@ -32,11 +32,14 @@ class Workspace:
         self.image = Buffer(weights.input_channels, sizes[0])
         self.maps = [(Buffer(n, size), Buffer(n, size)) for n, size in zip(features, sizes, strict=True)]
         self.pooled = [Buffer(n, size) for n, size in zip(features, sizes[1:-1], strict=False)]
+        halves = [stride[1:] == (2, 2) for stride in weights.strides[1:-1]]
+        self.halved = [Buffer(n, size, True) if h else None for n, size, h in zip(features, sizes, halves, strict=False)]
         self.scratch = aligned(0)
 
     @property
     def n_bytes(self) -> int:
-        buffers = [self.image, *(b for pair in self.maps for b in pair), *self.pooled]
+        halved = [buffer for buffer in self.halved if buffer is not None]
+        buffers = [self.image, *(b for pair in self.maps for b in pair), *self.pooled, *halved]
         return sum(b.n_bytes for b in buffers) + self.scratch.nbytes
 
 
@@ -99,8 +102,12 @@ class Program:
         last_level = len(maps) - 1
         for stage in self.weights.stages:
             before = list(maps)
+            strides = [node.pool_stride for node in stage[1:]]
+            pooled = [self._add_pool(level, before[level], s) for level, s in enumerate(strides) if s is not None]
             for level, node in enumerate(stage):
-                maps[level] = self._build_node(node, level, before)
+                halved = self._halved(level) if level < len(stage) - 2 else None  # of others no downward flow leaves
+                flows = [before[level], before[level + 1], *pooled[level - 1 : level]] if level else before[:2]
+                maps[level] = self._build_node(node, level, flows, halved)
             last_level = len(stage) - 1
             if last_level < len(self.weights.heads):
                 self._add_head(last_level, maps[last_level])
@@ -109,8 +116,9 @@ class Program:
         maps: list[StoredMap] = []
         x = self._image
         for level, blocks in enumerate(self.weights.encoder):
-            for block in blocks:
-                x = self._build_block(block, [x], self._free_map(level, x))
+            for index, block in enumerate(blocks):
+                halved = self._halved(level) if index == len(blocks) - 1 else None
+                x = self._build_block(block, [x], self._free_map(level, x), halved)
             maps.append(x)
         return maps
 
@@ -118,17 +126,14 @@ class Program:
         first, second = self.workspace.maps[level]
         return second if used.buffer is first else first
 
-    def _build_node(self, node: PackedNode, level: int, before: list[StoredMap]) -> StoredMap:
-        flows = [before[level], before[level + 1]]
-        if node.pool_stride is not None:
-            flows.append(self._add_pool(before[level - 1], node.pool_stride, self.workspace.pooled[level - 1]))
-        x = self._build_block(node.blocks[0], flows, self._free_map(level, before[level]), node)
+    def _build_node(self, node: PackedNode, level: int, flows: list[StoredMap], halved: Buffer | None) -> StoredMap:
+        x = self._build_block(node.blocks[0], flows, self._free_map(level, flows[0]), halved, node)
         for block in node.blocks[1:]:
-            x = self._build_block(block, [x], self._free_map(level, x))
+            x = self._build_block(block, [x], self._free_map(level, x), halved)
         return x
 
     def _build_block(
-        self, block: PackedBlock, flows: list[StoredMap], target: Buffer, node: PackedNode | None = None
+        self, block: PackedBlock, flows: list[StoredMap], target: Buffer, halved: Buffer | None, node: PackedNode | None = None
     ) -> StoredMap:
         norm = StoredNorm(block.outputs, block.norm.slope)
         out = StoredMap(target, norm)
@@ -140,8 +145,10 @@ class Program:
                 weights=self._conv_weights(block.conv),
                 norm=self._norm(block.norm, norm),
                 out=self._map(out),
+                halved=None if halved is None else halved.address,
                 seconds=self.seconds.ctypes.data,
             )
+            out.halved = halved
             if node is not None:
                 job.upsample = self._upsample(node, flows[1])
                 flows = [flows[0], StoredMap(target, None, len(node.upsample.output)), *flows[2:]]
@@ -162,13 +169,25 @@ class Program:
             )
         return out
 
-    def _add_pool(self, finer: StoredMap, stride: tuple[int, int, int], target: Buffer) -> StoredMap:
-        gamma = finer.norm.scale if finer.norm is not None else np.ones(finer.channels, np.float32)
-        pooled = StoredMap(target, finer.norm)
-        job = PoolJob(
-            self._map(finer), self._pointer(gamma), (c_int32 * 3)(*stride), self._map(pooled), self.seconds.ctypes.data
+    def _halved(self, level: int) -> Buffer | None:
+        return self.workspace.halved[level] if level < len(self.workspace.halved) else None
+
+    def _add_pool(self, level: int, finer: StoredMap, stride: tuple[int, int, int]) -> StoredMap:
+        """The downward flow from ``level``; before any node of the next stage, which may overwrite what it reads."""
+        norm = finer.norm
+        assert norm is not None
+        source = finer if finer.halved is None else StoredMap(finer.halved, norm)
+        pooled = StoredMap(self.workspace.pooled[level], norm)
+        self._jobs.append(
+            PoolJob(
+                self._map(source),
+                finer.halved is not None,
+                self._pointer(norm.scale),
+                (c_int32 * 3)(*stride),
+                self._map(pooled),
+                self.seconds.ctypes.data,
+            )
         )
-        self._jobs.append(job)
         return pooled
 
     def _add_head(self, level: int, x: StoredMap) -> None:

@@ -78,6 +78,7 @@ class Convolution {
         : kernels_(kernels), job_(job), schedule_(kernels, job, threads), threads_(threads) {
         const Grid& grid = job.out.grid;
         for (int flow = 0; flow < job.upward; ++flow) first_up_ += job.flows[flow].channels;
+        halved_ = {job.halved, job.norm.gamma, kHalvedChannel * job.out.channels};
         stream_ = job.out.channels * kPhases * grid.tiles > kStreamFloats;
     }
 
@@ -167,7 +168,8 @@ class Convolution {
             watch.lap(kInput);
             for (int p = 0; p < kPoints; ++p) multiply(v, m, p, n);
             watch.lap(kProduct);
-            kernels_.output_transform(m, schedule_.m_pitch, 0, job_.weights.outputs, grid, tile, n, job_.out.data, stream_, own);
+            kernels_.output_transform(m, schedule_.m_pitch, 0, job_.weights.outputs, grid, tile, n, job_.out.data, halved_,
+                                      stream_, own);
             watch.lap(kOutput);
         }
     }
@@ -201,7 +203,8 @@ class Convolution {
                 const int64_t at = vector + b * schedule_.vectors;
                 kernels_.output_transform(m_of(b), schedule_.m_pitch, static_cast<int>(outputs.first),
                                           static_cast<int>(outputs.last), grid, at * kernels_.lanes, vectors_at(at, end),
-                                          job_.out.data, stream_, own);
+                                          job_.out.data, halved_, stream_,
+                                      own);
             }
             #pragma omp barrier
             watch.lap(kOutput);
@@ -217,6 +220,7 @@ class Convolution {
     const int threads_;
     int64_t first_up_ = 0;
     bool stream_ = false;
+    Halved halved_{};
     float *v_ = nullptr, *m_ = nullptr, *up_ = nullptr, *up_scratch_ = nullptr;
 };
 

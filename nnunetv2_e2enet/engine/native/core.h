@@ -12,6 +12,7 @@ constexpr int kTile = 4;
 constexpr int kPhases = 16;
 constexpr int kChunk = 64;
 constexpr int kChannel = kPhases * kChunk;  // floats of a channel in a chunk
+constexpr int kHalvedChannel = 4 * kChunk;   // the same of a map whose tiles were pooled to 2 x 2 pixels
 constexpr int kPoints = 36;     // of the 6 x 6 transformed tile of Winograd's F(4 x 4, 3 x 3)
 constexpr int kMaxVectors = 5;  // vectors of tiles in a block
 constexpr int kDenseRows = 6;   // output maps that the dense product computes together
@@ -47,6 +48,13 @@ struct Statistics {
     int32_t started;
 };
 
+// Where to keep each tile pooled to 2 x 2 pixels; nowhere if `data` is null.
+struct Halved {
+    float* data;
+    const float* gamma;  // its sign says whether the largest raw value or the smallest is the largest after the norm
+    int64_t chunk;
+};
+
 // Connections by output map: row r feeds output[r] with connections start[r] ... start[r + 1] - 1.
 struct SparseRows {
     const int32_t* start;
@@ -75,7 +83,8 @@ struct Kernels {
                           int outputs, float* m, int vectors);
     // Pixels of output maps from M[point][output][tile], and their statistics. `stream`: past the caches.
     void (*output_transform)(const float* m, int64_t m_pitch, int first_output, int last_output, const Grid& grid,
-                             int64_t first, int vectors, float* out, bool stream, Statistics* statistics);
+                             int64_t first, int vectors, float* out, const Halved& halved, bool stream,
+                             Statistics* statistics);
     // Pixels of one phase that were computed directly, and their statistics.
     void (*store_phase)(const float* m, int outputs, const Grid& grid, int64_t first, int vectors, int phase, float* out,
                         Statistics* statistics);

@@ -43,7 +43,8 @@ struct Window {
         }
     }
 
-    static inline __attribute__((always_inline)) void prefetch_channel(const StridedJob& job, const std::vector<Segment>& segments, int64_t c) {
+    static inline __attribute__((always_inline)) void prefetch_channel(const StridedJob& job,
+                                                                       const std::vector<Segment>& segments, int64_t c) {
         const Grid& fine = job.in.grid;
         for (const Segment& s : segments) {
             const int64_t d = std::min<int64_t>(std::max<int64_t>(s.slice * job.stride[0] - job.shift[c], 0), fine.depth - 1);
@@ -174,8 +175,8 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
                         const int64_t x = kTile * s.column, y = kTile * s.row + row;
                         float* to = logits + ((k * grid.depth + s.slice) * grid.height + y) * grid.width + x;
                         const int64_t pixels = std::min(s.count * kTile, grid.width - x);
-                        kernels.pixels_row(out + (row * kTile * job.classes + k) * tiles + s.lane, job.classes * tiles, s.count,
-                                           pixels, to);
+                        const float* from = out + (row * kTile * job.classes + k) * tiles + s.lane;
+                        kernels.pixels_row(from, job.classes * tiles, s.count, pixels, to);
                         if (job.bias)
                             for (int64_t i = 0; i < pixels; ++i) to[i] += job.bias[k];
                     }

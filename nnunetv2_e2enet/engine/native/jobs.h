@@ -61,6 +61,7 @@ struct ConvJob {
     WinogradWeights weights;
     Norm norm;
     Map out;
+    float* halved;    // null, or memory for `out` with its tiles pooled to 2 x 2 pixels
     double* seconds;  // null, or kTimers numbers that time is added to
 };
 
@@ -76,7 +77,8 @@ struct StridedJob {
 };
 
 struct PoolJob {
-    Map in;
+    Map in;         // or, for strides of 2 in the plane, what a ConvJob left in `halved`
+    int32_t halved;
     const float* gamma;  // its sign says whether the largest raw value or the smallest is the largest after the norm
     int32_t stride[3];
     Map out;

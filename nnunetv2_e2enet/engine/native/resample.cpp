@@ -15,7 +15,8 @@ struct Piece {
 
 std::vector<Piece> cut_slice(int64_t tiles) {
     std::vector<Piece> pieces;
-    for (int64_t first = 0; first < tiles; first += kChunk) pieces.push_back({first, std::min<int64_t>(kChunk, tiles - first)});
+    for (int64_t first = 0; first < tiles; first += kChunk)
+        pieces.push_back({first, std::min<int64_t>(kChunk, tiles - first)});
     return pieces;
 }
 
@@ -83,7 +84,8 @@ class Upsampler {
                     for (int s = 0; s < subs; ++s)
                         out[s] = target_.data + place(at, target_.chunk) +
                                  ((v * sh + s / sw) * kTile + u * sw + s % sw) * kChunk;
-                    kernels_.upsample_product(e, rows, group.first, group.last, weight, subs, kChunk, static_cast<int>(count), out);
+                    kernels_.upsample_product(e, rows, group.first, group.last, weight, subs, kChunk, static_cast<int>(count),
+                                              out);
                 }
             }
             done += count;
@@ -195,7 +197,8 @@ namespace {
 class Pooling {
   public:
     Pooling(const Kernels& kernels, const PoolJob& job)
-        : kernels_(kernels), job_(job), sd_(job.stride[0]), sh_(job.stride[1]), sw_(job.stride[2]), window_(sd_ * sh_ * sw_),
+        : kernels_(kernels), job_(job), sd_(job.stride[0]), sh_(job.stride[1]), sw_(job.stride[2]),
+          window_(job.halved ? sd_ : sd_ * sh_ * sw_), channel_(job.halved ? kHalvedChannel : kChannel),
           in_(static_cast<size_t>(window_)) {}
 
     // All channels of one row of coarse tiles.
@@ -203,10 +206,10 @@ class Pooling {
         plan(d, ty);
         for (int64_t c = 0; c < job_.in.channels; ++c) {
             if (c + 2 < job_.in.channels) ask_for(c + 2, d, ty);
-            const float* from = channel_of(job_.in, c);
+            const float* from = job_.in.data + c * channel_;
             float* to = channel_of(job_.out, c);
             for (size_t r = 0; r < runs_.size(); ++r) {
-                for (int i = 0; i < window_; ++i) in_[static_cast<size_t>(i)] = from + places_[r * in_.size() + static_cast<size_t>(i)];
+                for (size_t i = 0; i < in_.size(); ++i) in_[i] = from + places_[r * in_.size() + i];
                 kernels_.pool_row(in_.data(), window_, sw_, runs_[r].count, job_.gamma[c] >= 0, to + runs_[r].place);
             }
         }
@@ -229,10 +232,12 @@ class Pooling {
             for (int64_t k = 0, count; k < n; k += count) {
                 count = std::min(n - k, tiles_in_chunk(to + k, 1));
                 for (int i = 0; i < window_; ++i) {
-                    const int64_t y = sh_ * (kTile * ty + q / kTile) + i / sw_ % sh_, x = sw_ * (q % kTile) + i % sw_;
-                    const int64_t tile = (sd_ * d + i / sw_ / sh_) * fine.slice + y / kTile * fine.tiles_x + x / kTile + sw_ * k;
+                    const int a = job_.halved ? i : i / sw_ / sh_, in_plane = job_.halved ? 0 : i % (sw_ * sh_);
+                    const int64_t y = sh_ * (kTile * ty + q / kTile) + in_plane / sw_, x = sw_ * (q % kTile) + in_plane % sw_;
+                    const int64_t tile = (sd_ * d + a) * fine.slice + y / kTile * fine.tiles_x + x / kTile + sw_ * k;
                     count = std::min(count, tiles_in_chunk(tile, sw_));
-                    places_.push_back(place(tile, fine.chunk) + (y % kTile * kTile + x % kTile) * kChunk);
+                    const int64_t phase = job_.halved ? y % kTile / 2 * 2 + x % kTile / 2 : y % kTile * kTile + x % kTile;
+                    places_.push_back(place(tile, fine.chunk) + phase * kChunk);
                 }
                 runs_.push_back({place(to + k, coarse.chunk) + q * kChunk, count});
             }
@@ -245,13 +250,14 @@ class Pooling {
             const int64_t tile = (sd_ * d + a) * fine.slice + ty * sh_ * fine.tiles_x;
             const int64_t end = std::min(fine.tiles, tile + sh_ * fine.tiles_x);
             for (int64_t t = tile & ~int64_t{kChunk - 1}; t < end; t += kChunk)
-                prefetch_chunk(channel_of(job_.in, c), fine.chunk, t);
+                prefetch(job_.in.data + c * channel_ + place(t, fine.chunk), channel_);
         }
     }
 
     const Kernels& kernels_;
     const PoolJob& job_;
     const int sd_, sh_, sw_, window_;
+    const int64_t channel_;
     std::vector<const float*> in_;
     std::vector<Run> runs_;
     std::vector<int64_t> places_;

@@ -67,8 +67,6 @@ static void expand(const float* channel, int64_t chunk, const e2e::RowPiece* pie
     }
 }
 
-static inline Vec better(Vec a, Vec b, bool largest) { return largest ? larger(a, b) : smaller(a, b); }
-
 static void pool_row(const float* const* in, int count, int stride, int64_t n, bool largest, float* out) {
     if (stride > 2) {
         for (int64_t k = 0; k < n; ++k) {

@@ -142,6 +142,8 @@ static inline __attribute__((always_inline)) void prefetch(const float* p, int64
     for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(p + i, 0, 3);
 }
 
+static inline Vec better(Vec a, Vec b, bool largest) { return largest ? larger(a, b) : smaller(a, b); }
+
 static inline Vec zero() { return splat(0.0f); }
 
 // Producer's norm and leaky ReLU on the way in: max(y, slope * y) with y = scale * v + offset, 0 <= slope <= 1.

@@ -170,8 +170,17 @@ static inline void start_statistics(e2e::Statistics& s, const float* pixel) {
     s.center = *pixel;
 }
 
+static inline void store_halved(const Vec y[4][4], bool largest, float* to) {
+    for (int q = 0; q < 4; ++q) {
+        const Vec *above = y[q / 2 * 2] + q % 2 * 2, *below = y[q / 2 * 2 + 1] + q % 2 * 2;
+        const Vec best = better(better(above[0], above[1], largest), better(below[0], below[1], largest), largest);
+        store(to + q * e2e::kChunk, best);
+    }
+}
+
 static void output_transform(const float* m, int64_t m_pitch, int first_output, int last_output, const e2e::Grid& grid,
-                             int64_t first, int vectors, float* out, bool bypass, e2e::Statistics* statistics) {
+                             int64_t first, int vectors, float* out, const e2e::Halved& halved, bool bypass,
+                             e2e::Statistics* statistics) {
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
     const uint32_t all = (1u << kLanes) - 1;
     uint32_t bits[e2e::kMaxVectors][e2e::kPhases];
@@ -205,6 +214,9 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
                 start_statistics(s, pixel);
                 center = splat(s.center);
             }
+            if (halved.data)
+                store_halved(y, halved.gamma[o] >= 0,
+                             halved.data + o * e2e::kHalvedChannel + e2e::place(first + i * kLanes, halved.chunk));
             float* target = out + o * e2e::kChannel + e2e::place(first + i * kLanes, grid.chunk);
             for (int q = 0; q < e2e::kPhases; ++q) {
                 const Vec pixel = y[q / 4][q % 4];
