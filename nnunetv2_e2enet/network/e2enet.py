@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import accounts
+from nnunetv2_e2enet.network.acceleration import accelerated
 from nnunetv2_e2enet.network.blocks import CONV, BlockStyle
 from nnunetv2_e2enet.network.connections import MaskableLayer, active_connections, check_sparsity, maskable_layers
 from nnunetv2_e2enet.network.depth_shift import check_shift_size
@@ -123,7 +124,8 @@ class E2ENet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """``(batch, input_channels, *patch)`` to ``(batch, num_classes, *patch)``; a list of them with deep supervision."""
         self.check_patch_size(x.shape[2:])
-        return self.decoder(self.encoder(x))
+        logits = accelerated(self, x)
+        return self.decoder(self.encoder(x)) if logits is None else logits
 
     def check_patch_size(self, patch_size: Sequence[int]) -> None:
         """Raises E2ENetError unless the strides divide ``patch_size``."""

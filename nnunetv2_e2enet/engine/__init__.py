@@ -1,0 +1,24 @@
+"""How the network runs fast on a CPU: what is switched off is never computed.
+
+An E2ENet in eval mode, on the CPU, with gradients off, uses the engine by itself. The environment variable
+``nnUNet_e2enet_engine`` says "auto", "off" or "check" (compare the first patch with PyTorch). See docs/engine.md.
+"""
+
+from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, disabled, mode
+from nnunetv2_e2enet.engine.core import KERNELS, KERNELS_VARIABLE, load_core
+from nnunetv2_e2enet.engine.status import Status, profile, release, status, why_pytorch
+
+__all__ = [
+    "ENGINE_VARIABLE",
+    "KERNELS",
+    "KERNELS_VARIABLE",
+    "Status",
+    "accelerate",
+    "disabled",
+    "load_core",
+    "mode",
+    "profile",
+    "release",
+    "status",
+    "why_pytorch",
+]

@@ -1,0 +1,209 @@
+"""The engine behind ``E2ENet.forward``: when it steps in, and plans that follow the weights."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_e2enet.engine.core import Core, load_core
+from nnunetv2_e2enet.engine.description import NotSupportedError, describe, tensors
+from nnunetv2_e2enet.engine.program import Program
+from nnunetv2_e2enet.engine.weights import PackedWeights, pack
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network.e2enet import E2ENet
+
+ENGINE_VARIABLE = "nnUNet_e2enet_engine"
+MODES = ("auto", "off", "check")
+TOLERANCE = 1e-3  # of the largest logit, in mode "check"
+IDLE_PROGRAMS = 2  # kept for the next patch; more are made while more threads predict at once
+
+_local = threading.local()
+
+
+def mode() -> str:
+    """What the environment variable ``nnUNet_e2enet_engine`` says: "auto" (also when unset), "off" or "check".
+
+    Raises:
+        E2ENetError: it says something else.
+    """
+    value = os.environ.get(ENGINE_VARIABLE, "") or "auto"
+    value = {"0": "off", "false": "off", "1": "auto", "true": "auto", "on": "auto"}.get(value.lower(), value.lower())
+    if value not in MODES:
+        raise E2ENetError(f"{ENGINE_VARIABLE} is {value!r}: use one of {', '.join(MODES)}")
+    return value
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Within this context, in this thread, networks predict through PyTorch."""
+    before = getattr(_local, "disabled", False)
+    _local.disabled = True
+    try:
+        yield
+    finally:
+        _local.disabled = before
+
+
+@dataclass
+class Plan:
+    """One state of the weights, ready to run.
+
+    Attributes:
+        fingerprint: checksums of all that the weights were packed from.
+        idle: programs that no thread is running, the last used at the end.
+        checked: whether it was compared with PyTorch.
+    """
+
+    fingerprint: tuple[int, ...]
+    weights: PackedWeights
+    core: Core
+    idle: list[Program] = field(default_factory=list)
+    checked: bool = False
+
+
+class Session:
+    """The engine's side of one network."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._lock = threading.Lock()
+        self._plan: Plan | None = None
+
+    def plan(self, network: E2ENet, core: Core) -> Plan:
+        """The plan for the present weights, packed anew if they are others than last time.
+
+        Raises:
+            NotSupportedError: the network has to stay with PyTorch.
+        """
+        with self._lock:
+            fingerprint = _fingerprint(network, core)
+            if self._plan is None or self._plan.fingerprint != fingerprint or self._plan.core is not core:
+                self._plan = None  # free its memory first
+                self._plan = Plan(fingerprint, pack(describe(network)), core)
+            return self._plan
+
+    def take_program(self, plan: Plan, patch_size: tuple[int, ...]) -> Program:
+        with self._lock:
+            for index, program in enumerate(plan.idle):
+                if program.patch_size == patch_size:
+                    return plan.idle.pop(index)
+            plan.idle[: max(0, len(plan.idle) - IDLE_PROGRAMS + 1)] = []
+        return Program(plan.weights, patch_size, plan.core)
+
+    def give_back(self, plan: Plan, program: Program) -> None:
+        with self._lock:
+            if plan is self._plan:
+                plan.idle.append(program)
+                del plan.idle[:-IDLE_PROGRAMS]
+
+    def idle_programs(self) -> list[Program]:
+        with self._lock:
+            return [] if self._plan is None else list(self._plan.idle)
+
+    def release(self) -> None:
+        with self._lock:
+            self._plan = None
+
+
+_sessions: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+_sessions_lock = threading.Lock()
+
+
+def session_of(network: nn.Module) -> Session:
+    with _sessions_lock:
+        return _sessions.setdefault(network, Session())
+
+
+def _fingerprint(network: E2ENet, core: Core) -> tuple[int, ...]:
+    # By content: version counters do not see writes through ``.data``, nor do they exist in inference mode.
+    threads = torch.get_num_threads()
+    sums = []
+    for _, tensor in tensors(network):
+        flat = tensor.detach().contiguous()
+        sums.append(core.checksum(flat.data_ptr(), flat.nbytes, threads))
+    return tuple(sums)
+
+
+def why_not(network: E2ENet, x: Tensor) -> str | None:
+    """Why this input stays with PyTorch; None if the engine takes it. Says nothing about the weights."""
+    if mode() == "off":
+        return f"the engine is switched off ({ENGINE_VARIABLE})"
+    if type(x) is not Tensor or x.device.type != "cpu" or x.layout != torch.strided:
+        return "the input is not an ordinary tensor on the CPU"
+    if x.dtype != torch.float32:
+        return f"the input is {x.dtype}, not float32"
+    if torch.is_autocast_cpu_enabled():
+        return "autocast is on"
+    if x.dim() != network.dimension + 2 or x.shape[1] != network.input_channels or x.numel() == 0:
+        return "the input has not the shape that the network expects"
+    size = list(x.shape[2:])
+    for stride in network.encoder.strides:
+        size = [s // t for s, t in zip(size, stride, strict=True)]
+        if all(s == 1 for s in size):
+            return "a level has one voxel, for which instance norm is not defined"
+    return None
+
+
+def accelerate(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
+    """The logits of ``network(x)``, or None where PyTorch has to compute them.
+
+    The caller made sure that nothing is trained, traced or differentiated. ``status`` says why None was returned.
+
+    Raises:
+        E2ENetError: a setting cannot be used, or mode "check" found a difference.
+    """
+    if getattr(_local, "disabled", False):
+        return None
+    session = session_of(network)
+    session.reason = why_not(network, x)
+    if session.reason is not None:
+        return None
+    core = load_core()
+    if isinstance(core, str):
+        session.reason = core
+        return None
+    try:
+        plan = session.plan(network, core)
+    except NotSupportedError as reason:
+        session.reason = str(reason)
+        return None
+    logits = _run(session, plan, network, x)
+    if mode() == "check" and not plan.checked:
+        _check(network, x, logits)
+        plan.checked = True
+    return logits if network.decoder.deep_supervision else logits[0]
+
+
+def _run(session: Session, plan: Plan, network: E2ENet, x: Tensor) -> list[Tensor]:
+    heads = plan.weights.heads if network.decoder.deep_supervision else plan.weights.heads[:1]
+    size = list(x.shape[2:])
+    logits = []
+    for (_, _, classes), stride in zip(heads, network.encoder.strides, strict=False):
+        size = [s // t for s, t in zip(size, stride, strict=True)]
+        logits.append(torch.empty((x.shape[0], classes, *size), dtype=torch.float32))
+    program = session.take_program(plan, tuple(x.shape[2:]))
+    samples = x.contiguous()
+    for n in range(x.shape[0]):
+        program.run(samples[n], [level[n] for level in logits], torch.get_num_threads())
+    session.give_back(plan, program)
+    return logits
+
+
+def _check(network: E2ENet, x: Tensor, logits: list[Tensor]) -> None:
+    with disabled():
+        expected = network(x)
+    expected = expected if isinstance(expected, list) else [expected]
+    for level, (ours, theirs) in enumerate(zip(logits, expected, strict=True)):
+        difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+        if not difference <= TOLERANCE * largest:
+            raise E2ENetError(
+                f"the engine's logits of level {level} differ from PyTorch's by {difference:.3g}, the largest logit is "
+                f"{largest:.3g}: set {ENGINE_VARIABLE}=off and report this with the output of `e2enet info`"
+            )

@@ -1,0 +1,234 @@
+"""The compiled core: where it lies, which kernels this CPU can run, and the structs of its C ABI.
+
+The library is optional. Where it was not built, or cannot be loaded, ``load_core`` says why and prediction stays with PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import os
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+from nnunetv2_e2enet.errors import E2ENetError
+
+KERNELS = ("avx512", "avx2", "generic")
+KERNELS_VARIABLE = "nnUNet_e2enet_engine_kernels"
+TIMERS = ("input transform", "products", "output transform", "upsampling", "strided convs", "pooling", "heads")
+
+_ABI = 1
+_FLOATS = POINTER(c_float)
+_INTS = POINTER(c_int32)
+
+
+class Grid(Structure):
+    _fields_ = (
+        ("depth", c_int32),
+        ("height", c_int32),
+        ("width", c_int32),
+        ("tiles_y", c_int32),
+        ("tiles_x", c_int32),
+        ("slice", c_int64),
+        ("tiles", c_int64),
+        ("chunk", c_int64),
+    )
+
+
+class Map(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("channels", c_int64),
+        ("grid", Grid),
+        ("scale", c_void_p),
+        ("offset", c_void_p),
+        ("slope", c_float),
+    )
+
+
+class Norm(Structure):
+    _fields_ = (("gamma", c_void_p), ("beta", c_void_p), ("scale", c_void_p), ("offset", c_void_p), ("eps", c_double))
+
+
+class WinogradWeights(Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("start", c_void_p),
+        ("output", c_void_p),
+        ("index", c_void_p),
+        ("chunk_first", c_void_p),
+        ("connections", c_int64),
+        ("inputs", c_int32),
+        ("outputs", c_int32),
+        ("chunks", c_int32),
+        ("dense", c_int32),
+    )
+
+
+class Upsample(Structure):
+    _fields_ = (
+        ("coarse", Map),
+        ("weight", c_void_p),
+        ("start", c_void_p),
+        ("output", c_void_p),
+        ("index", c_void_p),
+        ("connections", c_int64),
+        ("outputs", c_int32),
+        ("stride", c_int32 * 3),
+    )
+
+
+class ConvJob(Structure):
+    _fields_ = (
+        ("flows", Map * 3),
+        ("n_flows", c_int32),
+        ("upward", c_int32),
+        ("shift", c_void_p),
+        ("upsample", Upsample),
+        ("weights", WinogradWeights),
+        ("norm", Norm),
+        ("out", Map),
+        ("halved", c_void_p),
+        ("seconds", c_void_p),
+    )
+
+
+class StridedJob(Structure):
+    _fields_ = (
+        ("input", Map),
+        ("shift", c_void_p),
+        ("weight", c_void_p),
+        ("stride", c_int32 * 3),
+        ("norm", Norm),
+        ("out", Map),
+        ("seconds", c_void_p),
+    )
+
+
+class PoolJob(Structure):
+    _fields_ = (
+        ("input", Map),
+        ("halved", c_int32),
+        ("gamma", c_void_p),
+        ("stride", c_int32 * 3),
+        ("out", Map),
+        ("seconds", c_void_p),
+    )
+
+
+class HeadJob(Structure):
+    _fields_ = (("input", Map), ("weight", c_void_p), ("bias", c_void_p), ("classes", c_int32), ("seconds", c_void_p))
+
+
+Job = ConvJob | StridedJob | PoolJob | HeadJob
+
+
+class Core:
+    """The loaded library with one set of kernels.
+
+    Attributes:
+        kernels: "avx512", "avx2" or "generic".
+        path: of the library.
+    """
+
+    def __init__(self, library: ctypes.CDLL, path: Path, kernels: str, handle: int) -> None:
+        self.kernels = kernels
+        self.path = path
+        self._library = library
+        self._handle = c_void_p(handle)
+
+    def scratch_floats(self, job: Job, threads: int) -> int:
+        """Floats of scratch memory that ``run`` needs for this job with this number of threads."""
+        if isinstance(job, PoolJob):
+            return 0
+        if isinstance(job, HeadJob):
+            return int(self._library.e2e_head(self._handle, ctypes.byref(job), None, None, threads))
+        call = self._library.e2e_conv if isinstance(job, ConvJob) else self._library.e2e_strided
+        return int(call(self._handle, ctypes.byref(job), None, threads))
+
+    def run(self, job: ConvJob | StridedJob | PoolJob, scratch: int, threads: int) -> None:
+        if isinstance(job, PoolJob):
+            self._library.e2e_pool(self._handle, ctypes.byref(job), threads)
+        else:
+            call = self._library.e2e_conv if isinstance(job, ConvJob) else self._library.e2e_strided
+            call(self._handle, ctypes.byref(job), scratch, threads)
+
+    def run_head(self, job: HeadJob, logits: int, scratch: int, threads: int) -> None:
+        self._library.e2e_head(self._handle, ctypes.byref(job), logits, scratch, threads)
+
+    def import_image(self, image: int, target: Map, threads: int) -> None:
+        self._library.e2e_import(image, ctypes.byref(target), threads)
+
+    def checksum(self, address: int, n_bytes: int, threads: int) -> int:
+        return int(self._library.e2e_checksum(address, n_bytes, threads))
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer = c_void_p
+    signatures: dict[str, tuple[type | None, list[type]]] = {
+        "e2e_kernels": (pointer, [ctypes.c_char_p]),
+        "e2e_conv": (c_int64, [pointer, pointer, pointer, ctypes.c_int]),
+        "e2e_strided": (c_int64, [pointer, pointer, pointer, ctypes.c_int]),
+        "e2e_head": (c_int64, [pointer, pointer, pointer, pointer, ctypes.c_int]),
+        "e2e_pool": (None, [pointer, pointer, ctypes.c_int]),
+        "e2e_import": (None, [pointer, pointer, ctypes.c_int]),
+        "e2e_checksum": (ctypes.c_uint64, [pointer, c_int64, ctypes.c_int]),
+        "e2e_struct_sizes": (None, [pointer]),
+        "e2e_abi": (ctypes.c_int, []),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype = result
+        function.argtypes = arguments
+
+
+def _same_structs(library: ctypes.CDLL) -> bool:
+    sizes = (c_int64 * 6)()
+    library.e2e_struct_sizes(sizes)
+    return list(sizes) == [ctypes.sizeof(s) for s in (Grid, Map, ConvJob, StridedJob, PoolJob, HeadJob)]
+
+
+@lru_cache(maxsize=1)
+def _library() -> tuple[ctypes.CDLL, Path] | str:
+    folder = Path(__file__).parent
+    candidates = [folder / f"_core{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next((c for c in candidates if c.is_file()), None)
+    if path is None:
+        return "the compiled core was not built: install a C++ compiler with OpenMP (g++ or clang) and reinstall the package"
+    try:
+        library = ctypes.CDLL(str(path))
+        _declare(library)
+    except (OSError, AttributeError) as error:
+        return f"the compiled core {path.name} cannot be loaded ({error}): reinstall the package"
+    if library.e2e_abi() != _ABI or not _same_structs(library):
+        return f"the compiled core {path.name} is of another version of this package: reinstall it"
+    return library, path
+
+
+@lru_cache(maxsize=len(KERNELS) + 1)
+def _core(kernels: str) -> Core | str:
+    found = _library()
+    if isinstance(found, str):
+        return found
+    library, path = found
+    for name in (kernels,) if kernels else KERNELS:
+        handle = library.e2e_kernels(name.encode())
+        if handle:
+            return Core(library, path, name, handle)
+    return f"this CPU or this build has no {kernels or 'usable'} kernels"
+
+
+def load_core(kernels: str | None = None) -> Core | str:
+    """The core with the best kernels for this CPU, or with those asked for; a sentence saying why not, if there is none.
+
+    Args:
+        kernels: one of ``KERNELS``; the environment variable ``nnUNet_e2enet_engine_kernels`` otherwise.
+
+    Raises:
+        E2ENetError: no such kernels.
+    """
+    wanted = os.environ.get(KERNELS_VARIABLE, "") if kernels is None else kernels
+    if wanted and wanted not in KERNELS:
+        raise E2ENetError(f"{KERNELS_VARIABLE} is {wanted!r}: use one of {', '.join(KERNELS)}, or nothing for the best")
+    return _core(wanted)

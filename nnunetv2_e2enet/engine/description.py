@@ -1,0 +1,200 @@
+"""What the engine can run: a network read module by module, or the reason why it has to stay with PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_e2enet.network.blocks import ShiftBlock
+from nnunetv2_e2enet.network.connections import MaskableLayer, MaskedConv2d, MaskedConv3d, maskable_layers
+from nnunetv2_e2enet.network.connections import MaskedConvTranspose2d as UpConv2d
+from nnunetv2_e2enet.network.connections import MaskedConvTranspose3d as UpConv3d
+from nnunetv2_e2enet.network.depth_shift import shift_groups
+from nnunetv2_e2enet.network.e2enet import E2ENet
+from nnunetv2_e2enet.network.encoder import Encoder
+from nnunetv2_e2enet.network.fusion import FusionDecoder, FusionNode
+
+_CONVS = (nn.Conv2d, nn.Conv3d, MaskedConv2d, MaskedConv3d)
+_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
+_DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
+
+Stride = tuple[int, int, int]
+
+
+class NotSupportedError(Exception):
+    """The network has something that the engine does not do; the message is the reason, without an end stop."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A shift block.
+
+    Attributes:
+        weight: ``(out, in, 3, 3)``, what is off is zero.
+        mask: ``(out, in)``, bool.
+        shift: slices that each input channel moves.
+        gamma, beta: of the norm.
+        slope: of the leaky ReLU.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    stride: Stride
+    shift: list[int]
+    gamma: Tensor
+    beta: Tensor
+    eps: float
+    slope: float
+
+
+@dataclass(frozen=True)
+class Node:
+    """A fusion node; ``up_weight`` is ``(coarser, channels, *stride)``, ``up_mask`` ``(coarser, channels)``."""
+
+    up_weight: Tensor
+    up_mask: Tensor
+    up_stride: Stride
+    pool_stride: Stride | None
+    blocks: list[Block]
+
+
+@dataclass(frozen=True)
+class Description:
+    """A network without torch modules. Everything per level is finest first; ``heads[0]`` gives the segmentation."""
+
+    dimension: int
+    input_channels: int
+    features: list[int]
+    strides: list[Stride]
+    encoder: list[list[Block]]
+    stages: list[list[Node]]
+    heads: list[tuple[Tensor, Tensor | None]]
+
+
+def describe(network: E2ENet) -> Description:
+    """Read a network.
+
+    Raises:
+        NotSupportedError: with the reason.
+    """
+    _check_modules(network)
+    encoder, decoder = network.encoder, network.decoder
+    strides = [_stride3(s) for s in encoder.strides]
+    return Description(
+        dimension=network.dimension,
+        input_channels=network.input_channels,
+        features=list(encoder.output_channels),
+        strides=strides,
+        encoder=[[_block(block) for block in level.children()] for level in encoder.stages],
+        stages=[[_node(node) for node in stage.children()] for stage in decoder.stages],
+        heads=[_head(head) for head in reversed(decoder.seg_layers)],
+    )
+
+
+def _check_modules(network: E2ENet) -> None:
+    if type(network) is not E2ENet or type(network.encoder) is not Encoder or type(network.decoder) is not FusionDecoder:
+        raise NotSupportedError("it is a variant of E2ENet")
+    for name, module in network.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise NotSupportedError(f"{name or 'the network'} has forward hooks, which would not be called")
+    for name, tensor in tensors(network):
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter):
+            raise NotSupportedError(f"{name} is not an ordinary tensor on the CPU")
+        if tensor.dtype not in (torch.float32, torch.bool):
+            raise NotSupportedError(f"{name} is {tensor.dtype}, not float32")
+
+
+def tensors(network: nn.Module) -> list[tuple[str, Tensor]]:
+    """All that the logits depend on: parameters and masks."""
+    masks = [(f"{name}.mask", layer.mask) for name, layer in maskable_layers(network)]
+    return [*network.named_parameters(), *masks]
+
+
+def _stride3(stride: Sequence[int] | int) -> Stride:
+    values = (stride,) * 3 if isinstance(stride, int) else (1,) * (3 - len(stride)) + tuple(stride)
+    return values[0], values[1], values[2]
+
+
+def _block(block: nn.Module) -> Block:
+    if type(block) is not ShiftBlock:
+        raise NotSupportedError(f"a block is {type(block).__name__}")
+    conv, norm, nonlin = block.conv, block.norm, block.nonlin
+    if type(conv) not in _CONVS:
+        raise NotSupportedError(f"a convolution is {type(conv).__name__}")
+    assert isinstance(conv, (nn.Conv2d, nn.Conv3d))
+    kernel = _stride3(conv.kernel_size)
+    if kernel != (1, 3, 3) or _padding(conv) != (0, 1, 1) or conv.groups != 1 or set(conv.dilation) != {1}:
+        raise NotSupportedError(f"a convolution has kernel {kernel}, padding, dilation or groups of its own")
+    if conv.padding_mode != "zeros":
+        raise NotSupportedError(f"a convolution pads with {conv.padding_mode}")
+    if type(norm) not in _NORMS:
+        raise NotSupportedError(f"the norm is {type(norm).__name__}")
+    assert isinstance(norm, (nn.InstanceNorm2d, nn.InstanceNorm3d))
+    if norm.track_running_stats or norm.running_mean is not None:
+        raise NotSupportedError("the norm keeps running statistics")
+    if type(nonlin) is not nn.LeakyReLU or not 0 <= nonlin.negative_slope <= 1:
+        raise NotSupportedError(f"the activation is {nonlin}")
+    if block.dropout is not None and type(block.dropout) not in _DROPOUTS:
+        raise NotSupportedError(f"the dropout is {type(block.dropout).__name__}")
+    weight, mask = _weight(conv)
+    out_channels, in_channels = weight.shape[:2]
+    return Block(
+        weight=weight.reshape(out_channels, in_channels, 3, 3),
+        mask=mask,
+        stride=_stride3(conv.stride if len(conv.stride) == 3 else (1, *conv.stride)),
+        shift=_shift(in_channels, block.shift_size),
+        gamma=norm.weight.detach() if norm.weight is not None else torch.ones(out_channels),
+        beta=norm.bias.detach() if norm.bias is not None else torch.zeros(out_channels),
+        eps=norm.eps,
+        slope=nonlin.negative_slope,
+    )
+
+
+def _shift(channels: int, shift_size: int) -> list[int]:
+    return [offset for group, offset in shift_groups(channels, shift_size) for _ in range(group.stop - group.start)]
+
+
+def _padding(conv: nn.Conv2d | nn.Conv3d) -> Stride | None:
+    padding = conv.padding
+    if isinstance(padding, str):
+        return None
+    return (0, padding[0], padding[1]) if len(padding) == 2 else (padding[0], padding[1], padding[2])
+
+
+def _weight(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    mask = layer.mask if isinstance(layer, MaskableLayer) else torch.ones(weight.shape[:2], dtype=torch.bool)
+    return weight.detach(), mask
+
+
+def _node(node: nn.Module) -> Node:
+    if type(node) is not FusionNode:
+        raise NotSupportedError(f"a fusion node is {type(node).__name__}")
+    upsample, pool = node.upsample, node.downsample
+    if type(upsample) not in (UpConv2d, UpConv3d) or upsample.bias is not None:
+        raise NotSupportedError("the upward flow is not a transposed convolution without bias")
+    if tuple(upsample.kernel_size) != tuple(upsample.stride) or any(upsample.padding):
+        raise NotSupportedError("the upward flow's kernel is not its stride")
+    if pool is not None and type(pool) not in (nn.MaxPool2d, nn.MaxPool3d):
+        raise NotSupportedError(f"the downward flow is {type(pool).__name__}")
+    weight, mask = _weight(upsample)
+    return Node(
+        up_weight=weight.reshape(*weight.shape[:2], *_stride3(upsample.stride)),
+        up_mask=mask,
+        up_stride=_stride3(upsample.stride),
+        pool_stride=None if pool is None else _stride3(pool.kernel_size),
+        blocks=[_block(block) for block in node.blocks.children()],
+    )
+
+
+def _head(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    if type(head) not in (nn.Conv2d, nn.Conv3d):
+        raise NotSupportedError(f"a head is {type(head).__name__}")
+    assert isinstance(head, (nn.Conv2d, nn.Conv3d))
+    if set(head.kernel_size) != {1} or set(head.stride) != {1} or head.groups != 1 or any(head.padding):
+        raise NotSupportedError("a head is not a convolution of one voxel")
+    return head.weight.detach().flatten(1), None if head.bias is None else head.bias.detach()

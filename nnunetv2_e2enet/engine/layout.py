@@ -1,0 +1,88 @@
+"""Where feature maps lie: planes cut into tiles of 4 x 4 pixels, and chunks of 64 tiles, channel after channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import c_float
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunetv2_e2enet.engine.core import Grid, Map
+
+TILE = 4
+LINE = 16  # floats in a cache line
+CHUNK = 64  # tiles
+CHANNEL_FLOATS = CHUNK * TILE * TILE  # in a chunk
+HALVED_FLOATS = CHUNK * 4  # the same of a map whose tiles were pooled to 2 x 2 pixels
+
+Floats = NDArray[np.float32]
+
+
+def make_grid(depth: int, height: int, width: int, channel_floats: int) -> Grid:
+    """The tiles of a map whose channels have so many floats in a chunk, all together."""
+    tiles_y, tiles_x = -(-height // TILE), -(-width // TILE)
+    in_slice = tiles_y * tiles_x
+    return Grid(depth, height, width, tiles_y, tiles_x, in_slice, depth * in_slice, channel_floats)
+
+
+def aligned(floats: int) -> Floats:
+    """Uninitialised memory that starts at a cache line."""
+    raw = np.empty(floats + LINE, np.float32)
+    first = -raw.ctypes.data % (LINE * raw.itemsize) // raw.itemsize
+    return raw[first : first + floats]
+
+
+class Buffer:
+    """Memory of a map, with room around it: kernels read whole vectors and neighbouring tiles, then mask them."""
+
+    def __init__(self, channels: int, size: Sequence[int], halved: bool = False) -> None:
+        depth, height, width = size
+        self.channels = channels
+        self.grid = make_grid(depth, height, width, channels * (HALVED_FLOATS if halved else CHANNEL_FLOATS))
+        guard = -(-(self.grid.tiles_x + 2 * LINE) // CHUNK)
+        chunks = -(-self.grid.tiles // CHUNK)
+        self._floats = aligned((chunks + 2 * guard) * self.grid.chunk)
+        self._first = guard * self.grid.chunk
+
+    @property
+    def n_bytes(self) -> int:
+        return self._floats.nbytes
+
+    @property
+    def address(self) -> int:
+        return self._floats.ctypes.data + self._first * self._floats.itemsize
+
+
+class StoredNorm:
+    """The norm that a stored map still needs: written by the conv that stores the map, read by those that load it."""
+
+    def __init__(self, channels: int, slope: float) -> None:
+        self.scale = np.empty(channels, np.float32)
+        self.offset = np.empty(channels, np.float32)
+        self.slope = slope
+
+
+class StoredMap:
+    """A feature map of the network in a buffer, before its norm and activation if ``norm`` is given."""
+
+    def __init__(self, buffer: Buffer, norm: StoredNorm | None, channels: int | None = None) -> None:
+        self.buffer = buffer
+        self.norm = norm
+        self.halved: Buffer | None = None  # the same with its tiles pooled to 2 x 2 pixels
+        self.channels = buffer.channels if channels is None else channels
+
+    @property
+    def grid(self) -> Grid:
+        return self.buffer.grid
+
+    def struct(self) -> Map:
+        norm = self.norm
+        return Map(
+            self.buffer.address,
+            self.channels,
+            self.grid,
+            norm.scale.ctypes.data if norm else None,
+            norm.offset.ctypes.data if norm else None,
+            c_float(norm.slope if norm else 1.0),
+        )

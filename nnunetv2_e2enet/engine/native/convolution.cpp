@@ -1,0 +1,236 @@
+// Shift blocks at stride 1: Winograd's F(4 x 4, 3 x 3) over flows that stay where they are.
+#include <algorithm>
+
+#include "driver.h"
+
+namespace e2e {
+namespace {
+
+constexpr int64_t kUpsampledFloats = 4 << 20;  // of an upward flow to hold at a time, at least one round of slices
+constexpr int64_t kPrivateFloats = 3 << 19;    // of transformed tiles up to which each thread works on blocks of its own
+constexpr int64_t kSharedFloats = 3 << 20;     // of transformed tiles that threads hold together otherwise
+constexpr int64_t kStreamFloats = 8 << 20;     // a map that will not stay in any cache is written past them
+
+int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
+
+struct Schedule {
+    int64_t slices;     // of the output in one round
+    int vectors;        // in a block
+    int64_t v_pitch, m_pitch;
+    bool shared;        // threads work together on `blocks` blocks at a time
+    int64_t blocks;
+    int64_t up_floats, up_scratch;
+
+    Schedule(const Kernels& kernels, const ConvJob& job, int threads) {
+        const Grid& grid = job.out.grid;
+        const WinogradWeights& w = job.weights;
+        slices = grid.depth;
+        up_floats = up_scratch = 0;
+        if (job.upward >= 0) {
+            const int64_t whole = kCacheLine / gcd(grid.slice, kCacheLine);  // slices until rounds start on a vector
+            const int64_t fit = kUpsampledFloats / (job.upsample.outputs * kPhases * grid.slice);
+            slices = std::min<int64_t>(grid.depth, std::max<int64_t>(whole, fit / whole * whole));
+            up_floats = (divide_up(slices * grid.slice, kChunk) + 2 * guard_chunks(grid)) * kChannel * job.upsample.outputs;
+            up_scratch = upsample_scratch(job.upsample);
+        }
+        const int64_t total = divide_up(slices * grid.slice, kernels.lanes);
+        const int64_t per_vector = (kPoints * int64_t{kernels.lanes}) * (w.inputs + w.outputs);
+        const int most = kernels.lanes == 16 ? 4 : kMaxVectors - 1;
+        vectors = static_cast<int>(std::min<int64_t>(most, std::max<int64_t>(2, kPrivateFloats / 4 / per_vector)));
+        shared = per_vector * vectors > kPrivateFloats || total < 4 * int64_t{threads} * vectors;
+        if (shared) vectors = static_cast<int>(std::min<int64_t>(most, total));
+        blocks = 1;
+        if (shared) blocks = std::max<int64_t>(1, std::min(divide_up(total, vectors), kSharedFloats / (per_vector * vectors)));
+        v_pitch = odd_lines(int64_t{w.inputs} * vectors * kernels.lanes);
+        m_pitch = odd_lines(int64_t{w.outputs} * vectors * kernels.lanes);
+    }
+};
+
+std::vector<Channel> describe_channels(const ConvJob& job) {
+    std::vector<Channel> channels;
+    channels.reserve(static_cast<size_t>(job.weights.inputs));
+    for (int flow = 0; flow < job.n_flows; ++flow) {
+        const Map& map = job.flows[flow];
+        for (int64_t c = 0; c < map.channels; ++c) {
+            const int64_t moved = job.shift[channels.size()], depth = map.grid.depth, slice = map.grid.slice;
+            Channel channel{};
+            channel.lo = std::max<int64_t>(0, moved) * slice;
+            channel.hi = std::min<int64_t>(depth, depth + moved) * slice;
+            channel.slope = 1.0f;
+            channel.scale = 1.0f;
+            if (flow != job.upward) {
+                channel.data = channel_of(map, c);
+                channel.chunk = map.grid.chunk;
+                channel.move = -moved * slice;
+                channel.scale = scale_of(map, c);
+                channel.offset = offset_of(map, c);
+                channel.slope = slope_of(map);
+            }
+            channels.push_back(channel);
+        }
+    }
+    return channels;
+}
+
+class Convolution {
+  public:
+    Convolution(const Kernels& kernels, const ConvJob& job, int threads)
+        : kernels_(kernels), job_(job), schedule_(kernels, job, threads), threads_(threads) {
+        const Grid& grid = job.out.grid;
+        for (int flow = 0; flow < job.upward; ++flow) first_up_ += job.flows[flow].channels;
+        halved_ = {job.halved, job.norm.gamma, kHalvedChannel * job.out.channels};
+        stream_ = job.out.channels * kPhases * grid.tiles > kStreamFloats;
+    }
+
+    int64_t reserve(float* base) {
+        Scratch scratch(base);
+        const int64_t teams = schedule_.shared ? schedule_.blocks : threads_;
+        v_ = scratch.take(teams * kPoints * schedule_.v_pitch);
+        m_ = scratch.take(teams * kPoints * schedule_.m_pitch);
+        up_ = scratch.take(schedule_.up_floats);
+        up_scratch_ = scratch.take(schedule_.up_scratch * threads_);
+        return scratch.used();
+    }
+
+    void run() {
+        std::vector<Statistics> statistics(static_cast<size_t>(threads_ * job_.out.channels), Statistics{});
+        const std::vector<Channel> described = describe_channels(job_);
+        #pragma omp parallel num_threads(threads_)
+        {
+            const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+            std::vector<Channel> channels = described;
+            Statistics* own = statistics.data() + thread * job_.out.channels;
+            StopWatch watch(job_.seconds, thread);
+            for (int64_t first = 0; first < job_.out.grid.depth; first += schedule_.slices) {
+                const int64_t last = std::min<int64_t>(job_.out.grid.depth, first + schedule_.slices);
+                if (job_.upward >= 0) {
+                    upsample(channels.data() + first_up_, first, last, thread, team);
+                    #pragma omp barrier
+                    watch.lap(kUpsample);
+                }
+                if (schedule_.shared) {
+                    together(channels.data(), first, last, own, watch, thread, team);
+                } else {
+                    alone(channels.data(), first, last, own, watch, thread, team);
+                }
+                #pragma omp barrier
+            }
+        }
+        finish_norm(job_.norm, statistics, job_.out.channels);
+    }
+
+  private:
+    void upsample(Channel* channels, int64_t first, int64_t last, int thread, int team) {
+        const Grid& grid = job_.out.grid;
+        const int64_t chunk = int64_t{kChannel} * job_.upsample.outputs;
+        const UpsampleTarget target{up_ + guard_chunks(grid) * chunk, chunk, first, last};
+        for (int32_t c = 0; c < job_.upsample.outputs; ++c) {
+            channels[c].data = target.data + c * kChannel;
+            channels[c].chunk = chunk;
+            channels[c].move = -first * grid.slice;
+        }
+        upsample_slices(kernels_, job_.upsample, grid, job_.shift + first_up_, target,
+                        up_scratch_ + thread * schedule_.up_scratch, thread, team);
+    }
+
+    int vectors_at(int64_t vector, int64_t end) const {
+        return static_cast<int>(std::min<int64_t>(schedule_.vectors, end - vector));
+    }
+
+    void multiply(const float* v, float* m, int point, int vectors) const {
+        const WinogradWeights& w = job_.weights;
+        v += point * schedule_.v_pitch;
+        m += point * schedule_.m_pitch;
+        if (w.dense) {
+            const int64_t groups = divide_up(w.outputs, kDenseRows);
+            const float* weight = w.weight + point * groups * kDenseRows * w.inputs;
+            kernels_.dense_product(&v, 1, w.inputs, weight, 0, static_cast<int>(groups), w.outputs, m, vectors);
+            return;
+        }
+        for (int32_t chunk = 0; chunk < w.chunks; ++chunk) {
+            const SparseRows rows{w.start + chunk * (w.outputs + 1), w.output + chunk * w.outputs, w.index, w.outputs};
+            const float* part = v + int64_t{w.chunk_first[chunk]} * vectors * kernels_.lanes;
+            kernels_.sparse_product(part, m, rows, w.weight + point * w.connections, vectors, chunk > 0);
+        }
+    }
+
+    // Each thread takes blocks of tiles through all three steps.
+    void alone(const Channel* channels, int64_t first, int64_t last, Statistics* own, StopWatch& watch, int thread, int team) {
+        const Grid& grid = job_.out.grid;
+        const int64_t begin = first * grid.slice / kernels_.lanes, end = divide_up(last * grid.slice, kernels_.lanes);
+        const Share share(divide_up(end - begin, schedule_.vectors), thread, team);
+        float* v = v_ + thread * kPoints * schedule_.v_pitch;
+        float* m = m_ + thread * kPoints * schedule_.m_pitch;
+        for (int64_t block = share.first; block < share.last; ++block) {
+            const int64_t vector = begin + block * schedule_.vectors, tile = vector * kernels_.lanes;
+            const int n = vectors_at(vector, end);
+            kernels_.input_transform(channels, job_.weights.inputs, grid, tile, n, v, schedule_.v_pitch);
+            watch.lap(kInput);
+            for (int p = 0; p < kPoints; ++p) multiply(v, m, p, n);
+            watch.lap(kProduct);
+            kernels_.output_transform(m, schedule_.m_pitch, 0, job_.weights.outputs, grid, tile, n, job_.out.data, halved_,
+                                      stream_, own);
+            watch.lap(kOutput);
+        }
+    }
+
+    // All threads work on the same few blocks, each step shared out in its own way.
+    void together(const Channel* channels, int64_t first, int64_t last, Statistics* own, StopWatch& watch, int thread,
+                  int team) {
+        const Grid& grid = job_.out.grid;
+        const int64_t begin = first * grid.slice / kernels_.lanes, end = divide_up(last * grid.slice, kernels_.lanes);
+        const int64_t step = schedule_.blocks * schedule_.vectors;
+        for (int64_t vector = begin; vector < end; vector += step) {
+            const int64_t blocks = divide_up(std::min(end - vector, step), schedule_.vectors);
+            const Share inputs(job_.weights.inputs, thread, team), points(kPoints * blocks, thread, team);
+            const Share outputs(job_.weights.outputs, thread, team);
+            for (int64_t b = 0; b < blocks; ++b) {
+                const int64_t at = vector + b * schedule_.vectors;
+                const int n = vectors_at(at, end);
+                kernels_.input_transform(channels + inputs.first, static_cast<int>(inputs.last - inputs.first), grid,
+                                         at * kernels_.lanes, n, v_of(b) + inputs.first * n * kernels_.lanes,
+                                         schedule_.v_pitch);
+            }
+            #pragma omp barrier
+            watch.lap(kInput);
+            for (int64_t item = points.first; item < points.last; ++item) {
+                const int64_t b = item % blocks;
+                multiply(v_of(b), m_of(b), static_cast<int>(item / blocks), vectors_at(vector + b * schedule_.vectors, end));
+            }
+            #pragma omp barrier
+            watch.lap(kProduct);
+            for (int64_t b = 0; b < blocks; ++b) {
+                const int64_t at = vector + b * schedule_.vectors;
+                kernels_.output_transform(m_of(b), schedule_.m_pitch, static_cast<int>(outputs.first),
+                                          static_cast<int>(outputs.last), grid, at * kernels_.lanes, vectors_at(at, end),
+                                          job_.out.data, halved_, stream_,
+                                      own);
+            }
+            #pragma omp barrier
+            watch.lap(kOutput);
+        }
+    }
+
+    float* v_of(int64_t block) const { return v_ + block * kPoints * schedule_.v_pitch; }
+    float* m_of(int64_t block) const { return m_ + block * kPoints * schedule_.m_pitch; }
+
+    const Kernels& kernels_;
+    const ConvJob& job_;
+    const Schedule schedule_;
+    const int threads_;
+    int64_t first_up_ = 0;
+    bool stream_ = false;
+    Halved halved_{};
+    float *v_ = nullptr, *m_ = nullptr, *up_ = nullptr, *up_scratch_ = nullptr;
+};
+
+}  // namespace
+
+int64_t run_conv(const Kernels& kernels, const ConvJob& job, float* scratch, int threads) {
+    Convolution convolution(kernels, job, threads);
+    const int64_t floats = convolution.reserve(scratch);
+    if (scratch) convolution.run();
+    return floats;
+}
+
+}  // namespace e2e

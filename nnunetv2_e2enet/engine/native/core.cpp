@@ -1,0 +1,80 @@
+// The C ABI. Numbers and raw buffers go in, nothing is kept, nothing is thrown.
+#include <cstring>
+
+#include "driver.h"
+
+namespace e2e {
+namespace {
+
+// Fletcher's sums of up to 4096 bytes, the second of which knows the order.
+uint64_t checksum_block(const unsigned char* bytes, int64_t n, int64_t place) {
+    uint32_t words[1024] = {}, a = 0, b = 0;
+    std::memcpy(words, bytes, static_cast<size_t>(n));
+    for (uint32_t i = 0; i < 1024; ++i) {
+        a += words[i];
+        b += words[i] * (2 * i + 1);
+    }
+    return (static_cast<uint64_t>(b) << 32 | a) * (2 * static_cast<uint64_t>(place) + 1);
+}
+
+}  // namespace
+}  // namespace e2e
+
+#if defined(__GNUC__) || defined(__clang__)
+#define E2E_EXPORT extern "C" __attribute__((visibility("default")))
+#else
+#define E2E_EXPORT extern "C"
+#endif
+
+E2E_EXPORT int e2e_abi() { return 1; }
+
+// Sizes of the structs that Python mirrors, to notice when the two differ.
+E2E_EXPORT void e2e_struct_sizes(int64_t* sizes) {
+    sizes[0] = sizeof(e2e::Grid);
+    sizes[1] = sizeof(e2e::Map);
+    sizes[2] = sizeof(e2e::ConvJob);
+    sizes[3] = sizeof(e2e::StridedJob);
+    sizes[4] = sizeof(e2e::PoolJob);
+    sizes[5] = sizeof(e2e::HeadJob);
+}
+
+// The kernels of that name, or null if this CPU or this build does not have them.
+E2E_EXPORT const void* e2e_kernels(const char* name) {
+    if (!std::strcmp(name, "generic")) return e2e::kernels_generic();
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    if (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        return e2e::kernels_avx512();
+    if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return e2e::kernels_avx2();
+#endif
+    return nullptr;
+}
+
+E2E_EXPORT int64_t e2e_conv(const void* kernels, const e2e::ConvJob* job, float* scratch, int threads) {
+    return e2e::run_conv(*static_cast<const e2e::Kernels*>(kernels), *job, scratch, threads);
+}
+
+E2E_EXPORT int64_t e2e_strided(const void* kernels, const e2e::StridedJob* job, float* scratch, int threads) {
+    return e2e::run_strided(*static_cast<const e2e::Kernels*>(kernels), *job, scratch, threads);
+}
+
+E2E_EXPORT int64_t e2e_head(const void* kernels, const e2e::HeadJob* job, float* logits, float* scratch, int threads) {
+    return e2e::run_head(*static_cast<const e2e::Kernels*>(kernels), *job, logits, scratch, threads);
+}
+
+E2E_EXPORT void e2e_pool(const void* kernels, const e2e::PoolJob* job, int threads) {
+    e2e::run_pool(*static_cast<const e2e::Kernels*>(kernels), *job, threads);
+}
+
+E2E_EXPORT void e2e_import(const float* image, const e2e::Map* out, int threads) { e2e::run_import(image, *out, threads); }
+
+// A number that changes when any of the bytes does: to notice weights that were written in place.
+E2E_EXPORT uint64_t e2e_checksum(const unsigned char* bytes, int64_t n, int threads) {
+    constexpr int64_t kBlock = 4096;
+    uint64_t total = 0;
+    #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : total) if (n > 1 << 18)
+    for (int64_t block = 0; block < n / kBlock; ++block) total += e2e::checksum_block(bytes + block * kBlock, kBlock, block);
+    return total + e2e::checksum_block(bytes + n / kBlock * kBlock, n % kBlock, n / kBlock);
+}

@@ -1,0 +1,110 @@
+// Data that the driver and the kernels share. Plain structs; see docs/engine.md for the layout of feature maps.
+#pragma once
+
+#include <cstdint>
+
+namespace e2e {
+
+// A plane is cut into tiles of 4 x 4 pixels, numbered in the order (slice, tile row, tile column). A map is stored in chunks
+// of 64 tiles; a chunk holds one channel after the other, and of each 64 floats for each of the 16 positions in the tile
+// (phase = 4 * row + column). So a vector of tiles is a vector load, and a block of tiles is one long read for all channels.
+constexpr int kTile = 4;
+constexpr int kPhases = 16;
+constexpr int kChunk = 64;
+constexpr int kChannel = kPhases * kChunk;  // floats of a channel in a chunk
+constexpr int kHalvedChannel = 4 * kChunk;   // the same of a map whose tiles were pooled to 2 x 2 pixels
+constexpr int kPoints = 36;     // of the 6 x 6 transformed tile of Winograd's F(4 x 4, 3 x 3)
+constexpr int kMaxVectors = 5;  // vectors of tiles in a block
+constexpr int kDenseRows = 6;   // output maps that the dense product computes together
+
+struct Grid {
+    int32_t depth, height, width;
+    int32_t tiles_y, tiles_x;
+    int64_t slice;  // tiles of one slice
+    int64_t tiles;  // of all slices
+    int64_t chunk;  // floats from one chunk to the next
+};
+
+// Where phase 0 of a tile of channel 0 lies; also for tiles before the first.
+inline __attribute__((always_inline)) int64_t place(int64_t tile, int64_t chunk) {
+    return (tile >> 6) * chunk + (tile & (kChunk - 1));
+}
+
+// One input channel of a convolution, its depth shift applied: tile f of the output's grid reads tile f + move of `data` for
+// lo <= f < hi, and zeros elsewhere. The producer's norm is value * scale + offset.
+struct Channel {
+    const float* data;
+    int64_t chunk;
+    int64_t move;
+    int64_t lo, hi;
+    float scale, offset, slope;
+};
+
+// Sums around a value of the channel's own, so that nothing cancels when the mean is large.
+struct Statistics {
+    double sum, square;
+    int64_t count;
+    float center;
+    int32_t started;
+};
+
+// Where to keep each tile pooled to 2 x 2 pixels; nowhere if `data` is null.
+struct Halved {
+    float* data;
+    const float* gamma;  // its sign says whether the largest raw value or the smallest is the largest after the norm
+    int64_t chunk;
+};
+
+// Connections by output map: row r feeds output[r] with connections start[r] ... start[r + 1] - 1.
+struct SparseRows {
+    const int32_t* start;
+    const int32_t* output;
+    const int32_t* index;  // input map of a connection
+    int32_t rows;
+};
+
+// Consecutive coarse tiles in one row and one chunk, and the lanes that they become when they are spread to finer tiles.
+struct RowPiece {
+    int64_t tile, n;      // of the coarse grid
+    int64_t skip, count;  // fine tiles: left out at the front, kept
+    int64_t at;           // where they go
+    int row;              // of pixels in the coarse tile
+};
+
+struct Kernels {
+    int lanes;
+    // V[point][channel][tile of the block] = transformed input
+    void (*input_transform)(const Channel* channels, int n, const Grid& grid, int64_t first, int vectors, float* v,
+                            int64_t v_pitch);
+    // M[output][tile] = (or +=) sum over connections of weight * V[index][tile]
+    void (*sparse_product)(const float* v, float* m, const SparseRows& rows, const float* weight, int vectors, bool add);
+    // The same over `taps` inputs with every connection present; weight[group][tap][channel][kDenseRows].
+    void (*dense_product)(const float* const* v, int taps, int inputs, const float* weight, int first_group, int last_group,
+                          int outputs, float* m, int vectors);
+    // Pixels of output maps from M[point][output][tile], and their statistics. `stream`: past the caches.
+    void (*output_transform)(const float* m, int64_t m_pitch, int first_output, int last_output, const Grid& grid,
+                             int64_t first, int vectors, float* out, const Halved& halved, bool stream,
+                             Statistics* statistics);
+    // Pixels of one phase that were computed directly, and their statistics.
+    void (*store_phase)(const float* m, int outputs, const Grid& grid, int64_t first, int vectors, int phase, float* out,
+                        Statistics* statistics);
+    // out[sub][row * kChannel + tile] = sum over connections of weight[connection][sub] * e[index * pitch + tile].
+    void (*upsample_product)(const float* e, const SparseRows& rows, int first_row, int last_row, const float* weight,
+                             int subs, int64_t pitch, int tiles, float* const* out);
+    // out[k] = activated in[k * stride]
+    void (*activate_row)(const float* in, int stride, int64_t n, float scale, float offset, float slope, float* out);
+    // Pixels of a coarse channel for lanes of fine tiles, `ways` of which lie beside each other in a coarse tile:
+    // out[u * pitch + at + k] = activated pixel (row, u of the fine tile's 4 / ways columns).
+    void (*expand)(const float* channel, int64_t chunk, const RowPiece* pieces, int64_t n, int ways, float scale, float offset,
+                   float slope, float* out, int64_t pitch);
+    // out[k] = largest (or smallest) of in[i][k * stride]
+    void (*pool_row)(const float* const* in, int count, int stride, int64_t n, bool largest, float* out);
+    // out[4 * k + i] = in[i][k]
+    void (*pixels_row)(const float* in, int64_t in_stride, int64_t tiles, int64_t pixels, float* out);
+};
+
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx2();
+const Kernels* kernels_generic();
+
+}  // namespace e2e

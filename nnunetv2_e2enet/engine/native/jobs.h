@@ -1,0 +1,98 @@
+// What Python asks for, over the C ABI: structs of numbers and pointers that engine/core.py mirrors field by field.
+// All pointers stay the caller's. Every map holds one sample.
+#pragma once
+
+#include <cstdint>
+
+#include "core.h"
+
+namespace e2e {
+
+// A feature map in phase planes. scale and offset are the norm still to be applied, one number a channel; null: none is.
+struct Map {
+    float* data;
+    int64_t channels;
+    Grid grid;
+    const float* scale;
+    const float* offset;
+    float slope;  // of the leaky ReLU after the norm
+};
+
+// Instance norm of a conv's output: read gamma and beta, write the scale and offset that normalise the stored map.
+struct Norm {
+    const float* gamma;
+    const float* beta;
+    float* scale;
+    float* offset;
+    double eps;
+};
+
+// 3 x 3 kernels in the Winograd domain. Sparse: connections in chunks of input maps, weight[point][connection].
+// Dense: weight[point][group of kDenseRows outputs][input][kDenseRows].
+struct WinogradWeights {
+    const float* weight;
+    const int32_t* start;        // [chunk][outputs + 1]
+    const int32_t* output;       // [chunk][outputs]
+    const int32_t* index;        // counted from the first input of the chunk
+    const int32_t* chunk_first;  // [chunks + 1], input maps
+    int64_t connections;
+    int32_t inputs, outputs, chunks, dense;
+};
+
+// Transposed conv whose kernel is its stride; weight[depth position][connection][row position * column position].
+struct Upsample {
+    Map coarse;
+    const float* weight;
+    const int32_t* start;
+    const int32_t* output;
+    const int32_t* index;
+    int64_t connections;
+    int32_t outputs;
+    int32_t stride[3];
+};
+
+// One shift block at stride 1: flows -> shift -> conv -> statistics. Flow `upward` is computed on the way, slice by slice.
+struct ConvJob {
+    Map flows[3];
+    int32_t n_flows;
+    int32_t upward;        // which flow, -1: none
+    const int32_t* shift;  // slices that each channel of the concatenation moves
+    Upsample upsample;
+    WinogradWeights weights;
+    Norm norm;
+    Map out;
+    float* halved;    // null, or memory for `out` with its tiles pooled to 2 x 2 pixels
+    double* seconds;  // null, or kTimers numbers that time is added to
+};
+
+// Any other conv of an encoder: weight[group][tap][input][kDenseRows].
+struct StridedJob {
+    Map in;
+    const int32_t* shift;
+    const float* weight;
+    int32_t stride[3];
+    Norm norm;
+    Map out;
+    double* seconds;
+};
+
+struct PoolJob {
+    Map in;         // or, for strides of 2 in the plane, what a ConvJob left in `halved`
+    int32_t halved;
+    const float* gamma;  // its sign says whether the largest raw value or the smallest is the largest after the norm
+    int32_t stride[3];
+    Map out;
+    double* seconds;
+};
+
+struct HeadJob {
+    Map in;
+    const float* weight;  // [group][input][kDenseRows]
+    const float* bias;    // null or one a class
+    int32_t classes;
+    double* seconds;
+};
+
+enum Timer { kInput, kProduct, kOutput, kUpsample, kStrided, kPool, kHead, kTimers };
+
+}  // namespace e2e

@@ -1,0 +1,155 @@
+// One vector type for the kernels. The including file names the variant before it includes this one:
+// E2E_ISA 512 (AVX-512), 256 (AVX2 with FMA) or 128 (any CPU: the compiler's own 128-bit vectors, so SSE2 or NEON).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if E2E_ISA != 128
+#include <immintrin.h>
+#endif
+
+namespace E2E_NAMESPACE {
+
+#if E2E_ISA == 512
+
+constexpr int kLanes = 16;
+using Vec = __m512;
+using Mask = __mmask16;
+
+static inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+static inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+static inline void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
+static inline Vec splat(float a) { return _mm512_set1_ps(a); }
+static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+static inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+static inline Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+static inline Mask mask_of(uint32_t bits) { return static_cast<Mask>(bits); }
+static inline Vec keep(Mask m, Vec v) { return _mm512_maskz_mov_ps(m, v); }
+static inline Vec merge(Mask m, Vec where, Vec elsewhere) { return _mm512_mask_mov_ps(elsewhere, m, where); }
+static inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+static inline Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(mask_of((1u << n) - 1), p); }
+static inline void store_first(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, mask_of((1u << n) - 1), v); }
+// a0 b0 a1 b1 ...: of the first half of the lanes, and of the second.
+static inline Vec interleave_low(Vec a, Vec b) {
+    const __m512i i = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return _mm512_permutex2var_ps(a, i, b);
+}
+static inline Vec interleave_high(Vec a, Vec b) {
+    const __m512i i = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return _mm512_permutex2var_ps(a, i, b);
+}
+// Lanes 0, 2, 4, ... of a followed by b.
+static inline Vec even_lanes(Vec a, Vec b) {
+    const __m512i i = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_ps(a, i, b);
+}
+
+#elif E2E_ISA == 256
+
+constexpr int kLanes = 8;
+using Vec = __m256;
+using Mask = __m256;
+
+static inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+static inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+static inline void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
+static inline Vec splat(float a) { return _mm256_set1_ps(a); }
+static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+static inline Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+static inline Mask mask_of(uint32_t bits) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit), bit));
+}
+static inline Vec keep(Mask m, Vec v) { return _mm256_and_ps(m, v); }
+static inline Vec merge(Mask m, Vec where, Vec elsewhere) { return _mm256_blendv_ps(elsewhere, where, m); }
+static inline __m256i first_lanes(int64_t n) {
+    return _mm256_castps_si256(mask_of((1u << n) - 1));
+}
+static inline Vec load_first(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+static inline void store_first(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
+static inline Vec interleave_low(Vec a, Vec b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+static inline Vec interleave_high(Vec a, Vec b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
+static inline Vec even_lanes(Vec a, Vec b) {
+    const __m256 mixed = _mm256_shuffle_ps(a, b, 0x88);
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xD8));
+}
+static inline float sum(Vec v) {
+    alignas(32) float a[8];
+    _mm256_store_ps(a, v);
+    return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7]));
+}
+
+#else
+
+constexpr int kLanes = 4;
+typedef float Vec __attribute__((vector_size(16)));
+typedef int32_t Mask __attribute__((vector_size(16)));
+
+static inline Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+static inline void stream(float* p, Vec v) { store(p, v); }
+static inline Vec splat(float a) { return Vec{a, a, a, a}; }
+static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+static inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+static inline Mask mask_of(uint32_t bits) {
+    const Mask bit = {1, 2, 4, 8};
+    const int32_t all = static_cast<int32_t>(bits);
+    return (Mask{all, all, all, all} & bit) == bit;
+}
+static inline Vec keep(Mask m, Vec v) {
+    Mask raw;
+    std::memcpy(&raw, &v, sizeof raw);
+    raw &= m;
+    std::memcpy(&v, &raw, sizeof v);
+    return v;
+}
+static inline Vec merge(Mask m, Vec where, Vec elsewhere) { return m ? where : elsewhere; }
+static inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+static inline Vec load_first(const float* p, int64_t n) {
+    Vec v = {0, 0, 0, 0};
+    std::memcpy(&v, p, sizeof(float) * static_cast<size_t>(n));
+    return v;
+}
+static inline void store_first(float* p, Vec v, int64_t n) { std::memcpy(p, &v, sizeof(float) * static_cast<size_t>(n)); }
+static inline Vec interleave_low(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
+static inline Vec interleave_high(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
+static inline Vec even_lanes(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }
+
+#endif
+
+// Up to a vector of floats; n may be any number of at least 1.
+static inline Vec load_up_to(const float* p, int64_t n) { return n >= kLanes ? load(p) : load_first(p, n); }
+static inline void store_up_to(float* p, Vec v, int64_t n) {
+    if (n >= kLanes) {
+        store(p, v);
+    } else {
+        store_first(p, v, n);
+    }
+}
+
+static inline __attribute__((always_inline)) void prefetch(const float* p, int64_t floats) {
+    for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(p + i, 0, 3);
+}
+
+static inline Vec better(Vec a, Vec b, bool largest) { return largest ? larger(a, b) : smaller(a, b); }
+
+static inline Vec zero() { return splat(0.0f); }
+
+// Producer's norm and leaky ReLU on the way in: max(y, slope * y) with y = scale * v + offset, 0 <= slope <= 1.
+static inline Vec activate(Vec v, Vec scale, Vec offset, Vec slope) {
+    const Vec y = fma(v, scale, offset);
+    return larger(y, y * slope);
+}
+
+}  // namespace E2E_NAMESPACE

@@ -1,0 +1,61 @@
+"""What the engine says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, mode, session_of
+from nnunetv2_e2enet.engine.core import TIMERS, Core, load_core
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether CPU prediction uses the engine in this environment.
+
+    Attributes:
+        used: whether it does, for networks that it supports.
+        mode: "auto", "off" or "check".
+        kernels: "avx512", "avx2" or "generic"; None without a compiled core.
+        library: the compiled core; None without one.
+        reason: one line for people.
+    """
+
+    used: bool
+    mode: str
+    kernels: str | None
+    library: Path | None
+    reason: str
+
+
+def status() -> Status:
+    """Look for the compiled core and read the settings.
+
+    Raises:
+        E2ENetError: an environment variable has a value that cannot be used.
+    """
+    core, setting = load_core(), mode()
+    if not isinstance(core, Core):
+        return Status(False, setting, None, None, f"CPU prediction uses PyTorch: {core}")
+    if setting == "off":
+        reason = f"CPU prediction uses PyTorch: {ENGINE_VARIABLE} switches the engine off"
+        return Status(False, setting, core.kernels, core.path, reason)
+    return Status(True, setting, core.kernels, core.path, f"CPU prediction uses the sparse engine with {core.kernels} kernels")
+
+
+def why_pytorch(network: nn.Module) -> str | None:
+    """Why the last prediction of this network that could have used the engine did not; None if it did."""
+    return session_of(network).reason
+
+
+def profile(network: nn.Module) -> dict[str, float]:
+    """Seconds that the first thread spent by kind of work, over all patches since the weights were last packed."""
+    programs = session_of(network).idle_programs()
+    return {name: sum(float(p.seconds[i]) for p in programs) for i, name in enumerate(TIMERS)}
+
+
+def release(network: nn.Module) -> None:
+    """Give back the memory that the engine holds for this network; the next prediction takes it again."""
+    session_of(network).release()

@@ -1,0 +1,408 @@
+"""The CPU engine: the same logits as PyTorch, from active connections alone, and PyTorch wherever it does not fit."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunetv2_e2enet import engine
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network import E2ENet
+
+KERNELS = [name for name in engine.KERNELS if not isinstance(engine.load_core(name), str)]
+needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core was not built")
+
+
+def make_network(
+    strides: list[list[int]] | None = None, features: list[int] | None = None, seed: int = 0, **settings: object
+) -> E2ENet:
+    strides = strides or [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
+    features = features or [5 + 3 * level for level in range(len(strides))]
+    torch.manual_seed(seed)
+    arguments = {"input_channels": 1, "num_classes": 3, **settings}
+    conv_op = nn.Conv3d if len(strides[0]) == 3 else nn.Conv2d
+    network = E2ENet(n_stages=len(strides), features_per_stage=features, conv_op=conv_op, strides=strides, **arguments)
+    for module in network.modules():
+        if isinstance(module, (nn.InstanceNorm2d, nn.InstanceNorm3d)) and module.weight is not None:
+            nn.init.normal_(module.weight)  # either sign: the pooled flow has to know
+            nn.init.normal_(module.bias)
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and module.bias is not None:
+            nn.init.normal_(module.bias)
+    return network.eval()
+
+
+def both_ways(network: E2ENet, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits of the engine and of PyTorch; fails where the engine did not run."""
+    with torch.inference_mode():
+        ours = network(x)
+        assert engine.why_pytorch(network) is None
+        with engine.disabled():
+            theirs = network(x)
+    return (ours, theirs) if isinstance(ours, list) else ([ours], [theirs])
+
+
+def assert_same_logits(network: E2ENet, x: Tensor) -> None:
+    ours, theirs = both_ways(network, x)
+    assert [t.shape for t in ours] == [t.shape for t in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= 1e-3 * b.abs().max()
+
+
+def uses_engine(network: E2ENet, x: Tensor) -> bool:
+    with torch.inference_mode():
+        network(x)
+    return engine.why_pytorch(network) is None
+
+
+@st.composite
+def networks_and_inputs(draw: st.DrawFn) -> tuple[E2ENet, Tensor]:
+    dimension = draw(st.sampled_from([2, 3, 3]))
+    levels = draw(st.integers(2, 4))
+    axis_strides = st.sampled_from([1, 2, 2, 2, 3, 4])
+    strides = [
+        [1] * dimension,
+        *(draw(st.lists(axis_strides, min_size=dimension, max_size=dimension)) for _ in range(levels - 1)),
+    ]
+    network = make_network(
+        strides,
+        [draw(st.integers(1, 21)) for _ in range(levels)],
+        seed=draw(st.integers(0, 9)),
+        input_channels=draw(st.integers(1, 4)),
+        num_classes=draw(st.integers(2, 7)),
+        n_conv_per_stage=draw(st.integers(1, 3)),
+        feature_sparsity=draw(st.sampled_from([0.0, 0.3, 0.5, 0.8, 0.9])),
+        shift_size=draw(st.sampled_from([1, 3, 5])),
+        deep_supervision=draw(st.booleans()),
+        conv_bias=draw(st.booleans()),
+    )
+    divisor = [1] * dimension
+    for stride in strides:
+        divisor = [d * s for d, s in zip(divisor, stride, strict=True)]
+    most = 60 if dimension == 2 else 24
+    size = [d * draw(st.integers(1, max(1, most // d))) for d in divisor]
+    if all(s == d for s, d in zip(size, divisor, strict=True)):
+        size[-1] += divisor[-1]  # one voxel at the coarsest level has no instance norm
+    x = torch.randn(draw(st.integers(1, 2)), network.input_channels, *size, generator=torch.Generator().manual_seed(1))
+    return network, x * draw(st.sampled_from([1.0, 30.0])) + draw(st.sampled_from([0.0, 5.0]))
+
+
+def well_conditioned(network: E2ENet, x: Tensor) -> bool:
+    """Whether PyTorch's own float32 result is far nearer to float64 than the tolerance.
+
+    A level of two or three voxels can have next to no variance, and its norm then multiplies rounding errors by thousands.
+    """
+    with torch.inference_mode(), engine.disabled():
+        single = network(x)
+        double = copy.deepcopy(network).double()(x.double())
+    pairs = zip(single, double, strict=True) if isinstance(single, list) else [(single, double)]
+    return all((a - b).abs().max() <= 2e-5 * b.abs().max() for a, b in pairs)
+
+
+@needs_core
+@settings(max_examples=40, deadline=None)
+@given(networks_and_inputs(), st.sampled_from(KERNELS or ["none"]))
+def test_logits_are_pytorchs(case: tuple[E2ENet, Tensor], kernels: str) -> None:
+    network, x = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(engine.KERNELS_VARIABLE, kernels)
+        if well_conditioned(network, x):
+            assert_same_logits(network, x)
+
+
+@needs_core
+@pytest.mark.slow
+@settings(max_examples=1500, deadline=None)
+@given(networks_and_inputs(), st.sampled_from(KERNELS or ["none"]))
+def test_logits_are_pytorchs_at_length(case: tuple[E2ENet, Tensor], kernels: str) -> None:
+    test_logits_are_pytorchs.hypothesis.inner_test(case, kernels)
+
+
+@needs_core
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(
+    ("strides", "size"),
+    [
+        ([[1, 1, 1], [1, 2, 2], [2, 2, 2]], (6, 36, 28)),
+        ([[1, 1, 1], [1, 2, 2], [1, 2, 2]], (1, 84, 100)),
+        ([[1, 1, 1], [2, 1, 2], [1, 2, 1], [2, 2, 2]], (12, 20, 28)),
+        ([[1, 1, 1], [3, 3, 3], [1, 1, 1]], (9, 27, 33)),
+        ([[1, 1, 1], [1, 4, 4], [1, 1, 2]], (2, 32, 400)),
+        ([[1, 1], [2, 2], [2, 2]], (40, 300)),
+    ],
+)
+def test_every_kind_of_kernel(
+    strides: list[list[int]], size: tuple[int, ...], kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(engine.KERNELS_VARIABLE, kernels)
+    assert_same_logits(make_network(strides, deep_supervision=True), torch.randn(2, 1, *size))
+
+
+@needs_core
+@pytest.mark.parametrize("sparsity", [0.0, 0.8])
+def test_wide_layers(sparsity: float) -> None:
+    network = make_network([[1, 1, 1], [1, 2, 2], [2, 2, 2]], [40, 150, 300], feature_sparsity=sparsity, shift_size=7)
+    assert_same_logits(network, torch.randn(1, 1, 8, 48, 48))
+
+
+@needs_core
+def test_large_mean_does_not_cancel() -> None:
+    network = make_network()
+    assert_same_logits(network, torch.randn(1, 1, 8, 32, 32) + 1000)
+
+
+@needs_core
+def test_weights_and_masks_changed_in_place_are_followed() -> None:
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    assert_same_logits(network, x)
+    head = network.decoder.seg_layers[-1]
+    changes: list[Callable[[], object]] = [
+        lambda: head.weight.data.mul_(2),  # version counters do not see this one
+        lambda: network.encoder.stages[0][0].conv.weight.data.add_(0.1),
+        lambda: network.decoder.stages[0][0].upsample.mask.zero_(),
+        lambda: network.decoder.stages[0][0].blocks[0].conv.set_random_topology(7),
+        lambda: setattr(head, "weight", nn.Parameter(torch.randn_like(head.weight))),
+    ]
+    before = both_ways(network, x)[0][0]
+    for change in changes:
+        with torch.no_grad():
+            change()
+        assert_same_logits(network, x)
+        after = both_ways(network, x)[0][0]
+        assert not torch.equal(before, after)
+        before = after
+
+
+@needs_core
+def test_load_state_dict_is_followed() -> None:
+    folds = [make_network(seed=seed) for seed in range(3)]
+    network, x = make_network(seed=9), torch.randn(1, 1, 8, 32, 32)
+    with torch.inference_mode():
+        expected = [fold(x) for fold in folds]
+        for fold, logits in zip(folds, expected, strict=True):
+            network.load_state_dict(fold.state_dict())
+            assert torch.equal(network(x), logits)
+
+
+@needs_core
+def test_inactive_weights_have_no_effect() -> None:
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    with torch.inference_mode():
+        expected = network(x)
+    with torch.no_grad():
+        for module in network.modules():
+            if hasattr(module, "over_kernel"):
+                module.weight.masked_fill_(module.over_kernel(~module.mask), float("nan"))
+    with torch.inference_mode():
+        assert torch.equal(network(x), expected)
+
+
+@needs_core
+def test_results_repeat_and_patch_sizes_alternate() -> None:
+    network = make_network()
+    patches = [torch.randn(1, 1, 8, 32, 32), torch.randn(1, 1, 4, 16, 48), torch.randn(1, 1, 2, 64, 8)]
+    with torch.inference_mode():
+        first = [network(p) for p in patches]
+        for _ in range(3):
+            for patch, logits in zip(patches, first, strict=True):
+                assert torch.equal(network(patch), logits)
+
+
+@needs_core
+def test_input_in_any_memory_order() -> None:
+    network = make_network(input_channels=2)
+    x = torch.randn(2, 2, 8, 32, 32).to(memory_format=torch.channels_last_3d)
+    assert_same_logits(network, x)
+    assert_same_logits(network, torch.randn(2, 2, 8, 64, 32)[..., ::2, :])
+
+
+@needs_core
+def test_two_threads_at_once() -> None:
+    network = make_network()
+    patches = [torch.randn(1, 1, 8, 32, 32), torch.randn(1, 1, 8, 32, 32)]
+    with torch.inference_mode():
+        expected = [network(p) for p in patches]
+    wrong: list[int] = []
+
+    def predict(index: int) -> None:
+        with torch.inference_mode():
+            for _ in range(30):
+                if not torch.equal(network(patches[index]), expected[index]):
+                    wrong.append(index)
+
+    threads = [threading.Thread(target=predict, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@needs_core
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_any_number_of_threads(threads: int) -> None:
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert_same_logits(network, x)
+    finally:
+        torch.set_num_threads(before)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@needs_core
+@pytest.mark.parametrize("rounds", [30, pytest.param(250, marks=pytest.mark.slow)])
+def test_no_leak(rounds: int) -> None:
+    network = make_network()
+    sizes = [(4, 16, 16), (8, 16, 16), (4, 32, 16), (2, 8, 8)]
+    patches = [torch.randn(1, 1, *size) for size in sizes]
+    with torch.inference_mode():
+        for patch in patches * 5:
+            network(patch)
+        gc.collect()
+        before = resident_bytes()
+        for _ in range(rounds):
+            for patch in patches:
+                network(patch)
+        gc.collect()
+    assert resident_bytes() - before < 8 << 20
+
+
+@needs_core
+def test_memory_goes_with_the_network_and_on_release() -> None:
+    network = make_network()
+    assert uses_engine(network, torch.randn(1, 1, 8, 32, 32))
+    assert sum(engine.profile(network).values()) > 0
+    engine.release(network)
+    assert sum(engine.profile(network).values()) == 0
+    assert uses_engine(network, torch.randn(1, 1, 8, 32, 32))
+
+
+@needs_core
+def test_networks_can_be_copied_and_pickled_after_a_prediction() -> None:
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    with torch.inference_mode():
+        expected = network(x)
+        assert torch.equal(copy.deepcopy(network)(x), expected)
+
+
+# ---- where PyTorch stays -------------------------------------------------------------------------------------------------
+
+
+@needs_core
+def test_training_and_gradients_never_see_it() -> None:
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    network(x).sum().backward()
+    assert network.decoder.seg_layers[-1].weight.grad is not None
+    network.train()
+    with torch.no_grad():
+        network(x)
+    assert engine.profile(network) == dict.fromkeys(engine.profile(network), 0.0)
+
+
+@needs_core
+@pytest.mark.parametrize("value", ["off", "0"])
+def test_off_switch(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(engine.ENGINE_VARIABLE, value)
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    assert not uses_engine(network, x)
+    assert "off" in str(engine.why_pytorch(network))
+    assert not engine.status().used
+
+
+def test_unknown_settings_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(engine.ENGINE_VARIABLE, "perhaps")
+    with pytest.raises(E2ENetError, match="perhaps"):
+        engine.status()
+    monkeypatch.setenv(engine.ENGINE_VARIABLE, "")
+    monkeypatch.setenv(engine.KERNELS_VARIABLE, "mmx")
+    with pytest.raises(E2ENetError, match="mmx"):
+        engine.status()
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"norm_op": nn.BatchNorm3d}, "BatchNorm3d"),
+        ({"norm_op_kwargs": {"affine": True, "track_running_stats": True}}, "running statistics"),
+        ({"nonlin": nn.ReLU, "nonlin_kwargs": {}}, "ReLU"),
+        ({"nonlin_kwargs": {"negative_slope": 1.5}}, "LeakyReLU"),
+    ],
+)
+def test_other_configurations_stay_with_pytorch(settings: dict[str, object], reason: str) -> None:
+    network = make_network(**settings)
+    assert not uses_engine(network, torch.randn(1, 1, 8, 32, 32))
+    assert reason in str(engine.why_pytorch(network))
+
+
+@needs_core
+@pytest.mark.parametrize("settings", [{"norm_op_kwargs": {"affine": False}}, {"dropout_op": nn.Dropout3d}])
+def test_configurations_that_change_nothing_in_eval_mode(settings: dict[str, object]) -> None:
+    assert_same_logits(make_network(**settings), torch.randn(1, 1, 8, 32, 32))
+
+
+@needs_core
+def test_hooks_and_double_precision_stay_with_pytorch() -> None:
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    handle = network.encoder.register_forward_hook(lambda *_: None)
+    assert not uses_engine(network, x)
+    handle.remove()
+    assert uses_engine(network, x)
+    assert not uses_engine(network.double(), x.double())
+
+
+def test_one_voxel_is_an_error_as_in_pytorch() -> None:
+    network, x = make_network(), torch.randn(1, 1, 2, 4, 4)
+    with torch.inference_mode(), pytest.raises(ValueError, match="more than 1 spatial element"):
+        network(x)
+
+
+@needs_core
+def test_counters_see_pytorchs_operations() -> None:
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        network(x)
+    assert counter.get_total_flops() > 0
+
+
+@needs_core
+def test_check_mode_compares_the_first_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(engine.ENGINE_VARIABLE, "check")
+    network, x = make_network(deep_supervision=True), torch.randn(1, 1, 8, 32, 32)
+    assert uses_engine(network, x)
+    calls = []
+    honest = E2ENet.forward
+
+    def wrong(self: E2ENet, x: Tensor) -> list[Tensor]:
+        calls.append(x)
+        return [level + 1 for level in honest(self, x)]
+
+    network = make_network(deep_supervision=True)
+    monkeypatch.setattr(E2ENet, "forward", wrong)
+    with torch.inference_mode(), pytest.raises(E2ENetError, match="differ from PyTorch"):
+        engine.accelerate(network, x)
+    assert len(calls) == 1
+
+
+def test_without_a_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnunetv2_e2enet.engine.automatic.load_core", lambda: "the compiled core was not built")
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    assert not uses_engine(network, x)
+    with torch.inference_mode():
+        logits = network(x)
+        with engine.disabled():
+            assert torch.equal(logits, network(x))
