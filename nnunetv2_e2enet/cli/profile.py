@@ -113,19 +113,23 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _write(args: argparse.Namespace, console: Console, profiles: list[Profile], settings: Settings) -> None:
     from dataclasses import asdict
 
+    from nnunetv2_e2enet.engine.status import status
     from nnunetv2_e2enet.evaluation.export import plain
     from nnunetv2_e2enet.evaluation.files import write_text
     from nnunetv2_e2enet.evaluation.profile_tables import print_profiles
     from nnunetv2_e2enet.evaluation.provenance import command_line, provenance
 
+    engine = status().reason if settings.device == "cpu" else "the CPU engine is not used on CUDA"
     if args.json != "-":
         print_profiles(console, profiles, settings, args.levels, args.flows)
+        if settings.with_time or settings.with_memory:
+            console.print(f"E2ENet: {engine}.", soft_wrap=True)
     if args.json is None:
         return
     content = {
         "format": 1,
         "provenance": provenance(command_line("profile", args.subjects)),
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "engine": engine},
         "profiles": [p.as_json() for p in profiles],
     }
     text = json.dumps(plain(content), indent=1, allow_nan=False)

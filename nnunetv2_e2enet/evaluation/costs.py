@@ -23,7 +23,7 @@ class Costs:
         parameters_active: of these, the ones in use with the present topology.
         macs_dense: multiply-accumulates of all connections.
         macs_active: of the active connections and the dense layers: what the topology leaves to compute.
-        macs_executed: what the program really multiplies.
+        macs_executed: what PyTorch really multiplies.
     """
 
     parameters_stored: int

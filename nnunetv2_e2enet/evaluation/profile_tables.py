@@ -14,8 +14,9 @@ from nnunetv2_e2enet.evaluation.profile import Profile, Settings
 
 COLUMNS = (
     "Stored: in memory and checkpoints. Dense: all connections. Active: those that the sparse topology leaves, and the dense "
-    "layers. Executed: what the program multiplies in a prediction. PyTorch has no fast sparse convolution, so masked weights "
-    "are multiplied like any others and executed is dense; active says what an engine that leaves them out has to do."
+    "layers. Executed: what PyTorch multiplies in a prediction. It has no fast sparse convolution, so masked weights are "
+    "multiplied like any others and executed is dense. What the CPU engine executes is not counted; its time and memory are "
+    "measured where it is used."
 )
 
 
