@@ -43,12 +43,15 @@ def run(_args: argparse.Namespace) -> int:
 
 
 def _facts(nnunet: NnUNet) -> dict[str, str]:
+    from nnunetv2_e2enet import engine
+
     facts = {
         "nnunetv2-e2enet": __version__,
         "nnunetv2": f"{nnunet.version} in {nnunet.folder}",
         "torch": version("torch"),
         "python": platform.python_version(),
         "device": _device(),
+        "engine": engine.status().reason,
     }
     files = registered_files(nnunet)
     for path, text in files.items():
