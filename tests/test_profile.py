@@ -186,3 +186,21 @@ def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
         script = capsys.readouterr().out
         assert "--report" in script
         assert "profile" in script
+
+
+def test_executed_by_the_engine_is_what_its_winograd_convolutions_multiply() -> None:
+    """On sizes that tiles divide, convolutions at stride 1 take a quarter of their active multiply-accumulates."""
+    strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
+    small = Design("nnU-Net", "test", plans_of(strides, [4, 32, 32], base=8), dataset_of(3), "3d_fullres")
+    network = e2enet_variant(small, 0.8).build()
+    voxels = [4 * 32 * 32, 4 * 16 * 16, 2 * 8 * 8]
+    encoder = [(level, block.conv) for level, stage in enumerate(network.encoder.stages) for block in stage]
+    fusion = [
+        (level, block.conv) for nodes in network.decoder.stages for level, node in enumerate(nodes) for block in node.blocks
+    ]
+    at_stride_1 = sum(
+        int(conv.weight.count_nonzero()) * voxels[level] for level, conv in encoder + fusion if max(conv.stride) == 1
+    )
+    costs = count_costs(network, small.input_shape(), by_engine=True)
+    assert costs.macs_executed == costs.macs_active - at_stride_1 * 3 // 4
+    assert count_costs(network, small.input_shape()).macs_executed == costs.macs_dense

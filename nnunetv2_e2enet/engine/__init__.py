@@ -6,6 +6,7 @@ An E2ENet in eval mode, on the CPU, with gradients off, uses the engine by itsel
 
 from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, disabled, mode
 from nnunetv2_e2enet.engine.core import KERNELS, KERNELS_VARIABLE, load_core
+from nnunetv2_e2enet.engine.counts import executed_macs
 from nnunetv2_e2enet.engine.status import Status, profile, release, status, why_pytorch
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Status",
     "accelerate",
     "disabled",
+    "executed_macs",
     "load_core",
     "mode",
     "profile",

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
+from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.network import E2ENet, MaskableLayer, accounts
 
 
@@ -23,7 +24,7 @@ class Costs:
         parameters_active: of these, the ones in use with the present topology.
         macs_dense: multiply-accumulates of all connections.
         macs_active: of the active connections and the dense layers: what the topology leaves to compute.
-        macs_executed: what PyTorch really multiplies.
+        macs_executed: what the program that predicts really multiplies.
     """
 
     parameters_stored: int
@@ -33,16 +34,19 @@ class Costs:
     macs_executed: int
 
 
-def count_costs(network: nn.Module, input_shape: Sequence[int]) -> Costs:
-    """Counted on shapes alone, nothing is computed. ``input_shape`` is batch, channels, and the patch."""
+def count_costs(network: nn.Module, input_shape: Sequence[int], by_engine: bool = False) -> Costs:
+    """Counted on shapes alone, nothing is computed.
+
+    Args:
+        input_shape: batch (of 1), channels, and the patch.
+        by_engine: whether an E2ENet is predicted by the CPU engine, not by PyTorch.
+    """
     parameters = accounts.parameter_counts(network)
     macs = accounts.multiply_accumulates(network, input_shape)
-    return Costs(parameters.total, parameters.active, macs.total, macs.active, executed_macs(macs))
-
-
-def executed_macs(macs: accounts.MultiplyAccumulates) -> int:
-    """What is multiplied when a patch is predicted: PyTorch multiplies masked weights like any others, so all of it."""
-    return macs.total
+    executed = macs.total  # PyTorch multiplies masked weights like any others
+    if by_engine and isinstance(network, E2ENet):
+        executed = engine.executed_macs(network, input_shape[2:])
+    return Costs(parameters.total, parameters.active, macs.total, macs.active, executed)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.evaluation import memory
 from nnunetv2_e2enet.evaluation.costs import Costs, Share, breakdown, count_costs
 from nnunetv2_e2enet.evaluation.networks import Design
@@ -124,6 +125,11 @@ def steps(designs: Sequence[Design], settings: Settings) -> int:
     return len(designs) * one
 
 
+def uses_engine(settings: Settings) -> bool:
+    """Whether E2ENet predicts with the CPU engine under these settings."""
+    return settings.device == "cpu" and settings.dtype == "float32" and engine.status().used
+
+
 def _count(design: Design, network: nn.Module, settings: Settings) -> Profile:
     batch_size = settings.batch_size or design.batch_size
     return Profile(
@@ -132,7 +138,7 @@ def _count(design: Design, network: nn.Module, settings: Settings) -> Profile:
         type(network).__name__,
         design.patch_size,
         batch_size,
-        count_costs(network, design.input_shape()),
+        count_costs(network, design.input_shape(), by_engine=uses_engine(settings)),
         accounts.saved_bytes(design.build(deep_supervision=True), design.input_shape(batch_size)),
         shares=breakdown(network, design.input_shape()) if settings.with_breakdown else [],
     )

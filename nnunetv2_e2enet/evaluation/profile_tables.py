@@ -14,9 +14,8 @@ from nnunetv2_e2enet.evaluation.profile import Profile, Settings
 
 COLUMNS = (
     "Stored: in memory and checkpoints. Dense: all connections. Active: those that the sparse topology leaves, and the dense "
-    "layers. Executed: what PyTorch multiplies in a prediction. It has no fast sparse convolution, so masked weights are "
-    "multiplied like any others and executed is dense. What the CPU engine executes is not counted; its time and memory are "
-    "measured where it is used."
+    "layers. Executed: what the program multiplies with weights in a prediction. PyTorch multiplies masked weights like any "
+    "others, so executed is dense; the CPU engine leaves them out, and its Winograd convolutions need fewer still."
 )
 
 
