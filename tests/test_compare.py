@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -339,7 +338,9 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_path: P
             shutil.copy(folder / "case_0.nii.gz", folder / f"case_{i}.nii.gz") if i else None
     report, cache = tmp_path / "out.html", tmp_path / "cache"
     command = [program("e2enet"), *study.arguments("--report", str(report), "--workers", "2")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    # tests that run in the background of a shell inherit that Ctrl-C is ignored
+    process = subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 120
     while not list(cache.rglob("*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
