@@ -28,6 +28,7 @@ DATASET = f"Dataset{DATASET_ID}_Phantom"
 CONFIGURATION = "3d_fullres"
 MODELS = {"E2ENet": "nnUNetTrainerE2ENet_demo", "nnU-Net": "nnUNetTrainer_demo"}
 EXPECTED_DICE = 0.8
+SIZE = ("20", "56", "56")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +88,7 @@ def _commands(work: Workspace) -> list[tuple[str, list[str]]]:
     dataset = str(DATASET_ID)
     cores = str(min(8, os.cpu_count() or 1))
     commands = [
-        ("Phantom data", ["e2enet", "phantom", dataset]),
+        ("Phantom data", ["e2enet", "phantom", dataset, "--size", *SIZE]),
         (
             "Plan and preprocess",
             [

@@ -29,6 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--test-cases", metavar="M", type=int, default=4, help="held out, in imagesTs and labelsTs (default: %(default)s)"
     )
+    parser.add_argument(
+        "--size",
+        metavar=("D", "H", "W"),
+        type=int,
+        nargs=3,
+        default=(24, 64, 64),
+        help="voxels along depth, height, width (default: 24 64 64)",
+    )
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="same seed, same cases (default: %(default)s)")
 
 
@@ -38,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     folder = _raw_folder() / _dataset_name(args.dataset_id, args.name)
     _check_id_is_free(args.dataset_id, folder.name)
-    write_phantom_dataset(folder, args.cases, args.test_cases, args.seed)
+    write_phantom_dataset(folder, args.cases, args.test_cases, args.seed, tuple(args.size))
     print(f"Wrote {args.cases} training and {args.test_cases} held-out cases to {folder}")
     return 0
 
