@@ -7,16 +7,14 @@ folders; it imports our classes and nothing else. Only files that start with our
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import sys
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import write_atomically
 
 OLDEST_NNUNET = (2, 8)
 NEWEST_NNUNET = (3,)
@@ -109,7 +107,7 @@ def register(nnunet: NnUNet) -> list[Path]:
     written: list[Path] = []
     try:
         for path in outdated:
-            _write_atomically(path, wanted[path])
+            write_atomically(path, wanted[path])
             written.append(path)
     except OSError as error:
         for path in written:
@@ -165,21 +163,8 @@ def _cannot_write(error: OSError) -> str:
     )
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        with suppress(OSError):
-            Path(temporary).unlink()
-        raise
-
-
 def _restore(path: Path, text: str | None) -> None:
     if text is None:
         path.unlink()
     else:
-        _write_atomically(path, text)
+        write_atomically(path, text)

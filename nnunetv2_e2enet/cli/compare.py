@@ -184,9 +184,9 @@ def _progress(console: Console, title: str) -> Iterator[Callable[[int, int], Non
 
 def _write(args: argparse.Namespace, comparison: Comparison, console: Console) -> None:
     from nnunetv2_e2enet.evaluation.export import as_csv, as_json
-    from nnunetv2_e2enet.evaluation.files import write_text
     from nnunetv2_e2enet.evaluation.provenance import command_line, provenance
     from nnunetv2_e2enet.evaluation.tables import print_comparison
+    from nnunetv2_e2enet.files import write_text
 
     facts = provenance(command_line("compare", args.results))
     if args.json != "-":

@@ -115,9 +115,9 @@ def _write(args: argparse.Namespace, console: Console, profiles: list[Profile], 
 
     from nnunetv2_e2enet.engine.status import status
     from nnunetv2_e2enet.evaluation.export import plain
-    from nnunetv2_e2enet.evaluation.files import write_text
     from nnunetv2_e2enet.evaluation.profile_tables import print_profiles
     from nnunetv2_e2enet.evaluation.provenance import command_line, provenance
+    from nnunetv2_e2enet.files import write_text
 
     engine = status().reason if settings.device == "cpu" else "the CPU engine is not used on CUDA"
     if args.json != "-":

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.evaluation.files import write_text
 from nnunetv2_e2enet.evaluation.labels import Labels
 from nnunetv2_e2enet.evaluation.metrics import ClassMetrics
+from nnunetv2_e2enet.files import write_text
 
 VERSION = 1
 """Of what the metrics mean: to be raised when a number would come out otherwise."""

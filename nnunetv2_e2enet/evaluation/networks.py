@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.evaluation.files import read_json
+from nnunetv2_e2enet.files import read_json
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.evaluation.files import read_json
 from nnunetv2_e2enet.evaluation.labels import Labels, read_labels
+from nnunetv2_e2enet.files import read_json
 
 
 @dataclass(frozen=True)

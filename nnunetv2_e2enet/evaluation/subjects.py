@@ -14,7 +14,6 @@ import numpy as np
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.choices import BESIDE, SPARSITIES
-from nnunetv2_e2enet.evaluation.files import read_json
 from nnunetv2_e2enet.evaluation.networks import (
     Design,
     dataset_folder,
@@ -23,6 +22,7 @@ from nnunetv2_e2enet.evaluation.networks import (
     residual_encoder_variant,
 )
 from nnunetv2_e2enet.evaluation.sources import default_names, is_model_folder, short_trainer_name
+from nnunetv2_e2enet.files import read_json
 
 PRESETS = {"ResEnc M": "nnUNetPlannerResEncM", "ResEnc L": "nnUNetPlannerResEncL"}
 

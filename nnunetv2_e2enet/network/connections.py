@@ -57,7 +57,8 @@ class MaskableLayer(nn.Module):
     explored: Tensor
     dense_gradients: bool
 
-    def _init_connections(self) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # of the convolution that this is mixed into
         shape = self.weight.shape[:2]
         self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))
         self.register_buffer("explored", torch.ones(shape, dtype=torch.bool))
@@ -108,37 +109,21 @@ class MaskableLayer(nn.Module):
 
 
 class MaskedConv2d(MaskableLayer, nn.Conv2d):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_connections()
-
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.masked_weight(), self.bias)
 
 
 class MaskedConv3d(MaskableLayer, nn.Conv3d):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_connections()
-
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.masked_weight(), self.bias)
 
 
 class MaskedConvTranspose2d(MaskableLayer, nn.ConvTranspose2d):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_connections()
-
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return F.conv_transpose2d(x, self.masked_weight(), self.bias, self.stride, self.padding)  # type: ignore[arg-type]
 
 
 class MaskedConvTranspose3d(MaskableLayer, nn.ConvTranspose3d):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._init_connections()
-
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return F.conv_transpose3d(x, self.masked_weight(), self.bias, self.stride, self.padding)  # type: ignore[arg-type]
 

@@ -12,18 +12,9 @@ from typing import Any
 from nnunetv2_e2enet.errors import E2ENetError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write or replace ``path``; an interruption leaves what was there before.
-
-    Raises:
-        E2ENetError: the folder is missing or cannot be written to.
-    """
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise E2ENetError(
-            f"cannot write {path} ({error.strerror}): expected a folder with write permission; choose another place"
-        ) from error
+def write_atomically(path: Path, text: str) -> None:
+    """Write or replace ``path``; an interruption or an error (OSError) leaves what was there before."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
             file.write(text)
@@ -33,6 +24,20 @@ def write_text(path: Path, text: str) -> None:
         with suppress(OSError):
             Path(temporary).unlink()
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """As ``write_atomically``.
+
+    Raises:
+        E2ENetError: the folder is missing or cannot be written to.
+    """
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise E2ENetError(
+            f"cannot write {path} ({error.strerror}): expected a folder with room and write permission; choose another place"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
