@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,13 @@ from nnunetv2_e2enet.network import E2ENet
 
 KERNELS = [name for name in engine.KERNELS if not isinstance(engine.load_core(name), str)]
 needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core was not built")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_small_networks_too() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(engine.ENGINE_VARIABLE, "on")
+        yield
 
 
 def make_network(
@@ -406,3 +413,14 @@ def test_without_a_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:
         logits = network(x)
         with engine.disabled():
             assert torch.equal(logits, network(x))
+
+
+@needs_core
+def test_small_networks_are_left_to_pytorch_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(engine.ENGINE_VARIABLE, "auto")
+    small, large = make_network(), make_network(features=[32, 64, 64])
+    with torch.inference_mode():
+        small(torch.zeros(1, 1, 4, 16, 16))
+        large(torch.zeros(1, 1, 8, 64, 64))
+    assert "the network is small" in str(engine.why_pytorch(small))
+    assert engine.why_pytorch(large) is None

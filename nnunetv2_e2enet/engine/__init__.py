@@ -4,7 +4,7 @@ An E2ENet in eval mode, on the CPU, with gradients off, uses the engine by itsel
 ``nnUNet_e2enet_engine`` says "auto", "off" or "check" (compare the first patch with PyTorch). See docs/engine.md.
 """
 
-from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, disabled, mode
+from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, disabled, mode, predicts
 from nnunetv2_e2enet.engine.core import KERNELS, KERNELS_VARIABLE, load_core
 from nnunetv2_e2enet.engine.counts import executed_macs
 from nnunetv2_e2enet.engine.status import Status, profile, release, status, why_pytorch
@@ -19,6 +19,7 @@ __all__ = [
     "executed_macs",
     "load_core",
     "mode",
+    "predicts",
     "profile",
     "release",
     "status",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +21,8 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.e2enet import E2ENet
 
 ENGINE_VARIABLE = "nnUNet_e2enet_engine"
-MODES = ("auto", "off", "check")
+MODES = ("auto", "on", "off", "check")
+LEAST_WORK = 2e9  # multiply-accumulates of the dense network a patch; below, in mode "auto", there is little to save
 TOLERANCE = 1e-3  # of the largest logit, in mode "check"
 IDLE_PROGRAMS = 2  # kept for the next patch; more are made while more threads predict at once
 
@@ -28,13 +30,13 @@ _local = threading.local()
 
 
 def mode() -> str:
-    """What the environment variable ``nnUNet_e2enet_engine`` says: "auto" (also when unset), "off" or "check".
+    """What the environment variable ``nnUNet_e2enet_engine`` says: "auto" (also when unset), "on", "off" or "check".
 
     Raises:
         E2ENetError: it says something else.
     """
     value = os.environ.get(ENGINE_VARIABLE, "") or "auto"
-    value = {"0": "off", "false": "off", "1": "auto", "true": "auto", "on": "auto"}.get(value.lower(), value.lower())
+    value = {"0": "off", "false": "off", "1": "on", "true": "on"}.get(value.lower(), value.lower())
     if value not in MODES:
         raise E2ENetError(f"{ENGINE_VARIABLE} is {value!r}: use one of {', '.join(MODES)}")
     return value
@@ -148,7 +150,25 @@ def why_not(network: E2ENet, x: Tensor) -> str | None:
         size = [s // t for s, t in zip(size, stride, strict=True)]
         if all(s == 1 for s in size):
             return "a level has one voxel, for which instance norm is not defined"
+    if mode() == "auto" and _work(network, list(x.shape[2:])) < LEAST_WORK:
+        return f"the network is small, a patch takes PyTorch little time ({ENGINE_VARIABLE}=on uses the engine all the same)"
     return None
+
+
+def _work(network: E2ENet, size: list[int]) -> float:
+    """About the multiply-accumulates of the dense network for one patch."""
+    voxels = []
+    for stride in network.encoder.strides:
+        size = [s // t for s, t in zip(size, stride, strict=True)]
+        voxels.append(prod(size))
+    levels = [*enumerate(network.encoder.stages)]
+    levels += [pair for nodes in network.decoder.stages for pair in enumerate(nodes.children())]
+    return float(sum(voxels[level] * p.numel() for level, module in levels for p in module.parameters()))
+
+
+def predicts(network: E2ENet, input_shape: Sequence[int]) -> bool:
+    """Whether the engine takes a float32 input of this shape on the CPU, as far as settings and shapes tell."""
+    return isinstance(load_core(), Core) and why_not(network, torch.empty(tuple(input_shape), device="cpu")) is None
 
 
 def accelerate(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:

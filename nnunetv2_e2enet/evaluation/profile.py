@@ -16,7 +16,7 @@ from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.evaluation import memory
 from nnunetv2_e2enet.evaluation.costs import Costs, Share, breakdown, count_costs
 from nnunetv2_e2enet.evaluation.networks import Design
-from nnunetv2_e2enet.network import accounts
+from nnunetv2_e2enet.network import E2ENet, accounts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[str], None]
@@ -125,9 +125,11 @@ def steps(designs: Sequence[Design], settings: Settings) -> int:
     return len(designs) * one
 
 
-def uses_engine(settings: Settings) -> bool:
-    """Whether E2ENet predicts with the CPU engine under these settings."""
-    return settings.device == "cpu" and settings.dtype == "float32" and engine.status().used
+def uses_engine(network: nn.Module, input_shape: Sequence[int], settings: Settings) -> bool:
+    """Whether a network predicts with the CPU engine under these settings."""
+    if settings.device != "cpu" or settings.dtype != "float32" or not isinstance(network, E2ENet):
+        return False
+    return engine.predicts(network, input_shape)
 
 
 def _count(design: Design, network: nn.Module, settings: Settings) -> Profile:
@@ -138,7 +140,7 @@ def _count(design: Design, network: nn.Module, settings: Settings) -> Profile:
         type(network).__name__,
         design.patch_size,
         batch_size,
-        count_costs(network, design.input_shape(), by_engine=uses_engine(settings)),
+        count_costs(network, design.input_shape(), by_engine=uses_engine(network, design.input_shape(), settings)),
         accounts.saved_bytes(design.build(deep_supervision=True), design.input_shape(batch_size)),
         shares=breakdown(network, design.input_shape()) if settings.with_breakdown else [],
     )
