@@ -140,7 +140,7 @@ def test_the_command_on_a_plans_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert content["settings"]["threads"] == 1
     assert main([*command, "--levels", "--no-time"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "masked weights are multiplied like any others" in shown
+    assert "PyTorch multiplies masked weights like any others" in shown
     assert "costs by level" in shown
 
 
