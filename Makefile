@@ -16,7 +16,8 @@ $(VENV)/.installed: pyproject.toml setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/torch.txt # the rest must not replace it
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/torch.txt --editable '.[dev]'
 	touch $@
 
 install: $(VENV)/.installed  ## environment with the package in editable mode

@@ -26,7 +26,9 @@ def test_new_environment(tmp_path: Path, how: list[str]) -> None:
     programs = tmp_path / "venv" / "bin"
     pip = [str(programs / "python"), "-m", "pip", "install", "--quiet"]
     run(*pip, *TORCH)
-    run(*pip, *how, str(REPOSITORY))
+    installed = run(str(programs / "python"), "-c", "import torch; print(f'torch=={torch.__version__}')")
+    (tmp_path / "torch.txt").write_text(installed)  # the rest must not replace it
+    run(*pip, "--constraint", "torch.txt", *how, str(REPOSITORY))
     run(str(programs / "e2enet"), "register")
     info = run(str(programs / "e2enet"), "info")
     found = re.search(r"nnU-Net finds (\d+) of (\d+) trainers", info)
