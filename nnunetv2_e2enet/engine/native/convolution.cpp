@@ -6,7 +6,7 @@
 namespace e2e {
 namespace {
 
-constexpr int64_t kUpsampledFloats = 2 << 20;  // of an upward flow to hold at a time, at least one round of slices
+constexpr int64_t kUpsampledFloats = 3 << 20;  // of an upward flow to hold at a time, at least one round of slices
 constexpr int64_t kPrivateFloats = 3 << 19;    // of transformed tiles up to which each thread works on blocks of its own
 constexpr int64_t kSharedFloats = 3 << 20;     // of transformed tiles that threads hold together otherwise
 constexpr int64_t kStreamFloats = 8 << 20;     // a map that will not stay in any cache is written past them
