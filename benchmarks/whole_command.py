@@ -4,8 +4,8 @@
     python benchmarks/whole_command.py                                       # a phantom whose patch is 64 x 160 x 160
 
 The models have random weights, which cost the same time as trained ones. The commands run in turn, round by round. Memory is
-the largest resident set of one process of the command, and the largest sum over all its processes (a page that two of them
-share counts twice), looked at ten times a second.
+the largest resident set of one process of the command, and the largest sum over all its processes (a page that several share
+counts once), looked at five times a second.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def command(name: str, *arguments: str) -> list[str]:
 
 def run(folder: Path, name: str, *arguments: str) -> None:
     environment = {**os.environ, **{variable: str(folder / variable) for variable in FOLDERS}}
-    subprocess.run(command(name, *arguments), env=environment, check=True, stdout=subprocess.DEVNULL)
+    result = subprocess.run(command(name, *arguments), env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"{name} ended with exit code {result.returncode}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
 
 
 def take_scans(task: Path, raw: Path, n_training: int, n_images: int) -> None:
@@ -132,17 +134,18 @@ def write_model(model: Path, trainer: str, plans: dict[str, Any], dataset: dict[
     (model / "dataset.json").write_text(json.dumps(dataset))
 
 
-def resident_of_tree(process: int) -> int:
-    """Resident bytes of a process and all below it."""
+def memory_of_tree(process: int) -> int:
+    """Bytes of a process and all below it; of a page that several share, each is charged its part."""
     total = 0
     todo = [process]
     while todo:
         folder = Path("/proc") / str(todo.pop())
         try:
-            total += int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            rows = (folder / "smaps_rollup").read_text().splitlines()
+            total += 1024 * sum(int(row.split()[1]) for row in rows if row.startswith("Pss:"))
             for thread in (folder / "task").iterdir():
                 todo += map(int, (thread / "children").read_text().split())
-        except (OSError, IndexError):
+        except OSError:
             continue  # it ended meanwhile
     return total
 
@@ -152,25 +155,31 @@ def measure(folder: Path, variant: Variant, options: list[str], measured: Measur
     images, output = folder / "nnUNet_raw" / DATASET / "imagesTs", folder / "predictions" / variant.name
     arguments = ["-i", str(images), "-o", str(output), "-d", NUMBER, "-c", CONFIGURATION, "-f", "0", "-tr", variant.trainer]
     arguments += ["-device", "cpu", "-npp", "1", "-nps", "1", *options]
+    log = folder / "log.txt"
     begin = time.perf_counter()
-    with subprocess.Popen(command("nnUNetv2_predict", *arguments), env=environment, stdout=subprocess.DEVNULL) as process:
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command("nnUNetv2_predict", *arguments), env=environment, stdout=file, stderr=file) as process,
+    ):
         most = 0
         while True:
             done, status, usage = os.wait4(process.pid, os.WNOHANG)
             if done:
                 break
-            most = max(most, resident_of_tree(process.pid))
-            time.sleep(0.1)
+            most = max(most, memory_of_tree(process.pid))
+            time.sleep(0.2)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"nnUNetv2_predict of {variant.name} ended with exit code {process.returncode}")
+        raise SystemExit(
+            f"nnUNetv2_predict of {variant.name} ended with exit code {process.returncode}:\n{log.read_text()[-3000:]}"
+        )
     measured.seconds.append(time.perf_counter() - begin)
     measured.largest_process.append(usage.ru_maxrss / 2**20)
     measured.all_processes.append(most / 2**30)
 
 
 def spread(values: list[float], digits: int) -> str:
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def main() -> None:
@@ -192,10 +201,10 @@ def main() -> None:
             for variant in variants:
                 measure(folder, variant, options, results[variant.name])
     print(f"{images} scans, patch {' x '.join(map(str, patch))}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"median (least to most)\n{'':18}  {'seconds':22}  {'GiB, largest process':20}  GiB, all")
+    print(f"median (least-most)\n{'':18}  {'seconds':17}  {'GiB, largest process':20}  GiB, all")
     for name, measured in results.items():
         memory = [spread(measured.largest_process, 2), spread(measured.all_processes, 2)]
-        print(f"{name:18}  {spread(measured.seconds, 1):22}  {memory[0]:20}  {memory[1]}")
+        print(f"{name:18}  {spread(measured.seconds, 1):17}  {memory[0]:20}  {memory[1]}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({name: asdict(measured) for name, measured in results.items()}, indent=1))
 

@@ -106,6 +106,10 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
     const int64_t vectors = std::min(total, std::max<int64_t>(2, std::min<int64_t>(4, kWindowFloats / per_vector)));
     const int64_t blocks = divide_up(total, vectors), tiles = vectors * kernels.lanes;
     const bool shared = blocks < 4 * threads;  // then the threads share the phases of each block
+    std::vector<int> phases;                   // that lie in the plane, of a tile or more
+    for (int q = 0; q < kPhases; ++q)
+        if (q / kTile < grid.height && q % kTile < grid.width) phases.push_back(q);
+    const int64_t n_phases = static_cast<int64_t>(phases.size());
     Scratch memory(scratch);
     const int64_t window_floats = round_up(per_vector * vectors, kCacheLine), product_floats = outputs * tiles;
     float* windows = memory.take(window_floats * (shared ? 1 : threads));
@@ -124,17 +128,18 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
             const int64_t first = block * tiles;
             const int n = static_cast<int>(std::min(vectors, total - block * vectors));
             const Share channels = shared ? Share(inputs, thread, team) : Share(inputs, 0, 1);
-            const Share phases = shared ? Share(kPhases, thread, team) : Share(kPhases, 0, 1);
+            const Share its = shared ? Share(n_phases, thread, team) : Share(n_phases, 0, 1);
             window.fill(cut_rows(grid, first, n * kernels.lanes), n * kernels.lanes, channels.first, channels.last, own);
             if (shared) {
                 #pragma omp barrier
             }
-            for (int64_t q = phases.first; q < phases.last; ++q) {
+            for (int64_t i = its.first; i < its.last; ++i) {
+                const int q = phases[static_cast<size_t>(i)];
                 const float* bases[kTaps];
-                window.taps(own, inputs * n * kernels.lanes, static_cast<int>(q), bases);
+                window.taps(own, inputs * n * kernels.lanes, q, bases);
                 kernels.dense_product(bases, kTaps, static_cast<int>(inputs), job.weight, 0, groups, static_cast<int>(outputs),
                                       m, n);
-                kernels.store_phase(m, static_cast<int>(outputs), grid, first, n, static_cast<int>(q), job.out.data,
+                kernels.store_phase(m, static_cast<int>(outputs), grid, first, n, q, job.out.data,
                                     statistics.data() + thread * outputs);
             }
             if (shared) {
