@@ -1,4 +1,4 @@
-"""E2ENet's behaviour in an nnU-Net trainer, as a mixin."""
+"""What nnU-Net's trainers do besides, as mixins: another network than the plans say, DSFF, E2ENet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -42,84 +42,39 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(f"E2ENet: {error}") from None
 
 
-class E2ENetMixin(TrainerBase):
-    """Trains E2ENet with dynamic sparse feature fusion; to be put before an nnU-Net trainer.
+class NetworkMixin(TrainerBase):
+    """Trains another network than the plans say; to be put before an nnU-Net trainer.
 
-    ``class MyTrainer(E2ENetMixin, nnUNetTrainerDA5): pass`` is all that a combination takes. Works with any U-Net plans:
-    patch, strides and dimension come from them, channels from here (unless the plans are E2ENet's). What is trained is
-    written into the model folder's ``plans.json``, so prediction needs no settings.
+    What is trained is written into the model folder's ``plans.json`` and into checkpoints, so prediction needs no settings.
+    Checkpoints are written whole and checked before they are continued, and a training that diverges stops.
     """
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature that nnU-Net inspects)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.feature_sparsity = 0.8  # share of fusion connections that are off; 0 trains the dense network
-        self.topology_update_period = 5  # epochs between two updates of the topology
-        self.initial_prune_fraction = 0.5  # share of active connections replaced at epoch 0; falls to 0 by a cosine
-        self.shift_size = 3  # channel groups of the depth shift, odd; 1 = no shift
-        self.base_num_features = BASE_NUM_FEATURES  # channels of the finest level
-        self.max_num_features = MAX_NUM_FEATURES
-        self.distribution = Uniform()  # connections per layer
-        self.growth = RandomGrowth()  # which connections are tried
-        self.topology_seed = 0
+    def network_architecture(self, architecture: dict[str, Any]) -> dict[str, Any]:
+        """The ``architecture`` entry of the network to train.
+
+        Args:
+            architecture: that of the plans; not changed.
+        """
+        return architecture
 
     def initialize(self) -> None:
         with one_line_errors():
             self._write_architecture_into_plans()
-            schedule = CosineSchedule(self.num_epochs, self.topology_update_period, self.initial_prune_fraction)
             super().initialize()
-            network = self.unwrapped_network
-            network.check_patch_size(self.configuration_manager.patch_size)
-            random_topology(network, self.feature_sparsity, self.distribution, self.topology_seed)
-            self.topology_updater = TopologyUpdater(network, schedule, growth=self.growth, seed=self.topology_seed)
 
     def _write_architecture_into_plans(self) -> None:
-        """From here on the plans describe E2ENet: nnU-Net copies them into the model folder and into checkpoints."""
+        """From here on the plans describe what is trained: nnU-Net copies them into the model folder and into checkpoints."""
         configuration = self.configuration_manager.configuration
-        architecture = e2enet_architecture(
-            configuration["architecture"],
-            self.base_num_features,
-            self.max_num_features,
-            feature_sparsity=self.feature_sparsity,
-            shift_size=self.shift_size,
-        )
+        architecture = self.network_architecture(configuration["architecture"])
         configuration["architecture"] = architecture
         self.plans_manager.plans["configurations"][self.configuration_name]["architecture"] = architecture
-        if len(architecture["arch_kwargs"]["strides"]) == 2:
-            # A network of two levels has one head, and nnU-Net's deep supervision gives the last one no weight.
-            self.enable_deep_supervision = False
-
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,  # noqa: ARG004 (nnU-Net's signature)
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """E2ENet for a configuration; one of other plans is built with E2ENet's defaults."""
-        architecture = e2enet_architecture(configuration_manager.configuration["architecture"])
-        return get_network_from_plans(
-            architecture["network_class_name"],
-            architecture["arch_kwargs"],
-            architecture["_kw_requires_import"],
-            num_input_channels,
-            num_output_channels,
-            allow_init=True,
-            deep_supervision=enable_deep_supervision,
-        )
 
     @property
-    def unwrapped_network(self) -> E2ENet:
+    def unwrapped_network(self) -> nn.Module:
         """The network itself, without DistributedDataParallel and torch.compile."""
-        network = self.network.module if self.is_ddp else self.network
-        return getattr(network, "_orig_mod", network)
+        network: nn.Module = self.network.module if self.is_ddp else self.network
+        unwrapped: nn.Module = getattr(network, "_orig_mod", network)
+        return unwrapped
 
     def save_checkpoint(self, filename: str) -> None:
         """As nnU-Net does, but a file that is there is replaced only by one that is complete."""
@@ -148,6 +103,48 @@ class E2ENetMixin(TrainerBase):
                 check_checkpoint(Path(filename_or_checkpoint), architecture, self.unwrapped_network.state_dict())
         super().load_checkpoint(filename_or_checkpoint)
 
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        with one_line_errors():
+            self._check_weights()
+
+    def _check_weights(self) -> None:
+        """Raises E2ENetError if the training has diverged; the checkpoints on disk are from before."""
+        for name, parameter in self.unwrapped_network.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise E2ENetError(
+                    f"{name} is not finite after epoch {self.current_epoch}: the training has diverged. Resume it from its "
+                    "last checkpoint with --c and a lower initial_lr"
+                )
+
+
+class DSFFMixin(NetworkMixin):
+    """Trains a network with maskable layers with dynamic sparse feature fusion; to be put before an nnU-Net trainer."""
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature that nnU-Net inspects)
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.feature_sparsity = 0.8  # share of maskable connections that are off; 0 trains the dense network
+        self.topology_update_period = 5  # epochs between two updates of the topology
+        self.initial_prune_fraction = 0.5  # share of active connections replaced at epoch 0; falls to 0 by a cosine
+        self.distribution = Uniform()  # connections per layer
+        self.growth = RandomGrowth()  # which connections are tried
+        self.topology_seed = 0
+
+    def initialize(self) -> None:
+        with one_line_errors():
+            schedule = CosineSchedule(self.num_epochs, self.topology_update_period, self.initial_prune_fraction)
+            super().initialize()
+            network = self.unwrapped_network
+            random_topology(network, self.feature_sparsity, self.distribution, self.topology_seed)
+            self.topology_updater = TopologyUpdater(network, schedule, growth=self.growth, seed=self.topology_seed)
+
     def on_train_start(self) -> None:
         super().on_train_start()
         with one_line_errors():
@@ -167,24 +164,73 @@ class E2ENetMixin(TrainerBase):
                 f"{self.feature_sparsity}: load weights of that sparsity, or use the trainer that they were trained with"
             )
 
-    def _check_weights(self) -> None:
-        """Raises E2ENetError if the training has diverged; the checkpoints on disk are from before."""
-        for name, parameter in self.unwrapped_network.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise E2ENetError(
-                    f"{name} is not finite after epoch {self.current_epoch}: the training has diverged. Resume it from its "
-                    "last checkpoint with --c and a lower initial_lr"
-                )
-
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         super().on_train_epoch_end(train_outputs)
         updater = self.topology_updater
         with one_line_errors():
-            self._check_weights()
             update = updater.update(self.current_epoch, self.optimizer)
         self.print_to_log_file(
             f"DSFF sparsity {sparsity(updater.layers):.4f}, "
             f"prune fraction {updater.schedule.prune_fraction(self.current_epoch):.4f}, "
             f"connections changed {update.replaced if update else 0}, "
             f"explored {explored_share(updater.layers):.4f}"
+        )
+
+
+class E2ENetMixin(DSFFMixin):
+    """Trains E2ENet with dynamic sparse feature fusion; to be put before an nnU-Net trainer.
+
+    ``class MyTrainer(E2ENetMixin, nnUNetTrainerDA5): pass`` is all that a combination takes. Works with any U-Net plans:
+    patch, strides and dimension come from them, channels from here (unless the plans are E2ENet's).
+    """
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature that nnU-Net inspects)
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.shift_size = 3  # channel groups of the depth shift, odd; 1 = no shift
+        self.base_num_features = BASE_NUM_FEATURES  # channels of the finest level
+        self.max_num_features = MAX_NUM_FEATURES
+
+    def initialize(self) -> None:
+        super().initialize()
+        with one_line_errors():
+            cast(E2ENet, self.unwrapped_network).check_patch_size(self.configuration_manager.patch_size)
+
+    def network_architecture(self, architecture: dict[str, Any]) -> dict[str, Any]:
+        result = e2enet_architecture(
+            architecture,
+            self.base_num_features,
+            self.max_num_features,
+            feature_sparsity=self.feature_sparsity,
+            shift_size=self.shift_size,
+        )
+        if len(result["arch_kwargs"]["strides"]) == 2:
+            # A network of two levels has one head, and nnU-Net's deep supervision gives the last one no weight.
+            self.enable_deep_supervision = False
+        return result
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,  # noqa: ARG004 (nnU-Net's signature)
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """E2ENet for a configuration; one of other plans is built with E2ENet's defaults."""
+        architecture = e2enet_architecture(configuration_manager.configuration["architecture"])
+        return get_network_from_plans(
+            architecture["network_class_name"],
+            architecture["arch_kwargs"],
+            architecture["_kw_requires_import"],
+            num_input_channels,
+            num_output_channels,
+            allow_init=True,
+            deep_supervision=enable_deep_supervision,
         )
