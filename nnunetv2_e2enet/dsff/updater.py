@@ -1,7 +1,9 @@
 """The one mechanism of dynamic sparse feature fusion: replace the least important connections by others.
 
-The number of active connections of a layer never changes. Every update draws its random numbers from (seed, epoch, layer)
-alone, so that a resumed training goes through the same topologies as an uninterrupted one.
+The number of active connections of a layer never changes. Where output maps share their input maps in blocks, blocks are
+replaced as connections are: importance and growth score of a block are the sums over its connections. Every update draws its
+random numbers from (seed, epoch, layer) alone, so that a resumed training goes through the same topologies as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -100,7 +102,8 @@ class TopologyUpdater:
             )
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{epoch}/{name}").getrandbits(63))
         growth = self.growth.score(layer, generator).to(layer.mask.device)
-        pruned, grown = select(layer.mask, importance, growth, fraction)
+        blocks = select(layer.by_block(layer.mask).bool(), layer.by_block(importance), layer.by_block(growth), fraction)
+        pruned, grown = (layer.from_blocks(mask) for mask in blocks)
         if distributed.is_available() and distributed.is_initialized():  # the same on all ranks, come what may
             for mask in (pruned, grown):
                 flags = mask.to(torch.uint8)

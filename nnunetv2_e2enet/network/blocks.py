@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from nnunetv2_e2enet.network.connections import MASKED_CONV
 from nnunetv2_e2enet.network.depth_shift import depth_shift
+from nnunetv2_e2enet.network.learned_shift import LearnedDepthShift
 
 CONV: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 INSTANCE_NORM: dict[int, Callable[..., nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 MAX_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+KERNEL_SIZE = (1, 3, 3)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,9 @@ class BlockStyle:
     Attributes:
         dimension: 2 or 3. In 2D there is no depth and nothing is shifted.
         shift_size: number of channel groups of the depth shift.
+        kernel_size: of the convolutions, depth first; in 2D the last two count. 3 x 3 in the plane unless given: the depth
+            shift takes the place of the kernel's depth.
+        learned_shift: whether each channel learns how far it moves.
     """
 
     dimension: int
@@ -34,11 +40,8 @@ class BlockStyle:
     dropout_op_kwargs: dict[str, Any] = field(default_factory=dict)
     nonlin: type[nn.Module] = nn.LeakyReLU
     nonlin_kwargs: dict[str, Any] = field(default_factory=lambda: {"inplace": True})
-
-    @property
-    def kernel_size(self) -> tuple[int, ...]:
-        """3 x 3 in the plane; the depth shift takes the place of the kernel's depth."""
-        return (3, 3) if self.dimension == 2 else (1, 3, 3)
+    kernel_size: tuple[int, ...] = KERNEL_SIZE
+    learned_shift: bool = False
 
 
 class ShiftBlock(nn.Module):
@@ -62,8 +65,10 @@ class ShiftBlock(nn.Module):
     ) -> None:
         super().__init__()
         conv: Callable[..., nn.Module] = MASKED_CONV[style.dimension] if maskable else CONV[style.dimension]
-        kernel_size = style.kernel_size
+        kernel_size = style.kernel_size[-style.dimension :]
         self.shift_size = style.shift_size if style.dimension == 3 else 1
+        learned = style.learned_shift and style.dimension == 3
+        self.shift = LearnedDepthShift(in_channels, style.shift_size) if learned else None
         self.conv = conv(
             in_channels,
             out_channels,
@@ -78,7 +83,7 @@ class ShiftBlock(nn.Module):
         self.nonlin = style.nonlin(**style.nonlin_kwargs)
 
     def forward(self, *maps: Tensor) -> Tensor:
-        x = self.conv(depth_shift(maps, self.shift_size))
+        x = self.conv(depth_shift(maps, self.shift_size) if self.shift is None else self.shift(maps))
         if self.dropout is not None:
             x = self.dropout(x)
         return self.nonlin(self.norm(x))

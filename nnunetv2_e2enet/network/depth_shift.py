@@ -77,7 +77,8 @@ def _pieces(widths: Sequence[int], shift_size: int) -> Iterator[tuple[int, slice
         first += width
 
 
-def _move(source: Tensor, target: Tensor, offset: int) -> None:
+def move(source: Tensor, target: Tensor, offset: int) -> None:
+    """Write ``source``, moved by ``offset`` slices, into ``target``, with zeros where nothing comes from."""
     depth = source.shape[DEPTH_AXIS]
     kept = max(depth - abs(offset), 0)
     read, write = max(-offset, 0), max(offset, 0)
@@ -93,7 +94,7 @@ def _shift_into_one(shift_size: int, maps: Sequence[Tensor]) -> Tensor:
     first = maps[0]
     out = first.new_empty((first.shape[0], sum(widths), *first.shape[2:]), dtype=dtype)
     for index, channels, out_channels, offset in _pieces(widths, shift_size):
-        _move(maps[index][:, channels], out[:, out_channels], offset)
+        move(maps[index][:, channels], out[:, out_channels], offset)
     return out
 
 
@@ -116,5 +117,5 @@ class _DepthShift(torch.autograd.Function):
         for index, channels, out_channels, offset in _pieces([shape[1] for shape, _ in ctx.maps], ctx.shift_size):
             target = grads[index]
             if target is not None:
-                _move(grad[:, out_channels], target[:, channels], -offset)
+                move(grad[:, out_channels], target[:, channels], -offset)
         return (None, *grads)

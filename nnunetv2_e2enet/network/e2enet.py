@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import accounts
 from nnunetv2_e2enet.network.acceleration import accelerated
-from nnunetv2_e2enet.network.blocks import CONV, BlockStyle
-from nnunetv2_e2enet.network.connections import MaskableLayer, active_connections, check_sparsity, maskable_layers
+from nnunetv2_e2enet.network.blocks import CONV, KERNEL_SIZE, BlockStyle
+from nnunetv2_e2enet.network.connections import MaskableLayer, check_sparsity, maskable_layers
 from nnunetv2_e2enet.network.depth_shift import check_shift_size
 from nnunetv2_e2enet.network.encoder import Encoder
 from nnunetv2_e2enet.network.fusion import FusionDecoder
@@ -40,7 +40,7 @@ class E2ENet(nn.Module):
         conv_op: ``nn.Conv3d`` or ``nn.Conv2d``.
         strides: stride into each level, a number or one number an axis; the first is 1.
         n_conv_per_stage: shift blocks in each encoder level (the paper's network has 2).
-        kernel_sizes: accepted from plans and not used: kernels are 3 x 3 in the plane (see BlockStyle).
+        kernel_sizes: accepted from plans and not used: all kernels are of ``kernel_size``.
         n_conv_per_stage_decoder: accepted from plans and not used: a fusion node has one block, the last of a level two.
         conv_bias: bias of the convolutions of shift blocks.
         norm_op, norm_op_kwargs: normalisation; instance norm with learned scale and offset unless given.
@@ -49,6 +49,8 @@ class E2ENet(nn.Module):
         deep_supervision: return the logits of all heads, finest first, instead of the finest alone.
         feature_sparsity: share of connections that are off in every maskable layer, from 0 to below 1.
         shift_size: channel groups of the depth shift, odd; 1 shifts nothing.
+        kernel_size: of all convolutions of shift blocks, three odd numbers, depth first; in 2D the last two count.
+        learned_shift: let each channel learn how far it moves (see LearnedDepthShift).
 
     Raises:
         E2ENetError: an argument cannot be used, or the patch cannot be divided by the strides.
@@ -80,6 +82,8 @@ class E2ENet(nn.Module):
         deep_supervision: bool = False,
         feature_sparsity: float = 0.8,
         shift_size: int = 3,
+        kernel_size: Sequence[int] = KERNEL_SIZE,
+        learned_shift: bool = False,
     ) -> None:
         super().__init__()
         dimension = _dimension(conv_op)
@@ -90,6 +94,7 @@ class E2ENet(nn.Module):
             )
         check_sparsity(feature_sparsity)
         check_shift_size(shift_size)
+        _check_kernel_size(kernel_size)
         features = _per_level("features_per_stage", features_per_stage, n_stages)
         n_conv = _per_level("n_conv_per_stage", n_conv_per_stage, n_stages)
         level_strides = _strides(strides, n_stages, dimension)
@@ -102,7 +107,13 @@ class E2ENet(nn.Module):
             "nonlin_kwargs": nonlin_kwargs,
         }
         style = BlockStyle(
-            dimension, shift_size, conv_bias, norm_op, **{name: value for name, value in given.items() if value is not None}
+            dimension,
+            shift_size,
+            conv_bias,
+            norm_op,
+            kernel_size=tuple(kernel_size),
+            learned_shift=learned_shift,
+            **{name: value for name, value in given.items() if value is not None},
         )
         self.dimension = dimension
         self.input_channels = input_channels
@@ -119,7 +130,7 @@ class E2ENet(nn.Module):
 
         self.apply(self.initialize)
         for _, layer in maskable_layers(self):
-            layer.set_random_topology(active_connections(feature_sparsity, layer.n_connections))
+            layer.set_random_topology(layer.connections_at(1 - feature_sparsity))
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """``(batch, input_channels, *patch)`` to ``(batch, num_classes, *patch)``; a list of them with deep supervision."""
@@ -193,6 +204,13 @@ def _dimension(conv_op: type[nn.Module]) -> int:
         if conv_op is conv:
             return dimension
     raise E2ENetError(f"conv_op is {conv_op!r}, but E2ENet is built of torch.nn.Conv3d or torch.nn.Conv2d")
+
+
+def _check_kernel_size(kernel_size: Sequence[int]) -> None:
+    if len(kernel_size) != 3 or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in kernel_size):
+        raise E2ENetError(
+            f"kernel_size is {kernel_size}, but three odd numbers are needed, depth first, such as [1, 3, 3] or [3, 3, 3]"
+        )
 
 
 def _per_level(name: str, value: int | Sequence[int], n_stages: int) -> list[int]:

@@ -14,7 +14,11 @@ from torch import nn
 
 from nnunetv2_e2enet.dsff import (
     CosineSchedule,
+    Distribution,
+    Growth,
     RandomGrowth,
+    Schedule,
+    StaticSchedule,
     TopologyUpdater,
     Uniform,
     explored_share,
@@ -22,7 +26,9 @@ from nnunetv2_e2enet.dsff import (
     sparsity,
 )
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.network import E2ENet, maskable_layers
+from nnunetv2_e2enet.network.blocks import KERNEL_SIZE
+from nnunetv2_e2enet.network.learned_shift import hold_whole_offsets
 from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture
 from nnunetv2_e2enet.training.checkpoints import check_checkpoint
 
@@ -31,6 +37,9 @@ if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 else:
     TrainerBase = object
+
+
+WHOLE_SHIFT_FROM = 0.9  # of the epochs, with a learned shift
 
 
 @contextmanager
@@ -131,19 +140,27 @@ class DSFFMixin(NetworkMixin):
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.feature_sparsity = 0.8  # share of maskable connections that are off; 0 trains the dense network
-        self.topology_update_period = 5  # epochs between two updates of the topology
+        self.topology_update_period: int | None = 5  # epochs between two updates of the topology; None keeps that of the start
         self.initial_prune_fraction = 0.5  # share of active connections replaced at epoch 0; falls to 0 by a cosine
-        self.distribution = Uniform()  # connections per layer
-        self.growth = RandomGrowth()  # which connections are tried
+        self.distribution: Distribution = Uniform()  # connections per layer
+        self.growth: Growth = RandomGrowth()  # which connections are tried
+        self.block_size = 1  # output maps that share their input maps
         self.topology_seed = 0
 
     def initialize(self) -> None:
         with one_line_errors():
-            schedule = CosineSchedule(self.num_epochs, self.topology_update_period, self.initial_prune_fraction)
+            schedule = self._schedule()
             super().initialize()
             network = self.unwrapped_network
+            for _, layer in maskable_layers(network):
+                layer.share_inputs(self.block_size)
             random_topology(network, self.feature_sparsity, self.distribution, self.topology_seed)
             self.topology_updater = TopologyUpdater(network, schedule, growth=self.growth, seed=self.topology_seed)
+
+    def _schedule(self) -> Schedule:
+        if self.topology_update_period is None:
+            return StaticSchedule()
+        return CosineSchedule(self.num_epochs, self.topology_update_period, self.initial_prune_fraction)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -154,7 +171,7 @@ class DSFFMixin(NetworkMixin):
                 layer.explored.copy_(layer.mask)
 
     def _check_topology(self) -> None:
-        """Raises E2ENetError unless every layer has as many active connections as the sparsity says."""
+        """Raises E2ENetError unless every layer has as many active connections as the sparsity says, in blocks."""
         layers = self.topology_updater.layers
         expected = self.distribution.active(self.feature_sparsity, layers)
         wrong = {name: layer.n_active for name, layer in layers.items() if layer.n_active != expected[name]}
@@ -162,6 +179,12 @@ class DSFFMixin(NetworkMixin):
             raise E2ENetError(
                 f"the loaded weights have a sparsity of {sparsity(layers):.3f}, but {type(self).__name__} trains with "
                 f"{self.feature_sparsity}: load weights of that sparsity, or use the trainer that they were trained with"
+            )
+        loose = [name for name, layer in layers.items() if layer.shared_block_size() % layer.block_size]
+        if loose:
+            raise E2ENetError(
+                f"{loose[0]} and {len(loose) - 1} more layers of the loaded weights have output maps that do not share their "
+                f"input maps, but {type(self).__name__} trains with block_size {self.block_size}: load weights in such blocks"
             )
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
@@ -194,6 +217,8 @@ class E2ENetMixin(DSFFMixin):
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.shift_size = 3  # channel groups of the depth shift, odd; 1 = no shift
+        self.learned_shift = False  # each channel learns how far it moves, in whole slices over the last tenth of the epochs
+        self.kernel_size = list(KERNEL_SIZE)  # of all convolutions, depth first
         self.base_num_features = BASE_NUM_FEATURES  # channels of the finest level
         self.max_num_features = MAX_NUM_FEATURES
 
@@ -209,11 +234,18 @@ class E2ENetMixin(DSFFMixin):
             self.max_num_features,
             feature_sparsity=self.feature_sparsity,
             shift_size=self.shift_size,
+            kernel_size=self.kernel_size,
+            learned_shift=self.learned_shift,
         )
         if len(result["arch_kwargs"]["strides"]) == 2:
             # A network of two levels has one head, and nnU-Net's deep supervision gives the last one no weight.
             self.enable_deep_supervision = False
         return result
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.current_epoch >= WHOLE_SHIFT_FROM * self.num_epochs:
+            hold_whole_offsets(self.unwrapped_network, self.optimizer)
 
     @staticmethod
     def build_network_architecture(
