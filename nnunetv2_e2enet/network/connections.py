@@ -56,6 +56,7 @@ class MaskableLayer(nn.Module):
     mask: Tensor
     explored: Tensor
     dense_gradients: bool
+    transposed: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # of the convolution that this is mixed into
@@ -71,6 +72,11 @@ class MaskableLayer(nn.Module):
     @property
     def n_active(self) -> int:
         return int(self.mask.sum())
+
+    @property
+    def input_axis(self) -> int:
+        """The axis of ``mask`` and ``weight`` along which the input maps lie."""
+        return 0 if self.transposed else 1
 
     @property
     def weights_per_connection(self) -> int:
