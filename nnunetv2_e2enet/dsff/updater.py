@@ -25,11 +25,21 @@ from nnunetv2_e2enet.network.connections import MaskableLayer, maskable_layers
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """What one update did to one layer, in connections."""
+    """What one update did to one layer.
+
+    Attributes:
+        pruned, grown: bool, like the layer's mask. A connection where both are True was started anew.
+        threshold: importance of the most important connection that was pruned; None where none was.
+    """
 
     name: str
-    active: int
-    replaced: int
+    pruned: Tensor
+    grown: Tensor
+    threshold: float | None
+
+    @property
+    def replaced(self) -> int:
+        return int(self.grown.sum())
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class TopologyUpdater:
         schedule: Schedule,
         importance: Importance | None = None,
         growth: Growth | None = None,
-        seed: int = 0,
+        seed: int | str = 0,
     ) -> None:
         self.layers: dict[str, MaskableLayer] = dict(maskable_layers(network))
         self.schedule = schedule
@@ -85,15 +95,12 @@ class TopologyUpdater:
         if not self.schedule.is_update(epoch):
             return None
         fraction = self.schedule.prune_fraction(epoch)
-        masks = {name: self._next_mask(name, layer, fraction, epoch) for name, layer in self.layers.items()}
-        changes = []
-        for name, layer in self.layers.items():
-            pruned, grown = masks[name]
-            _replace(layer, pruned, grown, optimizer)
-            changes.append(LayerUpdate(name, layer.n_active, int(grown.sum())))
-        return TopologyUpdate(epoch, fraction, tuple(changes))
+        changes = tuple(self._plan(name, layer, fraction, epoch) for name, layer in self.layers.items())
+        for change in changes:
+            _replace(self.layers[change.name], change.pruned, change.grown, optimizer)
+        return TopologyUpdate(epoch, fraction, changes)
 
-    def _next_mask(self, name: str, layer: MaskableLayer, fraction: float, epoch: int) -> tuple[Tensor, Tensor]:
+    def _plan(self, name: str, layer: MaskableLayer, fraction: float, epoch: int) -> LayerUpdate:
         importance = self.importance.score(layer)
         if not torch.isfinite(importance).all():
             raise E2ENetError(
@@ -109,7 +116,8 @@ class TopologyUpdater:
                 flags = mask.to(torch.uint8)
                 distributed.broadcast(flags, src=0)
                 mask.copy_(flags.bool())
-        return pruned, grown
+        threshold = float(importance[pruned].max()) if pruned.any() else None
+        return LayerUpdate(name, pruned, grown, threshold)
 
 
 def select(mask: Tensor, importance: Tensor, growth: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
@@ -157,7 +165,7 @@ def _replace(layer: MaskableLayer, pruned: Tensor, grown: Tensor, optimizer: tor
             value.masked_fill_(changed, 0)
 
 
-def random_topology(network: nn.Module, sparsity: float, distribution: Distribution, seed: int) -> None:
+def random_topology(network: nn.Module, sparsity: float, distribution: Distribution, seed: int | str) -> None:
     """Give every maskable layer a uniform random set of active connections, the same for the same seed."""
     layers = dict(maskable_layers(network))
     for name, n_active in distribution.active(sparsity, layers).items():

@@ -74,6 +74,11 @@ class MaskableLayer(nn.Module):
         return int(self.mask.sum())
 
     @property
+    def input_axis(self) -> int:
+        """The axis of ``mask`` and ``weight`` along which the input maps lie."""
+        return 1 - self.output_axis
+
+    @property
     def weights_per_connection(self) -> int:
         return self.weight[0, 0].numel()
 

@@ -27,6 +27,9 @@ class FusionNode(nn.Module):
         downward_stride: stride between the finer level and this one.
         n_blocks: shift blocks; 2 in the last node of a level, otherwise 1.
         style: what the blocks of the network have in common.
+
+    Attributes:
+        flows: channels of each flow in the concatenation that the first block takes.
     """
 
     def __init__(
@@ -46,6 +49,9 @@ class FusionNode(nn.Module):
         blocks = [ShiftBlock(channels + channels + finer, channels, style, maskable=True)]
         blocks += [ShiftBlock(channels, channels, style, maskable=True) for _ in range(n_blocks - 1)]
         self.blocks = nn.Sequential(*blocks)
+        self.flows = {"forward": slice(0, channels), "upward": slice(channels, 2 * channels)}
+        if finer:
+            self.flows["downward"] = slice(2 * channels, 2 * channels + finer)
 
     def forward(self, same: Tensor, coarser: Tensor, finer: Tensor | None) -> Tensor:
         flows = [same, self.upsample(coarser)]
@@ -56,6 +62,11 @@ class FusionNode(nn.Module):
         for block in rest:
             x = block(x)
         return x
+
+
+def fusion_flows(network: nn.Module) -> dict[str, dict[str, slice]]:
+    """Input channels of each flow, for every convolution in ``network`` that fuses flows, by its name."""
+    return {f"{name}.blocks.0.conv": node.flows for name, node in network.named_modules() if isinstance(node, FusionNode)}
 
 
 class FusionDecoder(nn.Module):

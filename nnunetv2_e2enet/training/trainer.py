@@ -13,12 +13,14 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from nnunetv2_e2enet.dsff import (
+    HISTORY_FILE,
     CosineSchedule,
     Distribution,
     Growth,
     RandomGrowth,
     Schedule,
     StaticSchedule,
+    TopologyHistory,
     TopologyUpdater,
     Uniform,
     explored_share,
@@ -26,11 +28,12 @@ from nnunetv2_e2enet.dsff import (
     sparsity,
 )
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.network import E2ENet, maskable_layers
+from nnunetv2_e2enet.network import E2ENet, fusion_flows, maskable_layers
 from nnunetv2_e2enet.network.blocks import KERNEL_SIZE
 from nnunetv2_e2enet.network.learned_shift import hold_whole_offsets
 from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture
 from nnunetv2_e2enet.training.checkpoints import check_checkpoint
+from nnunetv2_e2enet.training.logging import DSFFLogger
 
 if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as TrainerBase
@@ -154,8 +157,16 @@ class DSFFMixin(NetworkMixin):
             network = self.unwrapped_network
             for _, layer in maskable_layers(network):
                 layer.share_inputs(self.block_size)
-            random_topology(network, self.feature_sparsity, self.distribution, self.topology_seed)
-            self.topology_updater = TopologyUpdater(network, schedule, growth=self.growth, seed=self.topology_seed)
+            seed = f"{self.topology_seed}/{self.fold}"  # folds that agree have learned to, and ensembles differ
+            random_topology(network, self.feature_sparsity, self.distribution, seed)
+            self.topology_updater = TopologyUpdater(network, schedule, growth=self.growth, seed=seed)
+            self.topology_history = self._follow_topology()
+
+    def _follow_topology(self) -> TopologyHistory:
+        path = Path(self.output_folder) / HISTORY_FILE if self.local_rank == 0 else None
+        history = TopologyHistory(self.topology_updater.layers, fusion_flows(self.unwrapped_network), path)
+        self.logger.local_logger = DSFFLogger(history, self.logger.local_logger.verbose)
+        return history
 
     def _schedule(self) -> Schedule:
         if self.topology_update_period is None:
@@ -166,9 +177,20 @@ class DSFFMixin(NetworkMixin):
         super().on_train_start()
         with one_line_errors():
             self._check_topology()
-        if self.current_epoch == 0:  # with -pretrained_weights, what was explored before does not count
-            for layer in self.topology_updater.layers.values():
-                layer.explored.copy_(layer.mask)
+            self._remove_leftovers()
+            if self.current_epoch == 0:
+                for layer in self.topology_updater.layers.values():
+                    layer.explored.copy_(layer.mask)  # with -pretrained_weights, what was explored before does not count
+                self.topology_history.start()
+            else:
+                self.topology_history.resume(self.current_epoch)
+
+    def _remove_leftovers(self) -> None:
+        """Of what a killed training was about to write."""
+        if self.local_rank == 0:
+            for pattern in ("checkpoint_*.pth.tmp", f".{HISTORY_FILE}.*.tmp"):
+                for file in Path(self.output_folder).glob(pattern):
+                    file.unlink()
 
     def _check_topology(self) -> None:
         """Raises E2ENetError unless every layer has as many active connections as the sparsity says, in blocks."""
@@ -192,11 +214,19 @@ class DSFFMixin(NetworkMixin):
         updater = self.topology_updater
         with one_line_errors():
             update = updater.update(self.current_epoch, self.optimizer)
+            if update is not None:
+                self.topology_history.add(update)
+        values = {
+            "sparsity": sparsity(updater.layers),
+            "prune_fraction": updater.schedule.prune_fraction(self.current_epoch),
+            "connections_changed": update.replaced if update else 0,
+            "explored": explored_share(updater.layers),
+        }
+        for name, value in values.items():
+            self.logger.log(f"dsff_{name}", value, self.current_epoch)
         self.print_to_log_file(
-            f"DSFF sparsity {sparsity(updater.layers):.4f}, "
-            f"prune fraction {updater.schedule.prune_fraction(self.current_epoch):.4f}, "
-            f"connections changed {update.replaced if update else 0}, "
-            f"explored {explored_share(updater.layers):.4f}"
+            "DSFF sparsity {sparsity:.4f}, prune fraction {prune_fraction:.4f}, connections changed {connections_changed}, "
+            "explored {explored:.4f}".format(**values)
         )
 
 
