@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -13,9 +13,9 @@ from nnunetv2_e2enet.network.learned_shift import LearnedDepthShift, hold_whole_
 STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
 
 
-def network(**settings: object) -> E2ENet:
+def network(**changes: object) -> E2ENet:
     torch.manual_seed(0)
-    arguments = {"learned_shift": True, "feature_sparsity": 0.5, **settings}
+    arguments = {"learned_shift": True, "feature_sparsity": 0.5, **changes}
     return E2ENet(1, 3, 3, [5, 8, 9], nn.Conv3d, STRIDES, **arguments)  # type: ignore[arg-type]
 
 
@@ -36,6 +36,7 @@ def interpolated_by_definition(x: Tensor, offsets: list[float]) -> Tensor:
     return out
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-7, 7), min_size=1, max_size=5), st.integers(1, 6))
 def test_interpolation_equals_its_definition(offsets: list[float], depth: int) -> None:
     x = torch.randn(2, len(offsets), depth, 2, 3, dtype=torch.float64)
