@@ -90,20 +90,13 @@ def trains_resumes_and_predicts(project: Project, name: str) -> None:
     resumed.on_train_end()
     assert all(layer.n_active == int(start[key].sum()) for key, layer in maskable_layers(resumed.network))
 
-    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor = nnUNetPredictor(use_gaussian=False, use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(Path(resumed.output_folder).parent), (0,))
     logits = predictor.predict_logits_from_preprocessed_data(image[0])
     resumed.set_deep_supervision_enabled(False)
     with torch.no_grad():
         expected = resumed.network.eval()(image)[0]
-    assert (logits - expected).abs().max() < 0.02 * expected.abs().max()  # nnU-Net sums in half precision
-
-
-@pytest.fixture
-def without_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """nnU-Net's data loading in this process, and no picture of the progress, which takes longer than the epoch."""
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda _self, _folder: None)
+    assert (logits - expected).abs().max() < 0.01 * expected.abs().max()  # nnU-Net sums in half precision
 
 
 @pytest.fixture(scope="module")
@@ -125,26 +118,32 @@ def hippocampus(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Proje
     return project
 
 
-@pytest.mark.usefixtures("without_workers", "registered")
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net loads data without further processes, and draws no picture of the progress, which takes longer than an epoch."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda _self, _folder: None)
+
+
 @pytest.mark.parametrize("name", ONE_OF_EACH_MECHANISM)
-def test_one_of_each_mechanism_on_phantoms(in_process: Project, name: str) -> None:
+def test_one_of_each_mechanism_on_phantoms(in_process: Project, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch)
     trains_resumes_and_predicts(in_process, name)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("without_workers", "registered")
+@pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("name", ALL)
 def test_all_on_real_scans(hippocampus: Project, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for variable, folder in hippocampus.environment.items():
         monkeypatch.setenv(variable, folder)
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    in_this_process(monkeypatch)
     trains_resumes_and_predicts(hippocampus, name)
 
 
 def test_pretrained_weights_without_blocks_are_refused(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """They have the same sparsity, but the blocks' output maps would not share their input maps."""
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    in_this_process(monkeypatch)
     loose, blocks = (small(in_process, f"nnUNetTrainerE2ENet{suffix}") for suffix in ("", "_B16"))
     own = deepcopy(blocks.network.state_dict())
     blocks.network.load_state_dict(loose.network.state_dict())

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -13,9 +13,9 @@ from nnunetv2_e2enet.network.learned_shift import LearnedDepthShift, hold_whole_
 STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
 
 
-def network(**settings: object) -> E2ENet:
+def network(**changes: object) -> E2ENet:
     torch.manual_seed(0)
-    arguments = {"learned_shift": True, "feature_sparsity": 0.5, **settings}
+    arguments = {"learned_shift": True, "feature_sparsity": 0.5, **changes}
     return E2ENet(1, 3, 3, [5, 8, 9], nn.Conv3d, STRIDES, **arguments)  # type: ignore[arg-type]
 
 
@@ -36,6 +36,7 @@ def interpolated_by_definition(x: Tensor, offsets: list[float]) -> Tensor:
     return out
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-7, 7), min_size=1, max_size=5), st.integers(1, 6))
 def test_interpolation_equals_its_definition(offsets: list[float], depth: int) -> None:
     x = torch.randn(2, len(offsets), depth, 2, 3, dtype=torch.float64)
@@ -70,18 +71,20 @@ def test_prediction_moves_whole_slices() -> None:
 
 
 def test_offsets_are_learned_and_find_the_slice_that_matters() -> None:
-    """The target is the input two slices further; the offset walks there from a whole slice, where the gradient has a kink."""
+    """The target is the input two slices further; the offset walks there over a whole slice, where the gradient has a kink."""
     torch.manual_seed(0)
-    x = torch.randn(4, 1, 12, 4, 4)
-    x = (x + x.roll(1, 2) + x.roll(-1, 2)) / 3  # neighbouring slices resemble each other, as in scans
+    x = torch.randn(4, 1, 16, 4, 4)
+    for _ in range(2):  # slices vary smoothly, as in scans: between unrelated ones there is no way to walk
+        x = torch.stack([x.roll(k, 2) for k in range(5)]).mean(0)
+    x /= x.std()
     shift = LearnedDepthShift(1, 1)
-    target = depth_shift([x], 1).roll(2, 2)
-    optimizer = torch.optim.SGD(shift.parameters(), 0.2)
-    for _ in range(60):
+    target = x.roll(2, 2)
+    optimizer = torch.optim.SGD(shift.parameters(), 0.5)
+    for _ in range(80):
         optimizer.zero_grad()
-        (shift([x]) - target)[:, :, 3:-3].square().mean().backward()
+        (shift([x]) - target)[:, :, 4:-4].square().mean().backward()
         optimizer.step()
-    assert shift.offsets.item() == pytest.approx(2, abs=0.3)
+    assert shift.offsets.item() == pytest.approx(2, abs=0.2)
     assert shift.whole_offsets() == [2]
 
 
