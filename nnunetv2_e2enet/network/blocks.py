@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from nnunetv2_e2enet.network.acceleration import kernels_for
 from nnunetv2_e2enet.network.connections import MASKED_CONV
-from nnunetv2_e2enet.network.depth_shift import depth_shift
+from nnunetv2_e2enet.network.depth_shift import activation, depth_shift
 from nnunetv2_e2enet.network.learned_shift import LearnedDepthShift
+from nnunetv2_e2enet.network.raw_map import FeatureMap, raw_map
+from nnunetv2_e2enet.network.recomputation import RECOMPUTE, convolved
 
 CONV: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 INSTANCE_NORM: dict[int, Callable[..., nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -44,6 +48,10 @@ class BlockStyle:
     learned_shift: bool = False
 
 
+def as_given(*maps: FeatureMap) -> Sequence[FeatureMap]:
+    return maps
+
+
 class ShiftBlock(nn.Module):
     """Depth shift, conv, norm, activation over the concatenation of one or more feature maps.
 
@@ -53,6 +61,9 @@ class ShiftBlock(nn.Module):
         style: what the blocks of the network have in common.
         stride: of the convolution; the shift comes before it.
         maskable: whether DSFF may switch connections of the convolution off.
+
+    Attributes:
+        recompute: one of RECOMPUTE; what autograd keeps of this block, never what is computed.
     """
 
     def __init__(
@@ -66,6 +77,7 @@ class ShiftBlock(nn.Module):
         super().__init__()
         conv: Callable[..., nn.Module] = MASKED_CONV[style.dimension] if maskable else CONV[style.dimension]
         kernel_size = style.kernel_size[-style.dimension :]
+        self.recompute = RECOMPUTE[0]
         self.shift_size = style.shift_size if style.dimension == 3 else 1
         learned = style.learned_shift and style.dimension == 3
         self.shift = LearnedDepthShift(in_channels, style.shift_size) if learned else None
@@ -82,8 +94,30 @@ class ShiftBlock(nn.Module):
         self.norm = norm(out_channels, **style.norm_op_kwargs)
         self.nonlin = style.nonlin(**style.nonlin_kwargs)
 
-    def forward(self, *maps: Tensor) -> Tensor:
-        x = self.conv(depth_shift(maps, self.shift_size) if self.shift is None else self.shift(maps))
+    def forward(self, *maps: FeatureMap, flows: Callable[..., Sequence[FeatureMap]] = as_given) -> FeatureMap:
+        """The block over ``flows(*maps)``; what ``flows`` computes is computed again in the backward pass if need be."""
+        recompute = self.recompute != "none" and self.training and torch.is_grad_enabled()
+
+        def read(*maps: FeatureMap) -> Tensor:
+            if self.shift is not None:
+                return self.shift([activation(m) for m in flows(*maps)])
+            return depth_shift(flows(*maps), self.shift_size)
+
+        x = convolved(self.conv, read, maps, recompute, random=self.dropout is not None)
         if self.dropout is not None:
             x = self.dropout(x)
-        return self.nonlin(self.norm(x))
+        fused = kernels_for(x) is not None and not torch.is_grad_enabled()  # whose readers normalise in passing
+        raw = raw_map(x, self.norm, self.nonlin) if recompute or fused else None
+        return self.nonlin(self.norm(x)) if raw is None else raw
+
+
+def chain(blocks: Iterable[nn.Module], *maps: FeatureMap, flows: Callable[..., Sequence[FeatureMap]] = as_given) -> FeatureMap:
+    """One shift block after the other; what autograd keeps is what their ``recompute`` says."""
+    *others, last = cast(Iterable[ShiftBlock], blocks)
+    if not others:
+        return last(*maps, flows=flows)
+
+    def before(*maps: FeatureMap) -> Sequence[FeatureMap]:
+        return (chain(others, *maps, flows=flows),)
+
+    return last(*maps, flows=before) if last.recompute == "nodes" else last(*before(*maps))

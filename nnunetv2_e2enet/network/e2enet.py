@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import accounts
-from nnunetv2_e2enet.network.acceleration import accelerated
-from nnunetv2_e2enet.network.blocks import CONV, KERNEL_SIZE, BlockStyle
+from nnunetv2_e2enet.network.acceleration import accelerated, load_kernels
+from nnunetv2_e2enet.network.blocks import CONV, KERNEL_SIZE, BlockStyle, ShiftBlock
 from nnunetv2_e2enet.network.connections import MaskableLayer, check_sparsity, maskable_layers
 from nnunetv2_e2enet.network.depth_shift import check_shift_size
 from nnunetv2_e2enet.network.encoder import Encoder
 from nnunetv2_e2enet.network.fusion import FusionDecoder
+from nnunetv2_e2enet.network.recomputation import check_recompute
 
 NEGATIVE_SLOPE = 1e-2
 
@@ -123,6 +124,9 @@ class E2ENet(nn.Module):
         self.encoder = Encoder(input_channels, features, level_strides, n_conv, style)
         self.decoder = FusionDecoder(features, level_strides, num_classes, deep_supervision, style)
 
+        self.recompute = "blocks"
+        load_kernels()
+
         self.key_to_encoder = "encoder.stages"
         self.key_to_stem = "encoder.stages.0"
         self.keys_to_in_proj = ("encoder.stages.0.0.conv",)
@@ -137,6 +141,24 @@ class E2ENet(nn.Module):
         self.check_patch_size(x.shape[2:])
         logits = accelerated(self, x)
         return self.decoder(self.encoder(x)) if logits is None else logits
+
+    @property
+    def recompute(self) -> str:
+        """What the backward pass of a training computes again instead of keeping it; results do not depend on it.
+
+        "none" keeps everything. "blocks" (the default) keeps one map of each shift block, the output of its convolution, and
+        computes norms, activations, shifts, concatenations and the upward and downward flow again. "nodes" keeps one map of
+        each fusion node and encoder level, and computes the first of two successive convolutions again as well.
+        """
+        return self.decoder.recompute
+
+    @recompute.setter
+    def recompute(self, value: str) -> None:
+        """Raises E2ENetError if ``value`` is none of these."""
+        check_recompute(value)
+        for module in self.modules():
+            if isinstance(module, (ShiftBlock, FusionDecoder)):
+                module.recompute = value
 
     def check_patch_size(self, patch_size: Sequence[int]) -> None:
         """Raises E2ENetError unless the strides divide ``patch_size``."""
