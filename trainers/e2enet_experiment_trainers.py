@@ -30,6 +30,7 @@ _TOPOLOGY = {
     "gradient": {"growth": GradientGrowth()},
     "ERK": {"distribution": ErdosRenyiKernel()},
     **{f"B{size}": {"block_size": size} for size in (8, 16, 32)},
+    **{f"B{size}active": {"block_size": size, "compute_active_only": True} for size in (16, 32)},
 }
 # What a shift block computes. Another kernel stands in the place of the shift.
 _BLOCKS = {

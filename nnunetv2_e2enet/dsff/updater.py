@@ -109,8 +109,7 @@ class TopologyUpdater:
             )
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{epoch}/{name}").getrandbits(63))
         growth = self.growth.score(layer, generator).to(layer.mask.device)
-        blocks = select(layer.by_block(layer.mask).bool(), layer.by_block(importance), layer.by_block(growth), fraction)
-        pruned, grown = (layer.from_blocks(mask) for mask in blocks)
+        pruned, grown = _select_blocks(layer, importance, growth, fraction)
         if distributed.is_available() and distributed.is_initialized():  # the same on all ranks, come what may
             for mask in (pruned, grown):
                 flags = mask.to(torch.uint8)
@@ -152,6 +151,18 @@ def select(mask: Tensor, importance: Tensor, growth: Tensor, fraction: float) ->
     grown = torch.zeros_like(active)
     grown[order[:count]] = True
     return pruned.reshape(mask.shape), grown.reshape(mask.shape)
+
+
+def _select_blocks(layer: MaskableLayer, importance: Tensor, growth: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """``select`` among the blocks of a layer; among the inputs of each block where all shall have as many."""
+    mask, importance, growth = layer.by_block(layer.mask).bool(), layer.by_block(importance), layer.by_block(growth)
+    if layer.equal_blocks:
+        blocks = zip(*(t.unbind(layer.output_axis) for t in (mask, importance, growth)), strict=True)
+        each = [select(m, i, g, fraction) for m, i, g in blocks]
+        pruned, grown = (torch.stack(masks, layer.output_axis) for masks in zip(*each, strict=True))
+    else:
+        pruned, grown = select(mask, importance, growth, fraction)
+    return layer.from_blocks(pruned), layer.from_blocks(grown)
 
 
 def _replace(layer: MaskableLayer, pruned: Tensor, grown: Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -47,6 +47,8 @@ class MaskableLayer(nn.Module):
         explored: bool, like ``mask``; True where a connection has ever been active.
         dense_gradients: let ``weight.grad`` hold the gradient of inactive connections too (for gradient growth).
         block_size: output maps that share their input maps; see ``share_inputs``.
+        equal_blocks: whether each block has as many input maps as any other. Training then computes nothing else: the layer
+            gathers the input maps and weights of each block, unless ``dense_gradients`` are wanted.
         output_axis: of ``weight`` and ``mask``.
     """
 
@@ -56,6 +58,7 @@ class MaskableLayer(nn.Module):
     explored: Tensor
     dense_gradients: bool
     block_size: int
+    equal_blocks: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # of the convolution that this is mixed into
@@ -64,6 +67,8 @@ class MaskableLayer(nn.Module):
         self.register_buffer("explored", torch.ones(shape, dtype=torch.bool))
         self.dense_gradients = False
         self.block_size = 1
+        self.equal_blocks = False
+        self._inputs_per_block = self.mask.shape[self.input_axis]
 
     @property
     def n_connections(self) -> int:
@@ -87,14 +92,16 @@ class MaskableLayer(nn.Module):
         return self.mask.shape[self.output_axis]
 
     def connections_at(self, density: float) -> int:
-        """How many connections are active at a density: the nearest number that is made of whole blocks."""
+        """How many connections are active at a density: the nearest number that is made of whole, or equal, blocks."""
+        if self.equal_blocks:
+            return max(1, round(density * self.mask.shape[self.input_axis])) * self.n_outputs
         return round(density * self.n_connections / self.block_size) * self.block_size
 
-    def share_inputs(self, block_size: int) -> None:
+    def share_inputs(self, block_size: int, equal_blocks: bool = False) -> None:
         """From now on blocks of ``block_size`` output maps share their input maps: topologies that are set, and updates.
 
         All blocks of a layer are of the same size. Where ``block_size`` does not divide the output maps, it is the largest
-        number below that does: 24 of 48 maps for 32.
+        number below that does: 24 of 48 maps for 32. With ``equal_blocks`` all have the same number of input maps as well.
 
         Raises:
             E2ENetError: ``block_size`` is not a whole number of at least 1.
@@ -105,6 +112,7 @@ class MaskableLayer(nn.Module):
                 "number such as 8, 16 or 32; 1 lets each map have its own"
             )
         self.block_size = next(size for size in range(block_size, 0, -1) if self.n_outputs % size == 0)
+        self.equal_blocks = equal_blocks
 
     def by_block(self, connections: Tensor) -> Tensor:
         """Sums over the output maps of each block: from one number a connection to one for each block and input map."""
@@ -127,6 +135,30 @@ class MaskableLayer(nn.Module):
         """
         maps = self.mask.movedim(self.output_axis, 0)
         return [block.any(0).nonzero().flatten() for block in maps.split(block_size)]
+
+    def fits_blocks(self) -> bool:
+        """Whether the output maps of each block share their inputs, equally many of them if they are to be."""
+        equal = not self.equal_blocks or bool((self.mask.sum(self.input_axis) == self._inputs_per_block).all())
+        return equal and self.shared_block_size() % self.block_size == 0
+
+    @property
+    def computes_active_only(self) -> bool:
+        """Whether the forward pass gathers; not where it would have to pad otherwise than with zeros."""
+        zeros = getattr(self, "padding_mode", "zeros") == "zeros"
+        return self.equal_blocks and self.training and not self.dense_gradients and zeros
+
+    def gather_active(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The layer as a grouped convolution, a group for each block: its input maps, its weights, the number of groups.
+
+        Shapes follow from block size and sparsity alone, so that a new topology changes indices and nothing else.
+        """
+        mask, weight = (t.movedim(self.output_axis, 0) for t in (self.mask, self.weight))
+        mask = mask[:: self.block_size].to(torch.uint8)  # (blocks, inputs)
+        inputs = mask.topk(self._inputs_per_block, dim=1).indices.sort(dim=1).values
+        blocks = torch.arange(len(inputs), device=inputs.device)[:, None]
+        weight = weight.unflatten(0, (-1, self.block_size)).transpose(1, 2)[blocks, inputs]  # (blocks, inputs, outputs, ...)
+        weight = weight.transpose(1, 2) if self.output_axis == 0 else weight
+        return x.index_select(1, inputs.flatten()), weight.flatten(0, 1), len(inputs)
 
     def over_kernel(self, mask: Tensor) -> Tensor:
         """A per-connection tensor, shaped so that it broadcasts over ``weight``."""
@@ -151,6 +183,11 @@ class MaskableLayer(nn.Module):
         if self.weight.is_meta:  # a shape without values has no topology
             return
         shape = self.by_block(self.mask).shape
+        if self.equal_blocks:
+            self._inputs_per_block = n_active // self.n_outputs
+            order = torch.rand(shape, generator=generator, device="cpu").argsort(self.input_axis).argsort(self.input_axis)
+            self.set_topology(self.from_blocks(order < self._inputs_per_block))
+            return
         order = torch.randperm(shape.numel(), generator=generator, device="cpu")
         blocks = torch.zeros(shape.numel(), dtype=torch.bool, device="cpu")
         blocks[order[: n_active // self.block_size]] = True
@@ -163,11 +200,17 @@ class MaskableLayer(nn.Module):
 
 class MaskedConv2d(MaskableLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
+        if self.computes_active_only:
+            x, weight, groups = self.gather_active(x)
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, groups)
         return self._conv_forward(x, self.masked_weight(), self.bias)
 
 
 class MaskedConv3d(MaskableLayer, nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
+        if self.computes_active_only:
+            x, weight, groups = self.gather_active(x)
+            return F.conv3d(x, weight, self.bias, self.stride, self.padding, self.dilation, groups)
         return self._conv_forward(x, self.masked_weight(), self.bias)
 
 
@@ -175,7 +218,8 @@ class MaskedConvTranspose2d(MaskableLayer, nn.ConvTranspose2d):
     output_axis = 1
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        weight, options = self.masked_weight(), (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        x, weight, groups = self.gather_active(x) if self.computes_active_only else (x, self.masked_weight(), self.groups)
+        options = (self.stride, self.padding, self.output_padding, groups, self.dilation)
         return F.conv_transpose2d(x, weight, self.bias, *options)  # type: ignore[arg-type]
 
 
@@ -183,7 +227,8 @@ class MaskedConvTranspose3d(MaskableLayer, nn.ConvTranspose3d):
     output_axis = 1
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        weight, options = self.masked_weight(), (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        x, weight, groups = self.gather_active(x) if self.computes_active_only else (x, self.masked_weight(), self.groups)
+        options = (self.stride, self.padding, self.output_padding, groups, self.dilation)
         return F.conv_transpose3d(x, weight, self.bias, *options)  # type: ignore[arg-type]
 
 

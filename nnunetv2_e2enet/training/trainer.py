@@ -148,6 +148,7 @@ class DSFFMixin(NetworkMixin):
         self.distribution: Distribution = Uniform()  # connections per layer
         self.growth: Growth = RandomGrowth()  # which connections are tried
         self.block_size = 1  # output maps that share their input maps
+        self.compute_active_only = False  # blocks with equally many inputs each, of which only the active ones are multiplied
         self.topology_seed = 0
 
     def initialize(self) -> None:
@@ -156,7 +157,7 @@ class DSFFMixin(NetworkMixin):
             super().initialize()
             network = self.unwrapped_network
             for _, layer in maskable_layers(network):
-                layer.share_inputs(self.block_size)
+                layer.share_inputs(self.block_size, self.compute_active_only)
             seed = f"{self.topology_seed}/{self.fold}"  # folds that agree have learned to, and ensembles differ
             random_topology(network, self.feature_sparsity, self.distribution, seed)
             self.topology_updater = TopologyUpdater(network, schedule, growth=self.growth, seed=seed)
@@ -202,7 +203,7 @@ class DSFFMixin(NetworkMixin):
                 f"the loaded weights have a sparsity of {sparsity(layers):.3f}, but {type(self).__name__} trains with "
                 f"{self.feature_sparsity}: load weights of that sparsity, or use the trainer that they were trained with"
             )
-        loose = [name for name, layer in layers.items() if layer.shared_block_size() % layer.block_size]
+        loose = [name for name, layer in layers.items() if not layer.fits_blocks()]
         if loose:
             raise E2ENetError(
                 f"{loose[0]} and {len(loose) - 1} more layers of the loaded weights have output maps that do not share their "
@@ -251,11 +252,14 @@ class E2ENetMixin(DSFFMixin):
         self.kernel_size = list(KERNEL_SIZE)  # of all convolutions, depth first
         self.base_num_features = BASE_NUM_FEATURES  # channels of the finest level
         self.max_num_features = MAX_NUM_FEATURES
+        self.recompute = "blocks"  # in the backward pass; "none" is faster, "nodes" takes less memory (docs/memory.md)
 
     def initialize(self) -> None:
         super().initialize()
         with one_line_errors():
-            cast(E2ENet, self.unwrapped_network).check_patch_size(self.configuration_manager.patch_size)
+            network = cast(E2ENet, self.unwrapped_network)
+            network.recompute = self.recompute
+            network.check_patch_size(self.configuration_manager.patch_size)
 
     def network_architecture(self, architecture: dict[str, Any]) -> dict[str, Any]:
         result = e2enet_architecture(
