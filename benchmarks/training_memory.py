@@ -1,9 +1,9 @@
 """Memory of a training step: E2ENet beside stock nnU-Net.
 
-Counts the bytes that autograd keeps for the backward pass and the multiply-accumulates of a step, patch by patch; nothing is
-computed for that, the networks run on the meta device. With ``--measure`` it also trains one step of each network in a process
-of its own, says how much memory that took at its highest, and times steps of all networks in turn. Float32 (mixed precision on
-CUDA), deep supervision, five classes.
+Counts, patch by patch, the bytes that autograd keeps for the backward pass, the bytes of all tensors that are alive at once in
+a forward and backward pass at most, and its multiply-accumulates; nothing is computed for that, the networks run on the meta
+device. With ``--measure`` it also trains one step of each network in a process of its own, says how much memory that took at
+its highest, and times steps of all networks in turn. Float32 (mixed precision on CUDA), deep supervision, five classes.
 
     python benchmarks/training_memory.py
     python benchmarks/training_memory.py --measure AMOS --scale 2 --batch 1 --device cpu
@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import argparse
 import time
+import weakref
 from dataclasses import dataclass
 from math import prod
 from statistics import median
+from typing import Any
 
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_e2enet.evaluation.memory import peak_bytes
@@ -68,11 +72,44 @@ class Candidate:
 
     def multiply_accumulates(self) -> float:
         """Of the forward and backward pass of one patch."""
-        with torch.device("meta"):
-            network, x = self.build(), torch.empty(self.input_shape(1))
         with FlopCounterMode(display=False) as counter:
-            forward_backward(network, x)
+            forward_backward(*self.on_meta(1))
         return counter.get_total_flops() / 2
+
+    def peak(self, batch_size: int) -> int:
+        """Bytes of all tensors alive at once in a forward and backward pass, without parameters; no library's workspace."""
+        network, x = self.on_meta(batch_size)
+        with LiveBytes() as live:
+            forward_backward(network, x)
+        return live.peak
+
+    def on_meta(self, batch_size: int) -> tuple[nn.Module, torch.Tensor]:
+        with torch.device("meta"):
+            return self.build(), torch.empty(self.input_shape(batch_size))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.freed, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def freed(self, key: int) -> None:
+        self.now -= self.alive.pop(key)
 
 
 def forward_backward(network: nn.Module, x: torch.Tensor) -> None:
@@ -94,19 +131,29 @@ def stock_network(strides: list[list[int]]) -> PlainConvUNet:
 
 
 def count(console: Console) -> None:
-    table = Table(title="Kept for backward, batch 1, float32: nnU-Net, and E2ENet over it (multiply-accumulates of a step)")
-    for name in ("plan", "patch", "GiB", "per element*", *RECOMPUTE):
-        table.add_column(name, justify="left" if name in ("plan", "patch") else "right")
-    for name, (strides, patch) in PLANS.items():
-        with torch.device("meta"):
-            elements = stock_network(strides).compute_conv_feature_map_size(patch)
-        stock = Candidate(STOCK, name, patch).kept(1)
-        ours = [Candidate(kind, name, patch) for kind in RECOMPUTE]
-        cells = [f"{c.kept(1) / stock:.2f} ({c.multiply_accumulates() / 1e9:.0f} G)" for c in ours]
-        row = [f"{stock / 2**30:.2f}", f"{stock / elements:.2f}", *cells]
-        table.add_row(name, " x ".join(map(str, patch)), *row)
+    table = Table(title="Batch 1, float32: nnU-Net, and E2ENet by what it computes again")
+    for name in ("plan", "patch", "", "nnU-Net", *RECOMPUTE):
+        table.add_column(name, justify="left" if name in ("plan", "patch", "") else "right")
+    for name, (_, patch) in PLANS.items():
+        stock, *ours = (Candidate(kind, name, patch) for kind in (STOCK, *RECOMPUTE))
+        kept, peak = stock.kept(1), stock.peak(1)
+        table.add_row(
+            name, " x ".join(map(str, patch)), "kept for backward", gib(kept), *(over(c.kept(1), kept) for c in ours)
+        )
+        table.add_row("", "", "alive at once", gib(peak), *(over(c.peak(1), peak) for c in ours))
+        macs = [f"{c.multiply_accumulates() / 1e9:.0f} G" for c in (stock, *ours)]
+        table.add_row("", "", "multiply-accumulates", *macs)
+        elements = stock.build().compute_conv_feature_map_size(patch)
+        table.add_row("", "", "kept / nnU-Net's estimate", f"{kept / elements:.2f} bytes", end_section=True)
     console.print(table)
-    console.print("* of nnU-Net's own memory estimate, compute_conv_feature_map_size")
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def over(count: float, base: float) -> str:
+    return f"{count / base:.2f} x"
 
 
 def measure(console: Console, plan: str, scale: int, batch_size: int, device: str, threads: int) -> None:
@@ -115,16 +162,15 @@ def measure(console: Console, plan: str, scale: int, batch_size: int, device: st
     patch = tuple(max(size // scale // d, 1) * d for size, d in zip(whole, divisors, strict=True))
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} thread(s)"
     table = Table(title=f"One training step, {plan}, {' x '.join(map(str, patch))}, batch {batch_size}, {where}")
-    for name in ("network", "kept GiB, float32", "peak GiB", "over nnU-Net", "step, s, median (least to most)"):
+    for name in ("network", "alive at once, float32", "peak", "over nnU-Net", "step, s, median (least to most)"):
         table.add_column(name, justify="left" if name == "network" else "right")
     candidates = [Candidate(kind, plan, patch) for kind in (STOCK, *RECOMPUTE)]
     peaks = [peak_bytes(c, True, batch_size, device, threads) for c in candidates]  # type: ignore[arg-type]
     seconds = time_in_turn(candidates, batch_size, device, threads)
     for candidate, peak, times in zip(candidates, peaks, seconds, strict=True):
         name = STOCK if candidate.kind == STOCK else f"E2ENet, recompute {candidate.kind}"
-        kept = f"{candidate.kept(batch_size) / 2**30:.2f}"
         spread = f"{median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
-        table.add_row(name, kept, f"{peak / 2**30:.2f}", f"{peak / peaks[0]:.2f}", spread)
+        table.add_row(name, gib(candidate.peak(batch_size)), gib(peak), over(peak, peaks[0]), spread)
     console.print(table)
 
 
