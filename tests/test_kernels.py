@@ -163,6 +163,27 @@ def noted(program: Any, calls: list[Any]) -> Any:
     return Noted()
 
 
+@pytest.mark.parametrize("failure", ["wrong", "broken"])
+def test_kernels_that_do_not_agree_with_pytorch_are_not_used(
+    kernels: Any, failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = random(1, 3, 4, 4, 4, dtype=torch.float32)
+    monkeypatch.setattr(acceleration, "_kernels", kernels)
+    monkeypatch.setattr(acceleration, "_kernels_checked", False)
+    assert acceleration.kernels_for(x) is kernels
+    monkeypatch.setattr(acceleration, "_kernels_checked", False)
+
+    def join_of_zeros(maps: list[FeatureMap], shift_size: int) -> Tensor:
+        if failure == "broken":
+            raise RuntimeError("PTX assembly aborted")
+        return torch.zeros_like(join(maps, shift_size))
+
+    monkeypatch.setattr(kernels.operators, "join", join_of_zeros)
+    with pytest.warns(UserWarning, match="join differs from PyTorch" if failure == "wrong" else "PTX assembly aborted"):
+        assert acceleration.kernels_for(x) is None
+    assert acceleration.kernels_for(x) is None
+
+
 def test_a_wrong_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(acceleration.KERNELS_VARIABLE, "yes")
     with pytest.raises(E2ENetError, match="nnUNet_e2enet_kernels is 'yes': use one of auto, on, off"):
