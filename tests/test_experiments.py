@@ -45,13 +45,18 @@ ONE_OF_EACH_MECHANISM = [
 # --- each of them on data -----------------------------------------------------------------------------------------------
 
 
-def small(project: Project, name: str) -> Any:
+def small(project: Project, name: str, residual_encoder: bool = False) -> Any:
     """The trainer that nnU-Net finds by this name, with few channels, for two epochs and an update after the first."""
     plans = project.plans()
     configuration = plans["configurations"]["3d_fullres"]
     configuration["batch_size"] = 2
-    features = configuration["architecture"]["arch_kwargs"]["features_per_stage"]
-    features[:] = [min(8 * 2**level, 16) for level in range(len(features))]
+    architecture = configuration["architecture"]
+    given = architecture["arch_kwargs"]
+    given["features_per_stage"] = [min(8 * 2**level, 16) for level in range(given["n_stages"])]
+    if residual_encoder:
+        architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+        given["n_blocks_per_stage"] = given.pop("n_conv_per_stage")
+        given["n_conv_per_stage_decoder"] = [1] * (given["n_stages"] - 1)
     trainer = make(recursive_find_trainer_class_by_name(name), project, plans)
     settings = {
         "num_epochs": 2,
@@ -69,8 +74,8 @@ def small(project: Project, name: str) -> Any:
     return trainer
 
 
-def trains_resumes_and_predicts(project: Project, name: str) -> None:
-    interrupted = small(project, name)
+def trains_resumes_and_predicts(project: Project, name: str, **plans: bool) -> None:
+    interrupted = small(project, name, **plans)
     interrupted.on_train_start()
     layers = dict(maskable_layers(interrupted.network))
     start = {key: layer.mask.clone() for key, layer in layers.items()}
@@ -79,7 +84,7 @@ def trains_resumes_and_predicts(project: Project, name: str) -> None:
     assert changed == (bool(layers) and not name.endswith(("_dense", "_static")))
     assert all(layer.n_active == int(start[key].sum()) for key, layer in layers.items())
 
-    resumed = small(project, name)
+    resumed = small(project, name, **plans)
     resumed.load_checkpoint(str(Path(interrupted.output_folder) / "checkpoint_latest.pth"))
     assert resumed.current_epoch == 1
     saved = interrupted.network.state_dict()
@@ -128,6 +133,11 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_of_each_mechanism_on_phantoms(in_process: Project, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     in_this_process(monkeypatch)
     trains_resumes_and_predicts(in_process, name)
+
+
+def test_dsff_and_depth_shift_in_a_residual_encoder_unet(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_this_process(monkeypatch)
+    trains_resumes_and_predicts(in_process, "nnUNetTrainerDSFF_depthShift", residual_encoder=True)
 
 
 @pytest.mark.slow
