@@ -17,7 +17,7 @@ from support import Project, run_command
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.dsff import HISTORY_FILE
 from nnunetv2_e2enet.evaluation.topology.figures import VIEWS, views
-from nnunetv2_e2enet.evaluation.topology.measures import agreements
+from nnunetv2_e2enet.evaluation.topology.measures import agreements, depth_groups
 from nnunetv2_e2enet.evaluation.topology.sources import read_topologies
 
 NODE = "decoder.stages.0.1.blocks.0.conv"
@@ -109,6 +109,24 @@ def test_importance_of_depth_groups(trained: Path, tmp_path: Path, capsys: pytes
     found = {group["offset"]: group for group in groups if (group["stage"], group["level"]) == (1, 1)}
     assert found[-1]["norm"] == pytest.approx(2 * found[0]["norm"]) == pytest.approx(2 * found[1]["norm"])
     assert [found[offset]["density"] for offset in (-1, 0, 1)] == [1, 1, 0.5]
+
+
+def test_depth_groups_of_a_learned_shift(trained: Path, tmp_path: Path) -> None:
+    """They are those of the offsets that were learned, in whole slices."""
+    content = torch.load(trained / "fold_0" / CHECKPOINT, weights_only=False)
+    arguments = architecture(content)["arch_kwargs"]
+    arguments["learned_shift"] = True
+    weights = content["network_weights"]
+    convs = [key for key in weights if key.endswith(".conv.weight")]
+    weights |= {key.replace("conv.weight", "shift.offsets"): torch.zeros(weights[key].shape[1]) for key in convs}
+    offsets = weights[NODE.replace("conv", "shift.offsets")]
+    offsets[0], offsets[1:3] = -2.4, 1.6
+    torch.save(content, tmp_path / "learned.pth")
+    (fold,) = read_topologies(tmp_path / "learned.pth")
+    found = {group.offset: group.density for group in depth_groups(fold) if (group.stage, group.level) == (1, 1)}
+    mask = weights[f"{NODE}.mask"].float()
+    assert found == pytest.approx({-2: mask[:, 0].mean(), 0: mask[:, 3:].mean(), 2: mask[:, 1:3].mean()})
+    assert next(view for view in views([fold]) if view.key == "depth").figure is not None
 
 
 # --- what is there and what is not ----------------------------------------------------------------------------------------

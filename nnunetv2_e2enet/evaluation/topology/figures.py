@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -66,6 +67,11 @@ def _with_history(folds: Sequence[Fold]) -> list[Fold]:
     if not found:
         raise MissingError(folds[0].why_no_history)
     return found
+
+
+def _check_changed(folds: Sequence[Fold]) -> None:
+    if not any(measures.update_epochs(fold) for fold in folds):
+        raise MissingError("the topology has not changed")
 
 
 def flow_shares(folds: Sequence[Fold]) -> Figure:
@@ -147,6 +153,7 @@ def evolution(folds: Sequence[Fold]) -> Figure:
     """Density of each flow over the epochs, and mean norm of its kernels."""
     measures.fusion_network(folds)
     shown = _with_history(folds)
+    _check_changed(shown)
     figure, [[density], [norm]] = new_figure(4.2, 2)
     for fold in shown:
         records = fold.history.records
@@ -169,6 +176,7 @@ def change(folds: Sequence[Fold]) -> Figure:
     shown = [fold for fold in folds if fold.logged("dsff_connections_changed")]
     if not shown:
         raise MissingError("the checkpoint's log has no values of DSFF; it was written by an earlier release")
+    _check_changed(shown)
     figure, [[replaced], [explored]] = new_figure(4.0, 2)
     for fold in shown:
         active = sum(int(layer.mask.sum()) for layer in fold.connections.layers.values())
@@ -192,8 +200,7 @@ def survival(folds: Sequence[Fold]) -> Figure:
     shown = [fold for fold in _with_history(folds) if fold.history.records[0].epoch == 0]
     if not shown:
         raise MissingError("the history does not go back to the start of the training")
-    if all(len(fold.history.records) == 1 for fold in shown):
-        raise MissingError("the topology has not changed yet")
+    _check_changed(shown)
     figure, [[start], [each]] = new_figure(4.4, 2)
     for fold in shown:
         epochs = [record.epoch for record in fold.history.records]
@@ -226,14 +233,13 @@ def depth(folds: Sequence[Fold]) -> Figure:
     rows = sorted({(group.stage, group.level) for group in groups[0]})
     offsets = sorted({group.offset for group in groups[0]})
     figure, [[norm, density]] = new_figure(1.4 + 0.23 * len(rows), 1, 2)
-    markers = dict(zip(offsets, "<ox>sD^vP*hdXp8"[: len(offsets)], strict=False)) if len(offsets) != 3 else None
     handles = []
     for index, offset in enumerate(offsets):
-        marker = (markers or {-1: "<", 0: "o", 1: ">"}).get(offset, "o")
-        colour = OFFSET_COLOURS.get(offset, MUTED) if len(offsets) == 3 else _ramp(index, len(offsets))
+        marker = "<" if offset < 0 else ">" if offset > 0 else "o"
+        colour = OFFSET_COLOURS[offset] if len(offsets) <= 3 else _ramp(index, len(offsets))
         for axes, value in ((norm, "norm"), (density, "density")):
-            xs = [_mean_of_group(groups, row, offset, value) for row in rows]
-            (handle,) = axes.plot(xs, range(len(rows)), marker, color=colour, markersize=5.5, linestyle="none")
+            points = [(x, y) for y, row in enumerate(rows) for x in _mean_of_group(groups, row, offset, value)]
+            (handle,) = axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=5.5)
         handles.append(handle)
     for axes in (norm, density):
         axes.grid(visible=True, axis="y")
@@ -253,14 +259,14 @@ def depth(folds: Sequence[Fold]) -> Figure:
 
 
 def _ramp(index: int, count: int) -> str:
-    """Greys for more than three offsets, which are in an order."""
-    value = round(40 + 150 * index / (count - 1))
-    return f"#{value:02x}{value:02x}{value + 10:02x}"
+    """More than three offsets are in an order, and so are their colours, which can be seen on white and on black."""
+    return to_hex(LinearSegmentedColormap.from_list("offsets", [FIRST, "#8a929c", SECOND])(index / (count - 1)))
 
 
-def _mean_of_group(groups: Sequence[list[measures.DepthGroup]], row: tuple[int, int], offset: int, value: str) -> float:
+def _mean_of_group(groups: Sequence[list[measures.DepthGroup]], row: tuple[int, int], offset: int, value: str) -> list[float]:
+    """Over folds; none where no map of the node is moved by so much."""
     found = [getattr(g, value) for fold in groups for g in fold if (g.stage, g.level) == row and g.offset == offset]
-    return sum(found) / len(found)
+    return [sum(found) / len(found)] if found else []
 
 
 def agreement(folds: Sequence[Fold]) -> Figure:

@@ -162,18 +162,24 @@ def depth_groups(fold: Fold) -> list[DepthGroup]:
         return []
     result = []
     for node in nodes(fold):
-        block = cast(ShiftBlock, fold.network.get_submodule(node.layer.removesuffix(".conv")))
         layer = fold.connections.layers[node.layer]
-        groups = shift_groups(layer.mask.shape[1], block.shift_size)
-        if len(groups) == 1:
-            continue
+        block = cast(ShiftBlock, fold.network.get_submodule(node.layer.removesuffix(".conv")))
+        offsets = torch.tensor(_offsets(block, layer.mask.shape[1]))
         importance = KernelL1Norm().score(layer)
         mean = float(importance[layer.mask].mean())
-        for channels, offset in groups:
+        for offset in offsets.unique().tolist():
+            channels = offsets == offset
             mask = layer.mask[:, channels]
             norm = float(importance[:, channels][mask].mean()) / mean if mask.any() and mean else 0.0
             result.append(DepthGroup(node.stage, node.level, offset, norm, float(mask.float().mean())))
-    return result
+    return result if any(group.offset for group in result) else []
+
+
+def _offsets(block: ShiftBlock, channels: int) -> list[int]:
+    """Slices by which each input map is moved, in prediction."""
+    if block.shift is not None:
+        return block.shift.whole_offsets()
+    return [offset for group, offset in shift_groups(channels, block.shift_size) for _ in range(group.start, group.stop)]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, fusion_flows, maskable_layers
 from nnunetv2_e2enet.network.blocks import CONV
 from nnunetv2_e2enet.network.connections import MaskableLayer, MaskedConv3d
+from nnunetv2_e2enet.network.learned_shift import LearnedDepthShift
 from nnunetv2_e2enet.training.checkpoints import read_checkpoint
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
@@ -103,6 +104,8 @@ def _fold(name: str, file: Path | None, folder: Path | None) -> Fold:
     weights = checkpoint["network_weights"]
     layers = dict(maskable_layers(network)) if network else _layers(weights, file)
     _take_weights(layers, weights, file)
+    if network:
+        _take_offsets(network, weights, file)
     connections = TopologyHistory(layers, fusion_flows(network) if network else {}, None)
     log = checkpoint.get("logging", {})
     connections.load_born(log.get("dsff_born", []))
@@ -128,6 +131,7 @@ def _network(checkpoint: Mapping[str, Any], file: Path) -> E2ENet | None:
                 cast(type[nn.Module], CONV[len(given["strides"][0])]),
                 given["strides"],
                 shift_size=given["shift_size"],
+                learned_shift=bool(given.get("learned_shift", False)),
             )
     except (KeyError, TypeError, IndexError) as error:
         raise E2ENetError(f"{file} does not say how its network is built ({error!r}): was it saved by nnU-Net 2.8?") from error
@@ -151,6 +155,16 @@ def _take_weights(layers: Mapping[str, MaskableLayer], weights: Mapping[str, Ten
         weight, mask, explored = (cast(Tensor, values) for values in given)
         layer.weight = nn.Parameter(weight.float(), requires_grad=False)
         layer.mask, layer.explored = mask.bool(), explored.bool()
+
+
+def _take_offsets(network: E2ENet, weights: Mapping[str, Tensor], file: Path) -> None:
+    """Of a learned depth shift."""
+    for name, module in network.named_modules():
+        if isinstance(module, LearnedDepthShift):
+            offsets = weights.get(f"{name}.offsets")
+            if offsets is None or offsets.shape != module.offsets.shape:
+                raise E2ENetError(f"{file} has no offsets of {name}, or others than its plans say: was it changed?")
+            module.offsets = nn.Parameter(offsets.float(), requires_grad=False)
 
 
 def _history(folder: Path | None, connections: TopologyHistory, epoch: int) -> tuple[History, str]:
