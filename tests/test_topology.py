@@ -12,13 +12,15 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from support import Project, run_command
+from support import Project, make, run_command, train_epochs
 
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.dsff import HISTORY_FILE
 from nnunetv2_e2enet.evaluation.topology.figures import VIEWS, views
 from nnunetv2_e2enet.evaluation.topology.measures import agreements, depth_groups
 from nnunetv2_e2enet.evaluation.topology.sources import read_topologies
+from nnunetv2_e2enet.trainers.e2enet_experiment_trainers import nnUNetTrainerDSFF
+from nnunetv2_e2enet.training.variants import variant
 
 NODE = "decoder.stages.0.1.blocks.0.conv"
 CHECKPOINT = "checkpoint_final.pth"
@@ -38,7 +40,11 @@ def state(trained: Path, fold: int) -> dict[str, torch.Tensor]:
 
 
 def architecture(content: dict[str, Any]) -> dict[str, Any]:
-    return content["init_args"]["plans"]["configurations"]["3d_fullres"]["architecture"]
+    return architecture_of(content["init_args"]["plans"])
+
+
+def architecture_of(plans: dict[str, Any]) -> dict[str, Any]:
+    return plans["configurations"]["3d_fullres"]["architecture"]
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------------
@@ -151,39 +157,27 @@ def test_a_checkpoint_alone(trained: Path, tmp_path: Path, capsys: pytest.Captur
         assert ("Not shown: " in part) is (key in NO_HISTORY)
 
 
-def test_dsff_in_another_network(trained: Path, tmp_path: Path) -> None:
-    """What does not need fusion nodes is shown all the same."""
-    for name in ("fold_0", "fold_1"):
-        (tmp_path / name).mkdir()
-        content = torch.load(trained / name / CHECKPOINT, weights_only=False)
-        content["network_weights"] = {
-            key.replace("decoder.stages.", "decoder.blocks."): values for key, values in content["network_weights"].items()
-        }
-        architecture(content)["network_class_name"] = "somewhere.AnotherNetwork"
-        torch.save(content, tmp_path / name / CHECKPOINT)
-        header, *records = (trained / name / HISTORY_FILE).read_text().splitlines()
-        whole_layers = [*map(json.loads, (header, *records))]
-        merge(whole_layers)
-        (tmp_path / name / HISTORY_FILE).write_text("".join(json.dumps(line) + "\n" for line in whole_layers))
+def test_dsff_in_another_network(in_process: Project, tmp_path: Path) -> None:
+    """What does not need fusion nodes is shown all the same; nnU-Net's networks hold layers under several names."""
+    plans = in_process.plans()
+    features = architecture_of(plans)["arch_kwargs"]["features_per_stage"]
+    features[:] = [8] * len(features)
+    for fold in range(2):
+        settings = {"num_epochs": 4, "save_every": 3, "topology_update_period": 1, "topology_seed": fold}
+        trainer = make(variant(nnUNetTrainerDSFF, "short", **settings), in_process, plans)
+        trainer.initialize()
+        trainer.topology_history.start()
+        train_epochs(trainer, 3)
+        shutil.move(trainer.output_folder, tmp_path / f"fold_{fold}")
     folds = read_topologies(tmp_path)
-    assert all(fold.has_history for fold in folds)
+    assert [fold.why_no_history for fold in folds] == ["", ""]
     shown = {view.key for view in views(folds) if view.figure is not None}
     assert shown == {"change", "survival", "agreement", "losses"}
     (agreement,) = agreements(folds)
     assert agreement.kind == "all layers"
+    assert agreement.overlap == pytest.approx(0.2, abs=0.05) == pytest.approx(agreement.chance, abs=0.05)
     assert main(["topology", str(tmp_path), "--report", str(tmp_path / "page.html")]) == 0
     assert "it has no fusion nodes" in (tmp_path / "page.html").read_text()
-
-
-def merge(lines: list[dict[str, Any]]) -> None:
-    """A history of whole layers from one of flows."""
-    layers = [layer for layer, _, _ in lines[0]["parts"]]
-    names = list(dict.fromkeys(layers))
-    for line in lines[1:]:
-        for key in ("active", "pruned", "grown", "explored", "survivors", "norm"):
-            line[key] = [sum(v for v, at in zip(line[key], layers, strict=True) if at == name) for name in names]
-    counts = {name: sum(n for layer, _, n in lines[0]["parts"] if layer == name) for name in names}
-    lines[0]["parts"] = [[name.replace("decoder.stages.", "decoder.blocks."), "", n] for name, n in counts.items()]
 
 
 def test_history_of_another_training_is_not_shown(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,7 +95,6 @@ def flow_shares(folds: Sequence[Fold]) -> Figure:
                 bottom += share
         axes.set(ylim=(0, 1), yticks=[0, 0.5, 1], xticks=range(len(epochs)), xlim=(-0.55, len(epochs) - 0.45))
         axes.tick_params(length=2, pad=2)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol="" if node.stage > 1 else "%"))
         axes.set_yticklabels(["0", "50", "100"] if node.stage == 1 else [])
         lowest = node.level + node.stage == stages
         labels = ["end" if epoch is None else str(epoch) for epoch in epochs]

@@ -139,11 +139,14 @@ def _network(checkpoint: Mapping[str, Any], file: Path) -> E2ENet | None:
 
 def _layers(weights: Mapping[str, Tensor], file: Path) -> dict[str, MaskableLayer]:
     """The maskable layers of any network, whatever it computes with them."""
-    masks = {key.removesuffix(".mask"): values for key, values in weights.items() if key.endswith(".mask")}
+    masks: dict[int, tuple[str, Tensor]] = {}
+    for key, values in weights.items():
+        if key.endswith(".mask") and values.dim() == 2:
+            masks.setdefault(values.data_ptr(), (key.removesuffix(".mask"), values))  # a layer may be held under several names
     if not masks:
         raise E2ENetError(f"{file} has no connections to look at: it is of a network without DSFF")
     with torch.device("meta"):
-        return {name: MaskedConv3d(mask.shape[1], mask.shape[0], 1) for name, mask in masks.items() if mask.dim() == 2}
+        return {name: MaskedConv3d(mask.shape[1], mask.shape[0], 1) for name, mask in masks.values()}
 
 
 def _take_weights(layers: Mapping[str, MaskableLayer], weights: Mapping[str, Tensor], file: Path) -> None:
