@@ -327,8 +327,8 @@ VIEWS: dict[str, tuple[str, str, Callable[[Sequence[Fold]], Figure]]] = {
     ),
     "flow_shares": (
         "Where the connections of each node come from",
-        "Of the active connections of each fusion node, the share from each direction, at the random start (epoch 0) and "
-        "later. At the start the shares are those of the channels.",
+        "Of the active connections of each fusion node, the share from each direction: at several epochs where there is a "
+        "history (0 is the random start, with the shares of the channels), otherwise in the checkpoint (end).",
         flow_shares,
     ),
     "evolution": (

@@ -17,9 +17,10 @@ from nnunetv2_e2enet.evaluation.topology.style import colour_variables, inline_s
 def topology_html(folds: Sequence[Fold], views: Sequence[View], provenance: dict[str, Any]) -> str:
     """The whole page as text. It loads nothing: style and figures are in it."""
     over = f", means of {len(folds)} folds" if len(folds) > 1 else ""
+    when = "at the first and the last record of the history; in the checkpoint where there is none"
     explained = {
-        "Summary": "Of each flow, the active connections over all, at the first record of the history and at the last.",
-        "Nodes": f"Of the active connections of each fusion node, the share from each direction, first and last record{over}.",
+        "Summary": f"Of each flow, the active connections over all, {when}.",
+        "Nodes": f"Of the active connections of each fusion node, the share from each direction, {when}{over}.",
     }
     sections = {
         "Summary": _table(*fold_rows(folds), explained["Summary"]),
