@@ -46,7 +46,7 @@ ONE_OF_EACH_MECHANISM = [
 
 
 def small(project: Project, name: str, residual_encoder: bool = False, num_epochs: int = 2) -> Any:
-    """The trainer that nnU-Net finds by this name: few channels, two iterations an epoch, an update after each but the last."""
+    """The trainer that nnU-Net finds by this name: few channels, two iterations an epoch, updates after all but the last."""
     plans = project.plans()
     configuration = plans["configurations"]["3d_fullres"]
     configuration["batch_size"] = 2
