@@ -1,21 +1,33 @@
 """Time of one patch on the CPU: E2ENet in the engine, against stock nnU-Net in PyTorch and in OpenVINO.
 
-    python benchmarks/cpu_inference.py                       # the AMOS plan, float32
-    python benchmarks/cpu_inference.py --plan hippocampus
-    python benchmarks/cpu_inference.py --patch 32 32 32 --sparsity 0 0.5 0.8 0.9 0.95
+    python benchmarks/cpu_inference.py                             # all parts
+    python benchmarks/cpu_inference.py --parts targets bfloat16 --json result.json
+    python benchmarks/cpu_inference.py --parts targets --patch 32 128 128 --sparsity 0.8 0.9 --rounds 7
 
-All candidates are timed in turn, round by round in one process, so that a machine whose speed drifts drifts for all. Read the
-ratios, which are taken round by round, not the seconds. OpenVINO is used if it is installed (``pip install
-nnunetv2-e2enet[benchmarks]``).
+Parts:
+    targets   the AMOS plan, 64 x 160 x 160, 16 classes, float32: against stock nnU-Net in PyTorch and OpenVINO; arithmetic a
+              second against the machine's peak; where the time goes
+    small     the Hippocampus patch, and 32 x 32 x 32
+    bfloat16  OpenVINO's bfloat16 beside the engine, which computes in float32
+    sparsity  the engine as S goes from 0 to 0.95
+    volume    the engine as the patch grows
+    pytorch   E2ENet in PyTorch (half a minute a patch), and the largest difference of a logit to it
+
+What a part compares is timed in turn, round by round in one process, so that a machine whose speed drifts drifts for all. Read
+the ratios, which are taken round by round, rather than the seconds. OpenVINO is used if it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,6 +39,7 @@ from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.network import E2ENet, e2enet_features
 
 Call = Callable[[], object]
+PYTORCH, OPENVINO = "nnU-Net, PyTorch", "nnU-Net, OpenVINO"
 
 
 @dataclass(frozen=True)
@@ -37,10 +50,31 @@ class Plan:
     first_kernel: list[int]
 
 
-PLANS = {
-    "amos": Plan([[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 4], [64, 160, 160], 16, [1, 3, 3]),
-    "hippocampus": Plan([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]], [40, 56, 40], 3, [3, 3, 3]),
-}
+AMOS = Plan([[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 4], [64, 160, 160], 16, [1, 3, 3])
+HIPPOCAMPUS = Plan([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]], [40, 56, 40], 3, [3, 3, 3])
+
+
+@dataclass
+class Table:
+    """Seconds of each candidate by round; ``bases`` are those that the others are divided by."""
+
+    title: str
+    seconds: dict[str, list[float]]
+    bases: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        width = max(len(name) for name in self.seconds)
+        head = f"{'':{width}}  {'seconds':22}" + "".join(f"over {base.removeprefix('nnU-Net, '):18}" for base in self.bases)
+        lines = [f"\n{self.title}", "median (least to most)", head.rstrip()]
+        for name, values in self.seconds.items():
+            ratios = [spread([a / b for a, b in zip(values, self.seconds[base], strict=True)], 2) for base in self.bases]
+            lines.append(f"{name:{width}}  {spread(values, 3):22}" + "".join(f"{ratio:23}" for ratio in ratios).rstrip())
+        return lines + self.notes
+
+
+def spread(values: list[float], digits: int) -> str:
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def stock_network(plan: Plan) -> nn.Module:
@@ -98,78 +132,164 @@ def engine_call(network: E2ENet, x: Tensor) -> Call:
     return lambda: network(x)
 
 
-def seconds(call: Call) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+def time_in_turn(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begin)
+    return times
 
 
-def spread(values: list[float], form: str) -> str:
-    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+def stock_calls(plan: Plan, x: Tensor, threads: int) -> dict[str, Call]:
+    stock = stock_network(plan)
+    calls: dict[str, Call] = {PYTORCH: lambda: stock(x)}
+    compiled = openvino_call(stock, x, "f32", threads)
+    if compiled is not None:
+        calls[OPENVINO] = compiled
+    return calls
 
 
-def report(times: dict[str, list[float]], bases: list[str]) -> None:
-    width = max(len(name) for name in times)
-    print(f"\n{'':{width}}  seconds, median (least to most)   " + "   ".join(f"over {base}" for base in bases))
-    for name, values in times.items():
-        ratios = [spread([a / b for a, b in zip(values, times[base], strict=True)], ".3f") for base in bases]
-        print(f"{name:{width}}  {spread(values, '.3f')}   " + "   ".join(ratios))
+def image(patch: list[int]) -> Tensor:
+    return torch.randn(1, 1, *patch)
 
 
-def largest_error(network: E2ENet, x: Tensor) -> float:
-    ours = network(x)
-    with engine.disabled():
-        theirs = network(x)
+def speed(
+    title: str, plan: Plan, patch: list[int], options: argparse.Namespace, rounds: int
+) -> tuple[Table, dict[float, E2ENet]]:
+    x = image(patch)
+    calls = stock_calls(plan, x, options.threads)
+    bases = list(calls)
+    networks = {sparsity: e2enet(plan, sparsity) for sparsity in options.sparsity}
+    calls |= {f"E2ENet S={sparsity}, engine": engine_call(network, x) for sparsity, network in networks.items()}
+    shape = " x ".join(map(str, patch))
+    return Table(f"{title}, {shape}, {plan.classes} classes", time_in_turn(calls, rounds), bases), networks
+
+
+def targets(options: argparse.Namespace) -> list[Table]:
+    patch = options.patch or AMOS.patch
+    table, networks = speed("AMOS plan", AMOS, patch, options, options.rounds)
+    peak = engine.peak_flops(options.threads)
+    table.notes.append(
+        f"peak of the machine: {peak / 1e9:.0f} GFLOP/s in a loop of multiply-adds, {bandwidth():.0f} GB/s copied"
+    )
+    for sparsity, network in networks.items():
+        seconds = median(table.seconds[f"E2ENet S={sparsity}, engine"])
+        rate = 2 * engine.executed_macs(network, patch) / seconds
+        parts = engine.profile(network)
+        whole = sum(parts.values())
+        table.notes.append(f"S={sparsity}: {rate / 1e9:.0f} GFLOP/s of products with weights, {rate / peak:.0%} of the peak")
+        shares = [f"{name} {part / whole:.0%}" for name, part in sorted(parts.items(), key=lambda item: -item[1])]
+        table.notes += ["  " + ", ".join(shares[:4]), "  " + ", ".join(shares[4:])]
+    return [table]
+
+
+def small(options: argparse.Namespace) -> list[Table]:
+    rounds = 10 * options.rounds
+    cases = [("Hippocampus plan", HIPPOCAMPUS, HIPPOCAMPUS.patch), ("AMOS plan", AMOS, [32, 32, 32])]
+    return [speed(title, plan, patch, options, rounds)[0] for title, plan, patch in cases]
+
+
+def bfloat16(options: argparse.Namespace) -> list[Table]:
+    x = image(options.patch or AMOS.patch)
+    stock = stock_network(AMOS)
+    compiled = openvino_call(stock, x, "bf16", options.threads)
+    if compiled is None:
+        return []
+    calls = {"OpenVINO, bfloat16": compiled}
+    calls |= {f"E2ENet S={s}, engine": engine_call(e2enet(AMOS, s), x) for s in options.sparsity}
+    return [Table("stock nnU-Net in bfloat16, E2ENet in float32", time_in_turn(calls, options.rounds), list(calls)[:1])]
+
+
+def sparsity(options: argparse.Namespace) -> list[Table]:
+    x = image(options.patch or AMOS.patch)
+    calls = {f"S={s}": engine_call(e2enet(AMOS, s), x) for s in (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)}
+    return [Table("E2ENet in the engine as S grows", time_in_turn(calls, options.rounds), ["S=0.0"])]
+
+
+def volume(options: argparse.Namespace) -> list[Table]:
+    network = e2enet(AMOS, 0.8)
+    patches = [[32, 64, 64], [32, 96, 96], [32, 128, 128], [64, 128, 128], [64, 160, 160], [96, 160, 160]]
+    calls = {" x ".join(map(str, p)): engine_call(network, image(p)) for p in patches}
+    table = Table("E2ENet S=0.8 in the engine as the patch grows", time_in_turn(calls, options.rounds), [])
+    voxels = [p[0] * p[1] * p[2] / 1e6 for p in patches]
+    rates = [f"{median(s) / v:.2f}" for s, v in zip(table.seconds.values(), voxels, strict=True)]
+    table.notes.append("seconds a million voxels: " + ", ".join(rates))
+    return [table]
+
+
+def pytorch(options: argparse.Namespace) -> list[Table]:
+    x = image(options.patch or AMOS.patch)
+    network = e2enet(AMOS, options.sparsity[0])
+    name = f"E2ENet S={options.sparsity[0]}"
+    calls = {f"{name}, PyTorch": pytorch_call(network, x), f"{name}, engine": engine_call(network, x)}
+    ours, theirs = calls[f"{name}, engine"](), calls[f"{name}, PyTorch"]()
     assert isinstance(ours, Tensor)
     assert isinstance(theirs, Tensor)
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    table = Table("E2ENet in PyTorch", time_in_turn(calls, 1), [f"{name}, engine"])
+    table.notes.append(f"largest difference of the logits: {error:.1e} of the largest logit")
+    return [table]
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], list[Table]]] = {
+    part.__name__: part for part in (targets, small, bfloat16, sparsity, volume, pytorch)
+}
+
+
+def bandwidth() -> float:
+    """GB read and written a second, at best."""
+    source, target = torch.ones(1 << 27), torch.empty(1 << 27)
+    best = float("inf")
+    for _ in range(4):
+        begin = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * source.nbytes / best / 1e9
+
+
+def machine(threads: int) -> dict[str, Any]:
+    try:
+        openvino = version("openvino")
+    except PackageNotFoundError:
+        openvino = "not installed"
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "threads": threads,
+        "kernels": engine.status().kernels,
+        "torch": torch.__version__,
+        "openvino": openvino,
+        "dtype": "float32",
+    }
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", choices=PLANS, default="amos")
-    parser.add_argument("--patch", type=int, nargs=3, help="another patch size for the plan")
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--patch", type=int, nargs=3, help="instead of 64 x 160 x 160")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--e2enet-in-pytorch", action="store_true", help="time that as well, and compare the logits")
-    parser.add_argument("--without-openvino", action="store_true")
-    arguments = parser.parse_args()
-    plan = PLANS[arguments.plan]
+    parser.add_argument("--json", type=Path, help="write what was measured to this file")
+    options = parser.parse_args()
     torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
-    x = torch.randn(1, 1, *(arguments.patch or plan.patch))
-    print(engine.status().reason)
-    print(f"patch {list(x.shape[2:])}, {plan.classes} classes, {arguments.threads} threads, torch {torch.__version__}")
-
-    stock = stock_network(plan)
-    calls: dict[str, Call] = {"nnU-Net, PyTorch": lambda: stock(x)}
-    compiled = None if arguments.without_openvino else openvino_call(stock, x, "f32", arguments.threads)
-    if compiled is not None:
-        calls["nnU-Net, OpenVINO"] = compiled
-    networks = {sparsity: e2enet(plan, sparsity) for sparsity in arguments.sparsity}
-    for sparsity, network in networks.items():
-        calls[f"E2ENet S={sparsity}, engine"] = engine_call(network, x)
-    bases = list(calls)[: 1 if compiled is None else 2]
-    if arguments.e2enet_in_pytorch:
-        for sparsity, network in networks.items():
-            print(f"S={sparsity}: largest difference {largest_error(network, x):.1e} of the largest logit")
-        last = arguments.sparsity[-1]
-        calls[f"E2ENet S={last}, PyTorch"] = pytorch_call(networks[last], x)
-        bases.append(f"E2ENet S={last}, PyTorch")
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(arguments.rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call))
-    report(times, bases)
-    for sparsity, network in networks.items():
-        parts = engine.profile(network)
-        whole = sum(parts.values())
-        print(f"S={sparsity}, where the time goes: " + ", ".join(f"{k} {v / whole:.0%}" for k, v in parts.items()))
-    print(f"peak memory of all of it {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    torch.set_num_threads(options.threads)
+    about = machine(options.threads)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    tables: list[Table] = []
+    for part in options.parts:
+        for table in PARTS[part](options):
+            print("\n".join(table.lines()), flush=True)
+            tables.append(table)
+    print(f"\npeak memory of all of it {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"machine": about, "tables": [asdict(table) for table in tables]}, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ An E2ENet in eval mode, on the CPU, with gradients off, uses the engine by itsel
 from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, disabled, mode, predicts
 from nnunetv2_e2enet.engine.core import KERNELS, KERNELS_VARIABLE, load_core
 from nnunetv2_e2enet.engine.counts import executed_macs
-from nnunetv2_e2enet.engine.status import Status, profile, release, status, why_pytorch
+from nnunetv2_e2enet.engine.status import Status, peak_flops, profile, release, status, why_pytorch
 
 __all__ = [
     "ENGINE_VARIABLE",
@@ -19,6 +19,7 @@ __all__ = [
     "executed_macs",
     "load_core",
     "mode",
+    "peak_flops",
     "predicts",
     "profile",
     "release",

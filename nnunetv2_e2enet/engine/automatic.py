@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.engine.core import Core, load_core
-from nnunetv2_e2enet.engine.description import NotSupportedError, describe, tensors
+from nnunetv2_e2enet.engine.description import NotSupportedError, check_hooks, describe
+from nnunetv2_e2enet.engine.fingerprint import Fingerprint, state
 from nnunetv2_e2enet.engine.program import Program
 from nnunetv2_e2enet.engine.weights import PackedWeights, pack
 from nnunetv2_e2enet.errors import E2ENetError
@@ -58,12 +59,12 @@ class Plan:
     """One state of the weights, ready to run.
 
     Attributes:
-        fingerprint: checksums of all that the weights were packed from.
+        fingerprint: of all that the weights were packed from.
         idle: programs that no thread is running, the last used at the end.
         checked: whether it was compared with PyTorch.
     """
 
-    fingerprint: tuple[int, ...]
+    fingerprint: Fingerprint
     weights: PackedWeights
     core: Core
     idle: list[Program] = field(default_factory=list)
@@ -85,10 +86,17 @@ class Session:
             NotSupportedError: the network has to stay with PyTorch.
         """
         with self._lock:
-            fingerprint = _fingerprint(network, core)
-            if self._plan is None or self._plan.fingerprint != fingerprint or self._plan.core is not core:
-                self._plan = None  # free its memory first
-                self._plan = Plan(fingerprint, pack(describe(network)), core)
+            check_hooks(network)
+            tensors = state(network)
+            plan = self._plan
+            if plan is not None and plan.core is core and plan.fingerprint.holds(tensors, core):
+                return plan
+            fingerprint = Fingerprint.take(tensors, core)
+            if plan is not None and plan.core is core and plan.fingerprint.same_content(fingerprint):
+                plan.fingerprint = fingerprint
+                return plan
+            self._plan = plan = None  # free its memory first
+            self._plan = Plan(fingerprint, pack(describe(network)), core)
             return self._plan
 
     def take_program(self, plan: Plan, patch_size: tuple[int, ...]) -> Program:
@@ -121,16 +129,6 @@ _sessions_lock = threading.Lock()
 def session_of(network: nn.Module) -> Session:
     with _sessions_lock:
         return _sessions.setdefault(network, Session())
-
-
-def _fingerprint(network: E2ENet, core: Core) -> tuple[int, ...]:
-    # By content: version counters do not see writes through ``.data``, nor do they exist in inference mode.
-    threads = torch.get_num_threads()
-    sums = []
-    for _, tensor in tensors(network):
-        flat = tensor.detach().contiguous()
-        sums.append(core.checksum(flat.data_ptr(), flat.nbytes, threads))
-    return tuple(sums)
 
 
 def why_not(network: E2ENet, x: Tensor) -> str | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import os
+import time
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +20,7 @@ KERNELS = ("avx512", "avx2", "generic")
 KERNELS_VARIABLE = "nnUNet_e2enet_engine_kernels"
 TIMERS = ("input transform", "products", "output transform", "upsampling", "strided convs", "pooling", "heads")
 
-_ABI = 1
+_ABI = 2
 _FLOATS = POINTER(c_float)
 _INTS = POINTER(c_int32)
 
@@ -160,8 +162,23 @@ class Core:
     def import_image(self, image: int, target: Map, threads: int) -> None:
         self._library.e2e_import(image, ctypes.byref(target), threads)
 
+    def peak_flops(self, threads: int) -> float:
+        """Floating-point operations a second in a loop of multiply-adds, at best of a few tries."""
+        best = 0.0
+        for _ in range(5):
+            begin = time.perf_counter()
+            n = self._library.e2e_multiply_add_only(self._handle, 1 << 24, threads)
+            best = max(best, 2 * n / (time.perf_counter() - begin))
+        return best
+
     def checksum(self, address: int, n_bytes: int, threads: int) -> int:
+        """A number that changes when any of the bytes does."""
         return int(self._library.e2e_checksum(address, n_bytes, threads))
+
+    def sample(self, addresses: Sequence[int], n_bytes: Sequence[int]) -> int:
+        """A number that changes when any of a few words of each array does."""
+        n = len(addresses)
+        return int(self._library.e2e_sample((c_void_p * n)(*addresses), (c_int64 * n)(*n_bytes), n))
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -174,6 +191,8 @@ def _declare(library: ctypes.CDLL) -> None:
         "e2e_pool": (None, [pointer, pointer, ctypes.c_int]),
         "e2e_import": (None, [pointer, pointer, ctypes.c_int]),
         "e2e_checksum": (ctypes.c_uint64, [pointer, c_int64, ctypes.c_int]),
+        "e2e_multiply_add_only": (c_int64, [pointer, c_int64, ctypes.c_int]),
+        "e2e_sample": (ctypes.c_uint64, [pointer, pointer, c_int64]),
         "e2e_struct_sizes": (None, [pointer]),
         "e2e_abi": (ctypes.c_int, []),
     }

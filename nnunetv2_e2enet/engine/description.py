@@ -97,14 +97,23 @@ def describe(network: E2ENet) -> Description:
 def _check_modules(network: E2ENet) -> None:
     if type(network) is not E2ENet or type(network.encoder) is not Encoder or type(network.decoder) is not FusionDecoder:
         raise NotSupportedError("it is a variant of E2ENet")
-    for name, module in network.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise NotSupportedError(f"{name or 'the network'} has forward hooks, which would not be called")
+    check_hooks(network)
     for name, tensor in tensors(network):
         if tensor.device.type != "cpu" or tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter):
             raise NotSupportedError(f"{name} is not an ordinary tensor on the CPU")
         if tensor.dtype not in (torch.float32, torch.bool):
             raise NotSupportedError(f"{name} is {tensor.dtype}, not float32")
+
+
+def check_hooks(network: nn.Module) -> None:
+    """Hooks come and go without a change of the weights.
+
+    Raises:
+        NotSupportedError: a module has forward hooks.
+    """
+    for name, module in network.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise NotSupportedError(f"{name or 'the network'} has forward hooks, which would not be called")
 
 
 def tensors(network: nn.Module) -> list[tuple[str, Tensor]]:

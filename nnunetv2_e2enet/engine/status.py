@@ -9,6 +9,7 @@ from torch import nn
 
 from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, mode, session_of
 from nnunetv2_e2enet.engine.core import TIMERS, Core, load_core
+from nnunetv2_e2enet.errors import E2ENetError
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,18 @@ def status() -> Status:
         reason = f"CPU prediction uses PyTorch: {ENGINE_VARIABLE} switches the engine off"
         return Status(False, setting, core.kernels, core.path, reason)
     return Status(True, setting, core.kernels, core.path, f"CPU prediction uses the sparse engine with {core.kernels} kernels")
+
+
+def peak_flops(threads: int) -> float:
+    """What this CPU can do: floating-point operations a second in a loop of multiply-adds.
+
+    Raises:
+        E2ENetError: there is no compiled core.
+    """
+    core = load_core()
+    if not isinstance(core, Core):
+        raise E2ENetError(core)
+    return core.peak_flops(threads)
 
 
 def why_pytorch(network: nn.Module) -> str | None:

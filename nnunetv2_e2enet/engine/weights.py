@@ -13,6 +13,7 @@ from nnunetv2_e2enet.engine.description import Block, Description, Node
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
+Places = NDArray[np.uint16]
 
 DENSE_ROWS = 6  # output maps that the dense product computes together
 DENSE_FROM = 0.6  # share of active connections from which visiting all of them is faster
@@ -46,7 +47,7 @@ class ConvWeights:
     weight: Floats
     start: Ints
     output: Ints
-    index: Ints
+    index: Places
     chunk_first: Ints
     inputs: int
     outputs: int
@@ -60,7 +61,7 @@ class UpsampleWeights:
     weight: Floats
     start: Ints
     output: Ints
-    index: Ints
+    index: Places
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,11 @@ def _ints(tensor: Tensor) -> Ints:
     return array
 
 
+def _places(tensor: Tensor) -> Places:
+    array: Places = tensor.contiguous().numpy().astype(np.uint16)
+    return array
+
+
 def _grouped(weight: Tensor) -> Tensor:
     """``(out, ..., in)`` to ``(group, ..., in, 6)``, zeros where the last group is not full."""
     groups = -(-weight.shape[0] // DENSE_ROWS)
@@ -141,7 +147,7 @@ def pack_conv(weight: Tensor, mask: Tensor) -> ConvWeights:
         kernels = torch.where(mask[..., None], weight.flatten(2), 0).double() @ transform.T
         dense = torch.stack([_grouped(kernels[..., p]) for p in range(len(transform))])
         none = np.zeros(0, np.int32)
-        return ConvWeights(_floats(dense), none, none, none, np.zeros(1, np.int32), inputs, outputs, True)
+        return ConvWeights(_floats(dense), none, none, none.astype(np.uint16), np.zeros(1, np.int32), inputs, outputs, True)
     chunks = -(-inputs // CHUNK)
     first = torch.linspace(0, inputs, chunks + 1).round().long()
     starts, orders, indices, kernel_rows = [], [], [], []
@@ -161,7 +167,7 @@ def pack_conv(weight: Tensor, mask: Tensor) -> ConvWeights:
         weight=_floats(transformed.T),
         start=_ints(torch.cat(starts)),
         output=_ints(torch.cat(orders)),
-        index=_ints(torch.cat(indices)),
+        index=_places(torch.cat(indices)),
         chunk_first=_ints(first),
         inputs=inputs,
         outputs=outputs,
@@ -178,7 +184,7 @@ def pack_upsample(weight: Tensor, mask: Tensor) -> UpsampleWeights:
         weight=_floats(active.transpose(0, 1)),
         start=_ints(torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])),
         output=_ints(torch.arange(mask.shape[1])),
-        index=_ints(index),
+        index=_places(index),
     )
 
 

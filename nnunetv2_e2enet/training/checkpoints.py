@@ -32,7 +32,7 @@ _ARCHITECTURE = {
     "features_per_stage": None,
     "n_conv_per_stage": None,
     "kernel_size": KERNEL_SIZE,
-    "shift_size": 1,
+    "shift_size": None,
     "learned_shift": False,
     "feature_sparsity": None,
 }

@@ -115,6 +115,17 @@ class NetworkMixin(TrainerBase):
                 check_checkpoint(Path(filename_or_checkpoint), architecture, self.unwrapped_network.state_dict())
         super().load_checkpoint(filename_or_checkpoint)
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.local_rank == 0:
+            self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Of what a killed training was about to write."""
+        for pattern in ("checkpoint_*.pth.tmp", f".{HISTORY_FILE}.*.tmp"):
+            for file in Path(self.output_folder).glob(pattern):
+                file.unlink()
+
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         super().on_train_epoch_end(train_outputs)
         with one_line_errors():
@@ -178,20 +189,12 @@ class DSFFMixin(NetworkMixin):
         super().on_train_start()
         with one_line_errors():
             self._check_topology()
-            self._remove_leftovers()
             if self.current_epoch == 0:
                 for layer in self.topology_updater.layers.values():
                     layer.explored.copy_(layer.mask)  # with -pretrained_weights, what was explored before does not count
                 self.topology_history.start()
             else:
                 self.topology_history.resume(self.current_epoch)
-
-    def _remove_leftovers(self) -> None:
-        """Of what a killed training was about to write."""
-        if self.local_rank == 0:
-            for pattern in ("checkpoint_*.pth.tmp", f".{HISTORY_FILE}.*.tmp"):
-                for file in Path(self.output_folder).glob(pattern):
-                    file.unlink()
 
     def _check_topology(self) -> None:
         """Raises E2ENetError unless every layer has as many active connections as the sparsity says, in blocks."""

@@ -6,7 +6,7 @@
 namespace e2e {
 namespace {
 
-constexpr int64_t kUpsampledFloats = 4 << 20;  // of an upward flow to hold at a time, at least one round of slices
+constexpr int64_t kUpsampledFloats = 2 << 20;  // of an upward flow to hold at a time, at least one round of slices
 constexpr int64_t kPrivateFloats = 3 << 19;    // of transformed tiles up to which each thread works on blocks of its own
 constexpr int64_t kSharedFloats = 3 << 20;     // of transformed tiles that threads hold together otherwise
 constexpr int64_t kStreamFloats = 8 << 20;     // a map that will not stay in any cache is written past them
@@ -31,7 +31,7 @@ struct Schedule {
             const int64_t fit = kUpsampledFloats / (job.upsample.outputs * kPhases * grid.slice);
             slices = std::min<int64_t>(grid.depth, std::max<int64_t>(whole, fit / whole * whole));
             up_floats = (divide_up(slices * grid.slice, kChunk) + 2 * guard_chunks(grid)) * kChannel * job.upsample.outputs;
-            up_scratch = upsample_scratch(job.upsample);
+            up_scratch = upsample_scratch(kernels, job.upsample);
         }
         const int64_t total = divide_up(slices * grid.slice, kernels.lanes);
         const int64_t per_vector = (kPoints * int64_t{kernels.lanes}) * (w.inputs + w.outputs);

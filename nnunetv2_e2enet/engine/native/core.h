@@ -59,16 +59,33 @@ struct Halved {
 struct SparseRows {
     const int32_t* start;
     const int32_t* output;
-    const int32_t* index;  // input map of a connection
+    const uint16_t* index;  // input map of a connection
     int32_t rows;
 };
 
-// Consecutive coarse tiles in one row and one chunk, and the lanes that they become when they are spread to finer tiles.
-struct RowPiece {
-    int64_t tile, n;      // of the coarse grid
-    int64_t skip, count;  // fine tiles: left out at the front, kept
-    int64_t at;           // where they go
-    int row;              // of pixels in the coarse tile
+// Tiles that lie beside each other in a row of a grid and in one chunk, and where they go, both in floats.
+struct Span {
+    int64_t from;  // of the first; nowhere if negative: zeros
+    int64_t to;
+    int32_t count;
+};
+
+// Lanes of a vector that go to consecutive tiles of one row and one chunk.
+struct Piece {
+    int64_t offset;  // where lane 0 would go, phase 0 and channel 0
+    uint32_t lanes;
+};
+
+// The same pixel of each tile of a coarse block, and of the tiles' other halves if there are two ways: what the transposed conv
+// makes of them is a row of fine tiles, pixel by pixel of the stride's window.
+struct UpsampleTask {
+    const float* pixels[2];  // [channel][tile of the block]
+    const float* weight;     // [connection][sub]
+    int ways, subs;
+    int first_row, last_row;
+    float* out[4];  // of each sub
+    const Piece* pieces;
+    const int* first_piece;  // of each vector of fine tiles, and the number of pieces
 };
 
 struct Kernels {
@@ -88,17 +105,19 @@ struct Kernels {
     // Pixels of one phase that were computed directly, and their statistics.
     void (*store_phase)(const float* m, int outputs, const Grid& grid, int64_t first, int vectors, int phase, float* out,
                         Statistics* statistics);
-    // out[sub][row * kChannel + tile] = sum over connections of weight[connection][sub] * e[index * pitch + tile].
-    void (*upsample_product)(const float* e, const SparseRows& rows, int first_row, int last_row, const float* weight,
-                             int subs, int64_t pitch, int tiles, float* const* out);
-    // out[k] = activated in[k * stride]
-    void (*activate_row)(const float* in, int stride, int64_t n, float scale, float offset, float slope, float* out);
-    // Pixels of a coarse channel for lanes of fine tiles, `ways` of which lie beside each other in a coarse tile:
-    // out[u * pitch + at + k] = activated pixel (row, u of the fine tile's 4 / ways columns).
-    void (*expand)(const float* channel, int64_t chunk, const RowPiece* pieces, int64_t n, int ways, float scale, float offset,
-                   float slope, float* out, int64_t pitch);
-    // out[k] = largest (or smallest) of in[i][k * stride]
-    void (*pool_row)(const float* const* in, int count, int stride, int64_t n, bool largest, float* out);
+    int upsample_tiles;  // in a block of coarse tiles
+    // pixels[phase * pitch + tile] = activated pixels of a block of tiles
+    void (*activate_block)(const float* tiles, float scale, float offset, float slope, float* pixels, int64_t pitch);
+    // out[sub][output * kChannel + tile] = sum over connections of weight[connection][sub] * pixels[index][tile]
+    void (*upsample_product)(const UpsampleTask& task, const SparseRows& rows);
+    // out[to + k] = activated in[from + k * stride]
+    void (*gather)(const float* in, const Span* spans, int64_t n, int stride, float scale, float offset, float slope,
+                   float* out);
+    // out[to + k] = largest (or smallest) of in[from + k * stride], in[further[...] + k * stride] ...
+    void (*pool)(const float* in, const Span* spans, int64_t n, const int64_t* further, int n_further, int stride, bool largest,
+                 float* out);
+    // Nothing but multiply-adds, as many as the CPU can do; returns how many of one float it did.
+    int64_t (*multiply_add_only)(int64_t rounds);
     // out[4 * k + i] = in[i][k]
     void (*pixels_row)(const float* in, int64_t in_stride, int64_t tiles, int64_t pixels, float* out);
 };

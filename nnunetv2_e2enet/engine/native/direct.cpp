@@ -27,74 +27,82 @@ std::vector<Segment> cut_rows(const Grid& grid, int64_t first, int64_t tiles) {
 }
 
 // All that output tiles need: window[row * columns + column][channel][tile], normalised, zero outside.
-struct Window {
-    int rows, columns;
-    explicit Window(const int32_t* stride) : rows(3 * stride[1] + 3), columns(3 * stride[2] + 3) {}
+class Window {
+  public:
+    const int rows, columns;
 
-    void fill(const Kernels& kernels, const StridedJob& job, const std::vector<Segment>& segments, int64_t tiles,
-              int64_t first_channel, int64_t last_channel, float* window) const {
-        const Grid& fine = job.in.grid;
+    Window(const Kernels& kernels, const StridedJob& job)
+        : rows(3 * job.stride[1] + 3), columns(3 * job.stride[2] + 3), kernels_(kernels), job_(job) {}
+
+    void fill(const std::vector<Segment>& segments, int64_t tiles, int64_t first_channel, int64_t last_channel, float* window) {
         for (int64_t c = first_channel; c < last_channel; ++c) {
-            if (c + 1 < last_channel) prefetch_channel(job, segments, c + 1);
-            for (int w = 0; w < rows * columns; ++w) {
-                float* to = window + (w * job.in.channels + c) * tiles;
-                for (const Segment& s : segments) fill_row(kernels, job, fine, s, c, w / columns - 1, w % columns - 1, to);
-            }
+            if (c == first_channel || job_.shift[c] != job_.shift[c - 1]) plan(segments, job_.shift[c], job_.in.channels * tiles);
+            if (c + 1 < last_channel) prefetch_channel(segments, c + 1);
+            kernels_.gather(channel_of(job_.in, c), spans_.data(), static_cast<int64_t>(spans_.size()), job_.stride[2],
+                            scale_of(job_.in, c), offset_of(job_.in, c), slope_of(job_.in), window + c * tiles);
         }
     }
 
-    static inline __attribute__((always_inline)) void prefetch_channel(const StridedJob& job,
-                                                                       const std::vector<Segment>& segments, int64_t c) {
-        const Grid& fine = job.in.grid;
-        for (const Segment& s : segments) {
-            const int64_t d = std::min<int64_t>(std::max<int64_t>(s.slice * job.stride[0] - job.shift[c], 0), fine.depth - 1);
-            const int64_t tile = d * fine.slice + s.row * job.stride[1] * fine.tiles_x + s.column * job.stride[2];
-            const int64_t end = tile + (job.stride[1] - 1) * fine.tiles_x + s.count * job.stride[2];
-            for (int64_t t = tile & ~int64_t{kChunk - 1}; t < std::min(end, fine.tiles); t += kChunk)
-                prefetch_chunk(channel_of(job.in, c), fine.chunk, t);
+    void taps(const float* window, int64_t channel_floats, int phase, const float* bases[kTaps]) const {
+        for (int t = 0; t < kTaps; ++t) {
+            const int row = job_.stride[1] * (phase / kTile) + t / 3, column = job_.stride[2] * (phase % kTile) + t % 3;
+            bases[t] = window + (row * columns + column) * channel_floats;
         }
     }
 
-    static void fill_row(const Kernels& kernels, const StridedJob& job, const Grid& fine, const Segment& s, int64_t c, int row,
-                         int column, float* to) {
-        const int sh = job.stride[1], sw = job.stride[2];
-        const int64_t d = s.slice * job.stride[0] - job.shift[c], y = kTile * sh * s.row + row;
-        to += s.lane;
+  private:
+    // The same for all channels that move alike.
+    void plan(const std::vector<Segment>& segments, int64_t shift, int64_t channel_floats) {
+        spans_.clear();
+        for (int w = 0; w < rows * columns; ++w)
+            for (const Segment& s : segments) plan_row(s, shift, w / columns - 1, w % columns - 1, w * channel_floats + s.lane);
+    }
+
+    void plan_row(const Segment& s, int64_t shift, int row, int column, int64_t to) {
+        const Grid& fine = job_.in.grid;
+        const int sh = job_.stride[1], sw = job_.stride[2];
+        const int64_t d = s.slice * job_.stride[0] - shift, y = kTile * sh * s.row + row;
         // Tile t of the segment needs pixel x = kTile * sw * (s.column + t) + column.
         const int64_t step = kTile * sw, x = step * s.column + column;
         int64_t lo = x < 0 ? 1 : 0, hi = x >= fine.width ? 0 : std::min(s.count, (fine.width - 1 - x) / step + 1);
         if (d < 0 || d >= fine.depth || y < 0 || y >= fine.height || lo >= hi) lo = hi = 0;
-        for (int64_t t = 0; t < lo; ++t) to[t] = 0;
-        for (int64_t t = hi; t < s.count; ++t) to[t] = 0;
-        if (lo == hi) return;
-        const int64_t first = x + lo * step;
+        if (lo > 0) spans_.push_back({-1, to, static_cast<int32_t>(lo)});
+        const int64_t first = x + lo * step, phase = y % kTile * kTile + first % kTile;
         const int64_t tile = d * fine.slice + y / kTile * fine.tiles_x + first / kTile;
-        const float* from = channel_of(job.in, c) + (y % kTile * kTile + first % kTile) * kChunk;
-        for (int64_t t = lo; t < hi;) {
-            const int64_t at = tile + sw * (t - lo), n = std::min(hi - t, tiles_in_chunk(at, sw));
-            kernels.activate_row(from + place(at, fine.chunk), sw, n, scale_of(job.in, c), offset_of(job.in, c),
-                                 slope_of(job.in), to + t);
-            t += n;
+        for (int64_t t = lo, n; t < hi; t += n) {
+            const int64_t at = tile + sw * (t - lo);
+            n = std::min(hi - t, tiles_in_chunk(at, sw));
+            spans_.push_back({place(at, fine.chunk) + phase * kChunk, to + t, static_cast<int32_t>(n)});
+        }
+        if (hi < s.count) spans_.push_back({-1, to + hi, static_cast<int32_t>(s.count - hi)});
+    }
+
+    inline __attribute__((always_inline)) void prefetch_channel(const std::vector<Segment>& segments, int64_t c) const {
+        const Grid& fine = job_.in.grid;
+        for (const Segment& s : segments) {
+            const int64_t shifted = s.slice * job_.stride[0] - job_.shift[c];
+            const int64_t d = std::min<int64_t>(std::max<int64_t>(shifted, 0), fine.depth - 1);
+            const int64_t tile = d * fine.slice + s.row * job_.stride[1] * fine.tiles_x + s.column * job_.stride[2];
+            const int64_t end = tile + (job_.stride[1] - 1) * fine.tiles_x + s.count * job_.stride[2];
+            for (int64_t t = tile & ~int64_t{kChunk - 1}; t < std::min(end, fine.tiles); t += kChunk)
+                prefetch_chunk(channel_of(job_.in, c), fine.chunk, t);
         }
     }
 
-    void taps(const float* window, int64_t channel_floats, int phase, const int32_t* stride, const float* bases[kTaps]) const {
-        for (int t = 0; t < kTaps; ++t) {
-            const int row = stride[1] * (phase / kTile) + t / 3, column = stride[2] * (phase % kTile) + t % 3;
-            bases[t] = window + (row * columns + column) * channel_floats;
-        }
-    }
+    const Kernels& kernels_;
+    const StridedJob& job_;
+    std::vector<Span> spans_;
 };
 
 }  // namespace
 
 int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratch, int threads) {
     const Grid& grid = job.out.grid;
-    const Window window(job.stride);
+    const Window shape(kernels, job);
     const int64_t outputs = job.out.channels, inputs = job.in.channels;
     const int groups = static_cast<int>(divide_up(outputs, kDenseRows));
     const int64_t total = divide_up(grid.tiles, kernels.lanes);
-    const int64_t per_vector = window.rows * window.columns * inputs * kernels.lanes;
+    const int64_t per_vector = shape.rows * shape.columns * inputs * kernels.lanes;
     const int64_t vectors = std::min(total, std::max<int64_t>(2, std::min<int64_t>(4, kWindowFloats / per_vector)));
     const int64_t blocks = divide_up(total, vectors), tiles = vectors * kernels.lanes;
     const bool shared = blocks < 4 * threads;  // then the threads share the phases of each block
@@ -108,6 +116,7 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
     {
         const int thread = omp_get_thread_num(), team = omp_get_num_threads();
         StopWatch watch(job.seconds, thread);
+        Window window(kernels, job);
         float* own = windows + (shared ? 0 : thread * window_floats);
         float* m = products + thread * round_up(product_floats, kCacheLine);
         const Share share = shared ? Share(blocks, 0, 1) : Share(blocks, thread, team);
@@ -116,14 +125,13 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
             const int n = static_cast<int>(std::min(vectors, total - block * vectors));
             const Share channels = shared ? Share(inputs, thread, team) : Share(inputs, 0, 1);
             const Share phases = shared ? Share(kPhases, thread, team) : Share(kPhases, 0, 1);
-            window.fill(kernels, job, cut_rows(grid, first, n * kernels.lanes), n * kernels.lanes, channels.first,
-                        channels.last, own);
+            window.fill(cut_rows(grid, first, n * kernels.lanes), n * kernels.lanes, channels.first, channels.last, own);
             if (shared) {
                 #pragma omp barrier
             }
             for (int64_t q = phases.first; q < phases.last; ++q) {
                 const float* bases[kTaps];
-                window.taps(own, inputs * n * kernels.lanes, static_cast<int>(q), job.stride, bases);
+                window.taps(own, inputs * n * kernels.lanes, static_cast<int>(q), bases);
                 kernels.dense_product(bases, kTaps, static_cast<int>(inputs), job.weight, 0, groups, static_cast<int>(outputs),
                                       m, n);
                 kernels.store_phase(m, static_cast<int>(outputs), grid, first, n, static_cast<int>(q), job.out.data,
@@ -157,12 +165,12 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
         const Share share(blocks, thread, omp_get_num_threads());
         for (int64_t block = share.first; block < share.last; ++block) {
             const int64_t first = block * tiles, count = std::min(tiles, grid.tiles - first);
-            for (int64_t c = 0; c < inputs; ++c) {
-                const float* from = channel_of(job.in, c) + place(first, grid.chunk);
-                for (int q = 0; q < kPhases; ++q)
-                    kernels.activate_row(from + q * kChunk, 1, count, scale_of(job.in, c), offset_of(job.in, c),
-                                         slope_of(job.in), in + (q * inputs + c) * tiles);
-            }
+            Span spans[kPhases];
+            for (int64_t q = 0; q < kPhases; ++q)
+                spans[q] = {place(first, grid.chunk) + q * kChunk, q * inputs * tiles, static_cast<int32_t>(count)};
+            for (int64_t c = 0; c < inputs; ++c)
+                kernels.gather(channel_of(job.in, c), spans, kPhases, 1, scale_of(job.in, c), offset_of(job.in, c),
+                               slope_of(job.in), in + c * tiles);
             for (int q = 0; q < kPhases; ++q) {
                 const float* bases[1] = {in + q * inputs * tiles};
                 kernels.dense_product(bases, 1, static_cast<int>(inputs), job.weight, 0,

@@ -117,7 +117,7 @@ struct UpsampleTarget {
     int64_t chunk;   // floats from one chunk to the next
     int64_t first_slice, last_slice;
 };
-int64_t upsample_scratch(const Upsample& job);
+int64_t upsample_scratch(const Kernels& kernels, const Upsample& job);
 void upsample_slices(const Kernels& kernels, const Upsample& job, const Grid& fine, const int32_t* shift,
                      const UpsampleTarget& target, float* scratch, int thread, int threads);
 

@@ -33,7 +33,7 @@ struct WinogradWeights {
     const float* weight;
     const int32_t* start;        // [chunk][outputs + 1]
     const int32_t* output;       // [chunk][outputs]
-    const int32_t* index;        // counted from the first input of the chunk
+    const uint16_t* index;       // counted from the first input of the chunk
     const int32_t* chunk_first;  // [chunks + 1], input maps
     int64_t connections;
     int32_t inputs, outputs, chunks, dense;
@@ -45,7 +45,7 @@ struct Upsample {
     const float* weight;
     const int32_t* start;
     const int32_t* output;
-    const int32_t* index;
+    const uint16_t* index;
     int64_t connections;
     int32_t outputs;
     int32_t stride[3];

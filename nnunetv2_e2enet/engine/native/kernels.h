@@ -23,12 +23,12 @@ using e2e::Statistics;
 // ---- products -------------------------------------------------------------------------------------------------------
 
 template <int N>
-static inline void multiply_add(const float* row, float weight, Vec* acc) {
-    const Vec w = splat(weight);
-    for (int i = 0; i < N; ++i) acc[i] = fma(w, load(row + i * kLanes), acc[i]);
+static inline void multiply_add(const float* row, Vec weight, Vec* acc) {
+    for (int i = 0; i < N; ++i) acc[i] = fma(weight, load(row + i * kLanes), acc[i]);
 }
 
-// Two connections at a time: their accumulators do not wait for each other.
+// Loads are what there is too little of: four weights are loaded at once, and the places of their inputs. Two sets of sums do
+// not wait for each other.
 template <int N>
 static void sparse_rows(const float* v, float* m, const SparseRows& rows, const float* weight, bool add) {
     constexpr int64_t tiles = N * kLanes;
@@ -41,11 +41,16 @@ static void sparse_rows(const float* v, float* m, const SparseRows& rows, const 
         }
         int32_t e = rows.start[r];
         const int32_t end = rows.start[r + 1];
-        for (; e + 1 < end; e += 2) {
-            multiply_add<N>(v + rows.index[e] * tiles, weight[e], a);
-            multiply_add<N>(v + rows.index[e + 1] * tiles, weight[e + 1], b);
+        for (; e + 4 <= end; e += 4) {
+            const Vec w = load_four(weight + e);
+            uint16_t index[4];
+            std::memcpy(index, rows.index + e, sizeof index);
+            multiply_add<N>(v + index[0] * tiles, splat_of_four<0>(w), a);
+            multiply_add<N>(v + index[1] * tiles, splat_of_four<1>(w), b);
+            multiply_add<N>(v + index[2] * tiles, splat_of_four<2>(w), a);
+            multiply_add<N>(v + index[3] * tiles, splat_of_four<3>(w), b);
         }
-        if (e < end) multiply_add<N>(v + rows.index[e] * tiles, weight[e], a);
+        for (; e < end; ++e) multiply_add<N>(v + rows.index[e] * tiles, splat(weight[e]), a);
         for (int i = 0; i < N; ++i) store(target + i * kLanes, a[i] + b[i]);
     }
 }
@@ -101,60 +106,83 @@ static void dense_product(const float* const* v, int taps, int inputs, const flo
     }
 }
 
-template <int S, int N>
-static inline void upsample_rows(const float* e, const SparseRows& rows, int first_row, int last_row, const float* weight,
-                                 int subs, int64_t e_pitch, int first_tile, int tiles, float* const* out) {
-    for (int r = first_row; r < last_row; ++r) {
-        Vec acc[S][N];
-        for (auto& row : acc)
-            for (auto& a : row) a = zero();
+// ---- upsampling -------------------------------------------------------------------------------------------------------
+
+constexpr int kUpsampleVectors = E2E_ISA == 512 ? 2 : 1;  // of coarse tiles in a block
+constexpr int kUpsampleTiles = kUpsampleVectors * kLanes;
+
+static void activate_block(const float* tiles, float scale, float offset, float slope, float* pixels, int64_t pitch) {
+    const Vec a = splat(scale), b = splat(offset), s = splat(slope);
+    for (int q = 0; q < kPhases; ++q)
+        for (int i = 0; i < kUpsampleTiles; i += kLanes)
+            store(pixels + q * pitch + i, activate(load(tiles + q * e2e::kChunk + i), a, b, s));
+}
+
+static inline void store_pieces(const e2e::UpsampleTask& task, int vector, Vec fine, float* out) {
+    for (const e2e::Piece* p = task.pieces + task.first_piece[vector]; p < task.pieces + task.first_piece[vector + 1]; ++p)
+        store_lanes(out + p->offset, fine, p->lanes);
+}
+
+template <int Ways, int Subs>
+static void upsample_rows(const e2e::UpsampleTask& task, const SparseRows& rows) {
+    constexpr int N = kUpsampleVectors;
+    for (int r = task.first_row; r < task.last_row; ++r) {
+        Vec sums[Subs][Ways][N];
+        for (int s = 0; s < Subs; ++s)
+            for (int way = 0; way < Ways; ++way)
+                for (int i = 0; i < N; ++i) sums[s][way][i] = zero();
         for (int32_t c = rows.start[r]; c < rows.start[r + 1]; ++c) {
-            const float* in = e + rows.index[c] * e_pitch + first_tile;
-            const float* w = weight + static_cast<int64_t>(c) * subs;
-            Vec x[N];
-            for (int i = 0; i < N; ++i) x[i] = load(in + i * kLanes);
-            for (int s = 0; s < S; ++s)
-                for (int i = 0; i < N; ++i) acc[s][i] = fma(splat(w[s]), x[i], acc[s][i]);
+            const float* weight = task.weight + static_cast<int64_t>(c) * Subs;
+            Vec x[Ways][N];
+            for (int way = 0; way < Ways; ++way)
+                for (int i = 0; i < N; ++i) x[way][i] = load(task.pixels[way] + rows.index[c] * kUpsampleTiles + i * kLanes);
+            for (int s = 0; s < Subs; ++s) {
+                const Vec w = splat(weight[s]);
+                for (int way = 0; way < Ways; ++way)
+                    for (int i = 0; i < N; ++i) sums[s][way][i] = fma(w, x[way][i], sums[s][way][i]);
+            }
         }
-        for (int s = 0; s < S; ++s) {
-            float* target = out[s] + rows.output[r] * e2e::kChannel + first_tile;
+        // Unrolled, so that the sums stay in registers.
+        const int64_t at = rows.output[r] * e2e::kChannel;
+        #pragma GCC unroll 4
+        for (int s = 0; s < Subs; ++s) {
+            #pragma GCC unroll 2
             for (int i = 0; i < N; ++i) {
-                const int left = tiles - first_tile - i * kLanes;
-                if (left > 0) store_up_to(target + i * kLanes, acc[s][i], left);
+                const Vec a = sums[s][0][i], b = sums[s][Ways - 1][i];
+                store_pieces(task, Ways * i, Ways == 2 ? interleave_low(a, b) : a, task.out[s] + at);
+                if (Ways == 2) store_pieces(task, Ways * i + 1, interleave_high(a, b), task.out[s] + at);
             }
         }
     }
 }
 
-template <int S>
-static inline void upsample_subs(const float* e, const SparseRows& rows, int first_row, int last_row, const float* weight,
-                                 int subs, int64_t pitch, int tiles, float* const* out) {
-    const int vectors = (tiles + kLanes - 1) / kLanes;
-    for (int i = 0; i < vectors;) {
-        const int left = vectors - i, at = i * kLanes;
-        const int n = E2E_ISA != 512 ? (left < 2 ? left : 2) : left == 5 ? 3 : left < 4 ? left : 4;
-        if (n == 1) upsample_rows<S, 1>(e, rows, first_row, last_row, weight, subs, pitch, at, tiles, out);
-        if (n == 2) upsample_rows<S, 2>(e, rows, first_row, last_row, weight, subs, pitch, at, tiles, out);
-        if (n == 3) upsample_rows<S, 3>(e, rows, first_row, last_row, weight, subs, pitch, at, tiles, out);
-        if (n == 4) upsample_rows<S, 4>(e, rows, first_row, last_row, weight, subs, pitch, at, tiles, out);
-        i += n;
-    }
+static void upsample_product(const e2e::UpsampleTask& task, const SparseRows& rows) {
+    if (task.ways == 2 && task.subs == 4) return upsample_rows<2, 4>(task, rows);
+    if (task.ways == 2) return upsample_rows<2, 2>(task, rows);
+    if (task.subs == 2) return upsample_rows<1, 2>(task, rows);
+    return upsample_rows<1, 1>(task, rows);
 }
 
-static void upsample_product(const float* e, const SparseRows& rows, int first_row, int last_row, const float* weight,
-                             int subs, int64_t pitch, int tiles, float* const* out) {
-    for (int s = 0; s < subs;) {
-        const int n = subs - s >= 4 ? 4 : subs - s >= 2 ? 2 : 1;
-        if (n == 4) upsample_subs<4>(e, rows, first_row, last_row, weight + s, subs, pitch, tiles, out + s);
-        if (n == 2) upsample_subs<2>(e, rows, first_row, last_row, weight + s, subs, pitch, tiles, out + s);
-        if (n == 1) upsample_subs<1>(e, rows, first_row, last_row, weight + s, subs, pitch, tiles, out + s);
-        s += n;
+static int64_t multiply_add_only(int64_t rounds) {
+    constexpr int kChains = 12;
+    Vec a[kChains];
+    const Vec b = splat(0.999f), c = splat(1e-3f);
+    #pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) a[i] = splat(static_cast<float>(i));
+    for (int64_t k = 0; k < rounds; ++k) {
+        #pragma GCC unroll 12
+        for (int i = 0; i < kChains; ++i) a[i] = fma(a[i], b, c);
     }
+    Vec total = a[0];
+    #pragma GCC unroll 12
+    for (int i = 1; i < kChains; ++i) total = total + a[i];
+    return sum(total) > -1 ? rounds * kChains * kLanes : 0;  // so that nothing of it can be left out
 }
 
 static const e2e::Kernels kTable = {
-    kLanes,       input_transform,  sparse_product, dense_product,  output_transform, store_phase,
-    upsample_product, activate_row, expand, pool_row, pixels_row,
+    kLanes,         input_transform, sparse_product,   dense_product, output_transform, store_phase,
+    kUpsampleTiles, activate_block,  upsample_product, gather,        pool,             multiply_add_only,
+    pixels_row,
 };
 
 }  // namespace E2E_NAMESPACE

@@ -6,20 +6,6 @@
 namespace e2e {
 namespace {
 
-bool divides_tile(int stride) { return stride == 1 || stride == 2 || stride == 4; }
-
-// Tiles first ... first + count - 1 of a slice, at most a chunk of them.
-struct Piece {
-    int64_t first, count;
-};
-
-std::vector<Piece> cut_slice(int64_t tiles) {
-    std::vector<Piece> pieces;
-    for (int64_t first = 0; first < tiles; first += kChunk)
-        pieces.push_back({first, std::min<int64_t>(kChunk, tiles - first)});
-    return pieces;
-}
-
 // Output channels that move together.
 struct Group {
     int32_t first, last;
@@ -35,111 +21,110 @@ std::vector<Group> cut_groups(const int32_t* shift, int32_t channels) {
     return groups;
 }
 
+// Strides of 1 or 2 in the plane: a coarse tile becomes whole fine tiles. Vectors run over coarse tiles, whatever rows and slices
+// they lie in; only what is stored is cut into the rows of fine tiles.
 class Upsampler {
   public:
     Upsampler(const Kernels& kernels, const Upsample& job, const Grid& fine, const UpsampleTarget& target, float* scratch)
-        : kernels_(kernels), job_(job), fine_(fine), target_(target), e_(scratch), down_(kTile / job.stride[1]),
-          across_(kTile / job.stride[2]) {}
+        : kernels_(kernels), job_(job), fine_(fine), target_(target), pixels_(scratch),
+          pitch_(job.coarse.channels * kernels.upsample_tiles) {}
 
-    static int64_t floats(const Upsample& job) {
-        return kTile / job.stride[1] * (kTile / job.stride[2]) * job.coarse.channels * kChunk + kCacheLine;
+    static bool takes(const Upsample& job) { return job.stride[1] <= 2 && job.stride[2] <= 2; }
+    static int64_t floats(const Kernels& kernels, const Upsample& job) {
+        return kPhases * job.coarse.channels * kernels.upsample_tiles;
     }
 
-    // The coarse pixels under a piece of fine tiles: e[v * across + u][channel][tile].
-    void load(int64_t slice, const Piece& piece) {
+    // The block of coarse tiles from `first` on, activated.
+    void load(int64_t first) {
         const Map& coarse = job_.coarse;
-        const int ways = job_.stride[2];
-        const int64_t at_v = across_ * coarse.channels * kChunk, first_tile = slice / job_.stride[0] * coarse.grid.slice;
+        const int64_t at = place(first, coarse.grid.chunk);
+        for (int64_t c = 0; c < coarse.channels; ++c)
+            kernels_.activate_block(channel_of(coarse, c) + at, scale_of(coarse, c), offset_of(coarse, c), slope_of(coarse),
+                                    pixels_ + c * kernels_.upsample_tiles, pitch_);
         rows_.clear();
-        for (int64_t done = 0; done < piece.count;) {
-            const int64_t row = (piece.first + done) / fine_.tiles_x, column = (piece.first + done) % fine_.tiles_x;
-            const int64_t count = std::min(piece.count - done, fine_.tiles_x - column), skip = column % ways;
-            for (int v = 0; v < down_; ++v) {
-                const int64_t y = down_ * row + v, tile = first_tile + y / kTile * coarse.grid.tiles_x + column / ways;
-                push_rows(tile, skip, count, v * at_v + done, static_cast<int>(y % kTile));
-            }
-            done += count;
-        }
-        for (int64_t c = 0; c < coarse.channels; ++c) {
-            prefetch_part(channel_of(coarse, c), rows_[0].tile + kChunk);
-            if (c + kSoon < coarse.channels) prefetch_rows(channel_of(coarse, c + kSoon));
-            kernels_.expand(channel_of(coarse, c), coarse.grid.chunk, rows_.data(), static_cast<int64_t>(rows_.size()), ways,
-                            scale_of(coarse, c), offset_of(coarse, c), slope_of(coarse), e_ + c * kChunk,
-                            coarse.channels * kChunk);
+        const int64_t end = std::min<int64_t>(first + kernels_.upsample_tiles, coarse.grid.tiles);
+        for (int64_t tile = first; tile < end;) {
+            const int64_t column = tile % coarse.grid.tiles_x, count = std::min(end - tile, coarse.grid.tiles_x - column);
+            rows_.push_back({tile - first, count, tile / coarse.grid.slice, tile % coarse.grid.slice / coarse.grid.tiles_x, column});
+            tile += count;
         }
     }
 
-    // Output channels of the piece that was loaded, to slice `to` of the target.
-    void multiply(int64_t slice, const Piece& piece, const Group& group, int64_t to) const {
-        const int sd = job_.stride[0], sh = job_.stride[1], sw = job_.stride[2], subs = sh * sw;
-        const SparseRows rows{job_.start, job_.output, job_.index, job_.outputs};
-        const float* weight = job_.weight + slice % sd * job_.connections * subs;
-        for (int64_t done = 0; done < piece.count;) {  // as far as the target's chunks go
-            const int64_t at = (to - target_.first_slice) * fine_.slice + piece.first + done;
-            const int64_t count = std::min(piece.count - done, kChunk - (at & (kChunk - 1)));
-            const float* e = e_ + done;
-            for (int v = 0; v < down_; ++v) {
-                for (int u = 0; u < across_; ++u, e += job_.coarse.channels * kChunk) {
-                    float* out[kPhases];
-                    for (int s = 0; s < subs; ++s)
-                        out[s] = target_.data + place(at, target_.chunk) +
-                                 ((v * sh + s / sw) * kTile + u * sw + s % sw) * kChunk;
-                    kernels_.upsample_product(e, rows, group.first, group.last, weight, subs, kChunk, static_cast<int>(count),
-                                              out);
-                }
-            }
-            done += count;
+    // Output channels of the block that was loaded, at one position of the stride in depth.
+    void multiply(int position, const Group& group) {
+        const int sh = job_.stride[1], sw = job_.stride[2];
+        for (int below = 0; below < sh; ++below) {
+            cut_pieces(position, group.shift, below);
+            if (pieces_.empty()) continue;
+            for (int row = below * kTile / sh; row < (below + 1) * kTile / sh; ++row)
+                for (int column = 0; column < kTile / sw; ++column) multiply_pixel(position, group, row, column);
         }
     }
 
   private:
-    // As many as the chunks that the coarse tiles lie in.
-    void push_rows(int64_t tile, int64_t skip, int64_t count, int64_t at, int row) {
-        const int ways = job_.stride[2];
-        while (count > 0) {
-            const int64_t n = std::min(divide_up(skip + count, ways), tiles_in_chunk(tile, 1));
-            const int64_t kept = std::min(count, n * ways - skip);
-            rows_.push_back({tile, n, skip, kept, at, row});
-            tile += n;
-            count -= kept;
-            at += kept;
-            skip = 0;
+    struct Row {
+        int64_t lane, count, slice, row, column;
+    };
+
+    void multiply_pixel(int position, const Group& group, int row, int column) const {
+        const int sh = job_.stride[1], sw = job_.stride[2];
+        UpsampleTask task{};
+        task.ways = sw;
+        task.subs = sh * sw;
+        for (int way = 0; way < sw; ++way) task.pixels[way] = pixels_ + (row * kTile + column + way * kTile / sw) * pitch_;
+        task.weight = job_.weight + position * job_.connections * task.subs;
+        task.first_row = group.first;
+        task.last_row = group.last;
+        for (int s = 0; s < task.subs; ++s)
+            task.out[s] = target_.data + ((sh * row + s / sw) % kTile * kTile + sw * column + s % sw) * kChunk;
+        task.pieces = pieces_.data();
+        task.first_piece = first_piece_.data();
+        kernels_.upsample_product(task, {job_.start, job_.output, job_.index, job_.outputs});
+    }
+
+    // Where the fine tiles go, those of the coarse tiles' upper or lower half.
+    void cut_pieces(int position, int64_t shift, int below) {
+        const int sw = job_.stride[2];
+        pieces_.clear();
+        first_piece_.clear();
+        for (const Row& r : rows_) {
+            const int64_t slice = r.slice * job_.stride[0] + position + shift, row = r.row * job_.stride[1] + below;
+            if (slice < target_.first_slice || slice >= target_.last_slice || row >= fine_.tiles_y) continue;
+            const int64_t tile = (slice - target_.first_slice) * fine_.slice + row * fine_.tiles_x + r.column * sw;
+            const int64_t count = std::min(r.count * sw, fine_.tiles_x - r.column * sw);
+            for (int64_t done = 0; done < count;) {
+                const int64_t lane = r.lane * sw + done, in_vector = lane % kernels_.lanes;
+                const int64_t n = std::min({count - done, kernels_.lanes - in_vector, tiles_in_chunk(tile + done, 1)});
+                first_piece_.resize(static_cast<size_t>(lane / kernels_.lanes + 1), static_cast<int>(pieces_.size()));
+                pieces_.push_back({place(tile + done, target_.chunk) - in_vector,
+                                   static_cast<uint32_t>(((int64_t{1} << n) - 1) << in_vector)});
+                done += n;
+            }
         }
+        first_piece_.resize(static_cast<size_t>(kernels_.upsample_tiles * sw / kernels_.lanes + 1),
+                            static_cast<int>(pieces_.size()));
     }
 
-    // A piece reads a part of a coarse chunk; ask for as large a part of the next one.
-    void prefetch_part(const float* channel, int64_t tile) const {
-        const int64_t part = kChunk / (job_.stride[1] * job_.stride[2]);
-        if (tile >= job_.coarse.grid.tiles) return;
-        prefetch(channel + place(tile & ~int64_t{kChunk - 1}, job_.coarse.grid.chunk) + (tile & (kChunk - part)) * kPhases,
-                 part * kPhases);
-    }
-
-    void prefetch_rows(const float* channel) const {
-        for (int64_t t = rows_.front().tile & ~(kCacheLine - 1); t < rows_.back().tile + rows_.back().n; t += kCacheLine)
-            for (int q = 0; q < kPhases; ++q) prefetch(channel + place(t, job_.coarse.grid.chunk) + q * kChunk, 1);
-    }
-
-    static constexpr int64_t kSoon = 2;  // channels ahead
     const Kernels& kernels_;
     const Upsample& job_;
     const Grid& fine_;
     const UpsampleTarget& target_;
-    float* e_;
-    const int down_, across_;
-    std::vector<RowPiece> rows_;
+    float* pixels_;
+    const int64_t pitch_;
+    std::vector<Row> rows_;
+    std::vector<Piece> pieces_;
+    std::vector<int> first_piece_;
 };
 
-// Strides that do not divide a tile: pixel by pixel.
-void upsample_plainly(const Upsample& job, const Grid& fine, int64_t slice, const Piece& piece, const Group& group, int64_t to,
-                      const UpsampleTarget& target) {
-    const int64_t at = (to - target.first_slice) * fine.slice + piece.first;
+// Other strides: pixel by pixel.
+void upsample_plainly(const Upsample& job, const Grid& fine, int64_t slice, const Group& group, const UpsampleTarget& target) {
+    const int64_t at = (slice + group.shift - target.first_slice) * fine.slice;
     const int sd = job.stride[0], sh = job.stride[1], sw = job.stride[2];
     const Map& coarse = job.coarse;
     const float slope = slope_of(coarse);
     for (int64_t o = group.first; o < group.last; ++o) {
-        for (int64_t item = 0; item < piece.count * kPhases; ++item) {
-            const int64_t t = piece.first + item / kPhases, phase = item % kPhases;
+        for (int64_t item = 0; item < fine.slice * kPhases; ++item) {
+            const int64_t t = item / kPhases, phase = item % kPhases;
             const int64_t y = t / fine.tiles_x * kTile + phase / kTile, x = t % fine.tiles_x * kTile + phase % kTile;
             if (y >= fine.height || x >= fine.width) continue;
             const int64_t cy = y / sh, cx = x / sw;
@@ -152,43 +137,43 @@ void upsample_plainly(const Upsample& job, const Grid& fine, int64_t slice, cons
                 const float value = channel_of(coarse, c)[from] * scale_of(coarse, c) + offset_of(coarse, c);
                 total += job.weight[sub + int64_t{k} * sh * sw] * std::max(value, value * slope);
             }
-            target.data[o * kChannel + place(at + item / kPhases, target.chunk) + phase * kChunk] = total;
+            target.data[o * kChannel + place(at + t, target.chunk) + phase * kChunk] = total;
         }
     }
 }
 
 }  // namespace
 
-int64_t upsample_scratch(const Upsample& job) {
-    return divides_tile(job.stride[1]) && divides_tile(job.stride[2]) ? Upsampler::floats(job) : 0;
+int64_t upsample_scratch(const Kernels& kernels, const Upsample& job) {
+    return Upsampler::takes(job) ? Upsampler::floats(kernels, job) : 0;
 }
 
 void upsample_slices(const Kernels& kernels, const Upsample& job, const Grid& fine, const int32_t* shift,
                      const UpsampleTarget& target, float* scratch, int thread, int threads) {
-    const bool direct = divides_tile(job.stride[1]) && divides_tile(job.stride[2]);
-    const std::vector<Piece> pieces = cut_slice(fine.slice);
     const std::vector<Group> groups = cut_groups(shift, job.outputs);
     const auto less = [](const Group& a, const Group& b) { return a.shift < b.shift; };
     const int64_t lowest = std::min_element(groups.begin(), groups.end(), less)->shift;
     const int64_t highest = std::max_element(groups.begin(), groups.end(), less)->shift;
     const int64_t begin = std::max<int64_t>(0, target.first_slice - highest);
     const int64_t end = std::min<int64_t>(fine.depth, target.last_slice - lowest);
-    const int64_t n_pieces = static_cast<int64_t>(pieces.size());
+    if (begin >= end) return;
+    if (!Upsampler::takes(job)) {
+        const Share share(end - begin, thread, threads);
+        for (int64_t slice = begin + share.first; slice < begin + share.last; ++slice)
+            for (const Group& group : groups)
+                if (slice + group.shift >= target.first_slice && slice + group.shift < target.last_slice)
+                    upsample_plainly(job, fine, slice, group, target);
+        return;
+    }
     Upsampler upsampler(kernels, job, fine, target, scratch);
-    const Share share(std::max<int64_t>(0, end - begin) * n_pieces, thread, threads);
-    for (int64_t item = share.first; item < share.last; ++item) {
-        const int64_t slice = begin + item / n_pieces;
-        const Piece& piece = pieces[static_cast<size_t>(item % n_pieces)];
-        if (direct) upsampler.load(slice, piece);
-        for (const Group& group : groups) {
-            const int64_t to = slice + group.shift;
-            if (to < target.first_slice || to >= target.last_slice) continue;
-            if (direct) {
-                upsampler.multiply(slice, piece, group, to);
-            } else {
-                upsample_plainly(job, fine, slice, piece, group, to, target);
-            }
-        }
+    const int sd = job.stride[0], tiles = kernels.upsample_tiles;
+    const int64_t first_block = begin / sd * job.coarse.grid.slice / tiles;
+    const int64_t last_block = divide_up(divide_up(end, sd) * job.coarse.grid.slice, tiles);
+    const Share share(last_block - first_block, thread, threads);
+    for (int64_t block = first_block + share.first; block < first_block + share.last; ++block) {
+        upsampler.load(block * tiles);
+        for (int position = 0; position < sd; ++position)
+            for (const Group& group : groups) upsampler.multiply(position, group);
     }
 }
 
@@ -198,68 +183,60 @@ class Pooling {
   public:
     Pooling(const Kernels& kernels, const PoolJob& job)
         : kernels_(kernels), job_(job), sd_(job.stride[0]), sh_(job.stride[1]), sw_(job.stride[2]),
-          window_(job.halved ? sd_ : sd_ * sh_ * sw_), channel_(job.halved ? kHalvedChannel : kChannel),
-          in_(static_cast<size_t>(window_)) {}
+          further_(job.halved ? sd_ - 1 : sd_ * sh_ * sw_ - 1), channel_(job.halved ? kHalvedChannel : kChannel) {}
 
-    // All channels of one row of coarse tiles.
-    void row(int64_t d, int64_t ty) {
-        plan(d, ty);
-        for (int64_t c = 0; c < job_.in.channels; ++c) {
-            if (c + 2 < job_.in.channels) ask_for(c + 2, d, ty);
-            const float* from = job_.in.data + c * channel_;
-            float* to = channel_of(job_.out, c);
-            for (size_t r = 0; r < runs_.size(); ++r) {
-                for (size_t i = 0; i < in_.size(); ++i) in_[i] = from + places_[r * in_.size() + i];
-                kernels_.pool_row(in_.data(), window_, sw_, runs_[r].count, job_.gamma[c] >= 0, to + runs_[r].place);
-            }
-        }
+    // All channels of one chunk of coarse tiles.
+    void chunk(int64_t index) {
+        plan(index * kChunk);
+        for (int64_t c = 0; c < job_.in.channels; ++c)
+            kernels_.pool(job_.in.data + c * channel_, spans_.data(), static_cast<int64_t>(spans_.size()), places_.data(),
+                          further_, sw_, job_.gamma[c] >= 0, channel_of(job_.out, c) + index * job_.out.grid.chunk);
     }
 
   private:
-    struct Run {
-        int64_t place, count;  // of coarse tiles in one phase, none of whose pixels leave their chunk
-    };
-
-    // The same for every channel: runs, and where the pixels of the window of the first tile lie.
-    void plan(int64_t d, int64_t ty) {
-        const Grid &fine = job_.in.grid, &coarse = job_.out.grid;
-        const int64_t to = d * coarse.slice + ty * coarse.tiles_x;
-        runs_.clear();
+    // The same for every channel: runs of coarse tiles in one phase, none of whose pixels leave their chunk, and where the
+    // further pixels of the window of the first tile lie.
+    void plan(int64_t first) {
+        const Grid& coarse = job_.out.grid;
+        spans_.clear();
         places_.clear();
         for (int q = 0; q < kPhases; ++q) {
-            const int64_t n = divide_up(coarse.width - q % kTile, kTile);  // the last tile may have less columns
-            if (kTile * ty + q / kTile >= coarse.height) continue;
-            for (int64_t k = 0, count; k < n; k += count) {
-                count = std::min(n - k, tiles_in_chunk(to + k, 1));
-                for (int i = 0; i < window_; ++i) {
-                    const int a = job_.halved ? i : i / sw_ / sh_, in_plane = job_.halved ? 0 : i % (sw_ * sh_);
-                    const int64_t y = sh_ * (kTile * ty + q / kTile) + in_plane / sw_, x = sw_ * (q % kTile) + in_plane % sw_;
-                    const int64_t tile = (sd_ * d + a) * fine.slice + y / kTile * fine.tiles_x + x / kTile + sw_ * k;
-                    count = std::min(count, tiles_in_chunk(tile, sw_));
-                    const int64_t phase = job_.halved ? y % kTile / 2 * 2 + x % kTile / 2 : y % kTile * kTile + x % kTile;
-                    places_.push_back(place(tile, fine.chunk) + phase * kChunk);
-                }
-                runs_.push_back({place(to + k, coarse.chunk) + q * kChunk, count});
+            const int64_t end = std::min<int64_t>(first + kChunk, coarse.tiles);
+            for (int64_t tile = first, count; tile < end; tile += count) {
+                const int64_t column = tile % coarse.tiles_x, row = tile % coarse.slice / coarse.tiles_x;
+                count = std::min(end - tile, coarse.tiles_x - column);
+                const int64_t pixels = divide_up(coarse.width - q % kTile, kTile);  // the last tile may have less columns
+                if (kTile * row + q / kTile >= coarse.height || column >= pixels) continue;
+                plan_row(tile / coarse.slice, row, column, std::min(count, pixels - column), q, tile - first);
             }
         }
     }
 
-    void ask_for(int64_t c, int64_t d, int64_t ty) const {
+    void plan_row(int64_t slice, int64_t row, int64_t column, int64_t count, int q, int64_t lane) {
         const Grid& fine = job_.in.grid;
-        for (int a = 0; a < sd_; ++a) {
-            const int64_t tile = (sd_ * d + a) * fine.slice + ty * sh_ * fine.tiles_x;
-            const int64_t end = std::min(fine.tiles, tile + sh_ * fine.tiles_x);
-            for (int64_t t = tile & ~int64_t{kChunk - 1}; t < end; t += kChunk)
-                prefetch(job_.in.data + c * channel_ + place(t, fine.chunk), channel_);
+        for (int64_t k = 0, n; k < count; k += n) {
+            n = count - k;
+            int64_t from = 0;
+            for (int i = 0; i <= further_; ++i) {
+                const int a = job_.halved ? i : i / sw_ / sh_, in_plane = job_.halved ? 0 : i % (sw_ * sh_);
+                const int64_t y = sh_ * (kTile * row + q / kTile) + in_plane / sw_;
+                const int64_t x = sw_ * (kTile * (column + k) + q % kTile) + in_plane % sw_;
+                const int64_t tile = (sd_ * slice + a) * fine.slice + y / kTile * fine.tiles_x + x / kTile;
+                const int64_t phase = job_.halved ? y % kTile / 2 * 2 + x % kTile / 2 : y % kTile * kTile + x % kTile;
+                const int64_t at = place(tile, fine.chunk) + phase * kChunk;
+                n = std::min(n, tiles_in_chunk(tile, sw_));
+                if (i == 0) from = at;
+                if (i > 0) places_.push_back(at);
+            }
+            spans_.push_back({from, q * kChunk + lane + k, static_cast<int32_t>(n)});
         }
     }
 
     const Kernels& kernels_;
     const PoolJob& job_;
-    const int sd_, sh_, sw_, window_;
+    const int sd_, sh_, sw_, further_;  // pixels of the window but the first
     const int64_t channel_;
-    std::vector<const float*> in_;
-    std::vector<Run> runs_;
+    std::vector<Span> spans_;
     std::vector<int64_t> places_;
 };
 
@@ -271,8 +248,8 @@ void run_pool(const Kernels& kernels, const PoolJob& job, int threads) {
     {
         StopWatch watch(job.seconds, omp_get_thread_num());
         Pooling pooling(kernels, job);
-        const Share share(int64_t{coarse.depth} * coarse.tiles_y, omp_get_thread_num(), omp_get_num_threads());
-        for (int64_t item = share.first; item < share.last; ++item) pooling.row(item / coarse.tiles_y, item % coarse.tiles_y);
+        const Share share(divide_up(coarse.tiles, kChunk), omp_get_thread_num(), omp_get_num_threads());
+        for (int64_t chunk = share.first; chunk < share.last; ++chunk) pooling.chunk(chunk);
         watch.lap(kPool);
     }
 }

@@ -21,15 +21,21 @@ static inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 static inline void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
 static inline Vec splat(float a) { return _mm512_set1_ps(a); }
+static inline Vec load_four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }  // again and again
+template <int K>
+static inline Vec splat_of_four(Vec four) {
+    return _mm512_permute_ps(four, K * 0x55);
+}
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 static inline Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 static inline Mask mask_of(uint32_t bits) { return static_cast<Mask>(bits); }
 static inline Vec keep(Mask m, Vec v) { return _mm512_maskz_mov_ps(m, v); }
-static inline Vec merge(Mask m, Vec where, Vec elsewhere) { return _mm512_mask_mov_ps(elsewhere, m, where); }
+static inline Vec load_where(Mask m, const float* p) { return _mm512_maskz_loadu_ps(m, p); }
 static inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 static inline Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(mask_of((1u << n) - 1), p); }
 static inline void store_first(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, mask_of((1u << n) - 1), v); }
+static inline void store_lanes(float* p, Vec v, uint32_t lanes) { _mm512_mask_storeu_ps(p, mask_of(lanes), v); }
 // a0 b0 a1 b1 ...: of the first half of the lanes, and of the second.
 static inline Vec interleave_low(Vec a, Vec b) {
     const __m512i i = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -55,6 +61,11 @@ static inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 static inline void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
 static inline Vec splat(float a) { return _mm256_set1_ps(a); }
+static inline Vec load_four(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
+template <int K>
+static inline Vec splat_of_four(Vec four) {
+    return _mm256_permute_ps(four, K * 0x55);
+}
 static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 static inline Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
@@ -63,12 +74,13 @@ static inline Mask mask_of(uint32_t bits) {
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit), bit));
 }
 static inline Vec keep(Mask m, Vec v) { return _mm256_and_ps(m, v); }
-static inline Vec merge(Mask m, Vec where, Vec elsewhere) { return _mm256_blendv_ps(elsewhere, where, m); }
+static inline Vec load_where(Mask m, const float* p) { return keep(m, load(p)); }
 static inline __m256i first_lanes(int64_t n) {
     return _mm256_castps_si256(mask_of((1u << n) - 1));
 }
 static inline Vec load_first(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
 static inline void store_first(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
+static inline void store_lanes(float* p, Vec v, uint32_t lanes) { _mm256_maskstore_ps(p, _mm256_castps_si256(mask_of(lanes)), v); }
 static inline Vec interleave_low(Vec a, Vec b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
 }
@@ -99,6 +111,11 @@ static inline Vec load(const float* p) {
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 static inline void stream(float* p, Vec v) { store(p, v); }
 static inline Vec splat(float a) { return Vec{a, a, a, a}; }
+static inline Vec load_four(const float* p) { return load(p); }
+template <int K>
+static inline Vec splat_of_four(Vec four) {
+    return splat(four[K]);
+}
 static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 static inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
@@ -114,7 +131,7 @@ static inline Vec keep(Mask m, Vec v) {
     std::memcpy(&v, &raw, sizeof v);
     return v;
 }
-static inline Vec merge(Mask m, Vec where, Vec elsewhere) { return m ? where : elsewhere; }
+static inline Vec load_where(Mask m, const float* p) { return keep(m, load(p)); }
 static inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 static inline Vec load_first(const float* p, int64_t n) {
     Vec v = {0, 0, 0, 0};
@@ -122,6 +139,10 @@ static inline Vec load_first(const float* p, int64_t n) {
     return v;
 }
 static inline void store_first(float* p, Vec v, int64_t n) { std::memcpy(p, &v, sizeof(float) * static_cast<size_t>(n)); }
+static inline void store_lanes(float* p, Vec v, uint32_t lanes) {
+    for (int i = 0; i < kLanes; ++i)
+        if (lanes >> i & 1) p[i] = v[i];
+}
 static inline Vec interleave_low(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
 static inline Vec interleave_high(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
 static inline Vec even_lanes(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }

@@ -6,17 +6,24 @@
 
 namespace E2E_NAMESPACE {
 
-// One column of B^T d.
+// One column of B^T d: its four rows in the middle, which need no neighbours above and below, and the first and the last.
+static inline void transform_in_middle(const Vec d[4], Vec o[4]) {
+    const Vec two = splat(2.0f), four = splat(4.0f);
+    const Vec even = d[3] - four * d[1], odd = d[2] - four * d[0], even2 = d[3] - d[1], odd2 = d[2] - d[0];
+    o[0] = even + odd;
+    o[1] = even - odd;
+    o[2] = fma(two, odd2, even2);
+    o[3] = even2 - two * odd2;
+}
+
+static inline Vec transform_in_end(Vec near, Vec middle, Vec far) {
+    return fma(splat(4.0f), near, far - splat(5.0f) * middle);
+}
+
 static inline void transform_in(const Vec d[6], Vec o[6]) {
-    const Vec four = splat(4.0f), five = splat(5.0f), two = splat(2.0f);
-    const Vec even = d[4] - four * d[2], odd = d[3] - four * d[1];
-    const Vec even2 = d[4] - d[2], odd2 = two * (d[3] - d[1]);
-    o[0] = fma(four, d[0], d[4] - five * d[2]);
-    o[1] = even + odd;
-    o[2] = even - odd;
-    o[3] = even2 + odd2;
-    o[4] = even2 - odd2;
-    o[5] = fma(four, d[1], d[5] - five * d[3]);
+    o[0] = transform_in_end(d[0], d[2], d[4]);
+    transform_in_middle(d + 1, o + 1);
+    o[5] = transform_in_end(d[1], d[3], d[5]);
 }
 
 // One column of A^T m.
@@ -28,22 +35,23 @@ static inline void transform_out(const Vec m[6], Vec o[4]) {
     o[3] = fma(splat(8.0f), d, b) + m[5];
 }
 
-// Bit l of each word: lane l's pixel lies in the plane, and its tile is one of the grid.
+// Bit l of each word: of lane l's tile, which pixels lie in the plane, and which neighbours it has there.
 struct LaneBits {
-    uint32_t row[6], column[6], tile;
+    uint32_t row[e2e::kTile], column[e2e::kTile], left, right, above, below;
 
-    LaneBits(const e2e::Grid& grid, int64_t first) : row(), column(), tile(0) {
-        int64_t f = first;
-        int64_t in_slice = f % grid.slice;
+    LaneBits(const e2e::Grid& grid, int64_t first) : row(), column(), left(0), right(0), above(0), below(0) {
+        const int64_t in_slice = (first % grid.slice + grid.slice) % grid.slice;
         int64_t ty = in_slice / grid.tiles_x, tx = in_slice % grid.tiles_x;
-        for (int lane = 0; lane < kLanes && f < grid.tiles; ++lane, ++f) {
+        for (int lane = 0; lane < kLanes; ++lane) {
             const uint32_t bit = 1u << lane;
-            tile |= bit;
-            for (int i = 0; i < 6; ++i) {
-                const int64_t y = 4 * ty + i - 1, x = 4 * tx + i - 1;
-                if (y >= 0 && y < grid.height) row[i] |= bit;
-                if (x >= 0 && x < grid.width) column[i] |= bit;
+            for (int i = 0; i < e2e::kTile; ++i) {
+                if (e2e::kTile * ty + i < grid.height) row[i] |= bit;
+                if (e2e::kTile * tx + i < grid.width) column[i] |= bit;
             }
+            if (tx > 0) left |= bit;
+            if (ty > 0) above |= bit;
+            if (tx + 1 < grid.tiles_x) right |= bit;
+            if (ty + 1 < grid.tiles_y) below |= bit;
             if (++tx == grid.tiles_x) {
                 tx = 0;
                 if (++ty == grid.tiles_y) ty = 0;
@@ -52,114 +60,208 @@ struct LaneBits {
     }
 };
 
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
+
 static inline uint32_t bits_between(int64_t first, int64_t lo, int64_t hi) {
-    const uint32_t all = kLanes == 32 ? ~0u : (1u << kLanes) - 1;
     const int64_t from = lo - first, to = hi - first;
     if (from >= kLanes || to <= 0 || from >= to) return 0;
-    const uint32_t below_to = to >= kLanes ? all : (1u << to) - 1;
+    const uint32_t below_to = to >= kLanes ? kAllLanes : (1u << to) - 1;
     return from <= 0 ? below_to : below_to & ~((1u << from) - 1);
 }
 
-// Where a vector of tiles finds itself and its 8 neighbours (3 * row + column, itself in the middle) in a channel, and which
-// of their pixels count. A neighbour's lanes may lie in two chunks.
-struct Reach {
-    int64_t place[9], next[9];  // of the first lane, and of the first lane as seen from the next chunk
-    Mask in_next[9];
-    Mask valid[e2e::kPoints];
-    bool any;    // pixel counts
-    bool split;  // a neighbour lies in two chunks
-    bool split_center;
+constexpr int kWindowVectors = e2e::kMaxVectors + 2;
 
-    void look(const e2e::Grid& grid, int64_t first, const e2e::Channel& channel) {
-        const LaneBits bits(grid, first);
-        const uint32_t here = bits.tile & bits_between(first, channel.lo, channel.hi);
-        any = here != 0;
-        split = split_center = false;
-        if (!any) return;
-        for (int p = 0; p < e2e::kPoints; ++p) valid[p] = mask_of(bits.row[p / 6] & bits.column[p % 6] & here);
-        for (int n = 0; n < 9; ++n) {
-            const int64_t tile = first + channel.move + (n / 3 - 1) * grid.tiles_x + n % 3 - 1;
-            const int64_t left = e2e::kChunk - (tile & (e2e::kChunk - 1));  // lanes in this chunk
-            const bool both = left < kLanes;
-            place[n] = e2e::place(tile, channel.chunk);
-            next[n] = both ? e2e::place(tile + left, channel.chunk) - left : place[n];
-            in_next[n] = mask_of(both ? ~0u << left : 0u);
-            split = split || both;
-            if (n == 4) split_center = both;
+// What a block of tiles needs of one channel: rows of pixels (the last of the tiles above, the tiles' own four, the first of the
+// tiles below), and in each the pixels by their column in the tile, a tile a lane. Activated; zero outside the plane.
+using Window = float[6][e2e::kTile][kWindowVectors * kLanes];
+
+// Where the pixels of a window lie, and which of them count; the same for all channels that move alike.
+class Reach {
+  public:
+    // Tiles above, themselves, below: lanes in the window that come before the first.
+    int skip[3];
+    bool any;  // of the tiles themselves exists
+
+    void look(const e2e::Grid& grid, int64_t first, int64_t tiles, const e2e::Channel& channel) {
+        any = false;
+        for (int g = 0; g < 3; ++g) {
+            const int64_t begin = first + channel.move + (g - 1) * grid.tiles_x, end = begin + tiles;
+            const int64_t base = (begin - 1) & ~int64_t{kLanes - 1};
+            skip[g] = static_cast<int>(begin - base);
+            counts_[g] = static_cast<int>((end - base) / kLanes) + 1;
+            own_[g] = base + kLanes > begin ? 0 : 1;
+            own_end_[g] = counts_[g] - (base + (counts_[g] - 1) * kLanes < end ? 0 : 1);
+            whole_[g] = grid.height % e2e::kTile == 0 && grid.width % e2e::kTile == 0;
+            const int64_t lo = channel.lo + channel.move, hi = channel.hi + channel.move;
+            whole_[g] = whole_[g] && base >= lo && base + counts_[g] * kLanes <= hi;
+            any = any || (g == 1 && (begin < hi && end > lo));
+            for (int i = 0; i < counts_[g]; ++i) {
+                const int64_t tile = base + i * kLanes;
+                Source& s = sources_[g][i];
+                s.place = e2e::place(tile, channel.chunk);
+                if (whole_[g]) continue;
+                const uint32_t lanes = bits_between(tile, lo, hi);
+                s.some = lanes != 0;
+                const LaneBits bits(grid, tile);
+                for (int q = 0; q < e2e::kPhases; ++q)
+                    s.valid[q] = mask_of(bits.row[q / e2e::kTile] & bits.column[q % e2e::kTile] & lanes);
+            }
         }
+    }
+
+    template <bool Final>  // no norm is left to apply
+    void fetch(const e2e::Channel& channel, Window& window) const {
+        fetch_rows<3, 4, Final>(channel, 0, window);
+        fetch_rows<0, 4, Final>(channel, 1, window + 1);
+        fetch_rows<0, 1, Final>(channel, 2, window + 5);
+    }
+
+  private:
+    struct Source {  // a vector of tiles as it lies in memory
+        int64_t place;
+        bool some;  // of its tiles exist
+        Mask valid[e2e::kPhases];
+    };
+
+    template <int First, int Last, bool Final>
+    void fetch_rows(const e2e::Channel& channel, int g, float (*rows)[e2e::kTile][kWindowVectors * kLanes]) const {
+        const Vec scale = splat(channel.scale), offset = splat(channel.offset), slope = splat(channel.slope);
+        for (int i = 0; i < counts_[g]; ++i) {
+            const Source& s = sources_[g][i];
+            const float* from = channel.data + s.place;
+            const auto put = [&](int row, int column, Vec pixel) { store(&rows[row - First][column][i * kLanes], pixel); };
+            const auto get = [&](int row, int column) {
+                const Vec raw = load(from + (row * e2e::kTile + column) * e2e::kChunk);
+                return Final ? raw : activate(raw, scale, offset, slope);
+            };
+            if (!whole_[g]) {
+                for (int row = First; row < Last; ++row)
+                    for (int column = 0; column < e2e::kTile; ++column)  // where no tile is, there is not even memory to read
+                        put(row, column, s.some ? keep(s.valid[row * e2e::kTile + column], get(row, column)) : zero());
+            } else if (i < own_[g]) {
+                for (int row = First; row < Last; ++row) put(row, e2e::kTile - 1, get(row, e2e::kTile - 1));
+            } else if (i >= own_end_[g]) {
+                for (int row = First; row < Last; ++row) put(row, 0, get(row, 0));
+            } else {
+                for (int row = First; row < Last; ++row)
+                    for (int column = 0; column < e2e::kTile; ++column) put(row, column, get(row, column));
+            }
+        }
+    }
+
+    Source sources_[3][kWindowVectors];
+    int counts_[3], own_[3], own_end_[3];  // vectors; of them those with tiles of the block, the others neighbours alone
+    bool whole_[3];                        // every pixel of every vector exists
+};
+
+// Tiles of a vector that have neighbours.
+struct Neighbours {
+    Mask above, below, left, right, above_left, above_right, below_left, below_right;
+
+    void look(const e2e::Grid& grid, int64_t first) {
+        const LaneBits bits(grid, first);
+        above = mask_of(bits.above);
+        below = mask_of(bits.below);
+        left = mask_of(bits.left);
+        right = mask_of(bits.right);
+        above_left = mask_of(bits.above & bits.left);
+        above_right = mask_of(bits.above & bits.right);
+        below_left = mask_of(bits.below & bits.left);
+        below_right = mask_of(bits.below & bits.right);
     }
 };
 
-// Split 0: no vector lies in two chunks, 1: some of neighbours do, 2: the tiles' own as well.
-template <int Split, bool Final>
-static inline void transform_tile_vector(const e2e::Channel& channel, const Reach& reach, float* v, int64_t v_pitch) {
-    static constexpr int phase_of[6] = {3, 0, 1, 2, 3, 0}, side_of[6] = {0, 1, 1, 1, 1, 2};
-    const Vec scale = splat(channel.scale), offset = splat(channel.offset), slope = splat(channel.slope);
-    Vec half[6][6];
-    for (int j = 0; j < 6; ++j) {
-        Vec d[6], o[6];
-        for (int i = 0; i < 6; ++i) {
-            const int n = side_of[i] * 3 + side_of[j];
-            const float* phase = channel.data + (phase_of[i] * e2e::kTile + phase_of[j]) * e2e::kChunk;
-            Vec raw = load(phase + reach.place[n]);
-            if (Split == 2 || (Split == 1 && n != 4)) raw = merge(reach.in_next[n], load(phase + reach.next[n]), raw);
-            d[i] = keep(reach.valid[i * 6 + j], Final ? raw : activate(raw, scale, offset, slope));
-        }
-        transform_in(d, o);
-        for (int i = 0; i < 6; ++i) half[i][j] = o[i];
-    }
-    for (int i = 0; i < 6; ++i) {
-        Vec o[6];
-        transform_in(half[i], o);
-        for (int j = 0; j < 6; ++j) store(v + (i * 6 + j) * v_pitch, o[j]);
-    }
+static inline void load_row(const float (*row)[kWindowVectors * kLanes], int lane, Mask left, Mask right, Vec d[6]) {
+    d[0] = load_where(left, row[3] + lane - 1);
+    for (int j = 0; j < e2e::kTile; ++j) d[j + 1] = load(row[j] + lane);
+    d[5] = load_where(right, row[0] + lane + 1);
 }
 
-// Memory is far away, and what a block needs of it is read in an order of its own: ask for the chunk after it line by line.
+static inline void load_row(const float (*row)[kWindowVectors * kLanes], int lane, Mask own, Mask left, Mask right, Vec d[6]) {
+    d[0] = load_where(left, row[3] + lane - 1);
+    for (int j = 0; j < e2e::kTile; ++j) d[j + 1] = load_where(own, row[j] + lane);
+    d[5] = load_where(right, row[0] + lane + 1);
+}
+
+static inline void store_row(const Vec half[6], float* v, int64_t v_pitch) {
+    Vec o[6];
+    transform_in(half, o);
+    for (int j = 0; j < 6; ++j) store(v + j * v_pitch, o[j]);
+}
+
+// In two parts, for the sake of registers: the four rows in the middle, then the first and the last.
+static inline void transform_window(const Window& window, const int skip[3], int lane, const Neighbours& has, float* v,
+                                    int64_t v_pitch) {
+    Vec d[6][6], half[6][6];
+    for (int i = 0; i < e2e::kTile; ++i) load_row(window[i + 1], skip[1] + lane, has.left, has.right, d[i + 1]);
+    for (int j = 0; j < 6; ++j) {
+        const Vec in[4] = {d[1][j], d[2][j], d[3][j], d[4][j]};
+        Vec o[4];
+        transform_in_middle(in, o);
+        for (int i = 0; i < 4; ++i) half[i + 1][j] = o[i];
+    }
+    for (int i = 1; i < 5; ++i) store_row(half[i], v + i * 6 * v_pitch, v_pitch);
+    load_row(window[0], skip[0] + lane, has.above, has.above_left, has.above_right, d[0]);
+    load_row(window[5], skip[2] + lane, has.below, has.below_left, has.below_right, d[5]);
+    for (int j = 0; j < 6; ++j) {
+        half[0][j] = transform_in_end(d[0][j], d[2][j], d[4][j]);
+        half[5][j] = transform_in_end(d[1][j], d[3][j], d[5][j]);
+    }
+    for (int i = 0; i < 6; i += 5) store_row(half[i], v + i * 6 * v_pitch, v_pitch);
+}
+
+// Memory is far away, and what a block needs of it is read in an order of its own: ask for the chunk after it line by line, a part
+// with each vector of tiles.
 // (Always inline: GCC takes a function that only prefetches for one without effect, and drops the call.)
 static inline __attribute__((always_inline)) void prefetch_ahead(const e2e::Channel& channel, const e2e::Grid& grid,
-                                                                 int64_t first, int64_t tiles) {
+                                                                 int64_t first, int part) {
     const int64_t chunks_ahead = (grid.tiles_x + e2e::kChunk - 1) / e2e::kChunk;  // the row of tiles below lies there
     const int64_t tile = first + channel.move + chunks_ahead * e2e::kChunk;
     if (tile - channel.move + e2e::kChunk <= channel.lo || tile - channel.move >= channel.hi) return;
     const int64_t lane = tile & (e2e::kChunk - 1);
-    prefetch(channel.data + e2e::place(tile - lane, channel.chunk) + lane * e2e::kPhases, tiles * e2e::kPhases);
+    prefetch(channel.data + e2e::place(tile - lane, channel.chunk) + (lane + part * kLanes) * e2e::kPhases,
+             kLanes * e2e::kPhases);
 }
+
+constexpr int kSoon = 4;  // channels between asking for memory and reading it
 
 static inline bool same_reach(const e2e::Channel& a, const e2e::Channel& b) {
     return a.lo == b.lo && a.hi == b.hi && a.move == b.move && a.chunk == b.chunk;
 }
 
-template <bool Final>  // no norm is left to apply
-static inline void transform_channel(const e2e::Channel& channel, const Reach* reach, int vectors, float* target,
-                                     int64_t v_pitch) {
-    for (int i = 0; i < vectors; ++i, target += kLanes) {
-        if (!reach[i].any) {  // nothing of this channel's slice exists, not even memory to read
-            for (int p = 0; p < e2e::kPoints; ++p) store(target + p * v_pitch, zero());
-        } else if (reach[i].split_center) {
-            transform_tile_vector<2, Final>(channel, reach[i], target, v_pitch);
-        } else if (reach[i].split) {
-            transform_tile_vector<1, Final>(channel, reach[i], target, v_pitch);
-        } else {
-            transform_tile_vector<0, Final>(channel, reach[i], target, v_pitch);
-        }
-    }
-}
-
 static void input_transform(const e2e::Channel* channels, int n, const e2e::Grid& grid, int64_t first, int vectors, float* v,
                             int64_t v_pitch) {
-    Reach reach[e2e::kMaxVectors];
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
-    for (int c = 0; c < n; ++c) {
-        const e2e::Channel& channel = channels[c];
-        prefetch_ahead(channel, grid, first, tiles);
-        if (c == 0 || !same_reach(channel, channels[c - 1]))
-            for (int i = 0; i < vectors; ++i) reach[i].look(grid, first + i * kLanes, channel);
-        float* target = v + static_cast<int64_t>(c) * tiles;
-        if (channel.slope == 1.0f && channel.scale == 1.0f && channel.offset == 0.0f) {
-            transform_channel<true>(channel, reach, vectors, target, v_pitch);
-        } else {
-            transform_channel<false>(channel, reach, vectors, target, v_pitch);
+    Neighbours neighbours[e2e::kMaxVectors];
+    for (int i = 0; i < vectors; ++i) neighbours[i].look(grid, first + i * kLanes);
+    // A channel is transformed after the next has been fetched: what was just stored cannot be loaded across its vectors yet.
+    Reach reach[2];
+    const Reach *its = nullptr, *last = nullptr;
+    alignas(64) Window windows[2];
+    for (int c = 0; c <= n; ++c, last = its) {
+        if (c < n) {
+            const e2e::Channel& channel = channels[c];
+            if (c == 0 || !same_reach(channel, channels[c - 1])) {
+                Reach& other = its == &reach[0] ? reach[1] : reach[0];
+                other.look(grid, first, tiles, channel);
+                its = &other;
+            }
+            if (channel.slope == 1.0f && channel.scale == 1.0f && channel.offset == 0.0f) {
+                its->fetch<true>(channel, windows[c % 2]);
+            } else {
+                its->fetch<false>(channel, windows[c % 2]);
+            }
+        }
+        if (c == 0) continue;
+        float* target = v + (c - 1) * tiles;
+        const int soon = c - 1 + kSoon;
+        for (int i = 0; i < vectors; ++i, target += kLanes) {
+            prefetch_ahead(channels[soon % n], grid, first + soon / n * tiles, i);
+            if (last->any) {
+                transform_window(windows[(c - 1) % 2], last->skip, i * kLanes, neighbours[i], target, v_pitch);
+            } else {
+                for (int p = 0; p < e2e::kPoints; ++p) store(target + p * v_pitch, zero());
+            }
         }
     }
 }
@@ -182,7 +284,6 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
                              int64_t first, int vectors, float* out, const e2e::Halved& halved, bool bypass,
                              e2e::Statistics* statistics) {
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
-    const uint32_t all = (1u << kLanes) - 1;
     uint32_t bits[e2e::kMaxVectors][e2e::kPhases];
     bool whole[e2e::kMaxVectors];
     int64_t count = 0;
@@ -190,8 +291,8 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
         const LaneBits lanes(grid, first + i * kLanes);
         whole[i] = true;
         for (int q = 0; q < e2e::kPhases; ++q) {
-            bits[i][q] = lanes.row[q / 4 + 1] & lanes.column[q % 4 + 1];
-            whole[i] = whole[i] && bits[i][q] == all;
+            bits[i][q] = lanes.row[q / 4] & lanes.column[q % 4] & bits_between(first + i * kLanes, 0, grid.tiles);
+            whole[i] = whole[i] && bits[i][q] == kAllLanes;
             count += __builtin_popcount(bits[i][q]);
         }
     }
@@ -244,7 +345,7 @@ static void store_phase(const float* m, int outputs, const e2e::Grid& grid, int6
     int64_t count = 0;
     for (int i = 0; i < vectors; ++i) {
         const LaneBits lanes(grid, first + i * kLanes);
-        const uint32_t bits = lanes.row[phase / 4 + 1] & lanes.column[phase % 4 + 1];
+        const uint32_t bits = lanes.row[phase / 4] & lanes.column[phase % 4] & bits_between(first + i * kLanes, 0, grid.tiles);
         masks[i] = mask_of(bits);
         count += __builtin_popcount(bits);
     }
