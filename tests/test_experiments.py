@@ -19,6 +19,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from support import AMOS_STRIDES, Project, make, run_command, train_epochs, weights
 from torch import nn
 
+from nnunetv2_e2enet.dsff import random_topology
 from nnunetv2_e2enet.network import accounts, maskable_layers
 from nnunetv2_e2enet.network.learned_shift import learned_shifts
 from nnunetv2_e2enet.trainers import e2enet_experiment_trainers, e2enet_trainers
@@ -277,6 +278,14 @@ def test_sizes_of_the_papers_rows(
     )
     if published_parameters is not None:
         assert counted == pytest.approx(published_parameters, rel=0.015)
+
+
+def test_erdos_renyi_costs_more_with_as_many_parameters(in_process: Project) -> None:
+    trainer = make(our_trainers.nnUNetTrainerE2ENet_ERK, in_process)
+    network = network_on_amos(in_process, "nnUNetTrainerE2ENet_ERK")
+    random_topology(network, trainer.feature_sparsity, trainer.distribution, seed=0)
+    assert accounts.parameter_counts(network).active / 1e6 == pytest.approx(9.427, rel=1e-4)
+    assert accounts.multiply_accumulates(network, (1, 1, 64, 160, 160)).active / 1e9 == pytest.approx(704.94, rel=1e-4)
 
 
 def test_size_with_3x3x3_kernels(in_process: Project) -> None:
