@@ -1,19 +1,36 @@
-"""Bytes that autograd keeps for the backward pass: E2ENet beside stock nnU-Net, patch by patch.
+"""Memory of a training step: E2ENet beside stock nnU-Net.
 
-Nothing is computed: the networks run on the meta device. Batch 1, float32, deep supervision, five classes.
+Counts, patch by patch, the bytes that autograd keeps for the backward pass, the bytes of all tensors that are alive at once in
+a forward and backward pass at most, and its multiply-accumulates; nothing is computed for that, the networks run on the meta
+device. With ``--measure`` it also trains one step of each network in a process of its own, says how much memory that took at
+its highest, and times steps of all networks in turn. Float32 (mixed precision on CUDA), deep supervision, five classes.
 
     python benchmarks/training_memory.py
+    python benchmarks/training_memory.py --measure AMOS --scale 2 --batch 1 --device cpu
 """
 
 from __future__ import annotations
+
+import argparse
+import time
+import weakref
+from dataclasses import dataclass
+from math import prod
+from statistics import median
+from typing import Any
 
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
+from nnunetv2_e2enet.evaluation.memory import peak_bytes
 from nnunetv2_e2enet.network import E2ENet, accounts, e2enet_features
+from nnunetv2_e2enet.network.recomputation import RECOMPUTE
 
 CLASSES = 5
 PLANS = {
@@ -23,6 +40,83 @@ PLANS = {
     "anisotropic": ([[1, 1, 1], [1, 2, 2], [1, 2, 2]] + [[2, 2, 2]] * 3, (16, 256, 256)),
     "2D": ([[1, 1]] + [[2, 2]] * 7, (512, 512)),
 }
+STOCK = "nnU-Net"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network that ``peak_bytes`` can build in another process; ``kind`` is STOCK or what E2ENet recomputes."""
+
+    kind: str
+    plan: str
+    patch: tuple[int, ...]
+    outputs: int = CLASSES
+
+    def build(self, deep_supervision: bool = True) -> nn.Module:
+        strides, _ = PLANS[self.plan]
+        if self.kind == STOCK:
+            return stock_network(strides)
+        conv = nn.Conv3d if len(strides[0]) == 3 else nn.Conv2d
+        levels = len(strides)
+        network = E2ENet(1, CLASSES, levels, e2enet_features(levels), conv, strides, deep_supervision=deep_supervision)
+        network.recompute = self.kind
+        return network
+
+    def input_shape(self, batch_size: int) -> tuple[int, ...]:
+        return (batch_size, 1, *self.patch)
+
+    def kept(self, batch_size: int) -> int:
+        with torch.device("meta"):
+            network = self.build()
+        return accounts.saved_bytes(network, self.input_shape(batch_size))
+
+    def multiply_accumulates(self) -> float:
+        """Of the forward and backward pass of one patch."""
+        with FlopCounterMode(display=False) as counter:
+            forward_backward(*self.on_meta(1))
+        return counter.get_total_flops() / 2
+
+    def peak(self, batch_size: int) -> int:
+        """Bytes of all tensors alive at once in a forward and backward pass, without parameters; no library's workspace."""
+        network, x = self.on_meta(batch_size)
+        with LiveBytes() as live:
+            forward_backward(network, x)
+        return live.peak
+
+    def on_meta(self, batch_size: int) -> tuple[nn.Module, torch.Tensor]:
+        with torch.device("meta"):
+            return self.build(), torch.empty(self.input_shape(batch_size))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.freed, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def freed(self, key: int) -> None:
+        self.now -= self.alive.pop(key)
+
+
+def forward_backward(network: nn.Module, x: torch.Tensor) -> None:
+    with torch.autocast("cuda", enabled=x.is_cuda):
+        loss = sum(output.float().square().mean() for output in network(x))
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
 
 
 def stock_network(strides: list[list[int]]) -> PlainConvUNet:
@@ -36,31 +130,83 @@ def stock_network(strides: list[list[int]]) -> PlainConvUNet:
     )
 
 
-def e2enet(strides: list[list[int]]) -> E2ENet:
-    conv = nn.Conv3d if len(strides[0]) == 3 else nn.Conv2d
-    return E2ENet(1, CLASSES, len(strides), e2enet_features(len(strides)), conv, strides, deep_supervision=True)
+def count(console: Console) -> None:
+    table = Table(title="Batch 1, float32: nnU-Net, and E2ENet by what it computes again")
+    for name in ("plan", "patch", "", "nnU-Net", *RECOMPUTE):
+        table.add_column(name, justify="left" if name in ("plan", "patch", "") else "right")
+    for name, (_, patch) in PLANS.items():
+        stock, *ours = (Candidate(kind, name, patch) for kind in (STOCK, *RECOMPUTE))
+        kept, peak = stock.kept(1), stock.peak(1)
+        table.add_row(
+            name, " x ".join(map(str, patch)), "kept for backward", gib(kept), *(over(c.kept(1), kept) for c in ours)
+        )
+        table.add_row("", "", "alive at once", gib(peak), *(over(c.peak(1), peak) for c in ours))
+        macs = [f"{c.multiply_accumulates() / 1e9:.0f} G" for c in (stock, *ours)]
+        table.add_row("", "", "multiply-accumulates", *macs)
+        elements = stock.build().compute_conv_feature_map_size(patch)
+        table.add_row("", "", "kept / nnU-Net's estimate", f"{kept / elements:.2f} bytes", end_section=True)
+    console.print(table)
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def over(count: float, base: float) -> str:
+    return f"{count / base:.2f} x"
+
+
+def measure(console: Console, plan: str, scale: int, batch_size: int, device: str, threads: int) -> None:
+    strides, whole = PLANS[plan]
+    divisors = [prod(axis) for axis in zip(*strides, strict=True)]
+    patch = tuple(max(size // scale // d, 1) * d for size, d in zip(whole, divisors, strict=True))
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} thread(s)"
+    table = Table(title=f"One training step, {plan}, {' x '.join(map(str, patch))}, batch {batch_size}, {where}")
+    for name in ("network", "alive at once, float32", "peak", "over nnU-Net", "step, s, median (least to most)"):
+        table.add_column(name, justify="left" if name == "network" else "right")
+    candidates = [Candidate(kind, plan, patch) for kind in (STOCK, *RECOMPUTE)]
+    peaks = [peak_bytes(c, True, batch_size, device, threads) for c in candidates]  # type: ignore[arg-type]
+    seconds = time_in_turn(candidates, batch_size, device, threads)
+    for candidate, peak, times in zip(candidates, peaks, seconds, strict=True):
+        name = STOCK if candidate.kind == STOCK else f"E2ENet, recompute {candidate.kind}"
+        spread = f"{median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
+        table.add_row(name, gib(candidate.peak(batch_size)), gib(peak), over(peak, peaks[0]), spread)
+    console.print(table)
+
+
+def time_in_turn(
+    candidates: list[Candidate], batch_size: int, device: str, threads: int, rounds: int = 5
+) -> list[list[float]]:
+    """Seconds of forward and backward passes, round by round, so that a machine whose speed drifts drifts for all."""
+    torch.set_num_threads(threads)
+    networks = [candidate.build().to(device) for candidate in candidates]
+    x = torch.randn(candidates[0].input_shape(batch_size), device=device)
+    seconds: list[list[float]] = [[] for _ in candidates]
+    for round_number in range(rounds + 1):
+        for network, times in zip(networks, seconds, strict=True):
+            begin = time.perf_counter()
+            forward_backward(network, x)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if round_number:  # the first one is to get warm
+                times.append(time.perf_counter() - begin)
+    return seconds
 
 
 def main() -> None:
-    table = Table(title="Kept for backward, batch 1, float32")
-    for name in ("plan", "patch", "nnU-Net GiB", "bytes/element*", "E2ENet GiB", "E2ENet / nnU-Net"):
-        table.add_column(name, justify="left" if name in ("plan", "patch") else "right")
-    for name, (strides, patch) in PLANS.items():
-        with torch.device("meta"):
-            stock, ours = stock_network(strides), e2enet(strides)
-        stock_bytes = accounts.saved_bytes(stock, (1, 1, *patch))
-        our_bytes = ours.saved_bytes(patch)
-        per_element = stock_bytes / stock.compute_conv_feature_map_size(patch)
-        row = [
-            f"{stock_bytes / 2**30:.2f}",
-            f"{per_element:.2f}",
-            f"{our_bytes / 2**30:.2f}",
-            f"{our_bytes / stock_bytes:.2f}",
-        ]
-        table.add_row(name, " x ".join(map(str, patch)), *row)
-    console = Console(highlight=False)
-    console.print(table)
-    console.print("* of nnU-Net's own memory estimate, compute_conv_feature_map_size")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", choices=PLANS, help="train one step of each network on this plan's patch")
+    parser.add_argument(
+        "--scale", type=int, default=1, help="divide the patch by this on each axis, as far as the strides let it"
+    )
+    parser.add_argument("--batch", type=int, default=2, help="patches in the batch that is measured")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    console = Console(highlight=False, width=120)
+    count(console)
+    if arguments.measure:
+        measure(console, arguments.measure, arguments.scale, arguments.batch, arguments.device, arguments.threads)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ from typing import Any
 from nnunetv2_e2enet.errors import E2ENetError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write or replace ``path``; an interruption or an error (OSError) leaves what was there before."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write or replace ``path``; an interruption, a crash or an error (OSError) leaves what was there before."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:
@@ -27,13 +29,18 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """As ``write_bytes``."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """As ``write_atomically``.
 
     Raises:
         E2ENetError: the folder is missing or cannot be written to.
     """
     try:
-        write_atomically(path, text)
+        write_atomically(path, content)
     except OSError as error:
         raise E2ENetError(
             f"cannot write {path} ({error.strerror}): expected a folder with room and write permission; choose another place"

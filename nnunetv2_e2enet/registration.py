@@ -27,6 +27,7 @@ MODULES = {
     TRAINER_FOLDER / "nnUNetTrainerE2ENet.py": (
         "trainers.e2enet_trainers",
         "trainers.e2enet_combined_trainers",
+        "trainers.e2enet_experiment_trainers",
         "trainers.e2enet_demo_trainers",
     ),
     PLANNER_FOLDER / "nnUNetPlannerE2ENet.py": ("planners.e2enet_planners",),

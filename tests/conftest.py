@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from support import Project, run_command
 
 from nnunetv2_e2enet.registration import find_nnunet, is_registered, register, unregister
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # for tests/test_kernels.py; Triton reads it when it is first imported
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -22,9 +22,10 @@ def main(rank: int, project: Path, rendezvous: Path) -> None:
     trainer.topology_seed = rank  # and other random numbers
     trainer.initialize()
     distributed.init_process_group("gloo", init_method=f"file://{rendezvous / 'store'}", rank=rank, world_size=2)
-    # nnU-Net compiles the network, then wraps it
+    # nnU-Net compiles the network, then wraps it; as a large network, it is split between several buckets of gradients
+    distributed._DEFAULT_FIRST_BUCKET_BYTES = 2**15
     compiled = torch.compile(trainer.network, backend="eager")
-    trainer.network = DistributedDataParallel(compiled)
+    trainer.network = DistributedDataParallel(compiled, bucket_cap_mb=2**-4)
     trainer.is_ddp, trainer.local_rank = True, rank
     for _ in range(2):
         trainer.on_epoch_start()

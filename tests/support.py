@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,14 +102,21 @@ def weights(model: Path, fold: int = 0) -> dict[str, torch.Tensor]:
     return torch.load(file, map_location="cpu", weights_only=False)["network_weights"]
 
 
-def train_epochs(trainer: Any, n_epochs: int) -> None:
+def train_epochs(
+    trainer: Any,
+    n_epochs: int,
+    training: Iterable[dict[str, Any]] | None = None,
+    validation: Iterable[dict[str, Any]] | None = None,
+) -> None:
+    """nnU-Net's loop over epochs, on noise unless batches are given; two iterations an epoch and one for validation."""
+    batches, held_out = (iter(batch, None) if given is None else iter(given) for given in (training, validation))
     for _ in range(n_epochs):
         trainer.on_epoch_start()
         trainer.on_train_epoch_start()
-        trainer.on_train_epoch_end([trainer.train_step(batch()) for _ in range(2)])
+        trainer.on_train_epoch_end([trainer.train_step(next(batches)) for _ in range(2)])
         with torch.no_grad():
             trainer.on_validation_epoch_start()
-            trainer.on_validation_epoch_end([trainer.validation_step(batch())])
+            trainer.on_validation_epoch_end([trainer.validation_step(next(held_out))])
         trainer.on_epoch_end()
 
 

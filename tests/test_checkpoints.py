@@ -48,6 +48,13 @@ def test_resumes_from_an_intact_checkpoint(in_process: Project, checkpoint: Path
     assert trainer.current_epoch == 3
 
 
+def test_checkpoints_from_before_a_setting_existed_are_resumed(in_process: Project, checkpoint: Path) -> None:
+    rewrite(checkpoint, lambda content: [arguments(content).pop(name) for name in ("kernel_size", "learned_shift")])
+    trainer = make(nnUNetTrainerE2ENet_smoke, in_process)
+    trainer.load_checkpoint(str(checkpoint))
+    assert trainer.current_epoch == 3
+
+
 class Hostile:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,6 +97,8 @@ def first_mask(content: dict[str, Any]) -> str:
     [
         (lambda c: arguments(c).update(feature_sparsity=0.7), "feature_sparsity = 0.7, but the trainer has 0.8"),
         (lambda c: arguments(c).update(shift_size=5), "shift_size = 5, but the trainer has 3"),
+        (lambda c: arguments(c).update(kernel_size=[3, 1, 3]), r"kernel_size = \[3, 1, 3\], but the trainer has \[1, 3, 3\]"),
+        (lambda c: arguments(c).update(learned_shift=True), "learned_shift = True, but the trainer has False"),
         (lambda c: arguments(c)["strides"].pop(), "strides ="),
         (lambda c: arguments(c).update(features_per_stage=[1]), "features_per_stage"),
         (lambda c: c["network_weights"].pop(first_mask(c)), "lacks 1 of the network's tensors"),
@@ -101,7 +110,7 @@ def first_mask(content: dict[str, Any]) -> str:
             "is of UNet",
         ),
     ],
-    ids=["sparsity", "shift size", "levels", "channels", "masks", "nan", "foreign"],
+    ids=["sparsity", "shift size", "kernel", "learned shift", "levels", "channels", "masks", "nan", "foreign"],
 )
 def test_checkpoints_of_another_network_are_refused(
     in_process: Project,

@@ -413,12 +413,16 @@ def test_unknown_settings_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"norm_op_kwargs": {"affine": True, "track_running_stats": True}}, "running statistics"),
         ({"nonlin": nn.ReLU, "nonlin_kwargs": {}}, "ReLU"),
         ({"nonlin_kwargs": {"negative_slope": 1.5}}, "LeakyReLU"),
+        ({"kernel_size": (3, 3, 3), "shift_size": 1}, "kernel (3, 3, 3)"),
+        ({"kernel_size": (3, 1, 3)}, "kernel (3, 1, 3)"),
+        ({"kernel_size": (1, 3, 5)}, "kernel (1, 3, 5)"),
     ],
 )
 def test_other_configurations_stay_with_pytorch(settings: dict[str, object], reason: str) -> None:
     network = make_network(**settings)
     assert not uses_engine(network, torch.randn(1, 1, 8, 32, 32))
     assert reason in str(engine.why_pytorch(network))
+    assert not engine.predicts(network, (1, 1, 8, 32, 32))
 
 
 @needs_core

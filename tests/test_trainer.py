@@ -256,6 +256,9 @@ def test_every_fold_of_an_ensemble_predicts_with_its_own_topology(trained: Path)
     [
         ({"feature_sparsity": 1.5}, "feature_sparsity is 1.5"),
         ({"shift_size": 2}, "shift_size is 2"),
+        ({"kernel_size": [1, 3]}, "kernel_size is [1, 3]"),
+        ({"kernel_size": [2, 3, 3]}, "kernel_size is [2, 3, 3]"),
+        ({"block_size": 0}, "block_size is 0"),
         ({"topology_update_period": 0}, "period 0"),
         ({"initial_prune_fraction": 1.2}, "initial_prune_fraction is 1.2"),
     ],

@@ -8,7 +8,19 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from nnunetv2_e2enet import __version__
-from nnunetv2_e2enet.cli import compare, completion, crossval, demo, info, phantom, plan, profile, register, unregister
+from nnunetv2_e2enet.cli import (
+    compare,
+    completion,
+    crossval,
+    demo,
+    info,
+    phantom,
+    plan,
+    profile,
+    register,
+    topology,
+    unregister,
+)
 from nnunetv2_e2enet.errors import E2ENetError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -20,6 +32,7 @@ COMMANDS: dict[str, ModuleType] = {
     "phantom": phantom,
     "profile": profile,
     "compare": compare,
+    "topology": topology,
     "demo": demo,
     "completion": completion,
 }

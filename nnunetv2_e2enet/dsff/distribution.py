@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from nnunetv2_e2enet.network.connections import MaskableLayer, active_connections, check_sparsity
+from nnunetv2_e2enet.network.connections import MaskableLayer, check_sparsity
 
 
 class Distribution(Protocol):
@@ -20,7 +20,7 @@ class Uniform:
 
     def active(self, sparsity: float, layers: Mapping[str, MaskableLayer]) -> dict[str, int]:
         check_sparsity(sparsity)
-        return {name: active_connections(sparsity, layer.n_connections) for name, layer in layers.items()}
+        return {name: layer.connections_at(1 - sparsity) for name, layer in layers.items()}
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,4 @@ class ErdosRenyiKernel:
                 break
             dense |= too_dense
         density = {name: 1.0 if name in dense else scale * raw[name] for name in layers}
-        return {name: round(density[name] * layer.n_connections) for name, layer in layers.items()}
+        return {name: layer.connections_at(density[name]) for name, layer in layers.items()}

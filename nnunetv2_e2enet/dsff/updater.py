@@ -1,7 +1,9 @@
 """The one mechanism of dynamic sparse feature fusion: replace the least important connections by others.
 
-The number of active connections of a layer never changes. Every update draws its random numbers from (seed, epoch, layer)
-alone, so that a resumed training goes through the same topologies as an uninterrupted one.
+The number of active connections of a layer never changes. Where output maps share their input maps in blocks, blocks are
+replaced as connections are: importance and growth score of a block are the sums over its connections. Every update draws its
+random numbers from (seed, epoch, layer) alone, so that a resumed training goes through the same topologies as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,11 +25,21 @@ from nnunetv2_e2enet.network.connections import MaskableLayer, maskable_layers
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """What one update did to one layer, in connections."""
+    """What one update did to one layer.
+
+    Attributes:
+        pruned, grown: bool, like the layer's mask. A connection where both are True was started anew.
+        threshold: importance of the most important connection that was pruned; None where none was.
+    """
 
     name: str
-    active: int
-    replaced: int
+    pruned: Tensor
+    grown: Tensor
+    threshold: float | None
+
+    @property
+    def replaced(self) -> int:
+        return int(self.grown.sum())
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,7 @@ class TopologyUpdater:
         schedule: Schedule,
         importance: Importance | None = None,
         growth: Growth | None = None,
-        seed: int = 0,
+        seed: int | str = 0,
     ) -> None:
         self.layers: dict[str, MaskableLayer] = dict(maskable_layers(network))
         self.schedule = schedule
@@ -83,15 +95,12 @@ class TopologyUpdater:
         if not self.schedule.is_update(epoch):
             return None
         fraction = self.schedule.prune_fraction(epoch)
-        masks = {name: self._next_mask(name, layer, fraction, epoch) for name, layer in self.layers.items()}
-        changes = []
-        for name, layer in self.layers.items():
-            pruned, grown = masks[name]
-            _replace(layer, pruned, grown, optimizer)
-            changes.append(LayerUpdate(name, layer.n_active, int(grown.sum())))
-        return TopologyUpdate(epoch, fraction, tuple(changes))
+        changes = tuple(self._plan(name, layer, fraction, epoch) for name, layer in self.layers.items())
+        for change in changes:
+            _replace(self.layers[change.name], change.pruned, change.grown, optimizer)
+        return TopologyUpdate(epoch, fraction, changes)
 
-    def _next_mask(self, name: str, layer: MaskableLayer, fraction: float, epoch: int) -> tuple[Tensor, Tensor]:
+    def _plan(self, name: str, layer: MaskableLayer, fraction: float, epoch: int) -> LayerUpdate:
         importance = self.importance.score(layer)
         if not torch.isfinite(importance).all():
             raise E2ENetError(
@@ -100,13 +109,14 @@ class TopologyUpdater:
             )
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{epoch}/{name}").getrandbits(63))
         growth = self.growth.score(layer, generator).to(layer.mask.device)
-        pruned, grown = select(layer.mask, importance, growth, fraction)
+        pruned, grown = _select_blocks(layer, importance, growth, fraction)
         if distributed.is_available() and distributed.is_initialized():  # the same on all ranks, come what may
             for mask in (pruned, grown):
                 flags = mask.to(torch.uint8)
                 distributed.broadcast(flags, src=0)
                 mask.copy_(flags.bool())
-        return pruned, grown
+        threshold = float(importance[pruned].max()) if pruned.any() else None
+        return LayerUpdate(name, pruned, grown, threshold)
 
 
 def select(mask: Tensor, importance: Tensor, growth: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
@@ -143,6 +153,18 @@ def select(mask: Tensor, importance: Tensor, growth: Tensor, fraction: float) ->
     return pruned.reshape(mask.shape), grown.reshape(mask.shape)
 
 
+def _select_blocks(layer: MaskableLayer, importance: Tensor, growth: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """``select`` among the blocks of a layer; among the inputs of each block where all shall have as many."""
+    mask, importance, growth = layer.by_block(layer.mask).bool(), layer.by_block(importance), layer.by_block(growth)
+    if layer.equal_blocks:
+        blocks = zip(*(t.unbind(layer.output_axis) for t in (mask, importance, growth)), strict=True)
+        each = [select(m, i, g, fraction) for m, i, g in blocks]
+        pruned, grown = (torch.stack(masks, layer.output_axis) for masks in zip(*each, strict=True))
+    else:
+        pruned, grown = select(mask, importance, growth, fraction)
+    return layer.from_blocks(pruned), layer.from_blocks(grown)
+
+
 def _replace(layer: MaskableLayer, pruned: Tensor, grown: Tensor, optimizer: torch.optim.Optimizer) -> None:
     layer.mask.copy_((layer.mask & ~pruned) | grown)
     layer.explored.logical_or_(layer.mask)
@@ -154,7 +176,7 @@ def _replace(layer: MaskableLayer, pruned: Tensor, grown: Tensor, optimizer: tor
             value.masked_fill_(changed, 0)
 
 
-def random_topology(network: nn.Module, sparsity: float, distribution: Distribution, seed: int) -> None:
+def random_topology(network: nn.Module, sparsity: float, distribution: Distribution, seed: int | str) -> None:
     """Give every maskable layer a uniform random set of active connections, the same for the same seed."""
     layers = dict(maskable_layers(network))
     for name, n_active in distribution.active(sparsity, layers).items():

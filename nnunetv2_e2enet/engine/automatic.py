@@ -165,8 +165,14 @@ def _work(network: E2ENet, size: list[int]) -> float:
 
 
 def predicts(network: E2ENet, input_shape: Sequence[int]) -> bool:
-    """Whether the engine takes a float32 input of this shape on the CPU, as far as settings and shapes tell."""
-    return isinstance(load_core(), Core) and why_not(network, torch.empty(tuple(input_shape), device="cpu")) is None
+    """Whether the engine takes a float32 input of this shape on the CPU."""
+    if not isinstance(load_core(), Core) or why_not(network, torch.empty(tuple(input_shape), device="cpu")) is not None:
+        return False
+    try:
+        describe(network)
+    except NotSupportedError:
+        return False
+    return True
 
 
 def accelerate(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:

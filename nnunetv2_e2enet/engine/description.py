@@ -154,7 +154,7 @@ def _block(block: nn.Module) -> Block:
         weight=weight.reshape(out_channels, in_channels, 3, 3),
         mask=mask,
         stride=_stride3(conv.stride if len(conv.stride) == 3 else (1, *conv.stride)),
-        shift=_shift(in_channels, block.shift_size),
+        shift=_shift(in_channels, block.shift_size) if block.shift is None else block.shift.whole_offsets(),
         gamma=norm.weight.detach() if norm.weight is not None else torch.ones(out_channels),
         beta=norm.bias.detach() if norm.bias is not None else torch.zeros(out_channels),
         eps=norm.eps,

@@ -4,6 +4,7 @@ from nnunetv2_e2enet.network.accounts import MultiplyAccumulates, ParameterCount
 from nnunetv2_e2enet.network.connections import MaskableLayer, maskable_layers
 from nnunetv2_e2enet.network.depth_shift import depth_shift
 from nnunetv2_e2enet.network.e2enet import E2ENet, e2enet_features
+from nnunetv2_e2enet.network.fusion import fusion_flows
 
 __all__ = [
     "E2ENet",
@@ -12,5 +13,6 @@ __all__ = [
     "ParameterCounts",
     "depth_shift",
     "e2enet_features",
+    "fusion_flows",
     "maskable_layers",
 ]

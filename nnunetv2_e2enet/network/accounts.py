@@ -42,14 +42,20 @@ def parameter_counts(network: nn.Module) -> ParameterCounts:
 
 
 def multiply_accumulates(network: nn.Module, input_shape: Sequence[int]) -> MultiplyAccumulates:
-    """Counted with ``torch.utils.flop_counter``, where one multiply-accumulate is two operations."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run_on_meta(network, input_shape)
+    """Of a prediction, counted with ``torch.utils.flop_counter``, where one multiply-accumulate is two operations."""
+    training = network.training
+    network.eval()
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run_on_meta(network, input_shape)
+    finally:
+        network.train(training)
     by_module = counter.get_flop_counts()
     root = type(network).__name__
+    names = {module: name for name, module in network.named_modules(remove_duplicate=False) if f"{root}.{name}" in by_module}
     maskable = off = 0
-    for name, layer in maskable_layers(network):
-        macs = sum(by_module[f"{root}.{name}"].values()) // 2
+    for _, layer in maskable_layers(network):  # which nnU-Net's networks hold under two names
+        macs = sum(by_module[f"{root}.{names[layer]}"].values()) // 2
         maskable += macs
         off += macs // layer.n_connections * (layer.n_connections - layer.n_active)
     total = counter.get_total_flops() // 2

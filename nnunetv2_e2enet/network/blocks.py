@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from nnunetv2_e2enet.network.acceleration import kernels_for
 from nnunetv2_e2enet.network.connections import MASKED_CONV
-from nnunetv2_e2enet.network.depth_shift import depth_shift
+from nnunetv2_e2enet.network.depth_shift import activation, depth_shift
+from nnunetv2_e2enet.network.learned_shift import LearnedDepthShift
+from nnunetv2_e2enet.network.raw_map import FeatureMap, raw_map
+from nnunetv2_e2enet.network.recomputation import RECOMPUTE, convolved
 
 CONV: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 INSTANCE_NORM: dict[int, Callable[..., nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 MAX_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+KERNEL_SIZE = (1, 3, 3)
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,9 @@ class BlockStyle:
     Attributes:
         dimension: 2 or 3. In 2D there is no depth and nothing is shifted.
         shift_size: number of channel groups of the depth shift.
+        kernel_size: of the convolutions, depth first; in 2D the last two count. 3 x 3 in the plane unless given: the depth
+            shift takes the place of the kernel's depth.
+        learned_shift: whether each channel learns how far it moves.
     """
 
     dimension: int
@@ -34,11 +44,12 @@ class BlockStyle:
     dropout_op_kwargs: dict[str, Any] = field(default_factory=dict)
     nonlin: type[nn.Module] = nn.LeakyReLU
     nonlin_kwargs: dict[str, Any] = field(default_factory=lambda: {"inplace": True})
+    kernel_size: tuple[int, ...] = KERNEL_SIZE
+    learned_shift: bool = False
 
-    @property
-    def kernel_size(self) -> tuple[int, ...]:
-        """3 x 3 in the plane; the depth shift takes the place of the kernel's depth."""
-        return (3, 3) if self.dimension == 2 else (1, 3, 3)
+
+def as_given(*maps: FeatureMap) -> Sequence[FeatureMap]:
+    return maps
 
 
 class ShiftBlock(nn.Module):
@@ -50,6 +61,9 @@ class ShiftBlock(nn.Module):
         style: what the blocks of the network have in common.
         stride: of the convolution; the shift comes before it.
         maskable: whether DSFF may switch connections of the convolution off.
+
+    Attributes:
+        recompute: one of RECOMPUTE; what autograd keeps of this block, never what is computed.
     """
 
     def __init__(
@@ -62,8 +76,11 @@ class ShiftBlock(nn.Module):
     ) -> None:
         super().__init__()
         conv: Callable[..., nn.Module] = MASKED_CONV[style.dimension] if maskable else CONV[style.dimension]
-        kernel_size = style.kernel_size
+        kernel_size = style.kernel_size[-style.dimension :]
+        self.recompute = RECOMPUTE[0]
         self.shift_size = style.shift_size if style.dimension == 3 else 1
+        learned = style.learned_shift and style.dimension == 3
+        self.shift = LearnedDepthShift(in_channels, style.shift_size) if learned else None
         self.conv = conv(
             in_channels,
             out_channels,
@@ -77,8 +94,30 @@ class ShiftBlock(nn.Module):
         self.norm = norm(out_channels, **style.norm_op_kwargs)
         self.nonlin = style.nonlin(**style.nonlin_kwargs)
 
-    def forward(self, *maps: Tensor) -> Tensor:
-        x = self.conv(depth_shift(maps, self.shift_size))
+    def forward(self, *maps: FeatureMap, flows: Callable[..., Sequence[FeatureMap]] = as_given) -> FeatureMap:
+        """The block over ``flows(*maps)``; what ``flows`` computes is computed again in the backward pass if need be."""
+        recompute = self.recompute != "none" and self.training and torch.is_grad_enabled()
+
+        def read(*maps: FeatureMap) -> Tensor:
+            if self.shift is not None:
+                return self.shift([activation(m) for m in flows(*maps)])
+            return depth_shift(flows(*maps), self.shift_size)
+
+        x = convolved(self.conv, read, maps, recompute, random=self.dropout is not None)
         if self.dropout is not None:
             x = self.dropout(x)
-        return self.nonlin(self.norm(x))
+        fused = kernels_for(x) is not None and not torch.is_grad_enabled()  # whose readers normalise in passing
+        raw = raw_map(x, self.norm, self.nonlin) if recompute or fused else None
+        return self.nonlin(self.norm(x)) if raw is None else raw
+
+
+def chain(blocks: Iterable[nn.Module], *maps: FeatureMap, flows: Callable[..., Sequence[FeatureMap]] = as_given) -> FeatureMap:
+    """One shift block after the other; what autograd keeps is what their ``recompute`` says."""
+    *others, last = cast(Iterable[ShiftBlock], blocks)
+    if not others:
+        return last(*maps, flows=flows)
+
+    def before(*maps: FeatureMap) -> Sequence[FeatureMap]:
+        return (chain(others, *maps, flows=flows),)
+
+    return last(*maps, flows=before) if last.recompute == "nodes" else last(*before(*maps))

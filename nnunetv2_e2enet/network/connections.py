@@ -1,7 +1,8 @@
-"""Convolutions whose connections can be switched off one by one.
+"""Convolutions whose connections can be switched off, one by one or in blocks.
 
 A *connection* is one (input map -> output map) kernel. Its mask is a buffer of the layer, so the topology of a network
-travels with its weights: in ``state_dict``, checkpoints, fold ensembles and exported models.
+travels with its weights: in ``state_dict``, checkpoints, fold ensembles and exported models. In a structured topology,
+*blocks* of consecutive output maps share their input maps; its mask is one per connection all the same.
 """
 
 from __future__ import annotations
@@ -25,11 +26,6 @@ def check_sparsity(sparsity: float) -> None:
         )
 
 
-def active_connections(sparsity: float, connections: int) -> int:
-    """How many of ``connections`` are active at a sparsity: ``round((1 - S) * connections)``."""
-    return round((1 - sparsity) * connections)
-
-
 class _StraightThroughMask(torch.autograd.Function):
     """Masked weights forward, the dense gradient backward: what gradient growth looks at."""
 
@@ -50,12 +46,19 @@ class MaskableLayer(nn.Module):
             forward pass, whatever value they hold.
         explored: bool, like ``mask``; True where a connection has ever been active.
         dense_gradients: let ``weight.grad`` hold the gradient of inactive connections too (for gradient growth).
+        block_size: output maps that share their input maps; see ``share_inputs``.
+        equal_blocks: whether each block has as many input maps as any other. Training then computes nothing else: the layer
+            gathers the input maps and weights of each block, unless ``dense_gradients`` are wanted.
+        output_axis: of ``weight`` and ``mask``.
     """
 
+    output_axis = 0
     weight: Tensor
     mask: Tensor
     explored: Tensor
     dense_gradients: bool
+    block_size: int
+    equal_blocks: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # of the convolution that this is mixed into
@@ -63,6 +66,9 @@ class MaskableLayer(nn.Module):
         self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))
         self.register_buffer("explored", torch.ones(shape, dtype=torch.bool))
         self.dense_gradients = False
+        self.block_size = 1
+        self.equal_blocks = False
+        self._inputs_per_block = self.mask.shape[self.input_axis]
 
     @property
     def n_connections(self) -> int:
@@ -73,8 +79,86 @@ class MaskableLayer(nn.Module):
         return int(self.mask.sum())
 
     @property
+    def input_axis(self) -> int:
+        """The axis of ``mask`` and ``weight`` along which the input maps lie."""
+        return 1 - self.output_axis
+
+    @property
     def weights_per_connection(self) -> int:
         return self.weight[0, 0].numel()
+
+    @property
+    def n_outputs(self) -> int:
+        return self.mask.shape[self.output_axis]
+
+    def connections_at(self, density: float) -> int:
+        """How many connections are active at a density: the nearest number that is made of whole, or equal, blocks."""
+        if self.equal_blocks:
+            return max(1, round(density * self.mask.shape[self.input_axis])) * self.n_outputs
+        return round(density * self.n_connections / self.block_size) * self.block_size
+
+    def share_inputs(self, block_size: int, equal_blocks: bool = False) -> None:
+        """From now on blocks of ``block_size`` output maps share their input maps: topologies that are set, and updates.
+
+        All blocks of a layer are of the same size. Where ``block_size`` does not divide the output maps, it is the largest
+        number below that does: 24 of 48 maps for 32. With ``equal_blocks`` all have the same number of input maps as well.
+
+        Raises:
+            E2ENetError: ``block_size`` is not a whole number of at least 1.
+        """
+        if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+            raise E2ENetError(
+                f"block_size is {block_size!r}, but it is the number of output maps that share their input maps: use a whole "
+                "number such as 8, 16 or 32; 1 lets each map have its own"
+            )
+        self.block_size = next(size for size in range(block_size, 0, -1) if self.n_outputs % size == 0)
+        self.equal_blocks = equal_blocks
+
+    def by_block(self, connections: Tensor) -> Tensor:
+        """Sums over the output maps of each block: from one number a connection to one for each block and input map."""
+        return connections.unflatten(self.output_axis, (-1, self.block_size)).sum(self.output_axis + 1)
+
+    def from_blocks(self, blocks: Tensor) -> Tensor:
+        """The reverse of ``by_block``: what is said of a block is said of each of its output maps."""
+        return blocks.repeat_interleave(self.block_size, self.output_axis)
+
+    def shared_block_size(self) -> int:
+        """The largest blocks of consecutive output maps that share their input maps, read from the mask alone."""
+        maps = self.mask.movedim(self.output_axis, 0)
+        sizes = (size for size in range(len(maps), 0, -1) if len(maps) % size == 0)
+        return next(size for size in sizes if torch.equal(maps, maps[::size].repeat_interleave(size, 0)))
+
+    def block_inputs(self, block_size: int) -> list[Tensor]:
+        """The input maps of each block of output maps: their indices in ascending order, one tensor a block.
+
+        A block takes as input what any of its maps does, so that this serves masks of any structure.
+        """
+        maps = self.mask.movedim(self.output_axis, 0)
+        return [block.any(0).nonzero().flatten() for block in maps.split(block_size)]
+
+    def fits_blocks(self) -> bool:
+        """Whether the output maps of each block share their inputs, equally many of them if they are to be."""
+        equal = not self.equal_blocks or bool((self.mask.sum(self.input_axis) == self._inputs_per_block).all())
+        return equal and self.shared_block_size() % self.block_size == 0
+
+    @property
+    def computes_active_only(self) -> bool:
+        """Whether the forward pass gathers; not where it would have to pad otherwise than with zeros."""
+        zeros = getattr(self, "padding_mode", "zeros") == "zeros"
+        return self.equal_blocks and self.training and not self.dense_gradients and zeros
+
+    def gather_active(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The layer as a grouped convolution, a group for each block: its input maps, its weights, the number of groups.
+
+        Shapes follow from block size and sparsity alone, so that a new topology changes indices and nothing else.
+        """
+        mask, weight = (t.movedim(self.output_axis, 0) for t in (self.mask, self.weight))
+        mask = mask[:: self.block_size].to(torch.uint8)  # (blocks, inputs)
+        inputs = mask.topk(self._inputs_per_block, dim=1).indices.sort(dim=1).values
+        blocks = torch.arange(len(inputs), device=inputs.device)[:, None]
+        weight = weight.unflatten(0, (-1, self.block_size)).transpose(1, 2)[blocks, inputs]  # (blocks, inputs, outputs, ...)
+        weight = weight.transpose(1, 2) if self.output_axis == 0 else weight
+        return x.index_select(1, inputs.flatten()), weight.flatten(0, 1), len(inputs)
 
     def over_kernel(self, mask: Tensor) -> Tensor:
         """A per-connection tensor, shaped so that it broadcasts over ``weight``."""
@@ -95,13 +179,19 @@ class MaskableLayer(nn.Module):
 
     @torch.no_grad()
     def set_random_topology(self, n_active: int, generator: torch.Generator | None = None) -> None:
-        """Activate ``n_active`` connections drawn uniformly at random; ``generator`` lives on the CPU."""
+        """Activate ``n_active`` connections, in whole blocks drawn uniformly at random; ``generator`` lives on the CPU."""
         if self.weight.is_meta:  # a shape without values has no topology
             return
-        order = torch.randperm(self.n_connections, generator=generator, device="cpu")
-        mask = torch.zeros(self.n_connections, dtype=torch.bool, device="cpu")
-        mask[order[:n_active]] = True
-        self.set_topology(mask.reshape(self.mask.shape))
+        shape = self.by_block(self.mask).shape
+        if self.equal_blocks:
+            self._inputs_per_block = n_active // self.n_outputs
+            order = torch.rand(shape, generator=generator, device="cpu").argsort(self.input_axis).argsort(self.input_axis)
+            self.set_topology(self.from_blocks(order < self._inputs_per_block))
+            return
+        order = torch.randperm(shape.numel(), generator=generator, device="cpu")
+        blocks = torch.zeros(shape.numel(), dtype=torch.bool, device="cpu")
+        blocks[order[: n_active // self.block_size]] = True
+        self.set_topology(self.from_blocks(blocks.reshape(shape)))
 
     @torch.no_grad()
     def clear_inactive_weights(self) -> None:
@@ -110,22 +200,36 @@ class MaskableLayer(nn.Module):
 
 class MaskedConv2d(MaskableLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
+        if self.computes_active_only:
+            x, weight, groups = self.gather_active(x)
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, groups)
         return self._conv_forward(x, self.masked_weight(), self.bias)
 
 
 class MaskedConv3d(MaskableLayer, nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
+        if self.computes_active_only:
+            x, weight, groups = self.gather_active(x)
+            return F.conv3d(x, weight, self.bias, self.stride, self.padding, self.dilation, groups)
         return self._conv_forward(x, self.masked_weight(), self.bias)
 
 
 class MaskedConvTranspose2d(MaskableLayer, nn.ConvTranspose2d):
+    output_axis = 1
+
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return F.conv_transpose2d(x, self.masked_weight(), self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+        x, weight, groups = self.gather_active(x) if self.computes_active_only else (x, self.masked_weight(), self.groups)
+        options = (self.stride, self.padding, self.output_padding, groups, self.dilation)
+        return F.conv_transpose2d(x, weight, self.bias, *options)  # type: ignore[arg-type]
 
 
 class MaskedConvTranspose3d(MaskableLayer, nn.ConvTranspose3d):
+    output_axis = 1
+
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return F.conv_transpose3d(x, self.masked_weight(), self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+        x, weight, groups = self.gather_active(x) if self.computes_active_only else (x, self.masked_weight(), self.groups)
+        options = (self.stride, self.padding, self.output_padding, groups, self.dilation)
+        return F.conv_transpose3d(x, weight, self.bias, *options)  # type: ignore[arg-type]
 
 
 MASKED_CONV: dict[int, Callable[..., MaskableLayer]] = {2: MaskedConv2d, 3: MaskedConv3d}

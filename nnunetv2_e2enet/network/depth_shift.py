@@ -4,7 +4,7 @@ The channels are split into ``shift_size`` near-equal consecutive groups that mo
 ``-(shift_size // 2) … +(shift_size // 2)`` slices. Zeros move in and nothing wraps.
 
 Feature maps arrive as a sequence and leave as one tensor: concatenation and shift are the same single pass, in which every
-voxel of the result is written once.
+voxel of the result is written once. Maps that are still raw get their norm and activation on the way.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network.acceleration import kernels_for
+from nnunetv2_e2enet.network.raw_map import FeatureMap, RawMap, Slopes, activate, flatten, regroup, some_channels, values_of
 
 DEPTH_AXIS = 2
 
@@ -47,22 +49,28 @@ def shift_groups(channels: int, shift_size: int) -> list[tuple[slice, int]]:
     return groups
 
 
-def depth_shift(maps: Tensor | Sequence[Tensor], shift_size: int) -> Tensor:
+def depth_shift(maps: FeatureMap | Sequence[FeatureMap], shift_size: int) -> Tensor:
     """Concatenate feature maps along the channels and move their channel groups along the depth axis.
 
     Args:
-        maps: one tensor or several, each ``(batch, channels, depth, height, width)``, equal but for the channels.
+        maps: one map or several, each ``(batch, channels, depth, height, width)``, equal but for the channels.
         shift_size: number of groups, odd; 1 moves nothing.
 
     Returns:
         ``(batch, sum of channels, depth, height, width)``, with ``out[:, :, d] = in[:, :, d - offset]`` for each group.
     """
-    tensors = (maps,) if isinstance(maps, Tensor) else tuple(maps)
-    if shift_size == 1 or sum(t.shape[1] for t in tensors) < shift_size:
+    sources: list[FeatureMap] = [maps] if isinstance(maps, (Tensor, RawMap)) else list(maps)
+    tensors, slopes = flatten(sources)
+    if len(tensors) == len(sources) and (shift_size == 1 or sum(t.shape[1] for t in tensors) < shift_size):
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _DepthShift.apply(shift_size, *tensors)
-    return _shift_into_one(shift_size, tensors)
+        return _DepthShift.apply(shift_size, slopes, *tensors)
+    return _joined(sources, shift_size)
+
+
+def activation(feature_map: FeatureMap) -> Tensor:
+    """The map itself, computed if it is raw."""
+    return depth_shift(feature_map, 1)
 
 
 def _pieces(widths: Sequence[int], shift_size: int) -> Iterator[tuple[int, slice, slice, int]]:
@@ -77,44 +85,68 @@ def _pieces(widths: Sequence[int], shift_size: int) -> Iterator[tuple[int, slice
         first += width
 
 
-def _move(source: Tensor, target: Tensor, offset: int) -> None:
-    depth = source.shape[DEPTH_AXIS]
+def move(source: FeatureMap, target: Tensor, offset: int) -> None:
+    """Write ``source``, moved by ``offset`` slices, into ``target``, with zeros where nothing comes from."""
+    depth = target.shape[DEPTH_AXIS]
     kept = max(depth - abs(offset), 0)
     read, write = max(-offset, 0), max(offset, 0)
     if kept:
-        target.narrow(DEPTH_AXIS, write, kept).copy_(source.narrow(DEPTH_AXIS, read, kept))
+        part = target.narrow(DEPTH_AXIS, write, kept)
+        if isinstance(source, RawMap):
+            activate(source._replace(raw=source.raw.narrow(DEPTH_AXIS, read, kept)), part)
+        else:
+            part.copy_(source.narrow(DEPTH_AXIS, read, kept))
     if kept < depth:
         target.narrow(DEPTH_AXIS, 0 if offset > 0 else kept, depth - kept).zero_()
 
 
-def _shift_into_one(shift_size: int, maps: Sequence[Tensor]) -> Tensor:
-    widths = [m.shape[1] for m in maps]
-    dtype = reduce(torch.promote_types, (m.dtype for m in maps))
-    first = maps[0]
+def join(maps: Sequence[FeatureMap], shift_size: int) -> Tensor:
+    """Shift and concatenation in PyTorch, whatever the maps are."""
+    values = [values_of(m) for m in maps]
+    widths = [v.shape[1] for v in values]
+    dtype = reduce(torch.promote_types, (v.dtype for v in values))
+    first = values[0]
     out = first.new_empty((first.shape[0], sum(widths), *first.shape[2:]), dtype=dtype)
     for index, channels, out_channels, offset in _pieces(widths, shift_size):
-        _move(maps[index][:, channels], out[:, out_channels], offset)
+        move(some_channels(maps[index], channels), out[:, out_channels], offset)
     return out
 
 
+def separate(grad: Tensor, widths: Sequence[int], shift_size: int) -> list[Tensor]:
+    """The adjoint of ``join``: the adjoint of a move by ``t`` slices is a move by ``-t``.
+
+    Args:
+        grad: of the concatenation.
+        widths: channels of each map.
+    """
+    if len(shift_groups(sum(widths), shift_size)) == 1:  # nothing was moved
+        return list(grad.split(list(widths), dim=1))
+    grads = [grad.new_empty((grad.shape[0], width, *grad.shape[2:])) for width in widths]
+    for index, channels, out_channels, offset in _pieces(widths, shift_size):
+        move(grad[:, out_channels], grads[index][:, channels], -offset)
+    return grads
+
+
+def _joined(maps: Sequence[FeatureMap], shift_size: int) -> Tensor:
+    kernels = kernels_for(values_of(maps[0]))
+    return join(maps, shift_size) if kernels is None else kernels.join(maps, shift_size)
+
+
 class _DepthShift(torch.autograd.Function):
-    """The adjoint of a shift by ``t`` is the shift by ``-t``: backward is one pass as well."""
+    """Nothing is kept: the gradient of a raw map is that of its activation (see RawMap), so both kinds of maps are alike."""
 
     @staticmethod
-    def forward(ctx: Any, shift_size: int, *maps: Tensor) -> Tensor:
-        ctx.shift_size = shift_size
-        ctx.maps = [(m.shape, m.dtype) for m in maps]
-        return _shift_into_one(shift_size, maps)
+    def forward(ctx: Any, shift_size: int, slopes: Slopes, *tensors: Tensor) -> Tensor:
+        maps = regroup(tensors, slopes)
+        ctx.shift_size, ctx.slopes = shift_size, slopes
+        ctx.widths, ctx.dtypes = [values_of(m).shape[1] for m in maps], [values_of(m).dtype for m in maps]
+        return _joined(maps, shift_size)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        grads = [
-            grad.new_empty(shape, dtype=dtype) if need else None for (shape, dtype), need in zip(ctx.maps, wanted, strict=True)
-        ]
-        for index, channels, out_channels, offset in _pieces([shape[1] for shape, _ in ctx.maps], ctx.shift_size):
-            target = grads[index]
-            if target is not None:
-                _move(grad[:, out_channels], target[:, channels], -offset)
-        return (None, *grads)
+        kernels = kernels_for(grad)
+        parts = (separate if kernels is None else kernels.separate)(grad, ctx.widths, ctx.shift_size)
+        grads = [part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)]
+        no_norm = [(g,) if slope is None else (g, None, None) for g, slope in zip(grads, ctx.slopes, strict=True)]
+        return (None, None, *(g for group in no_norm for g in group))

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import accounts
-from nnunetv2_e2enet.network.acceleration import accelerated
-from nnunetv2_e2enet.network.blocks import CONV, BlockStyle
-from nnunetv2_e2enet.network.connections import MaskableLayer, active_connections, check_sparsity, maskable_layers
+from nnunetv2_e2enet.network.acceleration import accelerated, load_kernels
+from nnunetv2_e2enet.network.blocks import CONV, KERNEL_SIZE, BlockStyle, ShiftBlock
+from nnunetv2_e2enet.network.connections import MaskableLayer, check_sparsity, maskable_layers
 from nnunetv2_e2enet.network.depth_shift import check_shift_size
 from nnunetv2_e2enet.network.encoder import Encoder
 from nnunetv2_e2enet.network.fusion import FusionDecoder
+from nnunetv2_e2enet.network.recomputation import check_recompute
 
 NEGATIVE_SLOPE = 1e-2
 
@@ -40,7 +41,7 @@ class E2ENet(nn.Module):
         conv_op: ``nn.Conv3d`` or ``nn.Conv2d``.
         strides: stride into each level, a number or one number an axis; the first is 1.
         n_conv_per_stage: shift blocks in each encoder level (the paper's network has 2).
-        kernel_sizes: accepted from plans and not used: kernels are 3 x 3 in the plane (see BlockStyle).
+        kernel_sizes: accepted from plans and not used: all kernels are of ``kernel_size``.
         n_conv_per_stage_decoder: accepted from plans and not used: a fusion node has one block, the last of a level two.
         conv_bias: bias of the convolutions of shift blocks.
         norm_op, norm_op_kwargs: normalisation; instance norm with learned scale and offset unless given.
@@ -49,6 +50,8 @@ class E2ENet(nn.Module):
         deep_supervision: return the logits of all heads, finest first, instead of the finest alone.
         feature_sparsity: share of connections that are off in every maskable layer, from 0 to below 1.
         shift_size: channel groups of the depth shift, odd; 1 shifts nothing.
+        kernel_size: of all convolutions of shift blocks, three odd numbers, depth first; in 2D the last two count.
+        learned_shift: let each channel learn how far it moves (see LearnedDepthShift).
 
     Raises:
         E2ENetError: an argument cannot be used, or the patch cannot be divided by the strides.
@@ -80,6 +83,8 @@ class E2ENet(nn.Module):
         deep_supervision: bool = False,
         feature_sparsity: float = 0.8,
         shift_size: int = 3,
+        kernel_size: Sequence[int] = KERNEL_SIZE,
+        learned_shift: bool = False,
     ) -> None:
         super().__init__()
         dimension = _dimension(conv_op)
@@ -90,6 +95,7 @@ class E2ENet(nn.Module):
             )
         check_sparsity(feature_sparsity)
         check_shift_size(shift_size)
+        _check_kernel_size(kernel_size)
         features = _per_level("features_per_stage", features_per_stage, n_stages)
         n_conv = _per_level("n_conv_per_stage", n_conv_per_stage, n_stages)
         level_strides = _strides(strides, n_stages, dimension)
@@ -102,7 +108,13 @@ class E2ENet(nn.Module):
             "nonlin_kwargs": nonlin_kwargs,
         }
         style = BlockStyle(
-            dimension, shift_size, conv_bias, norm_op, **{name: value for name, value in given.items() if value is not None}
+            dimension,
+            shift_size,
+            conv_bias,
+            norm_op,
+            kernel_size=tuple(kernel_size),
+            learned_shift=learned_shift,
+            **{name: value for name, value in given.items() if value is not None},
         )
         self.dimension = dimension
         self.input_channels = input_channels
@@ -112,6 +124,9 @@ class E2ENet(nn.Module):
         self.encoder = Encoder(input_channels, features, level_strides, n_conv, style)
         self.decoder = FusionDecoder(features, level_strides, num_classes, deep_supervision, style)
 
+        self.recompute = "blocks"
+        load_kernels()
+
         self.key_to_encoder = "encoder.stages"
         self.key_to_stem = "encoder.stages.0"
         self.keys_to_in_proj = ("encoder.stages.0.0.conv",)
@@ -119,13 +134,31 @@ class E2ENet(nn.Module):
 
         self.apply(self.initialize)
         for _, layer in maskable_layers(self):
-            layer.set_random_topology(active_connections(feature_sparsity, layer.n_connections))
+            layer.set_random_topology(layer.connections_at(1 - feature_sparsity))
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """``(batch, input_channels, *patch)`` to ``(batch, num_classes, *patch)``; a list of them with deep supervision."""
         self.check_patch_size(x.shape[2:])
         logits = accelerated(self, x)
         return self.decoder(self.encoder(x)) if logits is None else logits
+
+    @property
+    def recompute(self) -> str:
+        """What the backward pass of a training computes again instead of keeping it; results do not depend on it.
+
+        "none" keeps everything. "blocks" (the default) keeps one map of each shift block, the output of its convolution, and
+        computes norms, activations, shifts, concatenations and the upward and downward flow again. "nodes" keeps one map of
+        each fusion node and encoder level, and computes the first of two successive convolutions again as well.
+        """
+        return self.decoder.recompute
+
+    @recompute.setter
+    def recompute(self, value: str) -> None:
+        """Raises E2ENetError if ``value`` is none of these."""
+        check_recompute(value)
+        for module in self.modules():
+            if isinstance(module, (ShiftBlock, FusionDecoder)):
+                module.recompute = value
 
     def check_patch_size(self, patch_size: Sequence[int]) -> None:
         """Raises E2ENetError unless the strides divide ``patch_size``."""
@@ -193,6 +226,13 @@ def _dimension(conv_op: type[nn.Module]) -> int:
         if conv_op is conv:
             return dimension
     raise E2ENetError(f"conv_op is {conv_op!r}, but E2ENet is built of torch.nn.Conv3d or torch.nn.Conv2d")
+
+
+def _check_kernel_size(kernel_size: Sequence[int]) -> None:
+    if len(kernel_size) != 3 or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in kernel_size):
+        raise E2ENetError(
+            f"kernel_size is {kernel_size}, but three odd numbers are needed, depth first, such as [1, 3, 3] or [3, 3, 3]"
+        )
 
 
 def _per_level(name: str, value: int | Sequence[int], n_stages: int) -> list[int]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from nnunetv2_e2enet.network.blocks import BlockStyle, ShiftBlock
+from nnunetv2_e2enet.network.blocks import BlockStyle, ShiftBlock, chain
+from nnunetv2_e2enet.network.raw_map import FeatureMap
 
 
 class Encoder(nn.Module):
@@ -42,10 +43,9 @@ class Encoder(nn.Module):
             channels = features
         self.stages = nn.Sequential(*levels)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> list[FeatureMap]:
         """``(batch, channels, *patch)`` to one feature map a level, finest first."""
-        maps = []
+        maps: list[FeatureMap] = []
         for level in self.stages:
-            x = level(x)
-            maps.append(x)
+            maps.append(chain(level.children(), maps[-1] if maps else x))
         return maps

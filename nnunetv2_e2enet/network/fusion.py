@@ -12,8 +12,11 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from nnunetv2_e2enet.network.blocks import CONV, MAX_POOL, BlockStyle, ShiftBlock
+from nnunetv2_e2enet.network.blocks import CONV, MAX_POOL, BlockStyle, ShiftBlock, chain
 from nnunetv2_e2enet.network.connections import MASKED_CONV_TRANSPOSE
+from nnunetv2_e2enet.network.depth_shift import activation
+from nnunetv2_e2enet.network.raw_map import FeatureMap
+from nnunetv2_e2enet.network.recomputation import RECOMPUTE, convolved
 
 
 class FusionNode(nn.Module):
@@ -27,6 +30,9 @@ class FusionNode(nn.Module):
         downward_stride: stride between the finer level and this one.
         n_blocks: shift blocks; 2 in the last node of a level, otherwise 1.
         style: what the blocks of the network have in common.
+
+    Attributes:
+        flows: channels of each flow in the concatenation that the first block takes.
     """
 
     def __init__(
@@ -46,16 +52,24 @@ class FusionNode(nn.Module):
         blocks = [ShiftBlock(channels + channels + finer, channels, style, maskable=True)]
         blocks += [ShiftBlock(channels, channels, style, maskable=True) for _ in range(n_blocks - 1)]
         self.blocks = nn.Sequential(*blocks)
+        self.flows = {"forward": slice(0, channels), "upward": slice(channels, 2 * channels)}
+        if finer:
+            self.flows["downward"] = slice(2 * channels, 2 * channels + finer)
 
-    def forward(self, same: Tensor, coarser: Tensor, finer: Tensor | None) -> Tensor:
-        flows = [same, self.upsample(coarser)]
-        if self.downsample is not None and finer is not None:
-            flows.append(self.downsample(finer))
-        first, *rest = self.blocks
-        x = first(*flows)
-        for block in rest:
-            x = block(x)
-        return x
+    def forward(self, same: FeatureMap, coarser: FeatureMap, finer: FeatureMap | None) -> FeatureMap:
+        maps = (same, coarser) if finer is None else (same, coarser, finer)
+        return chain(self.blocks, *maps, flows=self._flows)
+
+    def _flows(self, same: FeatureMap, coarser: FeatureMap, *finer: FeatureMap) -> list[FeatureMap]:
+        flows = [same, self.upsample(activation(coarser))]
+        if self.downsample is not None:
+            flows += [self.downsample(activation(m)) for m in finer]
+        return flows
+
+
+def fusion_flows(network: nn.Module) -> dict[str, dict[str, slice]]:
+    """Input channels of each flow, for every convolution in ``network`` that fuses flows, by its name."""
+    return {f"{name}.blocks.0.conv": node.flows for name, node in network.named_modules() if isinstance(node, FusionNode)}
 
 
 class FusionDecoder(nn.Module):
@@ -82,6 +96,7 @@ class FusionDecoder(nn.Module):
     ) -> None:
         super().__init__()
         levels = len(features_per_stage)
+        self.recompute = RECOMPUTE[0]
         self.deep_supervision = deep_supervision
         self.stages = nn.ModuleList(
             nn.ModuleList(
@@ -103,13 +118,14 @@ class FusionDecoder(nn.Module):
             CONV[style.dimension](features_per_stage[level], num_classes, 1, bias=False) for level in reversed(range(heads))
         )
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    def forward(self, maps: Sequence[FeatureMap]) -> Tensor | list[Tensor]:
         """Encoder maps, finest first, to logits; with deep supervision a list of them, finest first."""
         maps = list(maps)
-        last: dict[int, Tensor] = {}
+        last: dict[int, FeatureMap] = {}
         for nodes in cast(Iterable[nn.ModuleList], self.stages):
             maps = [node(maps[level], maps[level + 1], maps[level - 1] if level else None) for level, node in enumerate(nodes)]
             last[len(nodes) - 1] = maps[-1]
-        if not self.deep_supervision:
-            return self.seg_layers[-1](last[0])
-        return [head(last[level]) for level, head in enumerate(reversed(self.seg_layers))]
+        heads = list(reversed(self.seg_layers))[: None if self.deep_supervision else 1]
+        recompute = self.recompute != "none" and self.training
+        logits = [convolved(head, activation, (last[level],), recompute) for level, head in enumerate(heads)]
+        return logits if self.deep_supervision else logits[0]

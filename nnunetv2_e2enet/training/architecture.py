@@ -9,6 +9,7 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, e2enet_features
 
 NETWORK_CLASS_NAME = "nnunetv2_e2enet.network.E2ENet"
+CONVERTED_NETWORK = "nnunetv2_e2enet.network.conversion.converted_network"
 BASE_NUM_FEATURES = 48
 MAX_NUM_FEATURES = 320
 
@@ -65,4 +66,27 @@ def e2enet_architecture(
         }
         result["_kw_requires_import"] = ["conv_op", "norm_op", "dropout_op", "nonlin"]
     result["arch_kwargs"].update(settings)
+    return result
+
+
+def converted_architecture(architecture: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """The architecture entry that makes nnU-Net build the network in ``architecture`` with DSFF or depth shifts put into it.
+
+    Args:
+        architecture: of any configuration of any plans; not changed.
+        settings: arguments of ``converted_network``: ``feature_sparsity`` and ``shift_size``.
+    """
+    result = deepcopy(architecture)
+    if result["network_class_name"] != CONVERTED_NETWORK:
+        result["arch_kwargs"]["network_class_name"] = result["network_class_name"]
+        result["network_class_name"] = CONVERTED_NETWORK
+    result["arch_kwargs"].update(settings)
+    return result
+
+
+def scaled_architecture(architecture: dict[str, Any], width: float) -> dict[str, Any]:
+    """The architecture entry with the channels of every level multiplied by ``width``, rounded to whole numbers."""
+    result = deepcopy(architecture)
+    features = result["arch_kwargs"]["features_per_stage"]
+    result["arch_kwargs"]["features_per_stage"] = [max(1, round(width * channels)) for channels in features]
     return result

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network.blocks import KERNEL_SIZE
 
 # nnU-Net logs numpy numbers. Their pickles name these two functions and the types of the numbers; nothing else is allowed.
 _NUMPY_SCALAR = np.float32(0).__reduce__()[0]
@@ -24,7 +25,17 @@ _ALLOWED: list[Any] = [
 ]
 
 _KEYS = ("network_weights", "optimizer_state", "current_epoch", "init_args", "trainer_name")
-_ARCHITECTURE = ("strides", "features_per_stage", "n_conv_per_stage", "shift_size", "feature_sparsity")
+# What has to agree, with the value where plans do not name it; the rest of a network shows in the shapes of its weights.
+_ARCHITECTURE = {
+    "network_class_name": None,  # in the place of which DSFF was put
+    "strides": None,
+    "features_per_stage": None,
+    "n_conv_per_stage": None,
+    "kernel_size": KERNEL_SIZE,
+    "shift_size": None,
+    "learned_shift": False,
+    "feature_sparsity": None,
+}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -61,14 +72,15 @@ def check_checkpoint(path: Path, architecture: Mapping[str, Any], network_state:
     if saved.get("network_class_name") != architecture["network_class_name"]:
         raise E2ENetError(
             f"{path} is of {saved.get('network_class_name', 'an unknown network')} ({checkpoint['trainer_name']}), not of "
-            "E2ENet: continue it with the trainer that wrote it, or train anew in another folder"
+            f"{architecture['network_class_name']}: continue it with the trainer that wrote it, or train in another folder"
         )
     ours, theirs = architecture["arch_kwargs"], saved["arch_kwargs"]
-    for key in _ARCHITECTURE:
-        if _plain(ours[key]) != _plain(theirs.get(key)):
+    for key, default in _ARCHITECTURE.items():
+        wanted, found = (_plain(arguments.get(key, default)) for arguments in (ours, theirs))
+        if wanted != found:
             raise E2ENetError(
-                f"{path} was trained with {key} = {theirs.get(key)}, but the trainer has {ours[key]}: continue it with the "
-                "settings that it was trained with, or train anew"
+                f"{path} was trained with {key} = {found}, but the trainer has {wanted}: continue it with the settings that "
+                "it was trained with, or train anew"
             )
     weights = checkpoint["network_weights"]
     wrong = [key for key, value in network_state.items() if key not in weights or weights[key].shape != value.shape]

@@ -1,4 +1,4 @@
-"""E2ENet's behaviour in an nnU-Net trainer, as a mixin."""
+"""What nnU-Net's trainers do besides, as mixins: another network than the plans say, DSFF, E2ENet."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from nnunetv2_e2enet.dsff import (
+    HISTORY_FILE,
     CosineSchedule,
+    Distribution,
+    Growth,
     RandomGrowth,
+    Schedule,
+    StaticSchedule,
+    TopologyHistory,
     TopologyUpdater,
     Uniform,
     explored_share,
@@ -22,15 +28,21 @@ from nnunetv2_e2enet.dsff import (
     sparsity,
 )
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.network import E2ENet, fusion_flows, maskable_layers
+from nnunetv2_e2enet.network.blocks import KERNEL_SIZE
+from nnunetv2_e2enet.network.learned_shift import hold_whole_offsets
 from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture
 from nnunetv2_e2enet.training.checkpoints import check_checkpoint
+from nnunetv2_e2enet.training.logging import DSFFLogger
 
 if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as TrainerBase
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 else:
     TrainerBase = object
+
+
+WHOLE_SHIFT_FROM = 0.9  # of the epochs, with a learned shift
 
 
 @contextmanager
@@ -42,84 +54,39 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(f"E2ENet: {error}") from None
 
 
-class E2ENetMixin(TrainerBase):
-    """Trains E2ENet with dynamic sparse feature fusion; to be put before an nnU-Net trainer.
+class NetworkMixin(TrainerBase):
+    """Trains another network than the plans say; to be put before an nnU-Net trainer.
 
-    ``class MyTrainer(E2ENetMixin, nnUNetTrainerDA5): pass`` is all that a combination takes. Works with any U-Net plans:
-    patch, strides and dimension come from them, channels from here (unless the plans are E2ENet's). What is trained is
-    written into the model folder's ``plans.json``, so prediction needs no settings.
+    What is trained is written into the model folder's ``plans.json`` and into checkpoints, so prediction needs no settings.
+    Checkpoints are written whole and checked before they are continued, and a training that diverges stops.
     """
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature that nnU-Net inspects)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.feature_sparsity = 0.8  # share of fusion connections that are off; 0 trains the dense network
-        self.topology_update_period = 5  # epochs between two updates of the topology
-        self.initial_prune_fraction = 0.5  # share of active connections replaced at epoch 0; falls to 0 by a cosine
-        self.shift_size = 3  # channel groups of the depth shift, odd; 1 = no shift
-        self.base_num_features = BASE_NUM_FEATURES  # channels of the finest level
-        self.max_num_features = MAX_NUM_FEATURES
-        self.distribution = Uniform()  # connections per layer
-        self.growth = RandomGrowth()  # which connections are tried
-        self.topology_seed = 0
+    def network_architecture(self, architecture: dict[str, Any]) -> dict[str, Any]:
+        """The ``architecture`` entry of the network to train.
+
+        Args:
+            architecture: that of the plans; not changed.
+        """
+        return architecture
 
     def initialize(self) -> None:
         with one_line_errors():
             self._write_architecture_into_plans()
-            schedule = CosineSchedule(self.num_epochs, self.topology_update_period, self.initial_prune_fraction)
             super().initialize()
-            network = self.unwrapped_network
-            network.check_patch_size(self.configuration_manager.patch_size)
-            random_topology(network, self.feature_sparsity, self.distribution, self.topology_seed)
-            self.topology_updater = TopologyUpdater(network, schedule, growth=self.growth, seed=self.topology_seed)
 
     def _write_architecture_into_plans(self) -> None:
-        """From here on the plans describe E2ENet: nnU-Net copies them into the model folder and into checkpoints."""
+        """From here on the plans describe what is trained: nnU-Net copies them into the model folder and into checkpoints."""
         configuration = self.configuration_manager.configuration
-        architecture = e2enet_architecture(
-            configuration["architecture"],
-            self.base_num_features,
-            self.max_num_features,
-            feature_sparsity=self.feature_sparsity,
-            shift_size=self.shift_size,
-        )
+        architecture = self.network_architecture(configuration["architecture"])
         configuration["architecture"] = architecture
         self.plans_manager.plans["configurations"][self.configuration_name]["architecture"] = architecture
-        if len(architecture["arch_kwargs"]["strides"]) == 2:
-            # A network of two levels has one head, and nnU-Net's deep supervision gives the last one no weight.
-            self.enable_deep_supervision = False
-
-    @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,  # noqa: ARG004 (nnU-Net's signature)
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """E2ENet for a configuration; one of other plans is built with E2ENet's defaults."""
-        architecture = e2enet_architecture(configuration_manager.configuration["architecture"])
-        return get_network_from_plans(
-            architecture["network_class_name"],
-            architecture["arch_kwargs"],
-            architecture["_kw_requires_import"],
-            num_input_channels,
-            num_output_channels,
-            allow_init=True,
-            deep_supervision=enable_deep_supervision,
-        )
 
     @property
-    def unwrapped_network(self) -> E2ENet:
+    def unwrapped_network(self) -> nn.Module:
         """The network itself, without DistributedDataParallel and torch.compile."""
-        network = self.network.module if self.is_ddp else self.network
-        return getattr(network, "_orig_mod", network)
+        network: nn.Module = self.network.module if self.is_ddp else self.network
+        unwrapped: nn.Module = getattr(network, "_orig_mod", network)
+        return unwrapped
 
     def save_checkpoint(self, filename: str) -> None:
         """As nnU-Net does, but a file that is there is replaced only by one that is complete."""
@@ -150,22 +117,19 @@ class E2ENetMixin(TrainerBase):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        with one_line_errors():
-            self._check_topology()
-        if self.current_epoch == 0:  # with -pretrained_weights, what was explored before does not count
-            for layer in self.topology_updater.layers.values():
-                layer.explored.copy_(layer.mask)
+        if self.local_rank == 0:
+            self._remove_leftovers()
 
-    def _check_topology(self) -> None:
-        """Raises E2ENetError unless every layer has as many active connections as the sparsity says."""
-        layers = self.topology_updater.layers
-        expected = self.distribution.active(self.feature_sparsity, layers)
-        wrong = {name: layer.n_active for name, layer in layers.items() if layer.n_active != expected[name]}
-        if wrong:
-            raise E2ENetError(
-                f"the loaded weights have a sparsity of {sparsity(layers):.3f}, but {type(self).__name__} trains with "
-                f"{self.feature_sparsity}: load weights of that sparsity, or use the trainer that they were trained with"
-            )
+    def _remove_leftovers(self) -> None:
+        """Of what a killed training was about to write."""
+        for pattern in ("checkpoint_*.pth.tmp", f".{HISTORY_FILE}.*.tmp"):
+            for file in Path(self.output_folder).glob(pattern):
+                file.unlink()
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        with one_line_errors():
+            self._check_weights()
 
     def _check_weights(self) -> None:
         """Raises E2ENetError if the training has diverged; the checkpoints on disk are from before."""
@@ -176,15 +140,166 @@ class E2ENetMixin(TrainerBase):
                     "last checkpoint with --c and a lower initial_lr"
                 )
 
+
+class DSFFMixin(NetworkMixin):
+    """Trains a network with maskable layers with dynamic sparse feature fusion; to be put before an nnU-Net trainer."""
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature that nnU-Net inspects)
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.feature_sparsity = 0.8  # share of maskable connections that are off; 0 trains the dense network
+        self.topology_update_period: int | None = 5  # epochs between two updates of the topology; None keeps that of the start
+        self.initial_prune_fraction = 0.5  # share of active connections replaced at epoch 0; falls to 0 by a cosine
+        self.distribution: Distribution = Uniform()  # connections per layer
+        self.growth: Growth = RandomGrowth()  # which connections are tried
+        self.block_size = 1  # output maps that share their input maps
+        self.compute_active_only = False  # blocks with equally many inputs each, of which only the active ones are multiplied
+        self.topology_seed = 0
+
+    def initialize(self) -> None:
+        with one_line_errors():
+            schedule = self._schedule()
+            super().initialize()
+            network = self.unwrapped_network
+            for _, layer in maskable_layers(network):
+                layer.share_inputs(self.block_size, self.compute_active_only)
+            seed = f"{self.topology_seed}/{self.fold}"  # folds that agree have learned to, and ensembles differ
+            random_topology(network, self.feature_sparsity, self.distribution, seed)
+            self.topology_updater = TopologyUpdater(network, schedule, growth=self.growth, seed=seed)
+            self.topology_history = self._follow_topology()
+
+    def _follow_topology(self) -> TopologyHistory:
+        path = Path(self.output_folder) / HISTORY_FILE if self.local_rank == 0 else None
+        history = TopologyHistory(self.topology_updater.layers, fusion_flows(self.unwrapped_network), path)
+        self.logger.local_logger = DSFFLogger(history, self.logger.local_logger.verbose)
+        return history
+
+    def _schedule(self) -> Schedule:
+        if self.topology_update_period is None:
+            return StaticSchedule()
+        return CosineSchedule(self.num_epochs, self.topology_update_period, self.initial_prune_fraction)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        with one_line_errors():
+            self._check_topology()
+            if self.current_epoch == 0:
+                for layer in self.topology_updater.layers.values():
+                    layer.explored.copy_(layer.mask)  # with -pretrained_weights, what was explored before does not count
+                self.topology_history.start()
+            else:
+                self.topology_history.resume(self.current_epoch)
+
+    def _check_topology(self) -> None:
+        """Raises E2ENetError unless every layer has as many active connections as the sparsity says, in blocks."""
+        layers = self.topology_updater.layers
+        expected = self.distribution.active(self.feature_sparsity, layers)
+        wrong = {name: layer.n_active for name, layer in layers.items() if layer.n_active != expected[name]}
+        if wrong:
+            raise E2ENetError(
+                f"the loaded weights have a sparsity of {sparsity(layers):.3f}, but {type(self).__name__} trains with "
+                f"{self.feature_sparsity}: load weights of that sparsity, or use the trainer that they were trained with"
+            )
+        loose = [name for name, layer in layers.items() if not layer.fits_blocks()]
+        if loose:
+            raise E2ENetError(
+                f"{loose[0]} and {len(loose) - 1} more layers of the loaded weights have output maps that do not share their "
+                f"input maps, but {type(self).__name__} trains with block_size {self.block_size}: load weights in such blocks"
+            )
+
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         super().on_train_epoch_end(train_outputs)
         updater = self.topology_updater
         with one_line_errors():
-            self._check_weights()
             update = updater.update(self.current_epoch, self.optimizer)
+            if update is not None:
+                self.topology_history.add(update)
+        values = {
+            "sparsity": sparsity(updater.layers),
+            "prune_fraction": updater.schedule.prune_fraction(self.current_epoch),
+            "connections_changed": update.replaced if update else 0,
+            "explored": explored_share(updater.layers),
+        }
+        for name, value in values.items():
+            self.logger.log(f"dsff_{name}", value, self.current_epoch)
         self.print_to_log_file(
-            f"DSFF sparsity {sparsity(updater.layers):.4f}, "
-            f"prune fraction {updater.schedule.prune_fraction(self.current_epoch):.4f}, "
-            f"connections changed {update.replaced if update else 0}, "
-            f"explored {explored_share(updater.layers):.4f}"
+            "DSFF sparsity {sparsity:.4f}, prune fraction {prune_fraction:.4f}, connections changed {connections_changed}, "
+            "explored {explored:.4f}".format(**values)
+        )
+
+
+class E2ENetMixin(DSFFMixin):
+    """Trains E2ENet with dynamic sparse feature fusion; to be put before an nnU-Net trainer.
+
+    ``class MyTrainer(E2ENetMixin, nnUNetTrainerDA5): pass`` is all that a combination takes. Works with any U-Net plans:
+    patch, strides and dimension come from them, channels from here (unless the plans are E2ENet's).
+    """
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature that nnU-Net inspects)
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.shift_size = 3  # channel groups of the depth shift, odd; 1 = no shift
+        self.learned_shift = False  # each channel learns how far it moves, in whole slices over the last tenth of the epochs
+        self.kernel_size = list(KERNEL_SIZE)  # of all convolutions, depth first
+        self.base_num_features = BASE_NUM_FEATURES  # channels of the finest level
+        self.max_num_features = MAX_NUM_FEATURES
+        self.recompute = "blocks"  # in the backward pass; "none" is faster, "nodes" takes less memory (docs/memory.md)
+
+    def initialize(self) -> None:
+        super().initialize()
+        with one_line_errors():
+            network = cast(E2ENet, self.unwrapped_network)
+            network.recompute = self.recompute
+            network.check_patch_size(self.configuration_manager.patch_size)
+
+    def network_architecture(self, architecture: dict[str, Any]) -> dict[str, Any]:
+        result = e2enet_architecture(
+            architecture,
+            self.base_num_features,
+            self.max_num_features,
+            feature_sparsity=self.feature_sparsity,
+            shift_size=self.shift_size,
+            kernel_size=self.kernel_size,
+            learned_shift=self.learned_shift,
+        )
+        if len(result["arch_kwargs"]["strides"]) == 2:
+            # A network of two levels has one head, and nnU-Net's deep supervision gives the last one no weight.
+            self.enable_deep_supervision = False
+        return result
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.current_epoch >= WHOLE_SHIFT_FROM * self.num_epochs:
+            hold_whole_offsets(self.unwrapped_network, self.optimizer)
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,  # noqa: ARG004 (nnU-Net's signature)
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """E2ENet for a configuration; one of other plans is built with E2ENet's defaults."""
+        architecture = e2enet_architecture(configuration_manager.configuration["architecture"])
+        return get_network_from_plans(
+            architecture["network_class_name"],
+            architecture["arch_kwargs"],
+            architecture["_kw_requires_import"],
+            num_input_channels,
+            num_output_channels,
+            allow_init=True,
+            deep_supervision=enable_deep_supervision,
         )

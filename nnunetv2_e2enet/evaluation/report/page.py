@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 from nnunetv2_e2enet.evaluation.comparison import Comparison, ModelFacts
@@ -13,6 +12,7 @@ from nnunetv2_e2enet.evaluation.metrics import METRICS
 from nnunetv2_e2enet.evaluation.numbers import NOTHING
 from nnunetv2_e2enet.evaluation.profile_tables import how_measured
 from nnunetv2_e2enet.evaluation.report import charts, tables
+from nnunetv2_e2enet.evaluation.report.document import document, figure, figures, provenance_list
 from nnunetv2_e2enet.evaluation.report.explanations import explanations
 from nnunetv2_e2enet.evaluation.report.pictures import Picture
 from nnunetv2_e2enet.evaluation.report.svg import Chart, colour_variables, model_style
@@ -37,32 +37,17 @@ def report_html(comparison: Comparison, pictures: Sequence[Picture], provenance:
         "How to read this": explanations(comparison),
         "How this was made": _provenance(comparison, provenance),
     }
-    present = {title: body for title, body in sections.items() if body}
-    links = "".join(f'<a href="#{_anchor(title)}">{title}</a>' for title in present)
-    bodies = "".join(f'<section id="{_anchor(title)}"><h2>{title}</h2>{body}</section>' for title, body in present.items())
-    names = escape(_listed(comparison.names))
+    names = _listed(comparison.names)
     results = comparison.results
     dataset = next((m.source.dataset for m in comparison.models if m.source.dataset), None)
     lead = (
         f"{dataset + ', ' if dataset else ''}{len(results.cases)} cases, {len(results.classes)} classes, {provenance['date']}"
     )
-    style = files("nnunetv2_e2enet.evaluation.report").joinpath("style.css").read_text(encoding="utf-8")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{names}: comparison</title><style>{style}{colour_variables()}</style></head><body>"
-        f'<header><h1>{names}</h1><p class="lead">{escape(lead)}</p><nav aria-label="Sections">{links}</nav>'
-        f"{_legend(comparison)}</header>"
-        f"<main>{bodies}</main></body></html>\n"
-    )
+    return document(f"{names}: comparison", names, lead, sections, colour_variables(), _legend(comparison))
 
 
 def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _anchor(title: str) -> str:
-    return title.lower().replace(" ", "-")
 
 
 def _legend(comparison: Comparison) -> str:
@@ -75,12 +60,7 @@ def _legend(comparison: Comparison) -> str:
 
 
 def _figure(chart: Chart, note: str = "") -> str:
-    caption = f"<figcaption>{escape(note)}</figcaption>" if note else ""
-    return f"<figure><h3>{escape(chart.title)}</h3>{chart.render()}{caption}</figure>"
-
-
-def _figures(parts: Sequence[str]) -> str:
-    return f'<div class="charts">{"".join(parts)}</div>'
+    return figure(chart.title, chart.render(), note)
 
 
 def _summary(comparison: Comparison) -> str:
@@ -132,7 +112,7 @@ def _cost(comparison: Comparison) -> str:
         latency = [seconds.get(name, math.nan) for name in comparison.names]
         plots.append(_figure(charts.pareto(comparison, [latency], "time of a patch", "s"), "Median of the timed passes."))
     note = f'<p class="note">{escape(cost_notes(comparison))}</p>'
-    return f"{tables.costs(comparison)}{note}{notes}{measured}{_figures(plots)}"
+    return f"{tables.costs(comparison)}{note}{notes}{measured}{figures(plots)}"
 
 
 def _classes(comparison: Comparison) -> str:
@@ -151,18 +131,18 @@ def _classes(comparison: Comparison) -> str:
         if diagrams:
             ranks = (
                 "<h3>Ranks</h3><p>A thick bar joins models that Nemenyi's test does not tell apart at the 5 % level.</p>"
-                + _figures(diagrams)
+                + figures(diagrams)
                 + tables.nemenyi(comparison, overall[DICE])
                 + '<p class="note">Nemenyi p-values of Dice, mean over classes.</p>'
             )
-    return _figures(plots) + "".join(details) + ranks
+    return figures(plots) + "".join(details) + ranks
 
 
 def _sizes(comparison: Comparison) -> str:
     note = (
         f"Small dots are cases (at most {charts.DOTS_PER_MODEL} a model, drawn at random), large marks the means of classes."
     )
-    return _figures([_figure(charts.volume_and_dice(comparison), note)])
+    return figures([_figure(charts.volume_and_dice(comparison), note)])
 
 
 def _cases(comparison: Comparison) -> str:
@@ -171,7 +151,7 @@ def _cases(comparison: Comparison) -> str:
         for metric in METRICS[:2] if len(comparison.names) > 2 else METRICS:
             chart = charts.case_differences(comparison, 0, second, metric)
             plots.append(_figure(chart, chart.description + ". The colour is that of the better model."))
-    return _figures(plots)
+    return figures(plots)
 
 
 def _pictures(pictures: Sequence[Picture]) -> str:
@@ -218,24 +198,13 @@ def _training(comparison: Comparison) -> str:
             seconds = NOTHING if math.isnan(t.epoch_seconds) else f"{t.epoch_seconds:.1f} s"
             rows.append([*map(escape, (model.name, t.fold, t.trainer)), str(t.epochs), seconds])
     head = ["model", "fold", "trainer", "epochs", "median epoch"]
-    return _figures(plots) + tables.table(head, rows, words=3)
+    return figures(plots) + tables.table(head, rows, words=3)
 
 
 def _provenance(comparison: Comparison, provenance: dict[str, Any]) -> str:
     rows = [_model_row(model) for model in comparison.models]
     models = tables.table(["model", "network", "plans", "configuration", "trainer", "folder"], rows, words=6)
-    facts = {
-        "command": f"<code>{escape(str(provenance['command']))}</code>",
-        "machine": _machine(provenance["machine"]),
-        "versions": escape(", ".join(f"{name} {version}" for name, version in provenance["versions"].items())),
-    }
-    listed = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in facts.items())
-    return f"{models}<dl>{listed}</dl>"
-
-
-def _machine(facts: dict[str, Any]) -> str:
-    words = [facts["processor"], f"{facts['cores']} cores", facts["gpu"], facts["system"]]
-    return escape(", ".join(str(word) for word in words if word))
+    return models + provenance_list(provenance)
 
 
 def _model_row(model: ModelFacts) -> list[str]:

@@ -1,0 +1,100 @@
+"""What the benchmarks of training and prediction have in common: who takes part, on what plan, on which machine."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunetv2_e2enet import files
+
+BASELINE = "nnU-Net"
+CONTESTANTS = {
+    BASELINE: "nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer",
+    "E2ENet 0.8": "nnunetv2_e2enet.trainers.e2enet_trainers.nnUNetTrainerE2ENet",
+    "E2ENet 0.9": "nnunetv2_e2enet.trainers.e2enet_trainers.nnUNetTrainerE2ENet_S90",
+    "E2ENet 0.8, blocks of 16": "nnunetv2_e2enet.trainers.e2enet_experiment_trainers.nnUNetTrainerE2ENet_B16active",
+}
+"""Trainers by name, with their sparsity; the last computes active blocks only."""
+
+WITHOUT_GPU = "measured without a GPU: says nothing about one"
+AMOS = {"patch_size": [64, 160, 160], "batch_size": 2}
+AMOS_STRIDES = [[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 4]
+
+
+def trainer_class(name: str) -> Any:
+    module, _, attribute = CONTESTANTS[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def load_plans(dataset: str, plans: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``plans.json`` and ``dataset.json`` of a preprocessed data set, by name or number."""
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    folder = Path(os.environ["nnUNet_preprocessed"]) / maybe_convert_to_dataset_name(
+        int(dataset) if dataset.isdigit() else dataset
+    )
+    return json.loads((folder / f"{plans}.json").read_text()), json.loads((folder / "dataset.json").read_text())
+
+
+def as_amos(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """The plans with the network, patch and batch that nnU-Net plans for AMOS."""
+    plans = deepcopy(plans)
+    settings = plans["configurations"][configuration]
+    settings.update(AMOS)
+    levels = len(AMOS_STRIDES)
+    settings["architecture"]["arch_kwargs"].update(
+        n_stages=levels,
+        features_per_stage=[min(32 * 2**level, 320) for level in range(levels)],
+        kernel_sizes=[[1, 3, 3], *[[3, 3, 3]] * (levels - 1)],
+        strides=AMOS_STRIDES,
+        n_conv_per_stage=[2] * levels,
+        n_conv_per_stage_decoder=[2] * (levels - 1),
+    )
+    return plans
+
+
+def check_device(device: str) -> None:
+    """Ends the program where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device here; --device cpu tries the program, and marks its figures as such")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What was measured on, for the record."""
+    described: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.processor() or platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "compiled": device == "cuda" and os.environ.get("nnUNet_compile", "true").lower() in ("true", "1", "t"),
+        "kernels": os.environ.get("nnUNet_e2enet_kernels", "auto"),
+    }
+    if device != "cuda":
+        described["warning"] = WITHOUT_GPU
+    return described
+
+
+class Record:
+    """Results in a JSON file that is complete after every entry, and is gone on with when the program is started again."""
+
+    def __init__(self, file: Path, header: dict[str, Any]) -> None:
+        self.file = file
+        self.content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {**header, "results": {}}
+        changed = [key for key, value in header.items() if self.content.get(key) != value]
+        if changed:
+            raise SystemExit(f"{file} was measured with another {', '.join(changed)}: move it away, or give another --output")
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return self.content["results"]
+
+    def add(self, name: str, result: Any) -> None:
+        self.results[name] = result
+        files.write_atomically(self.file, json.dumps(self.content, indent=2) + "\n")

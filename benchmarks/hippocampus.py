@@ -1,0 +1,183 @@
+"""Dice of E2ENet beside stock nnU-Net on MSD Task04 Hippocampus, trained under the same conditions.
+
+All contestants have the same data, plans, splits, number of epochs and seeds, and are trained by nnU-Net's own loop. Training
+goes on where it stopped: call the program again, by hand or from a job scheduler, until it says that all is done. Each call
+ends after ``--minutes`` (the epoch that has begun is finished, a validation too), and trains one epoch at least.
+
+    # Task04_Hippocampus from http://medicaldecathlon.com, unpacked
+    python benchmarks/hippocampus.py --source Task04_Hippocampus --folder hippocampus --epochs 250 --folds 0 1 --minutes 9
+
+Results: ``FOLDER/hippocampus.json`` (Dice by contestant and fold, epochs, times, machine), and when all is done the comparison
+with confidence intervals of ``e2enet compare`` in ``FOLDER/comparison.json`` and ``FOLDER/comparison.html``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import contestants
+import numpy as np
+import torch
+
+from nnunetv2_e2enet.registration import console_command
+from nnunetv2_e2enet.training.crossval import Fold, FoldState
+
+DATASET = "Dataset004_Hippocampus"
+CONFIGURATION, PLANS = "3d_fullres", "nnUNetPlans"
+
+
+class TimeIsUp(Exception):  # noqa: N818 (nothing went wrong)
+    """The rest is for the next call."""
+
+
+def prepare(source: Path, folder: Path, processes: int) -> None:
+    """nnU-Net's conversion, planning and preprocessing, once."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        os.environ[name] = str(folder / name)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    done = folder / "nnUNet_preprocessed" / DATASET / "prepared"
+    if done.is_file():
+        return
+    if not (folder / "nnUNet_raw" / DATASET / "dataset.json").is_file():
+        if not source.is_dir():
+            raise SystemExit(f"{source} is not there: unpack Task04_Hippocampus and name its folder with --source")
+        run("nnUNetv2_convert_MSD_dataset", "-i", str(source), "-np", str(processes))
+    cores = ["-np", str(processes), "-npfp", str(processes)]
+    run("nnUNetv2_plan_and_preprocess", "-d", "4", "-c", CONFIGURATION, *cores)
+    done.touch()
+
+
+def run(command: str, *arguments: str) -> None:
+    subprocess.run([console_command(command), *arguments], check=True)
+
+
+def until(deadline: float, base: Any, epochs: int, iterations: tuple[int, int]) -> Any:
+    """A trainer that trains as ``base`` does, in its folder, and stops at an epoch's end once the time is up."""
+
+    class Sliced(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.num_epochs = epochs
+            self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = iterations
+
+        def on_epoch_end(self) -> None:
+            super().on_epoch_end()
+            if time.time() > deadline and self.current_epoch < self.num_epochs:
+                self.current_epoch -= 1  # nnU-Net stores the epoch that comes next
+                self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+                self.current_epoch += 1
+                raise TimeIsUp
+
+    Sliced.__name__ = base.__name__  # names the folder, and what a checkpoint says of its trainer
+    return Sliced
+
+
+def seeded(seed: int) -> None:
+    """Weights, topology and the order of cases follow from it; nnU-Net's augmentation in other processes does not."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (what nnU-Net draws from)
+    torch.manual_seed(seed)
+
+
+def train(contestant: str, fold: Fold, deadline: float, given: argparse.Namespace) -> None:
+    """Bring a fold to its end, or as far as there is time.
+
+    Raises:
+        TimeIsUp: it is not at its end.
+    """
+    plans, dataset = contestants.load_plans(DATASET, PLANS)
+    state = fold.state()
+    iterations = (given.iterations, given.validation_iterations)
+    cls = until(deadline, contestants.trainer_class(contestant), given.epochs, iterations)
+    seeded(1000 * given.seed + fold.number)
+    plans["continue_training"] = state is not FoldState.NEW
+    trainer = cls(plans, CONFIGURATION, fold.number, dataset, torch.device(given.device))
+    if state is FoldState.TRAINED:
+        trainer.load_checkpoint(str(fold.folder / "checkpoint_final.pth"))
+    else:
+        if state is FoldState.STARTED:
+            newest = next(f for n in ("latest", "best") if (f := fold.folder / f"checkpoint_{n}.pth").is_file())
+            trainer.load_checkpoint(str(newest))
+        try:
+            trainer.run_training()
+        finally:
+            for loader in (trainer.dataloader_train, trainer.dataloader_val):
+                getattr(loader, "_finish", lambda: None)()
+    trainer.perform_actual_validation(save_probabilities=False)
+
+
+def result(fold: Fold) -> dict[str, Any]:
+    checkpoint = torch.load(fold.folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    logged = checkpoint["logging"]
+    seconds = [e - s for s, e in zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)]
+    summary = json.loads((fold.folder / "validation" / "summary.json").read_text())
+    return {
+        "dice": summary["foreground_mean"]["Dice"],
+        "cases": len(summary["metric_per_case"]),
+        "epochs": checkpoint["current_epoch"],
+        "median_epoch_seconds": float(np.median(seconds)),
+    }
+
+
+def compare(models: dict[str, Path], folder: Path) -> None:
+    """The comparison of all contestants over the folds that they have in common."""
+    written = ["--json", str(folder / "comparison.json"), "--report", str(folder / "comparison.html")]
+    run("e2enet", "compare", *(f"{name}={model}" for name, model in models.items()), *written)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    begin = time.time()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, default=Path("Task04_Hippocampus"), help="the unpacked data set")
+    parser.add_argument("--folder", type=Path, required=True, help="for everything that nnU-Net and this program write")
+    parser.add_argument("--contestants", nargs="+", default=list(contestants.CONTESTANTS), choices=contestants.CONTESTANTS)
+    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--epochs", type=int, default=250)
+    parser.add_argument("--iterations", type=int, default=250)
+    parser.add_argument("--validation-iterations", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which no epoch is begun")
+    parser.add_argument("--processes", type=int, default=2, help="for the preprocessing")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    given = parser.parse_args(arguments)
+    contestants.check_device(given.device)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(given, name) for name in ("epochs", "iterations", "validation_iterations", "seed")}
+    record = contestants.Record(given.folder / "hippocampus.json", {"settings": settings})
+    prepare(given.source, given.folder.resolve(), given.processes)
+
+    results = given.folder / "nnUNet_results" / DATASET
+    names = {c: contestants.CONTESTANTS[c].rpartition(".")[2] for c in given.contestants}
+    models = {c: results / f"{name}__{PLANS}__{CONFIGURATION}" for c, name in names.items()}
+    deadline, begun = begin + given.minutes * 60, False
+    for number in given.folds:
+        for contestant, model in models.items():
+            fold = Fold(model, DATASET, number)
+            key = f"{contestant} | fold {number}"
+            try:
+                if fold.state() is not FoldState.DONE:
+                    if begun and time.time() > deadline:
+                        raise TimeIsUp
+                    begun = True
+                    train(contestant, fold, deadline, given)
+            except TimeIsUp:
+                print(f"time is up at {key}; call the program again to go on")
+                return
+            if key not in record.results:
+                record.add(key, {**result(fold), "machine": contestants.machine(given.device)})
+    compare(models, given.folder)
+    for key, value in record.results.items():
+        print(f"{key:45} Dice {value['dice']:.4f}, {value['median_epoch_seconds']:.1f} s an epoch")
+    print(f"all is done: {given.folder / 'comparison.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""What happened to the topology: one line of JSON an update, in a file that survives whatever ends a training.
+
+The first line says into which *parts* the connections are divided: the flows of a convolution that fuses flows, whole layers
+otherwise. Each following line is the topology at one moment, its numbers in the order of the parts: the start, then every
+update. A line is on the disk before the training goes on, and one that was torn off by a crash is not read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnunetv2_e2enet.dsff.criteria import KernelL1Norm
+from nnunetv2_e2enet.dsff.updater import LayerUpdate, TopologyUpdate
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import write_atomically
+from nnunetv2_e2enet.network.connections import MaskableLayer
+
+HISTORY_FILE = "topology_history.jsonl"
+FORMAT = 1
+
+
+class Part(NamedTuple):
+    """Connections that are counted together.
+
+    Attributes:
+        layer: name of the maskable layer.
+        flow: of the layer's input maps; empty where the layer is not divided.
+        connections: active or not.
+    """
+
+    layer: str
+    flow: str
+    connections: int
+
+
+@dataclass(frozen=True)
+class TopologyRecord:
+    """The topology at one moment. All lists but ``threshold`` have one number a part.
+
+    Attributes:
+        epoch: epochs trained so far, 0 at the start.
+        fraction: share of the active connections that this update replaced, 0 at the start.
+        active, pruned, grown: connections after the update, and those it switched off and on.
+        explored: connections that have been active at any time.
+        survivors: active connections that have been active since the start.
+        norm: mean L1 norm of the kernels that stayed active.
+        threshold: for each layer, importance of the most important connection that was pruned; None where none was.
+    """
+
+    epoch: int
+    fraction: float
+    active: list[int]
+    pruned: list[int]
+    grown: list[int]
+    explored: list[int]
+    survivors: list[int]
+    norm: list[float]
+    threshold: list[float | None]
+
+
+@dataclass(frozen=True)
+class History:
+    """A history file."""
+
+    parts: tuple[Part, ...]
+    records: tuple[TopologyRecord, ...]
+
+
+class TopologyHistory:
+    """Follows the connections of maskable layers through a training and writes the history.
+
+    Args:
+        layers: by name.
+        flows: for layers whose input maps are of different origin, the channels of each.
+        path: of the file; None follows the connections and writes nothing (all ranks but one).
+
+    Attributes:
+        flows: for each layer the input channels of its parts, by flow.
+        born: for each layer, epochs trained when a connection was last switched on; int16, like ``mask``. It has a meaning for
+            active connections alone.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, MaskableLayer], flows: Mapping[str, Mapping[str, slice]], path: Path | None
+    ) -> None:
+        self.layers = layers
+        self.path = path
+        self.born = {name: torch.zeros_like(layer.mask, dtype=torch.int16) for name, layer in layers.items()}
+        self.flows = {name: flows.get(name, {"": slice(None)}) for name in layers}
+        self.parts = tuple(
+            Part(name, flow, _narrow(layer.mask, layer, channels).numel())
+            for name, layer in layers.items()
+            for flow, channels in self.flows[name].items()
+        )
+
+    def start(self, epoch: int = 0) -> None:
+        """Begin a new file with the present topology.
+
+        Raises:
+            E2ENetError: the file cannot be written.
+        """
+        header = {"format": FORMAT, "parts": self.parts}
+        self._rewrite([_line(header), _line(asdict(self.record(epoch)))])
+
+    def resume(self, epoch: int) -> None:
+        """Go on after ``epoch`` epochs: forget what the file says of later ones, and what a crash left half-written.
+
+        A file that is missing, or that says nothing of the time before, begins with the present topology.
+
+        Raises:
+            E2ENetError: the file is damaged or of another network, or cannot be written.
+        """
+        if self.path is None:
+            return
+        if not self.path.is_file():
+            self.start(epoch)
+            return
+        history = read_history(self.path)
+        if history.parts != self.parts:
+            raise E2ENetError(
+                f"{self.path} is the history of another network than the checkpoint's: move it away, and a new one is begun"
+            )
+        kept = [record for record in history.records if record.epoch <= epoch]
+        if kept:
+            header = {"format": FORMAT, "parts": self.parts}
+            self._rewrite([_line(header), *(_line(asdict(record)) for record in kept)])
+        else:
+            self.start(epoch)
+
+    def load_born(self, saved: Sequence[Tensor | None]) -> None:
+        """Take over ``born`` of a checkpoint, in the order of the layers; what is missing counts as there from the start."""
+        for born, values in zip(self.born.values(), saved, strict=False):
+            if isinstance(values, Tensor) and values.shape == born.shape:
+                born.copy_(values)
+
+    def add(self, update: TopologyUpdate) -> None:
+        """Take note of an update that has just been made, and append its record.
+
+        Raises:
+            E2ENetError: the file cannot be written.
+        """
+        epoch = update.epoch + 1
+        for change in update.layers:
+            self.born[change.name].masked_fill_(change.grown, epoch)
+        if self.path is None:
+            return
+        line = _line(asdict(self.record(epoch, update)))
+        try:
+            with self.path.open("ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def record(self, epoch: int, update: TopologyUpdate | None = None) -> TopologyRecord:
+        """The present topology, after ``epoch`` epochs, and what the update that led to it did."""
+        changes = {change.name: change for change in update.layers} if update else {}
+        record = TopologyRecord(epoch, round(update.prune_fraction, 6) if update else 0.0, [], [], [], [], [], [], [])
+        for name, layer in self.layers.items():
+            nothing = torch.zeros_like(layer.mask)
+            change = changes.get(name, LayerUpdate(name, nothing, nothing, None))
+            stayed = layer.mask & ~change.grown
+            survivors = layer.mask & (self.born[name] == 0)
+            norms = KernelL1Norm().score(layer) * stayed
+            for channels in self.flows[name].values():
+
+                def total(values: Tensor, layer: MaskableLayer = layer, channels: slice = channels) -> float:
+                    return float(_narrow(values, layer, channels).sum())
+
+                record.active.append(int(total(layer.mask)))
+                record.pruned.append(int(total(change.pruned)))
+                record.grown.append(int(total(change.grown)))
+                record.explored.append(int(total(layer.explored)))
+                record.survivors.append(int(total(survivors)))
+                record.norm.append(_short(total(norms) / max(total(stayed), 1)))
+            record.threshold.append(None if change.threshold is None else _short(change.threshold))
+        return record
+
+    def _rewrite(self, lines: Sequence[bytes]) -> None:
+        if self.path is None:
+            return
+        try:
+            write_atomically(self.path, b"".join(lines))
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+
+def read_history(path: Path) -> History:
+    """A history file, without the line that a crash may have torn off.
+
+    Raises:
+        E2ENetError: it is missing, damaged, or not a history.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last end of a line is nothing, or torn
+        header, *records = [json.loads(line) for line in lines]
+        if header["format"] != FORMAT:
+            raise E2ENetError(
+                f"{path} has format {header['format']}, expected {FORMAT}: read it with the release that wrote it"
+            )
+        parts = tuple(Part(*part) for part in header["parts"])
+        return History(parts, tuple(TopologyRecord(**record) for record in records))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise E2ENetError(
+            f"{path} cannot be read as a topology history ({error}): move it away; a training that is resumed begins a new one"
+        ) from error
+
+
+def _narrow(values: Tensor, layer: MaskableLayer, channels: slice) -> Tensor:
+    return values[channels] if layer.input_axis == 0 else values[:, channels]
+
+
+def _line(content: object) -> bytes:
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _unwritable(path: Path, error: OSError) -> E2ENetError:
+    return E2ENetError(f"{path} could not be written ({error.strerror}): make room, then resume with --c")

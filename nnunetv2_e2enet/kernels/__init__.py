@@ -1,0 +1,10 @@
+"""Fused passes over feature maps for the GPU, written in Triton.
+
+Each is a PyTorch operator of its own (``torch.ops.e2enet``), so the same kernels run eagerly and inside compiled networks, and
+each computes what a few lines of PyTorch in ``nnunetv2_e2enet.network`` compute as well; the tests compare the two.
+"""
+
+from nnunetv2_e2enet.kernels.check import wrong_kernel
+from nnunetv2_e2enet.kernels.operators import DEVICES, join, norm_gradient, separate, statistics
+
+__all__ = ["DEVICES", "join", "norm_gradient", "separate", "statistics", "wrong_kernel"]

@@ -1,0 +1,186 @@
+"""Feature maps that are kept before their norm and activation, which their readers apply.
+
+A shift block ends with instance norm and leaky ReLU. Both are cheap, and both follow from the convolution's output and two
+numbers a channel. So the convolution's output is the only map of a block that autograd has to keep, once for the norm's
+backward pass and for all readers (compare in-place activated batch norm, Rota Bulò et al. 2018, which keeps the activation
+and inverts it; nothing has to be inverted here, so any scale and slope will do).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nnunetv2_e2enet.network.acceleration import kernels_for
+
+INSTANCE_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+class RawMap(NamedTuple):
+    """A feature map ``leaky_relu(raw * scale + offset)`` that has not been computed.
+
+    Attributes:
+        raw: ``(batch, channels, *space)``, a convolution's output. In autograd's graph it stands for the activation: its
+            readers send the gradient with respect to the *activation* along it, and ``instance_norm`` turns the sum of them
+            into that with respect to the convolution's output, once.
+        scale, offset: ``(batch, channels, 1, ...)``, the norm as an affine map; at least float32, without gradient.
+        slope: of the leaky ReLU.
+    """
+
+    raw: Tensor
+    scale: Tensor
+    offset: Tensor
+    slope: float
+
+
+FeatureMap = Tensor | RawMap
+
+
+def values_of(feature_map: FeatureMap) -> Tensor:
+    """The tensor that says shape, dtype and device."""
+    return feature_map.raw if isinstance(feature_map, RawMap) else feature_map
+
+
+def some_channels(feature_map: FeatureMap, channels: slice) -> FeatureMap:
+    if isinstance(feature_map, RawMap):
+        raw, scale, offset, slope = feature_map
+        return RawMap(raw[:, channels], scale[:, channels], offset[:, channels], slope)
+    return feature_map[:, channels]
+
+
+Slopes = tuple[float | None, ...]
+
+
+def flatten(maps: Sequence[FeatureMap]) -> tuple[list[Tensor], Slopes]:
+    """The tensors of feature maps, for what takes nothing else, and what ``regroup`` has to know."""
+    tensors = [t for m in maps for t in ((m.raw, m.scale, m.offset) if isinstance(m, RawMap) else (m,))]
+    return tensors, tuple(m.slope if isinstance(m, RawMap) else None for m in maps)
+
+
+def regroup(tensors: Sequence[Tensor], slopes: Slopes) -> list[FeatureMap]:
+    """The feature maps whose tensors these are."""
+    rest = iter(tensors)
+    return [next(rest) if slope is None else RawMap(next(rest), next(rest), next(rest), slope) for slope in slopes]
+
+
+def raw_map(x: Tensor, norm: nn.Module, nonlin: nn.Module) -> RawMap | None:
+    """``nonlin(norm(x))``, or None where that is more than statistics of ``x`` and a leaky ReLU can say."""
+    if type(norm) not in INSTANCE_NORMS or type(nonlin) is not nn.LeakyReLU:
+        return None
+    assert isinstance(norm, INSTANCE_NORMS)
+    if norm.track_running_stats or prod(x.shape[2:]) == 1:  # the latter is an error of the norm's
+        return None
+    return instance_norm(x, norm.weight, norm.bias, norm.eps, nonlin.negative_slope)
+
+
+def instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float) -> RawMap:
+    """``leaky_relu(instance_norm(x, weight, bias, eps), slope)``, of which only the statistics are computed here."""
+    raw, scale, offset = _InstanceNorm.apply(x, weight, bias, eps, slope)
+    return RawMap(raw, scale, offset, slope)
+
+
+def activate(source: RawMap, target: Tensor) -> None:
+    """Write the activation into ``target``."""
+    raw, scale, offset, slope = source
+    if torch.compiler.is_compiling():  # which fuses the three, and knows no results in parts of a tensor
+        target.copy_(nn.functional.leaky_relu(torch.addcmul(offset, raw, scale), slope))
+    else:
+        torch.addcmul(offset, raw, scale, out=target)
+        nn.functional.leaky_relu_(target, slope)
+
+
+def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and ``1 / sqrt(variance + eps)`` over space, ``(batch, channels)``, at least float32."""
+    parts = [_moments(*rows) for rows in _in_parts(_rows(x))]
+    mean, variance = (torch.cat(moments).reshape(x.shape[:2]) for moments in zip(*parts, strict=True))
+    return mean, (variance + eps).rsqrt()
+
+
+def norm_gradient(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, offset: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of instance norm and leaky ReLU.
+
+    Args:
+        grad: of the activation.
+        x: what was normalised.
+        mean, rstd: of ``statistics``.
+        scale, offset: of the RawMap.
+
+    Returns:
+        The gradient of ``x``, and the sums over space that make up the gradients of the norm's weight and bias.
+    """
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    per_row = [t.reshape(-1, 1) for t in (mean, rstd, scale, offset)]
+    sums = [_gradient_of_rows(*rows, slope=slope) for rows in _in_parts(*map(_rows, (grad_x, grad, x)), *per_row)]
+    weight, bias = (torch.cat(s).reshape(x.shape[:2]) for s in zip(*sums, strict=True))
+    return grad_x, weight, bias
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if torch.compiler.is_compiling():
+        variance, mean = torch.var_mean(x, dim=1, correction=0)
+        return mean, variance
+    mean = x.mean(1)
+    return mean, (x - mean[:, None]).square_().mean(1)  # many times as fast as torch.var_mean on the CPU
+
+
+def _gradient_of_rows(
+    out: Tensor, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, offset: Tensor, *, slope: float
+) -> tuple[Tensor, Tensor]:
+    """Writes the gradient of ``x`` into ``out`` and returns the two sums."""
+    before = torch.where(x * scale + offset > 0, grad, grad * slope)  # the activation
+    normalised = (x - mean) * rstd
+    products, sums = (before * normalised).sum(1, keepdim=True), before.sum(1, keepdim=True, dtype=mean.dtype)
+    out.copy_(scale * (before - (sums + normalised * products) / x.shape[1]))
+    return products, sums
+
+
+def _rows(x: Tensor) -> Tensor:
+    """One row for each channel of each sample."""
+    return x.flatten(2).flatten(0, 1)
+
+
+def _in_parts(*rows: Tensor) -> list[tuple[Tensor, ...]]:
+    """The same rows of each tensor together, so few that what is computed on the way stays small; in the cache of a CPU."""
+    if torch.compiler.is_compiling():
+        return [rows]
+    elements = 2**18 if rows[0].device.type == "cpu" else 2**24
+    size = max(1, elements // rows[0].shape[1])
+    return list(zip(*(t.split(size) for t in rows), strict=True))
+
+
+class _InstanceNorm(torch.autograd.Function):
+    """The affine map that instance norm is; backward is that of norm and leaky ReLU together."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kernels = kernels_for(x)
+        mean, rstd = (statistics if kernels is None else kernels.statistics)(x, eps)
+        scale = rstd if weight is None else rstd * weight
+        offset = -mean * scale if bias is None else bias - mean * scale
+        shape = [*x.shape[:2], *[1] * (x.dim() - 2)]
+        scale, offset = scale.reshape(shape), offset.reshape(shape)
+        ctx.slope, ctx.affine = slope, weight is not None
+        ctx.save_for_backward(x, mean, rstd, scale, offset)
+        ctx.mark_non_differentiable(scale, offset)
+        return x.view_as(x), scale, offset
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, scale, offset = ctx.saved_tensors
+        kernels = kernels_for(x)
+        compute = norm_gradient if kernels is None else kernels.norm_gradient
+        grad_x, products, sums = compute(grad, x, mean, rstd, scale, offset, ctx.slope)
+        if not ctx.affine:
+            return grad_x, None, None, None, None
+        return grad_x, products.sum(0), sums.sum(0), None, None

@@ -1,0 +1,49 @@
+"""What autograd keeps for the backward pass, and what it computes again instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network.raw_map import FeatureMap, flatten, regroup
+
+RECOMPUTE = ("none", "blocks", "nodes")
+"""What is computed twice: nothing; in each block all but its convolution, so that one map a block is kept; in each node (an
+encoder level is one too) all but its last convolution, so that one map a node is kept."""
+
+
+def check_recompute(value: str) -> None:
+    """Raises E2ENetError unless ``value`` is one of RECOMPUTE."""
+    if value not in RECOMPUTE:
+        raise E2ENetError(f"recompute is {value!r}: use one of {', '.join(RECOMPUTE)}")
+
+
+def convolved(
+    conv: nn.Module, read: Callable[..., Tensor], maps: Sequence[FeatureMap], recompute: bool, random: bool = False
+) -> Tensor:
+    """``conv(read(*maps))``; with ``recompute``, autograd keeps the maps alone and reads them again in the backward pass.
+
+    The convolution is not computed again: its backward pass needs its input, and there recomputation stops.
+
+    Args:
+        random: whether ``read`` draws random numbers, which are then drawn again.
+    """
+    if not (recompute and torch.is_grad_enabled()):
+        return cast(Tensor, conv(read(*maps)))
+    tensors, slopes = flatten(maps)
+
+    def read_again(*tensors: Tensor) -> Tensor:
+        return read(*regroup(tensors, slopes))
+
+    if torch.compiler.is_compiling():  # the compiler computes no convolution again unless it is told to
+        return cast(Tensor, conv(checkpoint(read_again, *tensors, use_reentrant=False, preserve_rng_state=random)))
+
+    def convolve(*tensors: Tensor) -> Tensor:
+        return cast(Tensor, conv(read_again(*tensors)))
+
+    return cast(Tensor, checkpoint(convolve, *tensors, use_reentrant=False, preserve_rng_state=random))

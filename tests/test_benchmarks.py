@@ -1,0 +1,104 @@
+"""The benchmarks of training and prediction run, in tiny form on the CPU, and say that this tells nothing of a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import contestants
+import gpu_inference
+import gpu_training
+import hippocampus
+import pytest
+import torch
+import training_memory
+from support import Project
+
+DEMO = "nnunetv2_e2enet.trainers.e2enet_demo_trainers"
+ITERATIONS = ["--iterations", "1", "--validation-iterations", "1"]
+
+
+@pytest.fixture
+def tiny(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
+    trainers = {contestants.BASELINE: f"{DEMO}.nnUNetTrainer_smoke", "E2ENet": f"{DEMO}.nnUNetTrainerE2ENet_smoke"}
+    monkeypatch.setattr(contestants, "CONTESTANTS", trainers)
+    return in_process
+
+
+def test_all_contestants_exist() -> None:
+    classes = {name: contestants.trainer_class(name) for name in contestants.CONTESTANTS}
+    assert [cls.__name__ for cls in classes.values()] == [path.split(".")[-1] for path in contestants.CONTESTANTS.values()]
+
+
+def test_training(tiny: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: ARG001
+    output = tmp_path / "out.json"
+    command = ["-d", "993", "--device", "cpu", "--epochs", "2", *ITERATIONS, "--loading", "without", "--output", str(output)]
+    gpu_training.main([*command, "--profile"])
+    content = json.loads(output.read_text())
+    assert content["machine"]["warning"] == contestants.WITHOUT_GPU
+    assert contestants.WITHOUT_GPU in " ".join(capsys.readouterr().out.split())
+    assert set(content["results"]) == {"nnU-Net | without", "E2ENet | without"}
+    for result in content["results"].values():
+        assert result["fastest_epoch_seconds"] == min(result["epoch_seconds"]) > 0
+        assert len(result["epoch_seconds"]) == 2
+        assert "peak_bytes_allocated" not in result
+        assert any("convolution" in row["operation"] for row in result["profile"])
+    before = output.read_text()
+    gpu_training.main([*command, "--profile"])  # all is there
+    assert output.read_text() == before
+    with pytest.raises(SystemExit, match="measured with another settings"):
+        gpu_training.main([*command, "--epochs", "3"])
+
+
+def test_prediction(tiny: Project, tmp_path: Path) -> None:  # noqa: ARG001
+    output = tmp_path / "out.json"
+    gpu_inference.main(["-d", "993", "--device", "cpu", "--rounds", "2", "--output", str(output)])
+    content = json.loads(output.read_text())
+    assert content["machine"]["warning"] == contestants.WITHOUT_GPU
+    assert {name: len(result["seconds"]) for name, result in content["results"].items()} == {"nnU-Net": 2, "E2ENet": 2}
+
+
+def test_the_amos_plan_is_the_one_of_the_memory_benchmark(tiny: Project) -> None:
+    plans = contestants.as_amos(tiny.plans(), "3d_fullres")
+    settings = plans["configurations"]["3d_fullres"]
+    strides, patch = training_memory.PLANS["AMOS"]
+    assert settings["architecture"]["arch_kwargs"]["strides"] == strides
+    assert tuple(settings["patch_size"]) == patch
+    assert tiny.plans()["configurations"]["3d_fullres"]["patch_size"] != list(patch)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_they_refuse(tmp_path: Path) -> None:
+    for program in (gpu_training, gpu_inference):
+        with pytest.raises(SystemExit, match="no CUDA device"):
+            program.main(["-d", "993"])
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        hippocampus.main(["--folder", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_hippocampus_in_slices(tiny: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On phantoms in the place of the scans: a contestant's training is cut in two, then everything is brought to an end."""
+    monkeypatch.setattr(hippocampus, "DATASET", tiny.dataset)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+        (tmp_path / name).symlink_to(tiny.folder / name)
+    (tiny.preprocessed / "prepared").touch()
+    command = ["--folder", str(tmp_path), "--device", "cpu", "--folds", "0", "--epochs", "2", *ITERATIONS]
+    fold = tmp_path / "nnUNet_results" / tiny.dataset / "nnUNetTrainer_smoke__nnUNetPlans__3d_fullres" / "fold_0"
+    record = tmp_path / "hippocampus.json"
+
+    hippocampus.main([*command, "--minutes", "0"])
+    stopped = torch.load(fold / "checkpoint_latest.pth", map_location="cpu", weights_only=False)
+    assert stopped["current_epoch"] == 1
+    assert not (fold / "checkpoint_final.pth").exists()
+
+    hippocampus.main([*command, "--minutes", "0"])
+    assert set(json.loads(record.read_text())["results"]) == {"nnU-Net | fold 0"}
+
+    hippocampus.main([*command, "--minutes", "30"])
+    results = json.loads(record.read_text())["results"]
+    assert set(results) == {"nnU-Net | fold 0", "E2ENet | fold 0"}
+    assert all(result["epochs"] == 2 and result["machine"]["warning"] for result in results.values())
+    compared = json.loads((tmp_path / "comparison.json").read_text())
+    assert set(compared["means"]["dice"]) == {"nnU-Net", "E2ENet"}
+    assert (tmp_path / "comparison.html").is_file()

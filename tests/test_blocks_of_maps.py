@@ -1,0 +1,243 @@
+"""Structured connections: blocks of output maps that share their input maps."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunetv2_e2enet.dsff import CosineSchedule, ErdosRenyiKernel, GradientGrowth, RandomGrowth, TopologyUpdater, Uniform
+from nnunetv2_e2enet.dsff import random_topology as start_from_random_topology
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network.connections import (
+    MaskableLayer,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedConvTranspose2d,
+    MaskedConvTranspose3d,
+    maskable_layers,
+)
+
+
+def layers_of(network: nn.Module) -> list[MaskableLayer]:
+    return [layer for _, layer in maskable_layers(network)]
+
+
+def blocks(layer: MaskableLayer) -> list[list[list[bool]]]:
+    """The mask as Python lists: block, output map within it, input map."""
+    rows = layer.mask.T.tolist() if isinstance(layer, (nn.ConvTranspose2d, nn.ConvTranspose3d)) else layer.mask.tolist()
+    return [rows[i : i + layer.block_size] for i in range(0, len(rows), layer.block_size)]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "wanted", "got"), [(48, 8, 8), (48, 16, 16), (48, 32, 24), (320, 32, 32), (7, 4, 1), (12, 8, 6), (4, 16, 4)]
+)
+def test_all_blocks_of_a_layer_are_of_the_same_size(outputs: int, wanted: int, got: int) -> None:
+    for layer in (MaskedConv2d(3, outputs, 1), MaskedConvTranspose2d(3, outputs, 2, 2)):
+        layer.share_inputs(wanted)
+        assert layer.block_size == got
+
+
+@pytest.mark.parametrize("size", [0, -8, 2.0, True, "8"])
+def test_other_sizes_are_refused(size: object) -> None:
+    with pytest.raises(E2ENetError, match="block_size is"):
+        MaskedConv2d(3, 8, 1).share_inputs(size)  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(*[st.integers(1, 24)] * 3),
+    st.integers(1, 9),
+    st.floats(0.0, 0.95),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_blocks_are_pruned_and_grown_as_connections_are(
+    widths: tuple[int, int, int], block_size: int, feature_sparsity: float, by_gradient: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    a, b, c = widths
+    network = nn.Sequential(MaskedConv3d(a, b, (1, 3, 3), padding=(0, 1, 1)), MaskedConvTranspose3d(b, c, 2, 2, bias=False))
+    for layer in layers_of(network):
+        layer.share_inputs(block_size)
+    start_from_random_topology(network, feature_sparsity, Uniform(), seed)
+    growth = GradientGrowth() if by_gradient else RandomGrowth()
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    updater = TopologyUpdater(network, CosineSchedule(6, 1, 0.5), growth=growth, seed=seed)
+    for epoch in range(6):
+        optimizer.zero_grad()
+        network(torch.randn(1, a, 2, 4, 4)).square().mean().backward()
+        optimizer.step()
+        before = [(blocks(layer), layer.weight.detach().flatten(2).abs().sum(2)) for layer in layers_of(network)]
+        update = updater.update(epoch, optimizer)
+        for layer, (was, norms) in zip(layers_of(network), before, strict=True):
+            size, n_blocks = layer.block_size, layer.n_connections // layer.block_size
+            now = blocks(layer)
+            assert all(rows.count(rows[0]) == size for rows in now)  # maps of a block share their inputs
+            assert layer.n_active == round((1 - feature_sparsity) * n_blocks) * size
+            assert layer.shared_block_size() % size == 0
+            if update is None:
+                assert now == was
+                continue
+            by_output = norms.T if layer.output_axis else norms
+            sums = by_output.reshape(-1, size, by_output.shape[1]).sum(1)
+            was_active, is_active = (torch.tensor([rows[0] for rows in state]) for state in (was, now))
+            pruned, kept = was_active & ~is_active, was_active & is_active
+            active, inactive = int(was_active.sum()), int((~was_active).sum())
+            if inactive >= math.ceil(update.prune_fraction * active):
+                assert int(pruned.sum()) == math.ceil(update.prune_fraction * active)
+                if pruned.any() and kept.any():
+                    assert sums[pruned].max() <= sums[kept].min() + 1e-6
+            assert layer.weight[layer.over_kernel(~layer.mask).expand_as(layer.weight)].abs().sum() == 0
+
+
+def test_single_maps_evolve_as_without_blocks() -> None:
+    """A block size of 1 changes nothing: the same start and the same topologies."""
+    masks = []
+    for block_size in (None, 1):
+        torch.manual_seed(0)
+        network = nn.Sequential(MaskedConv2d(9, 12, 3))
+        layer = layers_of(network)[0]
+        if block_size is not None:
+            layer.share_inputs(block_size)
+        start_from_random_topology(network, 0.7, Uniform(), seed=5)
+        updater = TopologyUpdater(network, CosineSchedule(9, 1), seed=5)
+        for epoch in range(4):
+            updater.update(epoch, torch.optim.SGD(network.parameters(), 0.1))
+        masks.append(layer.mask.clone())
+    assert torch.equal(*masks)
+
+
+def test_erdos_renyi_gives_whole_blocks() -> None:
+    layers: dict[str, MaskableLayer] = {str(i): MaskedConv2d(a, b, 3) for i, (a, b) in enumerate([(8, 16), (64, 48), (9, 20)])}
+    for layer in layers.values():
+        layer.share_inputs(8)
+    active = ErdosRenyiKernel().active(0.8, layers)
+    assert [layers[name].block_size for name in layers] == [8, 8, 5]
+    assert all(active[name] % layer.block_size == 0 for name, layer in layers.items())
+
+
+def test_inputs_of_each_block_are_read_from_the_mask_alone() -> None:
+    conv, up = MaskedConv2d(10, 12, 1), MaskedConvTranspose2d(10, 12, 2, 2)
+    for layer in (conv, up):
+        layer.share_inputs(4)
+        layer.set_random_topology(layer.connections_at(0.3), torch.Generator().manual_seed(3))
+        loaded = type(layer)(10, 12, layer.kernel_size, layer.stride)
+        loaded.load_state_dict(layer.state_dict())
+        assert loaded.block_size == 1
+        assert loaded.shared_block_size() % 4 == 0
+        inputs = loaded.block_inputs(4)
+        assert [i.tolist() for i in inputs] == [[c for c, active in enumerate(rows[0]) if active] for rows in blocks(layer)]
+        assert sum(len(i) for i in inputs) * 4 == layer.n_active
+    assert [i.tolist() for i in MaskedConv2d(3, 4, 1).block_inputs(2)] == [[0, 1, 2]] * 2
+
+
+def test_the_whole_layer_is_computed_from_the_inputs_of_its_blocks() -> None:
+    """What ``block_inputs`` is for: each block of output maps is a dense convolution over few input maps."""
+    torch.manual_seed(1)
+    layer = MaskedConv3d(20, 24, (1, 3, 3), padding=(0, 1, 1))
+    layer.share_inputs(8)
+    layer.set_random_topology(layer.connections_at(0.2))
+    x = torch.randn(2, 20, 3, 6, 6)
+    parts = []
+    for block, inputs in enumerate(layer.block_inputs(layer.block_size)):
+        maps = slice(8 * block, 8 * block + 8)
+        weight = layer.weight[maps][:, inputs]
+        assert layer.bias is not None
+        parts.append(nn.functional.conv3d(x[:, inputs], weight, layer.bias[maps], padding=(0, 1, 1)))
+    torch.testing.assert_close(torch.cat(parts, 1), layer(x))
+
+
+# --- equal blocks, which training computes alone ----------------------------------------------------------------------------
+
+
+def equal_blocks_network(dimension: int) -> nn.Sequential:
+    conv, up = (MaskedConv2d, MaskedConvTranspose2d) if dimension == 2 else (MaskedConv3d, MaskedConvTranspose3d)
+    network = nn.Sequential(conv(20, 24, 3, stride=2, padding=1), up(24, 16, 2, 2, bias=False), conv(16, 12, 3, padding=1))
+    for layer in layers_of(network):
+        layer.share_inputs(4, equal_blocks=True)
+    start_from_random_topology(network, 0.8, Uniform(), 3)
+    return network.double()
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_only_active_inputs_are_computed_and_gradients_are_the_same(dimension: int) -> None:
+    torch.manual_seed(0)
+    network = equal_blocks_network(dimension)
+    x = torch.randn(2, 20, *[8] * dimension, dtype=torch.float64, requires_grad=True)
+    found = {}
+    for equal_blocks in (False, True):
+        for layer in layers_of(network):
+            layer.equal_blocks = equal_blocks
+        with FlopCounterMode(display=False) as counter:
+            out = network(x)
+        inputs = (x, *network.parameters())
+        found[equal_blocks] = counter.get_total_flops(), out, *torch.autograd.grad(out.sin().sum(), inputs)
+    (dense, *expected), (active, *results) = found[False], found[True]
+    for result, e in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, e)
+    densities = {layer.n_active / layer.n_connections for layer in layers_of(network)}
+    assert min(densities) <= active / dense <= max(densities) < 0.25
+
+
+def test_all_blocks_keep_the_same_number_of_inputs() -> None:
+    torch.manual_seed(0)
+    network = equal_blocks_network(2)
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    updater = TopologyUpdater(network, CosineSchedule(6, 1, 0.5), seed=1)
+    numbers = [round(0.2 * inputs) for inputs in (20, 24, 16)]
+    before = [layer.mask.clone() for layer in layers_of(network)]
+    for epoch in range(5):
+        optimizer.zero_grad()
+        network(torch.randn(1, 20, 8, 8, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+        updater.update(epoch, optimizer)
+        for layer, number in zip(layers_of(network), numbers, strict=True):
+            assert layer.fits_blocks()
+            assert {len(inputs) for inputs in layer.block_inputs(layer.block_size)} == {number}
+    assert all(not torch.equal(layer.mask, was) for layer, was in zip(layers_of(network), before, strict=True))
+
+
+def test_prediction_and_dense_gradients_need_the_whole_layer() -> None:
+    layer = layers_of(equal_blocks_network(2))[0]
+    assert layer.computes_active_only
+    x = torch.randn(1, 20, 8, 8, dtype=torch.float64)
+    expected = layer(x)
+    layer.eval()
+    assert not layer.computes_active_only
+    torch.testing.assert_close(layer(x), expected)
+    layer.train().dense_gradients = True
+    assert not layer.computes_active_only
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad[~layer.mask].abs().min() > 0
+
+
+def test_a_topology_with_other_blocks_does_not_fit() -> None:
+    layer = layers_of(equal_blocks_network(2))[0]
+    assert layer.fits_blocks()
+    first, others = layer.by_block(layer.mask).bool().split([1, layer.n_outputs // 4 - 1])
+    fewer = first & (first.cumsum(1) > 1)
+    layer.set_topology(layer.from_blocks(torch.cat([fewer, others])))
+    assert not layer.fits_blocks()
+    layer.equal_blocks = False
+    assert layer.fits_blocks()
+
+
+def test_updates_of_equal_blocks_compile_nothing() -> None:
+    torch._dynamo.reset()
+    network = equal_blocks_network(2).float()
+    optimizer = torch.optim.SGD(network.parameters(), 0.05)
+    updater = TopologyUpdater(network, CosineSchedule(6, 1, 0.5), seed=1)
+    counter = CompileCounter()
+    compiled = torch.compile(network, backend=counter, fullgraph=True)
+    for epoch in range(3):
+        compiled(torch.randn(1, 20, 8, 8)).sum().backward()
+        update = updater.update(epoch, optimizer)
+        assert update is not None
+        assert update.replaced > 0
+    assert counter.frame_count == 1

@@ -1,0 +1,299 @@
+"""The history of the topology: the file in the fold's folder, and what goes into nnU-Net's log."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.training.logging import nnunet_logger
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from support import Project, make, train_epochs
+from torch import nn
+
+from nnunetv2_e2enet.dsff import (
+    HISTORY_FILE,
+    CosineSchedule,
+    TopologyHistory,
+    TopologyRecord,
+    TopologyUpdater,
+    read_history,
+)
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network import E2ENet, fusion_flows, maskable_layers
+from nnunetv2_e2enet.network.fusion import FusionNode
+from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
+from nnunetv2_e2enet.training.checkpoints import read_checkpoint
+from nnunetv2_e2enet.training.logging import KEYS
+from nnunetv2_e2enet.training.variants import variant
+
+N_EPOCHS = 7
+
+
+class Run:
+    """A training of a small network without data: weights change at random between updates."""
+
+    def __init__(self, path: Path | None, seed: int = 0, width: int = 6) -> None:
+        torch.manual_seed(seed)
+        self.network = E2ENet(1, 2, 3, [width, 8, 10], nn.Conv3d, [[1] * 3, [1, 2, 2], [2] * 3])
+        self.optimizer = torch.optim.SGD(self.network.parameters(), 0.1)
+        self.updater = TopologyUpdater(self.network, CosineSchedule(N_EPOCHS, 1), seed=seed)
+        self.history = TopologyHistory(self.updater.layers, fusion_flows(self.network), path)
+
+    def epochs(self, first: int, last: int) -> None:
+        for epoch in range(first, last):
+            with torch.no_grad():
+                for i, layer in enumerate(self.updater.layers.values()):
+                    generator = torch.Generator().manual_seed(100 * epoch + i)
+                    layer.weight += torch.randn(layer.weight.shape, generator=generator)
+                    layer.clear_inactive_weights()
+            update = self.updater.update(epoch, self.optimizer)
+            if update is not None:
+                self.history.add(update)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / HISTORY_FILE
+
+
+# --- flows --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flow", ["forward", "upward", "downward"])
+def test_flows_are_the_channels_through_which_a_node_sees_its_neighbours(flow: str) -> None:
+    """With the connections of one flow alone, the node's output depends on that flow's map and no other."""
+    network = E2ENet(1, 2, 3, [4, 6, 8], nn.Conv3d, [[1] * 3, [1, 2, 2], [2] * 3], feature_sparsity=0.0, shift_size=1)
+    node = network.get_submodule("decoder.stages.0.1")
+    assert isinstance(node, FusionNode)
+    layer = dict(maskable_layers(network))["decoder.stages.0.1.blocks.0.conv"]
+    mask = torch.zeros_like(layer.mask)
+    mask[:, fusion_flows(network)["decoder.stages.0.1.blocks.0.conv"][flow]] = True
+    layer.set_topology(mask)
+    maps = {
+        "forward": torch.randn(1, 6, 4, 4, 4),
+        "upward": torch.randn(1, 8, 2, 2, 2),
+        "downward": torch.randn(1, 4, 4, 8, 8),
+    }
+    before = node(*maps.values())
+    for name, values in maps.items():
+        changed = node(*{**maps, name: values + torch.randn_like(values)}.values())
+        assert torch.equal(changed, before) is (name != flow)
+
+
+# --- the file -----------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_what_happened(path: Path) -> None:
+    run = Run(path)
+    run.history.start()
+    layers = run.updater.layers
+    start = {name: layer.mask.clone() for name, layer in layers.items()}
+    survivors = dict(start)
+    masks = [start]
+    for epoch in range(N_EPOCHS):
+        run.epochs(epoch, epoch + 1)
+        masks.append({name: layer.mask.clone() for name, layer in layers.items()})
+        survivors = {name: mask & masks[-1][name] for name, mask in survivors.items()}
+    history = read_history(path)
+    assert [record.epoch for record in history.records] == list(range(N_EPOCHS))  # the start, and all epochs but the last
+    assert [part.flow for part in history.parts if part.layer == "decoder.stages.0.1.blocks.0.conv"] == [
+        "forward",
+        "upward",
+        "downward",
+    ]
+    for record, topology in zip(history.records, masks, strict=False):
+        by_layer = active_by_layer(history.parts, record)
+        assert by_layer == {name: int(mask.sum()) for name, mask in topology.items()}
+        assert record.fraction == pytest.approx(
+            run.updater.schedule.prune_fraction(record.epoch - 1) if record.epoch else 0, abs=1e-6
+        )
+    for before, after in zip(history.records, history.records[1:], strict=False):
+        changes = zip(before.active, after.pruned, after.grown, after.active, strict=True)
+        assert all(a - pruned + grown == b for a, pruned, grown, b in changes)
+        assert sum(after.pruned) == sum(after.grown) > 0
+    last = history.records[-1]
+    assert sum(last.explored) == sum(int(layer.explored.sum()) for layer in layers.values())
+    # without regrown ones, which were switched off in between
+    assert sum(last.survivors) <= sum(int(mask.sum()) for mask in survivors.values())
+    assert 0 < sum(last.survivors) < sum(last.active)
+
+
+def active_by_layer(parts: Any, record: TopologyRecord) -> dict[str, int]:
+    result: dict[str, int] = {}
+    for part, active in zip(parts, record.active, strict=True):
+        result[part.layer] = result.get(part.layer, 0) + active
+    return result
+
+
+def test_threshold_and_norm_are_those_of_the_kernels(path: Path) -> None:
+    run = Run(path)
+    run.history.start()
+    name, layer = next(iter(run.updater.layers.items()))
+    with torch.no_grad():
+        layer.weight.copy_(run.updater.layers[name].over_kernel(layer.mask) * torch.ones_like(layer.weight))
+        one = layer.mask.nonzero()[0]
+        layer.weight[tuple(one)] = 0.5
+    kernel = layer.weights_per_connection
+    update = run.updater.update(0, run.optimizer)
+    assert update is not None
+    run.history.add(update)
+    record = read_history(path).records[-1]
+    assert record.threshold[0] == kernel  # half of the active ones are pruned, the small one first
+    assert record.norm[0] == kernel
+
+
+def test_resumed_history_is_that_of_an_uninterrupted_training(path: Path, tmp_path: Path) -> None:
+    straight = Run(path)
+    straight.history.start()
+    straight.epochs(0, N_EPOCHS)
+    expected = path.read_bytes()
+
+    other = tmp_path / "other.jsonl"
+    first = Run(other)
+    first.history.start()
+    first.epochs(0, 3)
+    saved = {key: value.clone() for key, value in first.network.state_dict().items()}
+    born = {name: values.clone() for name, values in first.history.born.items()}
+    first.epochs(3, 5)  # lost with the checkpoint
+    with other.open("ab") as file:
+        file.write(b'{"epoch":6,"fraction":0.0')  # a crash tears the last line off
+    assert len(read_history(other).records) == 6
+
+    second = Run(other, seed=0)
+    second.network.load_state_dict(saved)
+    second.history.born = born
+    second.history.resume(3)
+    assert [record.epoch for record in read_history(other).records] == [0, 1, 2, 3]
+    second.epochs(3, N_EPOCHS)
+    assert other.read_bytes() == expected
+
+
+def test_history_that_is_missing_begins_where_the_training_goes_on(path: Path) -> None:
+    run = Run(path)
+    run.history.resume(4)
+    run.epochs(4, 6)
+    assert [record.epoch for record in read_history(path).records] == [4, 5, 6]
+
+
+def test_damaged_and_foreign_histories_are_named(path: Path, tmp_path: Path) -> None:
+    run = Run(path)
+    run.history.start()
+    run.epochs(0, 2)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for content in (b"", b"not JSON\n", lines[0] + b"{}\n", lines[0] + b"\0\0\0\n" + lines[2]):
+        path.write_bytes(content)
+        with pytest.raises(E2ENetError, match="cannot be read as a topology history"):
+            run.history.resume(2)
+        assert path.read_bytes() == content
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(E2ENetError, match="another network"):
+        Run(path, width=7).history.resume(2)
+    with pytest.raises(E2ENetError, match="could not be written"):
+        Run(tmp_path / "missing" / "file").history.start()
+
+
+# --- the trainer --------------------------------------------------------------------------------------------------------
+
+
+def test_training_writes_its_history(trained: Path) -> None:
+    history = read_history(trained / "fold_0" / HISTORY_FILE)
+    assert [record.epoch for record in history.records] == [0, 1, 2]
+    final = read_checkpoint(trained / "fold_0" / "checkpoint_final.pth")["network_weights"]
+    last = active_by_layer(history.parts, history.records[-1])
+    assert last == {name: int(final[f"{name}.mask"].sum()) for name in last}
+    assert last.keys() == {key.removesuffix(".mask") for key in final if key.endswith(".mask")}
+
+
+def test_checkpointed_log_has_dsffs_values(trained: Path) -> None:
+    logged = read_checkpoint(trained / "fold_0" / "checkpoint_final.pth")["logging"]
+    history = read_history(trained / "fold_0" / HISTORY_FILE)
+    assert logged["dsff_sparsity"][:3] == pytest.approx([0.8] * 3, abs=1e-3)
+    assert logged["dsff_prune_fraction"][:4] == [0.5, 0.25, 0.0, None]
+    assert logged["dsff_connections_changed"][:3] == [*(sum(record.grown) for record in history.records[1:]), 0]
+    connections = sum(part.connections for part in history.parts)
+    assert logged["dsff_explored"][2] == pytest.approx(sum(history.records[-1].explored) / connections)
+    assert max(int(born.max()) for born in logged["dsff_born"] if born is not None) == 2
+    assert (trained / "fold_0" / "progress.png").stat().st_size > 10_000
+
+
+def test_stock_trainer_goes_on_from_the_checkpoint(in_process: Project, trained: Path, monkeypatch: Any) -> None:
+    """Its log and progress plot are whole; back in ours, what was logged before is still there."""
+    checkpoint = trained / "fold_0" / "checkpoint_final.pth"
+    plans = load_json(str(trained / "plans.json"))
+    stock = make(variant(nnUNetTrainer, "short", num_epochs=5, save_every=1), in_process, plans)
+    stock.initialize()
+    stock.load_checkpoint(str(checkpoint))
+    drawn = []
+    monkeypatch.setattr(stock.logger.local_logger, "plot_progress_png", lambda _: drawn.append(lengths(stock)))
+    train_epochs(stock, 2)
+    assert drawn == [4, 5]
+    ours = make(variant(nnUNetTrainerE2ENet_smoke, "longer", num_epochs=8), in_process)
+    ours.initialize()
+    ours.load_checkpoint(str(Path(stock.output_folder) / "checkpoint_latest.pth"))
+    train_epochs(ours, 1)
+    values = ours.logger.get_value("dsff_prune_fraction", None)
+    assert values[:4] == [0.5, 0.25, 0.0, None]
+    assert len(values) == ours.current_epoch
+
+
+def lengths(trainer: Any) -> int:
+    """How many epochs nnU-Net's plot shows."""
+    return min(len(values) for values in trainer.logger.local_logger.my_fantastic_logging.values())
+
+
+def test_checkpoint_from_before_there_was_a_history(in_process: Project, trained: Path, tmp_path: Path) -> None:
+    content = torch.load(trained / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    content["logging"] = {key: values for key, values in content["logging"].items() if not key.startswith("dsff_")}
+    torch.save(content, tmp_path / "checkpoint.pth")
+    trainer = make(variant(nnUNetTrainerE2ENet_smoke, "older", num_epochs=6), in_process)
+    trainer.load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    trainer.topology_history.resume(trainer.current_epoch)
+    train_epochs(trainer, 1)
+    assert [record.epoch for record in read_history(Path(trainer.output_folder) / HISTORY_FILE).records] == [3, 4]
+    assert trainer.logger.get_value("dsff_prune_fraction", None)[:3] == [None] * 3
+
+
+class WeightsAndBiases:
+    """What nnU-Net calls of the ``wandb`` module."""
+
+    def __init__(self) -> None:
+        self.config: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {}
+        self.step = 0
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+
+    def init(self, **_: Any) -> "WeightsAndBiases":
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append((step, values))
+
+
+def test_weights_and_biases_gets_dsffs_values(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = WeightsAndBiases()
+    monkeypatch.setattr(nnunet_logger, "wandb", service)
+    monkeypatch.setenv("nnUNet_wandb_enabled", "1")
+    trainer = make(variant(nnUNetTrainerE2ENet_smoke, "watched"), in_process)
+    trainer.initialize()
+    trainer.topology_history.start()
+    train_epochs(trainer, 2)
+    for key in KEYS:
+        steps = {step: values[key] for step, values in service.logged if key in values}
+        assert steps == dict(enumerate(trainer.logger.get_value(key, None)))
+        assert sorted(steps) == [0, 1]
+    assert any("train_losses" in values for _, values in service.logged)
+
+
+def test_size_of_a_record_for_the_papers_network(path: Path) -> None:
+    """docs/topology.md says about 2 KB an update for the network of the AMOS plan."""
+    features = [48, 96, 192, 320, 320, 320]
+    network = E2ENet(1, 16, 6, features, nn.Conv3d, [[1] * 3, [1, 2, 2], *[[2] * 3] * 4])
+    updater = TopologyUpdater(network, CosineSchedule(1000))
+    history = TopologyHistory(updater.layers, fusion_flows(network), path)
+    history.start()
+    update = updater.update(4, torch.optim.SGD(network.parameters(), 0.01))
+    assert update is not None
+    history.add(update)
+    assert len(history.parts) == 60
+    assert 1500 < len(path.read_bytes().splitlines()[-1]) < 2500

@@ -1,0 +1,197 @@
+"""The Triton kernels against PyTorch; without a GPU in Triton's interpreter, on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network import E2ENet, acceleration, raw_map
+from nnunetv2_e2enet.network.depth_shift import join, separate
+from nnunetv2_e2enet.network.raw_map import FeatureMap, RawMap
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Any:
+    pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
+    module = importlib.import_module(acceleration.KERNELS)
+    assert DEVICE in module.DEVICES
+    return module
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    values = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return values.to(DEVICE, dtype)
+
+
+def random_raw_map(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> RawMap:
+    per_channel = (*shape[:2], *[1] * (len(shape) - 2))
+    wide = torch.promote_types(dtype, torch.float32)
+    return RawMap(
+        random(*shape, dtype=dtype, seed=seed),
+        random(*per_channel, dtype=wide, seed=seed + 1),
+        random(*per_channel, dtype=wide, seed=seed + 2),
+        0.1,
+    )
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    tolerance = TOLERANCE[found.dtype]
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7, 9), (1, 2, 33, 32, 40), (2, 3, 11, 6)])
+def test_statistics(kernels: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = random(*shape, dtype=dtype) * 2 + 5
+    found, expected = kernels.statistics(x, 1e-5), raw_map.statistics(x, 1e-5)
+    for f, e in zip(found, expected, strict=True):
+        assert_same(f, e)
+
+
+def test_statistics_of_values_far_from_zero(kernels: Any) -> None:
+    x = random(1, 2, 8, 8, 8, dtype=torch.float32) + 1000
+    mean, rstd = kernels.statistics(x, 0.0)
+    expected_mean, expected_rstd = raw_map.statistics(x.double(), 0.0)
+    torch.testing.assert_close(mean.double(), expected_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rstd.double(), expected_rstd, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7, 9), (1, 2, 33, 32, 40), (2, 3, 11, 6)])
+def test_gradient_of_norm_and_activation(kernels: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, grad = random(*shape, dtype=dtype, seed=1), random(*shape, dtype=dtype, seed=2)
+    mean, rstd = raw_map.statistics(x, 1e-3)
+    scale, offset = (t.reshape(*shape[:2], *[1] * (len(shape) - 2)) for t in (rstd * 1.5, 0.3 - mean * rstd * 1.5))
+    arguments = (grad, x, mean, rstd, scale, offset, 0.1)
+    found, expected = kernels.norm_gradient(*arguments), raw_map.norm_gradient(*arguments)
+    assert_same(found[0], expected[0])
+    for f, e in zip(found[1:], expected[1:], strict=True):
+        assert f.dtype == torch.promote_types(dtype, torch.float32)
+        tolerance = TOLERANCE[dtype] * e.abs().max().item() * 10
+        torch.testing.assert_close(f.to(e.dtype), e, atol=tolerance, rtol=0)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.lists(st.tuples(st.integers(1, 7), st.booleans()), min_size=1, max_size=3),
+    st.integers(1, 5),
+    st.sampled_from([1, 3, 5, 7]),
+    st.sampled_from(list(TOLERANCE)),
+)
+def test_shift_and_concatenation_and_back(
+    kernels: Any, maps: list[tuple[int, bool]], depth: int, shift_size: int, dtype: torch.dtype
+) -> None:
+    given_maps: list[FeatureMap] = []
+    for seed, (width, raw) in enumerate(maps):
+        shape = (2, width, depth, 3, 4)
+        given_maps.append(random_raw_map(shape, dtype, 10 * seed) if raw else random(*shape, dtype=dtype, seed=10 * seed))
+    found, expected = kernels.join(given_maps, shift_size), join(given_maps, shift_size)
+    assert_same(found, expected)
+    widths = [width for width, _ in maps]
+    parts = kernels.separate(found, widths, shift_size)
+    for part, width, e in zip(parts, widths, separate(found, widths, shift_size), strict=True):
+        assert part.shape[1] == width
+        assert torch.equal(part, e)
+
+
+def test_operators_are_well_behaved(kernels: Any) -> None:  # noqa: ARG001
+    x, grad = random(2, 3, 4, 3, 2), random(2, 6, 4, 3, 2)
+    raw = random_raw_map((2, 3, 4, 3, 2), torch.float64, 3)
+    mean, rstd = raw_map.statistics(x, 1e-5)
+    calls = {
+        "statistics": (x, 1e-5),
+        "norm_gradient": (x, raw.raw, mean, rstd, raw.scale, raw.offset, 0.1),
+        "join": ([x, *raw[:3]], [float("nan"), 0.1], 3),
+        "separate": (grad, [2, 4], 3),
+    }
+    for name, arguments in calls.items():
+        operator = getattr(torch.ops.e2enet, name).default
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(("dimension", "compiled"), [(3, False), (2, False), (2, True)])
+def test_a_training_step_with_kernels(kernels: Any, dimension: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv3d if dimension == 3 else nn.Conv2d
+    strides = [[1] * dimension, [2] * dimension]
+    network = E2ENet(1, 2, 2, [4, 5], conv, strides, deep_supervision=True).to(DEVICE, torch.float64)
+    x = random(1, 1, *[8] * dimension)
+
+    def step(run: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        network.zero_grad()
+        loss = sum(output.square().mean() for output in run(x))
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+    expected_loss, expected = step(network)
+    with torch.no_grad():
+        logits = network(x)
+    calls = []
+    monkeypatch.setattr(acceleration, "_kernels", kernels)
+    monkeypatch.setattr(acceleration, "_kernels_when_compiled", True)
+    monkeypatch.setattr(kernels.operators.programs, "move_rows", noted(kernels.operators.programs.move_rows, calls))
+    torch._dynamo.reset()
+    loss, found = step(torch.compile(network, backend="aot_eager", fullgraph=True) if compiled else network)
+    assert calls, "no kernel was used"
+    calls.clear()
+    with torch.no_grad():
+        for found_logits, expected_logits in zip(network(x), logits, strict=True):
+            torch.testing.assert_close(found_logits, expected_logits)
+    assert calls, "no kernel was used in prediction"
+    torch.testing.assert_close(loss, expected_loss)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-9, rtol=1e-6)
+
+
+def noted(program: Any, calls: list[Any]) -> Any:
+    class Noted:
+        def __getitem__(self, grid: Any) -> Any:
+            calls.append(grid)
+            return program[grid]
+
+    return Noted()
+
+
+@pytest.mark.parametrize("failure", ["wrong", "broken"])
+def test_kernels_that_do_not_agree_with_pytorch_are_not_used(
+    kernels: Any, failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = random(1, 3, 4, 4, 4, dtype=torch.float32)
+    monkeypatch.setattr(acceleration, "_kernels", kernels)
+    monkeypatch.setattr(acceleration, "_kernels_checked", False)
+    assert acceleration.kernels_for(x) is kernels
+    monkeypatch.setattr(acceleration, "_kernels_checked", False)
+
+    def join_of_zeros(maps: list[FeatureMap], shift_size: int) -> Tensor:
+        if failure == "broken":
+            raise RuntimeError("PTX assembly aborted")
+        return torch.zeros_like(join(maps, shift_size))
+
+    monkeypatch.setattr(kernels.operators, "join", join_of_zeros)
+    with pytest.warns(UserWarning, match="join differs from PyTorch" if failure == "wrong" else "PTX assembly aborted"):
+        assert acceleration.kernels_for(x) is None
+    assert acceleration.kernels_for(x) is None
+
+
+def test_a_wrong_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(acceleration.KERNELS_VARIABLE, "yes")
+    with pytest.raises(E2ENetError, match="nnUNet_e2enet_kernels is 'yes': use one of auto, on, off"):
+        acceleration.load_kernels()
+
+
+def test_without_a_gpu_plain_pytorch_computes() -> None:
+    if DEVICE == "cuda":
+        pytest.skip("there is a GPU")
+    acceleration.load_kernels()
+    assert acceleration.kernels_for(torch.zeros(1)) is None
