@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib.util
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_e2enet import engine
+from nnunetv2_e2enet.engine.core import Core, load_core
+from nnunetv2_e2enet.engine.fingerprint import Fingerprint
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet
 
@@ -103,27 +108,27 @@ def networks_and_inputs(draw: st.DrawFn) -> tuple[E2ENet, Tensor]:
     return network, x * draw(st.sampled_from([1.0, 30.0])) + draw(st.sampled_from([0.0, 5.0]))
 
 
-def well_conditioned(network: E2ENet, x: Tensor) -> bool:
-    """Whether PyTorch's own float32 result is far nearer to float64 than the tolerance.
+def assert_as_exact_as_pytorch(network: E2ENet, x: Tensor) -> None:
+    """Every logit within 1e-3 of the largest of the exact ones, unless PyTorch in float32 is nearly as far from them.
 
-    A level of two or three voxels can have next to no variance, and its norm then multiplies rounding errors by thousands.
+    A level of two or three voxels can have next to no variance, and its norm then multiplies everyone's rounding errors by
+    thousands. Winograd's are larger than those of a direct convolution, 3 times in the median of such networks.
     """
+    ours, single = both_ways(network, x)
     with torch.inference_mode(), engine.disabled():
-        single = network(x)
-        double = copy.deepcopy(network).double()(x.double())
-    pairs = zip(single, double, strict=True) if isinstance(single, list) else [(single, double)]
-    return all((a - b).abs().max() <= 2e-5 * b.abs().max() for a, b in pairs)
+        exact = copy.deepcopy(network).double()(x.double())
+    for a, b, c in zip(ours, single, exact if isinstance(exact, list) else [exact], strict=True):
+        assert a.shape == c.shape
+        assert (a - c).abs().max() <= max(1e-3 * c.abs().max(), 50 * (b - c).abs().max())
 
 
 @needs_core
 @settings(max_examples=40, deadline=None)
 @given(networks_and_inputs(), st.sampled_from(KERNELS or ["none"]))
 def test_logits_are_pytorchs(case: tuple[E2ENet, Tensor], kernels: str) -> None:
-    network, x = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(engine.KERNELS_VARIABLE, kernels)
-        if well_conditioned(network, x):
-            assert_same_logits(network, x)
+        assert_as_exact_as_pytorch(*case)
 
 
 @needs_core
@@ -187,6 +192,31 @@ def test_weights_and_masks_changed_in_place_are_followed() -> None:
         after = both_ways(network, x)[0][0]
         assert not torch.equal(before, after)
         before = after
+
+
+@needs_core
+def test_any_byte_that_changes_unseen_is_noticed_within_a_few_patches() -> None:
+    core = load_core()
+    assert isinstance(core, Core)
+    tensors = [torch.zeros(1 << 19) for _ in range(6)]  # 2 MiB each
+    fingerprint = Fingerprint.take(tensors, core)
+    assert all(fingerprint.holds(tensors, core) for _ in range(10))
+    tensors[4].data[12345] = 1.0
+    assert not all(fingerprint.holds(tensors, core) for _ in range(6))
+    tensors[4][12345] = 0.0  # seen at once, although the content is the old one again
+    assert not fingerprint.holds(tensors, core)
+    assert fingerprint.same_content(Fingerprint.take(tensors, core))
+
+
+@needs_core
+def test_weights_made_in_inference_mode_are_followed() -> None:
+    x = torch.randn(1, 1, 8, 32, 32)
+    with torch.inference_mode():
+        network = make_network()
+        before = network(x)
+        network.decoder.seg_layers[-1].weight.mul_(2)
+        assert torch.allclose(network(x), 2 * before)
+        assert engine.why_pytorch(network) is None
 
 
 @needs_core
@@ -271,8 +301,8 @@ def resident_bytes() -> int:
 
 
 @needs_core
-@pytest.mark.parametrize("rounds", [30, pytest.param(250, marks=pytest.mark.slow)])
-def test_no_leak(rounds: int) -> None:
+@pytest.mark.parametrize("rounds", [30, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_leak(rounds: int) -> None:  # four predictions a round
     network = make_network()
     sizes = [(4, 16, 16), (8, 16, 16), (4, 32, 16), (2, 8, 8)]
     patches = [torch.randn(1, 1, *size) for size in sizes]
@@ -304,6 +334,41 @@ def test_networks_can_be_copied_and_pickled_after_a_prediction() -> None:
     with torch.inference_mode():
         expected = network(x)
         assert torch.equal(copy.deepcopy(network)(x), expected)
+
+
+@needs_core
+def test_peak_is_that_of_a_cpu() -> None:
+    assert 1e8 < engine.peak_flops(1) < 1e13
+
+
+@needs_core
+@pytest.mark.slow
+def test_segmentations_of_real_scans_are_the_same(shared: Path, tmp_path: Path, registered: None) -> None:  # noqa: ARG001
+    task = shared / "data" / "Task04_Hippocampus"
+    if not task.is_dir():
+        pytest.skip(f"needs the Hippocampus scans in {task}, which are not there")
+    file = Path(__file__).parents[1] / "benchmarks" / "whole_command.py"
+    spec = importlib.util.spec_from_file_location("whole_command", file)
+    assert spec is not None
+    assert spec.loader is not None
+    whole_command = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = whole_command  # its dataclasses look for it there
+    spec.loader.exec_module(whole_command)
+    whole_command.prepare(tmp_path / "nnunet", task)
+    on, off = whole_command.VARIANTS[1:]
+    for variant in (on, off):
+        whole_command.measure(tmp_path / "nnunet", variant, ["--save_probabilities"], whole_command.Measured())
+    names = sorted(path.name for path in (tmp_path / "nnunet" / "predictions" / on.name).glob("*.npz"))
+    assert len(names) == 10
+    for name in names:
+        ours, theirs = (
+            np.load(tmp_path / "nnunet" / "predictions" / variant.name / name)["probabilities"] for variant in (on, off)
+        )
+        assert np.abs(ours - theirs).max() <= 1e-3
+        second, first = np.sort(theirs, axis=0)[-2:]
+        ties = first - second <= 2e-3
+        assert ties.mean() < 0.02
+        assert np.array_equal(ours.argmax(0)[~ties], theirs.argmax(0)[~ties])
 
 
 # ---- where PyTorch stays -------------------------------------------------------------------------------------------------
@@ -373,6 +438,9 @@ def test_hooks_and_double_precision_stay_with_pytorch() -> None:
     assert not uses_engine(network, x)
     handle.remove()
     assert uses_engine(network, x)
+    handle = network.decoder.register_forward_pre_hook(lambda *_: None)
+    assert not uses_engine(network, x)
+    handle.remove()
     assert not uses_engine(network.double(), x.double())
 
 

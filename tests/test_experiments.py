@@ -1,4 +1,4 @@
-"""Every experiment trains, resumes and predicts; the sizes of the paper's ablations; what DSFF finds and where it cannot."""
+"""Every experiment trains, resumes and predicts; the sizes of the paper's ablations; other depths and widths."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from support import AMOS_STRIDES, Project, make, run_command, train_epochs
+from support import AMOS_STRIDES, Project, make, run_command, train_epochs, weights
 from torch import nn
 
+from nnunetv2_e2enet.dsff import random_topology
 from nnunetv2_e2enet.network import accounts, maskable_layers
 from nnunetv2_e2enet.network.learned_shift import learned_shifts
 from nnunetv2_e2enet.trainers import e2enet_experiment_trainers, e2enet_trainers
@@ -151,6 +152,36 @@ def test_all_on_real_scans(hippocampus: Project, name: str, monkeypatch: pytest.
     trains_resumes_and_predicts(hippocampus, name)
 
 
+@pytest.mark.slow
+def test_sparse_stock_nnunet_through_the_commands(project: Project, tmp_path: Path) -> None:
+    """Trained with ``nnUNetv2_train``, resumed after its first epochs with ``--c``, predicted with ``nnUNetv2_predict``."""
+    plans = project.plans()
+    given = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    given["features_per_stage"] = [8, *[16] * (given["n_stages"] - 1)]
+    project.write_plans("nnUNetPlans_thin", plans)
+    name, options = "nnUNetTrainerDSFF_smoke", ["-p", "nnUNetPlans_thin"]
+    project.train(name, *options)
+    folder = project.model(name, "nnUNetPlans_thin") / "fold_0"
+    trained = weights(folder.parent)
+    masks = {key: value for key, value in trained.items() if key.endswith(".mask")}
+    assert all(int(mask.sum()) == round(0.2 * mask.numel()) for mask in masks.values())
+    assert not any(key.startswith("encoder.") for key in masks)
+
+    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    checkpoint["current_epoch"] = 2  # as if the last epoch were still to come
+    torch.save(checkpoint, folder / "checkpoint_latest.pth")
+    (folder / "checkpoint_final.pth").unlink()
+    project.train(name, *options, "--c")
+    resumed = weights(folder.parent)
+    assert all(torch.equal(resumed[key], mask) for key, mask in masks.items())  # no update after the last epoch
+    assert any(not torch.equal(resumed[key], value) for key, value in trained.items())
+
+    model = ["-d", "993", "-c", "3d_fullres", "-tr", name, *options, "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1"]
+    images = project.raw / "imagesTs"
+    run_command("nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path), *model, env=project.environment)
+    assert len(list(tmp_path.glob("*.nii.gz"))) == len(list(images.iterdir()))
+
+
 def test_pretrained_weights_without_blocks_are_refused(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """They have the same sparsity, but the blocks' output maps would not share their input maps."""
     in_this_process(monkeypatch)
@@ -247,6 +278,14 @@ def test_sizes_of_the_papers_rows(
     )
     if published_parameters is not None:
         assert counted == pytest.approx(published_parameters, rel=0.015)
+
+
+def test_erdos_renyi_costs_more_with_as_many_parameters(in_process: Project) -> None:
+    trainer = make(our_trainers.nnUNetTrainerE2ENet_ERK, in_process)
+    network = network_on_amos(in_process, "nnUNetTrainerE2ENet_ERK")
+    random_topology(network, trainer.feature_sparsity, trainer.distribution, seed=0)
+    assert accounts.parameter_counts(network).active / 1e6 == pytest.approx(9.427, rel=1e-4)
+    assert accounts.multiply_accumulates(network, (1, 1, 64, 160, 160)).active / 1e9 == pytest.approx(704.94, rel=1e-4)
 
 
 def test_size_with_3x3x3_kernels(in_process: Project) -> None:

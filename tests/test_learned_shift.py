@@ -133,6 +133,17 @@ def test_held_offsets_are_whole_and_stay() -> None:
     torch.testing.assert_close(net(x), net.eval()(x))  # training computes what prediction will compute
 
 
+def test_compiled_networks_are_one_graph() -> None:
+    torch._dynamo.reset()
+    net = network()
+    spread_offsets(net)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    x = torch.randn(1, 1, 8, 16, 16)
+    for training in (True, False):
+        net.train(training)
+        torch.testing.assert_close(compiled(x), net(x))
+
+
 @pytest.mark.skipif(isinstance(engine.load_core(), str), reason="the compiled core was not built")
 def test_the_cpu_engine_moves_each_channel_by_its_own_offset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(engine.ENGINE_VARIABLE, "on")

@@ -131,7 +131,7 @@ def test_depth_groups_of_a_learned_shift(trained: Path, tmp_path: Path) -> None:
     (fold,) = read_topologies(tmp_path / "learned.pth")
     found = {group.offset: group.density for group in depth_groups(fold) if (group.stage, group.level) == (1, 1)}
     mask = weights[f"{NODE}.mask"].float()
-    assert found == pytest.approx({-2: mask[:, 0].mean(), 0: mask[:, 3:].mean(), 2: mask[:, 1:3].mean()})
+    assert found == pytest.approx({-2: float(mask[:, 0].mean()), 0: float(mask[:, 3:].mean()), 2: float(mask[:, 1:3].mean())})
     assert next(view for view in views([fold]) if view.key == "depth").figure is not None
 
 

@@ -2,6 +2,7 @@
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_e2enet.trainers.e2enet_experiment_trainers import nnUNetTrainerDSFF
 from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet
 from nnunetv2_e2enet.training.variants import variant
 
@@ -16,5 +17,12 @@ nnUNetTrainerE2ENet_demo = variant(
 nnUNetTrainerE2ENet_smoke = variant(
     nnUNetTrainerE2ENet, "smoke", **_SMOKE, topology_update_period=1, base_num_features=8, max_num_features=32
 )
+nnUNetTrainerDSFF_smoke = variant(nnUNetTrainerDSFF, "smoke", **_SMOKE, topology_update_period=1)
 
-__all__ = ["nnUNetTrainerE2ENet_demo", "nnUNetTrainerE2ENet_smoke", "nnUNetTrainer_demo", "nnUNetTrainer_smoke"]
+__all__ = [
+    "nnUNetTrainerDSFF_smoke",
+    "nnUNetTrainerE2ENet_demo",
+    "nnUNetTrainerE2ENet_smoke",
+    "nnUNetTrainer_demo",
+    "nnUNetTrainer_smoke",
+]

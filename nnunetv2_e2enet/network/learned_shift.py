@@ -42,10 +42,10 @@ class LearnedDepthShift(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         x = maps[0] if len(maps) == 1 else torch.cat(tuple(maps), dim=1)
-        if self.training:
-            # rounding has the gradient zero everywhere, which DistributedDataParallel can reduce and None it cannot
-            return interpolated_shift(x, self.offsets.round() if self.whole else self.offsets)
-        return torch.empty_like(x) if x.is_meta else _whole_shift(x, self.whole_offsets())
+        if not self.training and not torch.compiler.is_compiling():  # a graph has no place for the values of parameters
+            return torch.empty_like(x) if x.is_meta else _whole_shift(x, self.whole_offsets())
+        # rounding has the gradient zero everywhere, which DistributedDataParallel can reduce and None it cannot
+        return interpolated_shift(x, self.offsets if self.training and not self.whole else self.offsets.round())
 
 
 def interpolated_shift(x: Tensor, offsets: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 namespace e2e {
 namespace {
 
-constexpr int64_t kUpsampledFloats = 2 << 20;  // of an upward flow to hold at a time, at least one round of slices
+constexpr int64_t kUpsampledFloats = 3 << 20;  // of an upward flow to hold at a time, at least one round of slices
 constexpr int64_t kPrivateFloats = 3 << 19;    // of transformed tiles up to which each thread works on blocks of its own
 constexpr int64_t kSharedFloats = 3 << 20;     // of transformed tiles that threads hold together otherwise
 constexpr int64_t kStreamFloats = 8 << 20;     // a map that will not stay in any cache is written past them
@@ -43,6 +43,7 @@ struct Schedule {
         if (shared) blocks = std::max<int64_t>(1, std::min(divide_up(total, vectors), kSharedFloats / (per_vector * vectors)));
         v_pitch = odd_lines(int64_t{w.inputs} * vectors * kernels.lanes);
         m_pitch = odd_lines(int64_t{w.outputs} * vectors * kernels.lanes);
+        if (!shared) v_pitch = m_pitch = std::max(v_pitch, m_pitch);
     }
 };
 
@@ -84,9 +85,12 @@ class Convolution {
 
     int64_t reserve(float* base) {
         Scratch scratch(base);
-        const int64_t teams = schedule_.shared ? schedule_.blocks : threads_;
-        v_ = scratch.take(teams * kPoints * schedule_.v_pitch);
-        m_ = scratch.take(teams * kPoints * schedule_.m_pitch);
+        if (schedule_.shared) {
+            v_ = scratch.take(schedule_.blocks * kPoints * schedule_.v_pitch);
+            m_ = scratch.take(schedule_.blocks * kPoints * schedule_.m_pitch);
+        } else {
+            v_ = scratch.take(threads_ * (kPoints + 1) * schedule_.v_pitch);
+        }
         up_ = scratch.take(schedule_.up_floats);
         up_scratch_ = scratch.take(schedule_.up_scratch * threads_);
         return scratch.used();
@@ -154,13 +158,14 @@ class Convolution {
         }
     }
 
-    // Each thread takes blocks of tiles through all three steps.
+    // Each thread takes blocks of tiles through all three steps. What a point becomes lies where the point before it lay, which
+    // is not needed any more: the less memory, the more of it is in the second-level cache.
     void alone(const Channel* channels, int64_t first, int64_t last, Statistics* own, StopWatch& watch, int thread, int team) {
         const Grid& grid = job_.out.grid;
         const int64_t begin = first * grid.slice / kernels_.lanes, end = divide_up(last * grid.slice, kernels_.lanes);
         const Share share(divide_up(end - begin, schedule_.vectors), thread, team);
-        float* v = v_ + thread * kPoints * schedule_.v_pitch;
-        float* m = m_ + thread * kPoints * schedule_.m_pitch;
+        float* m = v_ + thread * (kPoints + 1) * schedule_.v_pitch;
+        float* v = m + schedule_.v_pitch;
         for (int64_t block = share.first; block < share.last; ++block) {
             const int64_t vector = begin + block * schedule_.vectors, tile = vector * kernels_.lanes;
             const int n = vectors_at(vector, end);

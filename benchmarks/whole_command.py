@@ -1,0 +1,204 @@
+"""Wall time and memory of `nnUNetv2_predict -device cpu`: E2ENet with the engine on and off, and stock nnU-Net.
+
+    python benchmarks/whole_command.py --task path/to/Task04_Hippocampus    # real scans of the Medical Segmentation Decathlon
+    python benchmarks/whole_command.py                                       # a phantom whose patch is 64 x 160 x 160
+
+The models have random weights, which cost the same time as trained ones. The commands run in turn, round by round. Memory is
+the largest resident set of one process of the command, and the largest sum over all its processes (a page that two of them
+share counts twice), looked at ten times a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+DATASET, NUMBER, CONFIGURATION, PLANS = "Dataset991_Benchmark", "991", "3d_fullres", "nnUNetPlans"
+ENGINE_VARIABLE = "nnUNet_e2enet_engine"
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+AMOS_STRIDES = [[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 4]
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    trainer: str
+    engine: str
+
+
+VARIANTS = (
+    Variant("stock nnU-Net", "nnUNetTrainer", "on"),
+    Variant("E2ENet, engine on", "nnUNetTrainerE2ENet", "on"),
+    Variant("E2ENet, engine off", "nnUNetTrainerE2ENet", "off"),
+)
+
+
+@dataclass
+class Measured:
+    seconds: list[float] = field(default_factory=list)
+    largest_process: list[float] = field(default_factory=list)  # GiB
+    all_processes: list[float] = field(default_factory=list)  # GiB
+
+
+def command(name: str, *arguments: str) -> list[str]:
+    return [str(Path(sys.executable).with_name(name)), *arguments]
+
+
+def run(folder: Path, name: str, *arguments: str) -> None:
+    environment = {**os.environ, **{variable: str(folder / variable) for variable in FOLDERS}}
+    subprocess.run(command(name, *arguments), env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def take_scans(task: Path, raw: Path, n_training: int, n_images: int) -> None:
+    """Scans of a Decathlon task as one of nnU-Net's raw data sets."""
+    description = json.loads((task / "dataset.json").read_text())
+    for name in ("imagesTr", "labelsTr", "imagesTs"):
+        (raw / name).mkdir(parents=True)
+    cases = sorted(Path(case["image"]).name for case in description["training"])
+    for case in cases[:n_training]:
+        shutil.copy(task / "imagesTr" / case, raw / "imagesTr" / case.replace(".nii.gz", "_0000.nii.gz"))
+        shutil.copy(task / "labelsTr" / case, raw / "labelsTr" / case)
+    for case in cases[n_training : n_training + n_images]:
+        shutil.copy(task / "imagesTr" / case, raw / "imagesTs" / case.replace(".nii.gz", "_0000.nii.gz"))
+    labels = {name: int(value) for value, name in description["labels"].items()}
+    content = {"channel_names": description["modality"], "labels": labels, "numTraining": n_training, "file_ending": ".nii.gz"}
+    (raw / "dataset.json").write_text(json.dumps(content))
+
+
+def prepare(folder: Path, task: Path | None) -> list[int]:
+    """Data, plans and models with random weights; returns the patch size."""
+    for name in FOLDERS:
+        (folder / name).mkdir(parents=True)
+    raw = folder / "nnUNet_raw" / DATASET
+    if task is None:
+        size = ["--size", "64", "160", "240"]  # two patches
+        run(folder, "e2enet", "phantom", NUMBER, "--name", "Benchmark", "--cases", "2", "--test-cases", "1", *size)
+    else:
+        take_scans(task, raw, n_training=5, n_images=10)
+    run(folder, "nnUNetv2_plan_and_preprocess", "-d", NUMBER, "-c", CONFIGURATION, "-npfp", "1", "--no_pp")
+    preprocessed = folder / "nnUNet_preprocessed" / DATASET
+    plans = json.loads((preprocessed / f"{PLANS}.json").read_text())
+    configuration = plans["configurations"][CONFIGURATION]
+    if task is None:
+        levels = len(AMOS_STRIDES)
+        configuration["patch_size"] = [64, 160, 160]
+        configuration["architecture"]["arch_kwargs"] |= {
+            "n_stages": levels,
+            "features_per_stage": [min(32 * 2**level, 320) for level in range(levels)],
+            "strides": AMOS_STRIDES,
+            "kernel_sizes": [[1, 3, 3], *[[3, 3, 3]] * (levels - 1)],
+            "n_conv_per_stage": [2] * levels,
+            "n_conv_per_stage_decoder": [2] * (levels - 1),
+        }
+    dataset = json.loads((raw / "dataset.json").read_text())
+    for trainer in {variant.trainer for variant in VARIANTS}:
+        write_model(folder / "nnUNet_results" / DATASET / f"{trainer}__{PLANS}__{CONFIGURATION}", trainer, plans, dataset)
+    return list(configuration["patch_size"])
+
+
+def write_model(model: Path, trainer: str, plans: dict[str, Any], dataset: dict[str, Any]) -> None:
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(CONFIGURATION)
+    channels = determine_num_input_channels(manager, configuration, dataset)
+    classes = manager.get_label_manager(dataset).num_segmentation_heads
+    torch.manual_seed(0)
+    network = recursive_find_trainer_class_by_name(trainer).build_network_architecture(
+        manager, configuration, channels, classes, enable_deep_supervision=False
+    )
+    checkpoint = {
+        "network_weights": network.state_dict(),
+        "trainer_name": trainer,
+        "init_args": {"configuration": CONFIGURATION},
+        "inference_allowed_mirroring_axes": (0, 1, 2),
+    }
+    (model / "fold_0").mkdir(parents=True)
+    torch.save(checkpoint, model / "fold_0" / "checkpoint_final.pth")
+    (model / "plans.json").write_text(json.dumps(plans))
+    (model / "dataset.json").write_text(json.dumps(dataset))
+
+
+def resident_of_tree(process: int) -> int:
+    """Resident bytes of a process and all below it."""
+    total = 0
+    todo = [process]
+    while todo:
+        folder = Path("/proc") / str(todo.pop())
+        try:
+            total += int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            for thread in (folder / "task").iterdir():
+                todo += map(int, (thread / "children").read_text().split())
+        except (OSError, IndexError):
+            continue  # it ended meanwhile
+    return total
+
+
+def measure(folder: Path, variant: Variant, options: list[str], measured: Measured) -> None:
+    environment = {**os.environ, **{name: str(folder / name) for name in FOLDERS}, ENGINE_VARIABLE: variant.engine}
+    images, output = folder / "nnUNet_raw" / DATASET / "imagesTs", folder / "predictions" / variant.name
+    arguments = ["-i", str(images), "-o", str(output), "-d", NUMBER, "-c", CONFIGURATION, "-f", "0", "-tr", variant.trainer]
+    arguments += ["-device", "cpu", "-npp", "1", "-nps", "1", *options]
+    begin = time.perf_counter()
+    with subprocess.Popen(command("nnUNetv2_predict", *arguments), env=environment, stdout=subprocess.DEVNULL) as process:
+        most = 0
+        while True:
+            done, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if done:
+                break
+            most = max(most, resident_of_tree(process.pid))
+            time.sleep(0.1)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"nnUNetv2_predict of {variant.name} ended with exit code {process.returncode}")
+    measured.seconds.append(time.perf_counter() - begin)
+    measured.largest_process.append(usage.ru_maxrss / 2**20)
+    measured.all_processes.append(most / 2**30)
+
+
+def spread(values: list[float], digits: int) -> str:
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", type=Path, help="a task of the Medical Segmentation Decathlon, instead of the phantom")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--without-engine-off", action="store_true", help="E2ENet in PyTorch takes minutes on a large patch")
+    parser.add_argument("--mirrors", action="store_true", help="test-time augmentation, as nnU-Net does unless told otherwise")
+    parser.add_argument("--json", type=Path, help="write what was measured to this file")
+    arguments = parser.parse_args()
+    variants = VARIANTS[:2] if arguments.without_engine_off else VARIANTS
+    options = [] if arguments.mirrors else ["--disable_tta"]
+    results = {variant.name: Measured() for variant in variants}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "nnunet"
+        patch = prepare(folder, arguments.task)
+        images = len(list((folder / "nnUNet_raw" / DATASET / "imagesTs").iterdir()))
+        for _ in range(arguments.rounds):
+            for variant in variants:
+                measure(folder, variant, options, results[variant.name])
+    print(f"{images} scans, patch {' x '.join(map(str, patch))}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"median (least to most)\n{'':18}  {'seconds':22}  {'GiB, largest process':20}  GiB, all")
+    for name, measured in results.items():
+        memory = [spread(measured.largest_process, 2), spread(measured.all_processes, 2)]
+        print(f"{name:18}  {spread(measured.seconds, 1):22}  {memory[0]:20}  {memory[1]}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({name: asdict(measured) for name, measured in results.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
