@@ -6,6 +6,9 @@ import importlib
 import json
 import os
 import platform
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,20 @@ def as_amos(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
         n_conv_per_stage_decoder=[2] * (levels - 1),
     )
     return plans
+
+
+@contextmanager
+def temporary_results() -> Iterator[None]:
+    """Whatever trainers write goes to a folder that is gone afterwards."""
+    before = os.environ.get("nnUNet_results")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["nnUNet_results"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("nnUNet_results")
+            if before is not None:
+                os.environ["nnUNet_results"] = before
 
 
 def check_device(device: str) -> None:

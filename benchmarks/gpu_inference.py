@@ -28,15 +28,15 @@ def build(
     contestant: str, plans: dict[str, Any], dataset: dict[str, Any], configuration: str, device: str
 ) -> tuple[nn.Module, Tensor]:
     """The network as its trainer builds it, and a patch."""
-    trainer = contestants.trainer_class(contestant)(
-        {**plans, "continue_training": False}, configuration, 0, dataset, torch.device(device)
-    )
-    trainer._do_i_compile = lambda: False
-    trainer.initialize()
+    with contestants.temporary_results():
+        trainer = contestants.trainer_class(contestant)(
+            {**plans, "continue_training": False}, configuration, 0, dataset, torch.device(device)
+        )
+        trainer._do_i_compile = lambda: False
+        trainer.initialize()
     trainer.set_deep_supervision_enabled(False)
-    return trainer.network.eval(), torch.randn(
-        1, trainer.num_input_channels, *trainer.configuration_manager.patch_size, device=device
-    )
+    patch = torch.randn(1, trainer.num_input_channels, *trainer.configuration_manager.patch_size, device=device)
+    return trainer.network.eval(), patch
 
 
 def predict(network: nn.Module, patch: Tensor) -> float:

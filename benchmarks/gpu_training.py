@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,6 +27,8 @@ import contestants
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from nnunetv2_e2enet.training.variants import variant
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,15 @@ class Settings:
     device: str
 
 
-def timed(base: Any, settings: Settings, loading: bool, results: str) -> Any:
-    """A trainer that trains as ``base`` does, leaves nothing behind, and notes its times."""
+def timed(base: Any, settings: Settings, loading: bool) -> Any:
+    """A trainer that trains as ``base`` does, for a while, and keeps no checkpoints."""
+    length = {
+        "num_epochs": settings.epochs,
+        "num_iterations_per_epoch": settings.iterations,
+        "num_val_iterations_per_epoch": settings.validation_iterations,
+    }
 
-    class Timed(base):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.num_epochs = settings.epochs
-            self.num_iterations_per_epoch = settings.iterations
-            self.num_val_iterations_per_epoch = settings.validation_iterations
-            self.disable_checkpointing = True
-            self.output_folder_base = results
-            self.output_folder = str(Path(results) / "fold_0")
-            Path(self.output_folder).mkdir(parents=True)
-            self.log_file = str(Path(self.output_folder) / "log.txt")
-
+    class Timed(variant(base, "timed", **length, disable_checkpointing=True)):  # type: ignore[misc]
         def save_checkpoint(self, filename: str) -> None:
             pass
 
@@ -90,8 +85,8 @@ def measure(contestant: str, settings: Settings, loading: bool, profile: bool) -
         plans = contestants.as_amos(plans, settings.configuration)
     plans["continue_training"] = False
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as results:
-        cls = timed(contestants.trainer_class(contestant), settings, loading, str(Path(results) / "model"))
+    cls = timed(contestants.trainer_class(contestant), settings, loading)
+    with contestants.temporary_results():
         trainer = cls(plans, settings.configuration, 0, dataset, torch.device(settings.device))
         if settings.device == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -29,6 +29,7 @@ import torch
 
 from nnunetv2_e2enet.registration import console_command
 from nnunetv2_e2enet.training.crossval import Fold, FoldState
+from nnunetv2_e2enet.training.variants import variant
 
 DATASET = "Dataset004_Hippocampus"
 CONFIGURATION, PLANS = "3d_fullres", "nnUNetPlans"
@@ -62,12 +63,10 @@ def run(command: str, *arguments: str) -> None:
 def until(deadline: float, base: Any, epochs: int, iterations: tuple[int, int]) -> Any:
     """A trainer that trains as ``base`` does, in its folder, and stops at an epoch's end once the time is up."""
 
-    class Sliced(base):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.num_epochs = epochs
-            self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = iterations
+    train, validate = iterations
+    length = {"num_epochs": epochs, "num_iterations_per_epoch": train, "num_val_iterations_per_epoch": validate}
 
+    class Sliced(variant(base, "sliced", **length)):  # type: ignore[misc]
         def on_epoch_end(self) -> None:
             super().on_epoch_end()
             if time.time() > deadline and self.current_epoch < self.num_epochs:

@@ -15,6 +15,7 @@ import training_memory
 from support import Project
 
 DEMO = "nnunetv2_e2enet.trainers.e2enet_demo_trainers"
+PLANS = "tinyPlans"
 ITERATIONS = ["--iterations", "1", "--validation-iterations", "1"]
 
 
@@ -22,6 +23,18 @@ ITERATIONS = ["--iterations", "1", "--validation-iterations", "1"]
 def tiny(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
     trainers = {contestants.BASELINE: f"{DEMO}.nnUNetTrainer_smoke", "E2ENet": f"{DEMO}.nnUNetTrainerE2ENet_smoke"}
     monkeypatch.setattr(contestants, "CONTESTANTS", trainers)
+    plans = in_process.plans()
+    settings = plans["configurations"]["3d_fullres"]
+    settings.update(patch_size=[8, 16, 16], batch_size=2)
+    settings["architecture"]["arch_kwargs"].update(
+        n_stages=3,
+        features_per_stage=[4, 8, 8],
+        kernel_sizes=[[3, 3, 3]] * 3,
+        strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+        n_conv_per_stage=[2] * 3,
+        n_conv_per_stage_decoder=[2] * 2,
+    )
+    in_process.write_plans(PLANS, plans)
     return in_process
 
 
@@ -32,7 +45,8 @@ def test_all_contestants_exist() -> None:
 
 def test_training(tiny: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: ARG001
     output = tmp_path / "out.json"
-    command = ["-d", "993", "--device", "cpu", "--epochs", "2", *ITERATIONS, "--loading", "without", "--output", str(output)]
+    command = ["-d", "993", "-p", PLANS, "--device", "cpu", "--epochs", "2", *ITERATIONS]
+    command += ["--loading", "without", "--output", str(output)]
     gpu_training.main([*command, "--profile"])
     content = json.loads(output.read_text())
     assert content["machine"]["warning"] == contestants.WITHOUT_GPU
@@ -52,7 +66,7 @@ def test_training(tiny: Project, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_prediction(tiny: Project, tmp_path: Path) -> None:  # noqa: ARG001
     output = tmp_path / "out.json"
-    gpu_inference.main(["-d", "993", "--device", "cpu", "--rounds", "2", "--output", str(output)])
+    gpu_inference.main(["-d", "993", "-p", PLANS, "--device", "cpu", "--rounds", "2", "--output", str(output)])
     content = json.loads(output.read_text())
     assert content["machine"]["warning"] == contestants.WITHOUT_GPU
     assert {name: len(result["seconds"]) for name, result in content["results"].items()} == {"nnU-Net": 2, "E2ENet": 2}
@@ -80,11 +94,12 @@ def test_without_a_gpu_they_refuse(tmp_path: Path) -> None:
 def test_hippocampus_in_slices(tiny: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On phantoms in the place of the scans: a contestant's training is cut in two, then everything is brought to an end."""
     monkeypatch.setattr(hippocampus, "DATASET", tiny.dataset)
+    monkeypatch.setattr(hippocampus, "PLANS", PLANS)
     for name in ("nnUNet_raw", "nnUNet_preprocessed"):
         (tmp_path / name).symlink_to(tiny.folder / name)
     (tiny.preprocessed / "prepared").touch()
     command = ["--folder", str(tmp_path), "--device", "cpu", "--folds", "0", "--epochs", "2", *ITERATIONS]
-    fold = tmp_path / "nnUNet_results" / tiny.dataset / "nnUNetTrainer_smoke__nnUNetPlans__3d_fullres" / "fold_0"
+    fold = tmp_path / "nnUNet_results" / tiny.dataset / f"nnUNetTrainer_smoke__{PLANS}__3d_fullres" / "fold_0"
     record = tmp_path / "hippocampus.json"
 
     hippocampus.main([*command, "--minutes", "0"])

@@ -195,3 +195,4 @@ def test_without_a_gpu_plain_pytorch_computes() -> None:
         pytest.skip("there is a GPU")
     acceleration.load_kernels()
     assert acceleration.kernels_for(torch.zeros(1)) is None
+    assert acceleration.kernels_status().startswith("not used: ")

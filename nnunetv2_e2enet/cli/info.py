@@ -44,6 +44,7 @@ def run(_args: argparse.Namespace) -> int:
 
 def _facts(nnunet: NnUNet) -> dict[str, str]:
     from nnunetv2_e2enet import engine
+    from nnunetv2_e2enet.network.acceleration import kernels_status
 
     facts = {
         "nnunetv2-e2enet": __version__,
@@ -52,6 +53,7 @@ def _facts(nnunet: NnUNet) -> dict[str, str]:
         "python": platform.python_version(),
         "device": _device(),
         "engine": engine.status().reason,
+        "GPU kernels": kernels_status(),
     }
     files = registered_files(nnunet)
     for path, text in files.items():

@@ -55,7 +55,8 @@ def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rows, elements = prod(x.shape[:2]), prod(x.shape[2:])
     wide, parts = _wide(x.dtype), triton.cdiv(elements, CHUNK)
     sums, squares = (x.new_empty((rows, parts), dtype=wide) for _ in range(2))
-    programs.sums_around_first[(rows, parts)](x, sums, squares, elements, CHUNK, BLOCK=BLOCK, WIDE=_triton_dtype(wide))
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        programs.sums_around_first[(rows, parts)](x, sums, squares, elements, CHUNK, BLOCK=BLOCK, WIDE=_triton_dtype(wide))
     distance, square = (t.double().sum(1) / elements for t in (sums, squares))
     mean = x.reshape(rows, -1)[:, 0].double() + distance
     rstd = ((square - distance.square()).clamp(min=0) + eps).rsqrt()
@@ -84,10 +85,11 @@ def _norm_gradient(
     sums, products = (x.new_empty((rows, parts), dtype=mean.dtype) for _ in range(2))
     given = (grad, x, *(t.contiguous() for t in (mean, rstd, scale, offset)))
     constants = {"SLOPE": slope, "BLOCK": BLOCK, "WIDE": _triton_dtype(mean.dtype)}
-    programs.gradient_sums[(rows, parts)](*given, sums, products, elements, CHUNK, **constants)
-    sums, products = sums.sum(1), products.sum(1)
-    grid = (rows, triton.cdiv(elements, BLOCK))
-    programs.gradient_of_norm[grid](*given, sums, products, out, elements, **constants)
+    with torch.cuda.device_of(x):
+        programs.gradient_sums[(rows, parts)](*given, sums, products, elements, CHUNK, **constants)
+        sums, products = sums.sum(1), products.sum(1)
+        grid = (rows, triton.cdiv(elements, BLOCK))
+        programs.gradient_of_norm[grid](*given, sums, products, out, elements, **constants)
     return out, products.reshape(x.shape[:2]), sums.reshape(x.shape[:2])
 
 
@@ -155,16 +157,17 @@ def _launch(
     elements = prod(space)
     wide = _wide(single.dtype)
     scale, offset, slope = norm or (single, single, 1.0)  # without a norm nothing is read there
-    programs.move_rows[(batch * channels, triton.cdiv(elements, BLOCK))](
-        *(single, joined, scale, offset, channels, first, joined.shape[1], elements // space[0], elements),
-        *(group_size, larger, shift_size // 2),
-        SLOPE=slope,
-        BACK=back,
-        NORM=norm is not None,
-        MOVE=moves,
-        BLOCK=BLOCK,
-        WIDE=_triton_dtype(wide),
-    )
+    with torch.cuda.device_of(single):
+        programs.move_rows[(batch * channels, triton.cdiv(elements, BLOCK))](
+            *(single, joined, scale, offset, channels, first, joined.shape[1], elements // space[0], elements),
+            *(group_size, larger, shift_size // 2),
+            SLOPE=slope,
+            BACK=back,
+            NORM=norm is not None,
+            MOVE=moves,
+            BLOCK=BLOCK,
+            WIDE=_triton_dtype(wide),
+        )
 
 
 def _regroup(tensors: Sequence[Tensor], slopes: Sequence[float]) -> list[FeatureMap]:

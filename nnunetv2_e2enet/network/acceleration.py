@@ -42,6 +42,30 @@ def _is_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def kernels_mode() -> str:
+    """What ``nnUNet_e2enet_kernels`` says.
+
+    Raises:
+        E2ENetError: it says something else than it may.
+    """
+    mode = os.environ.get(KERNELS_VARIABLE, "") or "auto"
+    if mode not in KERNELS_MODES:
+        raise E2ENetError(f"{KERNELS_VARIABLE} is {mode!r}: use one of {', '.join(KERNELS_MODES)}")
+    return mode
+
+
+def kernels_status() -> str:
+    """Whether the fused kernels can be used in this environment, and why not, for people."""
+    mode = kernels_mode()
+    if mode == "off":
+        return f"not used: {KERNELS_VARIABLE}=off"
+    if importlib.util.find_spec("triton") is None:
+        return "not used: Triton is not installed"
+    if not torch.cuda.is_available():
+        return "not used: no CUDA device"
+    return "used, in compiled networks too" if mode == "on" else "used where networks are not compiled, after a check"
+
+
 def load_kernels() -> None:
     """Get the fused kernels ready, as ``nnUNet_e2enet_kernels`` says.
 
@@ -52,9 +76,7 @@ def load_kernels() -> None:
         E2ENetError: the variable says something else, or "on" without Triton.
     """
     global _kernels, _kernels_when_compiled
-    mode = os.environ.get(KERNELS_VARIABLE, "") or "auto"
-    if mode not in KERNELS_MODES:
-        raise E2ENetError(f"{KERNELS_VARIABLE} is {mode!r}: use one of {', '.join(KERNELS_MODES)}")
+    mode = kernels_mode()
     installed = importlib.util.find_spec("triton") is not None
     if mode == "on" and not installed:
         raise E2ENetError(f"{KERNELS_VARIABLE} is on, but Triton is not installed: pip install triton, or unset the variable")

@@ -119,8 +119,6 @@ def separate(grad: Tensor, widths: Sequence[int], shift_size: int) -> list[Tenso
         grad: of the concatenation.
         widths: channels of each map.
     """
-    if len(shift_groups(sum(widths), shift_size)) == 1:  # nothing was moved
-        return list(grad.split(list(widths), dim=1))
     grads = [grad.new_empty((grad.shape[0], width, *grad.shape[2:])) for width in widths]
     for index, channels, out_channels, offset in _pieces(widths, shift_size):
         move(grad[:, out_channels], grads[index][:, channels], -offset)
@@ -130,6 +128,14 @@ def separate(grad: Tensor, widths: Sequence[int], shift_size: int) -> list[Tenso
 def _joined(maps: Sequence[FeatureMap], shift_size: int) -> Tensor:
     kernels = kernels_for(values_of(maps[0]))
     return join(maps, shift_size) if kernels is None else kernels.join(maps, shift_size)
+
+
+def _separated(grad: Tensor, widths: list[int], shift_size: int) -> Sequence[Tensor]:
+    if len(shift_groups(sum(widths), shift_size)) == 1:  # nothing was moved
+        return grad.split(widths, dim=1)
+    kernels = kernels_for(grad)
+    parts: list[Tensor] = (separate if kernels is None else kernels.separate)(grad, widths, shift_size)
+    return parts
 
 
 class _DepthShift(torch.autograd.Function):
@@ -145,8 +151,7 @@ class _DepthShift(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kernels = kernels_for(grad)
-        parts = (separate if kernels is None else kernels.separate)(grad, ctx.widths, ctx.shift_size)
+        parts = _separated(grad, ctx.widths, ctx.shift_size)
         grads = [part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)]
         no_norm = [(g,) if slope is None else (g, None, None) for g, slope in zip(grads, ctx.slopes, strict=True)]
         return (None, None, *(g for group in no_norm for g in group))
