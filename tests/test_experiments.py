@@ -210,12 +210,11 @@ def test_stock_plans_of_e2enet_are_no_place_for_dsff(in_process: Project) -> Non
         make(our_trainers.nnUNetTrainerDSFF, in_process, plans).initialize()
 
 
-def test_offsets_are_whole_over_the_last_tenth_of_a_training(in_process: Project) -> None:
-    trainer = small(in_process, "nnUNetTrainerE2ENet_learnedShift", num_epochs=10)
+def test_offsets_are_whole_at_the_end_of_a_training(in_process: Project) -> None:
+    trainer = small(in_process, "nnUNetTrainerE2ENet_learnedShift", num_epochs=3)
     train_epochs(trainer, 2)
     offsets = torch.cat([shift.offsets.detach() for shift in learned_shifts(trainer.network)])
     assert (offsets != offsets.round()).any()
-    trainer.current_epoch = 9
     train_epochs(trainer, 1)
     held = torch.cat([shift.offsets.detach() for shift in learned_shifts(trainer.network)])
     assert (held - held.round()).abs().max() < 1e-4  # weight decay still pulls at them

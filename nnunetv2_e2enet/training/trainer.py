@@ -281,7 +281,7 @@ class E2ENetMixin(DSFFMixin):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        if self.current_epoch >= WHOLE_SHIFT_FROM * self.num_epochs:
+        if self.current_epoch >= int(WHOLE_SHIFT_FROM * self.num_epochs):
             hold_whole_offsets(self.unwrapped_network, self.optimizer)
 
     @staticmethod
