@@ -153,7 +153,7 @@ def untrained_model(
     plans_manager, settings_manager = description.managers()
     outputs = len(description.dataset["labels"])
     network = nnUNetTrainer.build_network_architecture(plans_manager, settings_manager, 1, outputs, False).eval()
-    for parameter in network.parameters():
+    for name, parameter in network.named_parameters():
         if parameter.dim() == 1:  # scales, offsets and biases are ones and zeros at the start
-            torch.nn.init.normal_(parameter)
+            torch.nn.init.uniform_(parameter, 0.5 if name.endswith("norm.weight") else -1.5, 1.5)
     return PackedModel(description, {"0": pack(network.state_dict(), network)}), network

@@ -111,14 +111,15 @@ def test_segmenter_takes_paths_images_and_arrays(packed: Path, by_nnunet: Path, 
     expected = read(by_nnunet / name)
     np.testing.assert_array_equal(segmenter(path), expected)
     image = SimpleITK.ReadImage(path)
-    properties = {"spacing": list(image.GetSpacing())[::-1]}
-    np.testing.assert_array_equal(segmenter((SimpleITK.GetArrayFromImage(image)[None], properties)), expected)
-    assert list(properties) == ["spacing"]
     segmentation = segmenter([image])
     np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(segmentation), expected)
     assert segmentation.GetOrigin() == image.GetOrigin()
     assert segmentation.GetDirection() == image.GetDirection()
     assert segmenter.labels["lesion"] == 4
+    fast = Segmenter.load(packed, mirroring=False, step_size=1)
+    properties = {"spacing": list(image.GetSpacing())[::-1]}
+    np.testing.assert_array_equal(fast((SimpleITK.GetArrayFromImage(image)[None], properties)), fast(path))
+    assert list(properties) == ["spacing"]
 
 
 @pytest.mark.slow
@@ -148,9 +149,10 @@ def test_export_by_nnunets_names(
     [
         {},
         {"feature_sparsity": 0.0, "shift_size": 5, "conv_bias": False},
+        {"learned_shift": True, "kernel_size": [3, 3, 3]},
         {"norm_op": "torch.nn.modules.batchnorm.BatchNorm{}d", "dropout_op": "torch.nn.Dropout{}d", "dropout_op_kwargs": {}},
     ],
-    ids=["default", "dense", "batch norm"],
+    ids=["default", "dense", "learned shift", "batch norm"],
 )
 def test_every_network_survives_the_file(
     project: Project, tmp_path: Path, configuration: str, settings: dict[str, Any]

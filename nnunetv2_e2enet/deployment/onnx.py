@@ -13,7 +13,7 @@ from copy import deepcopy
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,11 +58,11 @@ class _PlainShiftBlock(nn.Module):
         if block.shift is not None:
             offsets = block.shift.whole_offsets()
         else:
-            groups = shift_groups(block.conv.in_channels, block.shift_size)
+            groups = shift_groups(cast(int, block.conv.in_channels), block.shift_size)
             offsets = [offset for group, offset in groups for _ in range(group.stop - group.start)]
         self.runs = [(offset, len(list(channels))) for offset, channels in groupby(offsets)]  # neighbours that move together
 
-    def forward(self, *maps: Tensor, flows: Callable[..., Sequence[Tensor]] = as_given) -> Tensor:
+    def forward(self, *maps: Tensor, flows: Callable[..., Sequence[Any]] = as_given) -> Tensor:
         tensors = flows(*maps)
         x = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=1)
         if len(self.runs) > 1 or self.runs[0][0]:
