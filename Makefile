@@ -7,7 +7,7 @@ DEMO ?= demo
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 BIN = $(VENV)/bin
 
-.PHONY: help install register demo test test-slow lint clean
+.PHONY: help install register demo test test-slow sanitize lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
@@ -34,6 +34,9 @@ test: install  ## the tests, without the slow ones
 
 test-slow: install  ## the slow tests
 	$(BIN)/pytest -m slow
+
+sanitize: install  ## the compiled core under the address and undefined behaviour sanitizers (also part of test-slow)
+	$(BIN)/pytest -m slow tests/test_sanitizers.py
 
 lint: install  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -15,6 +15,12 @@ from typing import Any
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_e2enet.deployment import Description, PackedModel
+from nnunetv2_e2enet.deployment.packing import pack
+from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.training.architecture import e2enet_architecture
 
 AMOS_STRIDES = [[1, 1, 1], [1, 2, 2]] + [[2, 2, 2]] * 4
 
@@ -124,3 +130,30 @@ def batch() -> dict[str, Any]:
     data = torch.randn(1, 1, 24, 64, 64)
     target = [(data > i / 10).float()[:, :, ::z, ::xy, ::xy] for i, (z, xy) in enumerate([(1, 1), (1, 2), (2, 4), (4, 8)])]
     return {"data": data, "target": target}
+
+
+def untrained_model(
+    project: Project, configuration: str = "3d_fullres", base: int = 8, maximum: int = 32, **settings: Any
+) -> tuple[PackedModel, E2ENet]:
+    """A model of random weights for plans of the project, packed, and its network in evaluation mode."""
+    plans = project.plans()
+    entry = plans["configurations"][configuration]
+    settings = {"feature_sparsity": 0.8, "shift_size": 3, **settings}
+    entry["architecture"] = e2enet_architecture(entry["architecture"], base, maximum, **settings)
+    description = Description(
+        plans=plans,
+        dataset=load_json(str(project.raw / "dataset.json")),
+        configuration=configuration,
+        trainer="nnUNetTrainerE2ENet",
+        folds=["0"],
+        checkpoint="checkpoint_final.pth",
+        mirroring_axes=[0, 1],
+    )
+    torch.manual_seed(0)
+    plans_manager, settings_manager = description.managers()
+    outputs = len(description.dataset["labels"])
+    network = nnUNetTrainer.build_network_architecture(plans_manager, settings_manager, 1, outputs, False).eval()
+    for name, parameter in network.named_parameters():
+        if parameter.dim() == 1:  # scales, offsets and biases are ones and zeros at the start
+            torch.nn.init.uniform_(parameter, 0.5 if name.endswith("norm.weight") else -1.5, 1.5)
+    return PackedModel(description, {"0": pack(network.state_dict(), network)}), network

@@ -12,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from nnunetv2_e2enet import __version__
 from nnunetv2_e2enet.registration import (
@@ -25,21 +26,51 @@ from nnunetv2_e2enet.registration import (
     trainers_folder,
 )
 
-HELP = "show versions, device, registration, and what nnU-Net finds"
+HELP = "show versions, device, registration, and what nnU-Net finds; or what a packed model holds"
 
 
-def add_arguments(_parser: argparse.ArgumentParser) -> None:
-    """There are none."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="of e2enet export: show what it holds instead")
 
 
-def run(_args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     nnunet = find_nnunet()
     console = Console(soft_wrap=True, highlight=False)
-    for label, value in _facts(nnunet).items():
-        console.print(f"[bold]{label:<24}[/]{value}")
+    if args.file is not None:
+        _print_facts(console, _model_facts(args.file))
+        return 0
+    _print_facts(console, _facts(nnunet))
     for kind, names in our_classes().items():
         _print_found(console, kind, names)
     return 0
+
+
+def _print_facts(console: Console, facts: dict[str, str]) -> None:
+    for label, value in facts.items():
+        console.print(f"[bold]{label:<24}[/]{escape(value)}")
+
+
+def _model_facts(path: Path) -> dict[str, str]:
+    from nnunetv2_e2enet.deployment import read_packed
+
+    model = read_packed(path)
+    description = model.description
+    plans, settings = description.managers()
+    network = description.network()
+    parameters = sum(p.numel() for p in network.parameters())
+    channels = description.dataset.get("channel_names") or description.dataset["modality"]
+    steps = description.postprocessing
+    return {
+        "file": f"{path}, {path.stat().st_size / 1e6:.2f} MB, written by {description.written_by}",
+        "trained by": f"{description.trainer}, {description.configuration} of {plans.plans_name}, {plans.dataset_name}",
+        "folds": f"{', '.join(description.folds)} ({description.checkpoint})",
+        "network": f"E2ENet, {parameters} parameters, {model.active_weights} active (S = {network.feature_sparsity})",
+        "channels": ", ".join(f"{number} {name}" for number, name in channels.items()),
+        "labels": ", ".join(f"{values} {name}" for name, values in description.dataset["labels"].items()),
+        "patch, spacing": f"{settings.patch_size}, {[round(s, 4) for s in settings.spacing]} mm",
+        "mirroring axes": str(description.mirroring_axes or "none"),
+        "postprocessing": f"largest component of labels {steps}" if steps else "none",
+    }
 
 
 def _facts(nnunet: NnUNet) -> dict[str, str]:

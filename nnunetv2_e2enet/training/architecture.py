@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -14,6 +15,11 @@ BASE_NUM_FEATURES = 48
 MAX_NUM_FEATURES = 320
 
 _CLASS_NAMES = (NETWORK_CLASS_NAME, f"{E2ENet.__module__}.{E2ENet.__name__}")
+
+
+def is_e2enet(architecture: Mapping[str, Any]) -> bool:
+    """Whether an architecture entry of plans is of E2ENet."""
+    return architecture["network_class_name"] in _CLASS_NAMES
 
 
 def e2enet_architecture(
@@ -36,7 +42,7 @@ def e2enet_architecture(
         E2ENetError: the entry says nothing of strides, or no dimension can be read from it.
     """
     result = deepcopy(architecture)
-    if architecture["network_class_name"] in _CLASS_NAMES:
+    if is_e2enet(architecture):
         result["network_class_name"] = NETWORK_CLASS_NAME
         result["arch_kwargs"].pop("kernel_sizes", None)
         result["arch_kwargs"].pop("n_conv_per_stage_decoder", None)

@@ -1,0 +1,77 @@
+"""``e2enet export``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.registration import find_nnunet
+
+HELP = "write a trained model as one file for e2enet predict and Python, or as ONNX for other runtimes"
+
+EXAMPLES = """examples:
+  e2enet export nnUNetTrainerE2ENet__nnUNetPlans__3d_fullres hippocampus.e2enet
+  e2enet export hippocampus.e2enet -d 4 -c 3d_fullres -tr nnUNetTrainerE2ENet -f 0 1 2 3 4
+  e2enet export nnUNetTrainerE2ENet__nnUNetPlans__3d_fullres hippocampus_onnx --onnx
+
+The file holds all chosen folds, active weights only, plans and labels. --onnx writes a folder: one file a fold, and model.json
+with what a runtime has to do before and after the network.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXAMPLES
+    parser.usage = "e2enet export [-h] [MODEL_FOLDER] OUT [-d DATASET -c CONFIGURATION] [options]"
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="nnU-Net model folder (not with -d), and the file to write"
+    )
+    parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds (default: all that are there)")
+    parser.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint (default: %(default)s)")
+    model = parser.add_argument_group("model in nnUNet_results, in the place of MODEL_FOLDER")
+    model.add_argument("-d", metavar="DATASET", help="name or id")
+    model.add_argument("-c", metavar="CONFIGURATION", help="such as 3d_fullres")
+    model.add_argument("-tr", default="nnUNetTrainerE2ENet", metavar="TRAINER", help="default: %(default)s")
+    model.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument("--onnx", action="store_true", help="write a folder of ONNX files")
+
+
+def run(args: argparse.Namespace) -> int:
+    find_nnunet()
+    from nnunetv2_e2enet.deployment import pack_model, write_packed
+
+    folder, out = _paths(args)
+    console = Console(highlight=False, soft_wrap=True)
+    if args.onnx:
+        from nnunetv2_e2enet.deployment.onnx import check_onnx_extra, write_onnx
+
+        check_onnx_extra()
+        files = write_onnx(out, pack_model(folder, args.f, args.chk))
+        console.print(f"Wrote {', '.join(path.name for path in files)} to {out}")
+        return 0
+    model = pack_model(folder, args.f, args.chk)
+    size = write_packed(out, model)
+    folds = ", ".join(model.description.folds)
+    console.print(f"Wrote {out}: folds {folds}, {model.active_weights} active weights each, {size / 1e6:.2f} MB")
+    return 0
+
+
+def _paths(args: argparse.Namespace) -> tuple[Path, Path]:
+    """The model folder and what to write."""
+    if args.d is None:
+        if len(args.paths) != 2:
+            raise E2ENetError(f"{len(args.paths)} paths: expected MODEL_FOLDER and OUT, or OUT with -d and -c")
+        return args.paths[0], args.paths[1]
+    if len(args.paths) != 1 or args.c is None:
+        raise E2ENetError("-d names the model with -c (and -tr, -p) in the place of MODEL_FOLDER: expected one path, OUT")
+    from nnunetv2.paths import nnUNet_results
+    from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+    if not nnUNet_results.get():
+        raise E2ENetError("nnUNet_results is not set: export nnUNet_results=FOLDER, or give the model folder itself")
+    try:
+        return Path(get_output_folder(args.d, args.tr, args.p, args.c)), args.paths[0]
+    except (RuntimeError, ValueError) as error:  # nnU-Net: no such data set
+        raise E2ENetError(f"data set {args.d}: {str(error).splitlines()[0]}") from error

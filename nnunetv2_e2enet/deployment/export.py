@@ -1,0 +1,90 @@
+"""From nnU-Net's model folder to a packed model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_e2enet import __version__
+from nnunetv2_e2enet.deployment.description import Description
+from nnunetv2_e2enet.deployment.packed import PackedModel
+from nnunetv2_e2enet.deployment.packing import Arrays, pack
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import read_json
+from nnunetv2_e2enet.training.checkpoints import read_checkpoint
+
+CHECKPOINT = "checkpoint_final.pth"
+
+_KEEP_LARGEST = "remove_all_but_largest_component_from_segmentation"
+
+
+def pack_model(folder: Path, folds: Sequence[str] | None = None, checkpoint: str = CHECKPOINT) -> PackedModel:
+    """Read a model folder that nnU-Net trained. Nothing in its checkpoints is executed.
+
+    Args:
+        folder: ``TRAINER__PLANS__CONFIGURATION``.
+        folds: their names; all that have the checkpoint unless given, ``all`` only if there is no other.
+        checkpoint: file in each fold's folder.
+
+    Raises:
+        E2ENetError: the folder is no model folder, a checkpoint is missing or damaged, or the model is not E2ENet's.
+    """
+    if not (folder / "plans.json").is_file():
+        raise E2ENetError(f"{folder} is no nnU-Net model folder: expected one with plans.json, dataset.json and fold_*")
+    names = _folds(folder, folds, checkpoint)
+    content = read_checkpoint(folder / f"fold_{names[0]}" / checkpoint)
+    description = Description(
+        plans=read_json(folder / "plans.json"),
+        dataset=read_json(folder / "dataset.json"),
+        configuration=content["init_args"]["configuration"],
+        trainer=content["trainer_name"],
+        folds=names,
+        checkpoint=checkpoint,
+        mirroring_axes=_mirroring_axes(content),
+        postprocessing=_postprocessing(folder, names),
+        written_by=f"nnunetv2-e2enet {__version__}",
+    )
+    try:
+        network = description.network()
+        description.check()
+    except E2ENetError as error:
+        raise E2ENetError(f"{folder}: {error}") from error
+    packed: dict[str, Arrays] = {}
+    for name in names:
+        path = folder / f"fold_{name}" / checkpoint
+        try:
+            packed[name] = pack(read_checkpoint(path)["network_weights"], network)
+        except E2ENetError as error:
+            raise E2ENetError(f"{path}: {error}; train that fold again, or leave it out with -f") from error
+    return PackedModel(description, packed)
+
+
+def _folds(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> list[str]:
+    present = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint}"))
+    wanted = list(dict.fromkeys(folds)) if folds is not None else [name for name in present if name != "all"] or present
+    missing = [name for name in wanted if name not in present]
+    if missing or not wanted:
+        raise E2ENetError(
+            f"{folder} has no {checkpoint} of {'fold ' + missing[0] if missing else 'any fold'}, found those of "
+            f"{', '.join(present) or 'none'}: choose folds with -f, another checkpoint with -chk, or finish the training"
+        )
+    return wanted
+
+
+def _mirroring_axes(checkpoint: dict[str, Any]) -> list[int] | None:
+    axes = checkpoint.get("inference_allowed_mirroring_axes")
+    return None if axes is None else [int(axis) for axis in axes]
+
+
+def _postprocessing(folder: Path, folds: Sequence[str]) -> list[list[int]]:
+    """What nnUNetv2_find_best_configuration found for these folds; nothing where it was not asked."""
+    path = folder / f"crossval_results_folds_{'_'.join(folds)}" / "postprocessing.json"
+    if not path.is_file():
+        return []
+    found = read_json(path)
+    strange = [name for name in found["postprocessing_fns"] if name != _KEEP_LARGEST]
+    if strange:
+        raise E2ENetError(f"{path} names {strange[0]}, but a packed model knows {_KEEP_LARGEST} alone: move the file away")
+    steps = [arguments["labels_or_regions"] for arguments in found["postprocessing_kwargs"]]
+    return [step if isinstance(step, list) else [step] for step in steps]

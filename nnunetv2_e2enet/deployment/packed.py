@@ -1,0 +1,141 @@
+"""A trained model in one file: all folds, active weights only, and what nnU-Net needs to predict with it.
+
+The file is in the safetensors format, which holds named arrays and text, and nothing that could be executed. Its text is one
+JSON object with the description of the model and a checksum of everything; its arrays are named ``FOLD/NAME``, the names of
+the network's state (``packing``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+from nnunetv2_e2enet.deployment.description import Description
+from nnunetv2_e2enet.deployment.packing import Arrays, unpack
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import write_bytes
+
+FORMAT = 1
+KEY = "nnunetv2-e2enet"
+
+_DTYPES = ("F32", "U8", "I64")  # weights, masks, counters of batch norms
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """A trained model as it is stored.
+
+    Attributes:
+        description: all but the weights.
+        folds: arrays of each fold, by its name, as ``packing.pack`` makes them.
+    """
+
+    description: Description
+    folds: dict[str, Arrays]
+
+    def states(self) -> Iterator[dict[str, Tensor]]:
+        """The state of the network for each fold, one after another.
+
+        Raises:
+            E2ENetError: the weights are not of the network in the plans.
+        """
+        network = self.description.network()
+        for fold in self.description.folds:
+            yield unpack(self.folds[fold], network)
+
+    @property
+    def active_weights(self) -> int:
+        """Weights and biases of one fold."""
+        first = self.folds[self.description.folds[0]]
+        return sum(array.size for name, array in first.items() if not name.endswith(".mask"))
+
+
+def write_packed(path: Path, model: PackedModel) -> int:
+    """Write or replace a file.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        E2ENetError: it cannot be written; what was there before is left.
+    """
+    data = serialized(model.description.as_json(), _joined(model.folds))
+    write_bytes(path, data)
+    return len(data)
+
+
+def serialized(description: Mapping[str, Any], arrays: Arrays) -> bytes:
+    """Content of a file."""
+    content = {"format": FORMAT, "sha256": checksum(description, arrays), "model": description}
+    text = json.dumps(content, separators=(",", ":"))
+    return save({name: np.asarray(array, order="C") for name, array in arrays.items()}, {KEY: text})
+
+
+def read_packed(path: Path) -> PackedModel:
+    """The model in a file. Nothing in it is executed, and no more memory is taken than what it needs.
+
+    Raises:
+        E2ENetError: the file is missing, truncated, altered or something else, or holds what cannot be used.
+    """
+    if not path.is_file():
+        raise E2ENetError(f"{path} is not a file: expected one that e2enet export wrote")
+    try:
+        content, arrays = _read(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}, the one that this version reads")
+        if content.get("sha256") != checksum(content.get("model"), arrays):
+            raise ValueError("its content does not match its checksum")
+        description = Description.from_json(content.get("model"))
+        model = PackedModel(description, _divided(arrays, description.folds))
+        for _ in model.states():  # do they fit?
+            pass
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise E2ENetError(f"{path} cannot be read as a packed model ({reason}): export the model again") from error
+    return model
+
+
+def checksum(description: Any, arrays: Arrays) -> str:
+    """SHA-256 of all that a file says."""
+    digest = hashlib.sha256(json.dumps(description).encode())
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name], order="C")
+        digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[Any, Arrays]:
+    with safe_open(path, framework="numpy") as file:
+        text = (file.metadata() or {}).get(KEY)
+        if text is None:
+            raise ValueError("it is not of this package")
+        names = file.keys()
+        for name in names:
+            part = file.get_slice(name)
+            if part.get_dtype() not in _DTYPES or len(part.get_shape()) > 8:
+                raise ValueError(f"{name} is {part.get_dtype()} of shape {part.get_shape()}")
+        return json.loads(text), {name: file.get_tensor(name) for name in names}
+
+
+def _joined(folds: Mapping[str, Arrays]) -> Arrays:
+    return {f"{fold}/{name}": array for fold, arrays in folds.items() for name, array in arrays.items()}
+
+
+def _divided(arrays: Arrays, folds: list[str]) -> dict[str, Arrays]:
+    divided: dict[str, Arrays] = {fold: {} for fold in folds}
+    for full_name, array in arrays.items():
+        fold, _, name = full_name.partition("/")
+        if fold not in divided:
+            raise ValueError(f"{full_name} is of no fold that it describes")
+        divided[fold][name] = array
+    return divided

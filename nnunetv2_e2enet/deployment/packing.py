@@ -1,0 +1,98 @@
+"""The state of a network without what is switched off, and back.
+
+A maskable layer is stored as the kernels of its active connections, in the order of the mask, and the mask as bits; all else
+as it is. What was explored in training is not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network import E2ENet, maskable_layers
+
+Arrays = dict[str, NDArray[Any]]
+
+LARGEST_EXPANSION = 1000  # of a file to its network in memory; more would be a sparsity of 0.999
+
+_SHIFT_SIZE = "_extra_state"
+
+
+def stored_names(network: E2ENet) -> list[str]:
+    """Names in the state of a network that are stored."""
+    return [name for name in network.state_dict() if name != _SHIFT_SIZE and not name.endswith(".explored")]
+
+
+def pack(state: Mapping[str, Tensor], network: E2ENet) -> Arrays:
+    """Arrays of the names in ``stored_names``.
+
+    Args:
+        state: as ``network.state_dict()``, on the CPU.
+        network: of that state; its values are not looked at and may be on the meta device.
+
+    Raises:
+        E2ENetError: ``state`` is not of this network, or holds weights that are not finite.
+    """
+    for name, value in network.state_dict().items():
+        if name not in state or state[name].shape != value.shape or state[name].dtype != value.dtype:
+            raise E2ENetError(f"{name} is missing in the weights, or is not {value.dtype} of shape {list(value.shape)}")
+        if not torch.isfinite(state[name]).all():
+            raise E2ENetError(f"{name} holds weights that are not finite: the training had diverged")
+    if int(state[_SHIFT_SIZE]) != int(network.get_extra_state()):
+        raise E2ENetError(
+            f"the weights are of shift size {int(state[_SHIFT_SIZE])}, the plans of {int(network.get_extra_state())}"
+        )
+    arrays: Arrays = {name: state[name].numpy() for name in stored_names(network)}
+    for name, _ in maskable_layers(network):
+        mask = arrays[f"{name}.mask"]
+        arrays[f"{name}.weight"] = arrays[f"{name}.weight"][mask]
+        arrays[f"{name}.mask"] = np.packbits(mask)
+    return arrays
+
+
+def unpack(arrays: Mapping[str, NDArray[Any]], network: E2ENet) -> dict[str, Tensor]:
+    """What ``network.load_state_dict`` takes. Connections that are off get the weight zero.
+
+    Raises:
+        E2ENetError: ``arrays`` is not of this network.
+    """
+    template = network.state_dict()
+    wrong = sorted(set(arrays) ^ set(stored_names(network)))
+    if wrong:
+        raise E2ENetError(f"{wrong[0]} and {len(wrong) - 1} more are missing, or not part of the network in its plans")
+    stored, dense = sum(array.nbytes for array in arrays.values()), sum(value.nbytes for value in template.values())
+    if dense > LARGEST_EXPANSION * stored:
+        raise E2ENetError(f"{stored} bytes of weights stand for a network of {dense} bytes")
+    state = {_SHIFT_SIZE: network.get_extra_state()}
+    for name, _ in maskable_layers(network):
+        mask = _unpack_mask(name, arrays[f"{name}.mask"], template[f"{name}.mask"].shape)
+        state[f"{name}.mask"] = state[f"{name}.explored"] = torch.from_numpy(mask)
+        like = template[f"{name}.weight"]
+        kernels = _checked(f"{name}.weight", arrays[f"{name}.weight"], [int(mask.sum()), *like.shape[2:]], np.float32)
+        weight = torch.zeros(like.shape)
+        weight[state[f"{name}.mask"]] = kernels
+        state[f"{name}.weight"] = weight
+    for name in template.keys() - state.keys():
+        dtype = torch.zeros(0, dtype=template[name].dtype).numpy().dtype
+        state[name] = _checked(name, arrays[name], list(template[name].shape), dtype)
+    return state
+
+
+def _unpack_mask(name: str, packed: NDArray[Any], shape: torch.Size) -> NDArray[np.bool_]:
+    bits = _checked(f"{name}.mask", packed, [-(-shape.numel() // 8)], np.uint8).numpy()
+    mask = np.unpackbits(bits, count=shape.numel()).astype(bool)
+    if not np.array_equal(np.packbits(mask), bits):
+        raise E2ENetError(f"{name}.mask has more bits than connections")
+    return mask.reshape(shape)
+
+
+def _checked(name: str, array: NDArray[Any], shape: list[int], dtype: np.dtype | type) -> Tensor:
+    if list(array.shape) != shape or array.dtype != dtype:
+        raise E2ENetError(f"{name} is {array.dtype} of shape {list(array.shape)}, not {np.dtype(dtype)} of shape {shape}")
+    return torch.from_numpy(array.copy())

@@ -1,0 +1,221 @@
+"""Prediction with a packed model: nnU-Net's own predictor on the network in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from copy import deepcopy
+from io import StringIO
+from math import isfinite
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import SimpleITK
+import torch
+from numpy.typing import NDArray
+
+from nnunetv2_e2enet.deployment.packed import PackedModel, read_packed
+from nnunetv2_e2enet.errors import E2ENetError
+
+if TYPE_CHECKING:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+Properties = Mapping[str, Any]
+Segmentation = NDArray[Any]
+
+
+def make_predictor(
+    model: PackedModel,
+    device: torch.device,
+    step_size: float = 0.5,
+    mirroring: bool = True,
+    on_device: bool = True,
+    verbose: bool = False,
+    progress: bool = True,
+) -> nnUNetPredictor:
+    """nnU-Net's predictor, ready to predict with all folds of a model; the trainer need not be known to nnU-Net.
+
+    Args:
+        device: to predict on.
+        step_size: of the sliding window, relative to the patch.
+        mirroring: average over mirrored images, where the training mirrored them.
+        on_device: keep the logits of a whole image on a GPU.
+        verbose, progress: what nnU-Net prints.
+    """
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    if not 0 < step_size <= 1:
+        raise E2ENetError(f"the step size is {step_size}: expected more than 0 and at most 1, nnU-Net's is 0.5")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise E2ENetError("PyTorch finds no CUDA device here: use -device cpu")
+    description = model.description
+    with redirect_stdout(StringIO()):  # it says that CPUs have no GPU memory
+        predictor = nnUNetPredictor(
+            tile_step_size=step_size,
+            use_mirroring=mirroring,
+            perform_everything_on_device=on_device,
+            device=device,
+            verbose=verbose,
+            verbose_preprocessing=verbose,
+            allow_tqdm=progress,
+        )
+    plans, settings = description.managers()
+    predictor.manual_initialization(
+        description.network().to_empty(device="cpu"),
+        plans,
+        settings,
+        list(model.states()),
+        description.dataset,
+        description.trainer,
+        None if description.mirroring_axes is None else tuple(description.mirroring_axes),
+    )
+    return predictor
+
+
+def postprocessing_steps(model: PackedModel) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Functions and their arguments, as nnU-Net's ``apply_postprocessing`` takes them."""
+    from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
+
+    steps = model.description.postprocessing
+    return [remove_all_but_largest_component_from_segmentation] * len(steps), [{"labels_or_regions": s} for s in steps]
+
+
+class Segmenter:
+    """Segments images with a packed model.
+
+    ``Segmenter.load("model.e2enet")(image)`` takes
+
+    - a SimpleITK image, or a list of them, one a channel: gives a SimpleITK image of the same geometry;
+    - the path of an image, or a list of paths, one a channel: gives an array ``(depth, height, width)``;
+    - ``(array, properties)`` as nnU-Net's readers give them, the array ``(channels, depth, height, width)`` and
+      ``properties["spacing"]`` in mm in the same order of axes: gives an array ``(depth, height, width)``.
+
+    The segmentation is that of ``nnUNetv2_predict`` with the same folds. Threads are torch's. Two threads that call one
+    Segmenter take turns.
+    """
+
+    def __init__(
+        self,
+        model: PackedModel,
+        device: torch.device | str = "cpu",
+        step_size: float = 0.5,
+        mirroring: bool = True,
+        postprocess: bool = False,
+    ) -> None:
+        """As ``load``, of a model that was read already."""
+        previous = model.description.managers()[1].previous_stage_name
+        if previous is not None:
+            raise E2ENetError(
+                f"the model is the second stage of a cascade and needs the segmentations of {previous}: use "
+                "e2enet predict with -prev_stage_predictions"
+            )
+        self.model = model
+        self._predictor = make_predictor(model, torch.device(device), step_size, mirroring, progress=False)
+        self._postprocessing = postprocessing_steps(model) if postprocess else ([], [])
+        self._lock = Lock()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        step_size: float = 0.5,
+        mirroring: bool = True,
+        postprocess: bool = False,
+    ) -> Segmenter:
+        """Open a file that ``e2enet export`` wrote. Nothing in it is executed.
+
+        Args:
+            device: to predict on.
+            step_size: of the sliding window, relative to the patch.
+            mirroring: average over mirrored images, where the training mirrored them; 8 times the work in 3D.
+            postprocess: apply what nnU-Net found to help in cross-validation, if the file says so.
+
+        Raises:
+            E2ENetError: the file cannot be used, or it is a cascade's second stage.
+        """
+        return cls(read_packed(Path(path)), device, step_size, mirroring, postprocess)
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Name to number, or numbers of a region, as in nnU-Net's dataset.json."""
+        return dict(self.model.description.dataset["labels"])
+
+    @overload
+    def __call__(self, image: SimpleITK.Image | Sequence[SimpleITK.Image]) -> SimpleITK.Image: ...
+
+    @overload
+    def __call__(
+        self, image: str | Path | Sequence[str] | Sequence[Path] | tuple[Segmentation, Properties]
+    ) -> Segmentation: ...
+
+    def __call__(self, image: Any) -> SimpleITK.Image | Segmentation:
+        """The segmentation of an image.
+
+        Raises:
+            E2ENetError: the image cannot be read, or has other channels than the model was trained with.
+        """
+        if isinstance(image, tuple) and len(image) == 2 and isinstance(image[0], np.ndarray):
+            return self._segment(*image)
+        channels: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
+        if channels and all(isinstance(channel, (str, Path)) for channel in channels):
+            return self._segment(*self._read(channels))
+        if channels and all(isinstance(channel, SimpleITK.Image) for channel in channels):
+            array, properties = self._from_simpleitk(channels)
+            segmentation = self._segment(array, properties)
+            result = SimpleITK.GetImageFromArray(segmentation[0] if channels[0].GetDimension() == 2 else segmentation)
+            result.CopyInformation(channels[0])
+            return result
+        raise E2ENetError(f"the image is {type(image).__name__}: expected a path, a SimpleITK image, or (array, properties)")
+
+    def _read(self, paths: Sequence[str | Path]) -> tuple[Segmentation, Properties]:
+        missing = [path for path in paths if not Path(path).is_file()]
+        if missing:
+            raise E2ENetError(f"{missing[0]} is not a file: expected an image")
+        reader = self._predictor.plans_manager.image_reader_writer_class()
+        try:
+            array, properties = reader.read_images([str(path) for path in paths])
+        except RuntimeError as error:
+            raise E2ENetError(f"{paths[0]} cannot be read ({' '.join(str(error).split())[-200:]})") from error
+        return array, properties
+
+    def _from_simpleitk(self, images: Sequence[SimpleITK.Image]) -> tuple[Segmentation, Properties]:
+        """Array and spacing as nnU-Net's SimpleITKIO reads them from files."""
+        from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+        reader = self._predictor.plans_manager.image_reader_writer_class
+        if reader is not SimpleITKIO:
+            raise E2ENetError(
+                f"the model was trained on images read by {reader.__name__}, whose axes may be others than SimpleITK's: give "
+                "the path of the image"
+            )
+        first = images[0]
+        for image in images:
+            if image.GetDimension() not in (2, 3) or image.GetNumberOfComponentsPerPixel() != 1:
+                raise E2ENetError("a SimpleITK image has more than three axes or several components: give one image a channel")
+            if image.GetSize() != first.GetSize() or image.GetSpacing() != first.GetSpacing():
+                raise E2ENetError("the channels differ in size or spacing: resample them to one grid")
+        spacing = [abs(s) for s in reversed(first.GetSpacing())]
+        array = np.stack([SimpleITK.GetArrayFromImage(image).astype(np.float32) for image in images])
+        if first.GetDimension() == 2:  # one slice, thick enough that nothing is resampled across it
+            return array[:, None], {"spacing": [999 * max(spacing), *spacing]}
+        return array, {"spacing": spacing}
+
+    def _segment(self, array: Segmentation, properties: Properties) -> Segmentation:
+        from nnunetv2.postprocessing.remove_connected_components import apply_postprocessing
+
+        description = self.model.description
+        channels = description.dataset.get("channel_names") or description.dataset["modality"]
+        if array.ndim != 4 or array.shape[0] != len(channels) or 0 in array.shape:
+            raise E2ENetError(
+                f"the image has the shape {list(array.shape)}, but (channels, depth, height, width) with the channels "
+                f"{', '.join(map(str, channels.values()))} is expected"
+            )
+        spacing = properties.get("spacing", ())
+        if len(spacing) != 3 or not all(isfinite(s) and s > 0 for s in spacing):
+            raise E2ENetError(f"the image's spacing is {spacing}, but three positive numbers in mm are expected")
+        with self._lock:
+            segmentation = self._predictor.predict_single_npy_array(array, deepcopy(dict(properties)))
+        return apply_postprocessing(segmentation, *self._postprocessing)

@@ -1,0 +1,356 @@
+"""Trained models in one file: the segmentations of nnU-Net's own command, from a file as small as its active weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
+from support import Project, run_command, untrained_model
+
+from nnunetv2_e2enet.cli.main import main
+from nnunetv2_e2enet.deployment import PackedModel, Segmenter, pack_model, read_packed, write_packed
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network import maskable_layers
+
+SEQUENTIAL = ["-device", "cpu", "-npp", "0", "-nps", "0"]
+NNUNET_NAMES = ["-d", "993", "-c", "3d_fullres", "-tr", "nnUNetTrainerE2ENet_smoke"]
+
+
+@pytest.fixture(scope="module")
+def packed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``e2enet export`` makes of both folds."""
+    file = tmp_path_factory.mktemp("packed") / "phantom.e2enet"
+    assert main(["export", str(trained), str(file)]) == 0
+    return file
+
+
+@pytest.fixture(scope="module")
+def by_nnunet(trained: Path, project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
+    """Segmentations and probabilities of nnUNetv2_predict, with mirroring, both folds and the CPU engine."""
+    folder = tmp_path_factory.mktemp("by_nnunet")
+    files = ["-i", str(project.raw / "imagesTs"), "-o", str(folder)]
+    options = [*SEQUENTIAL, *NNUNET_NAMES, "-f", "0", "1", "--save_probabilities"]
+    run_command("nnUNetv2_predict", *files, *options, env={**project.environment, "nnUNet_e2enet_engine": "on"})
+    return folder
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The engine and threads of ``by_nnunet``; nnU-Net finds no trainers and none of its folders."""
+
+    def not_found(name: str) -> None:
+        raise AssertionError(f"asked for the trainer {name}")
+
+    monkeypatch.setenv("nnUNet_e2enet_engine", "on")
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("nnunetv2.inference.predict_from_raw_data.recursive_find_trainer_class_by_name", not_found)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def read(path: Path) -> np.ndarray:
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(path))
+
+
+def same_file(ours: Path, theirs: Path) -> bool:
+    a, b = SimpleITK.ReadImage(ours), SimpleITK.ReadImage(theirs)
+    same_grid = (a.GetSpacing(), a.GetOrigin(), a.GetDirection()) == (b.GetSpacing(), b.GetOrigin(), b.GetDirection())
+    return same_grid and np.array_equal(SimpleITK.GetArrayFromImage(a), SimpleITK.GetArrayFromImage(b))
+
+
+def images(project: Project) -> dict[str, Path]:
+    return {path.name.replace("_0000", ""): path for path in sorted((project.raw / "imagesTs").iterdir())}
+
+
+def single_line(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err
+    assert error.startswith("e2enet ")
+    assert error.count("\n") == 1
+    return error
+
+
+# ---- the same segmentations ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("alone")
+def test_predict_is_nnunets_voxel_by_voxel(packed: Path, by_nnunet: Path, project: Project, tmp_path: Path) -> None:
+    files = ["-m", str(packed), "-i", str(project.raw / "imagesTs"), "-o", str(tmp_path)]
+    assert main(["predict", *files, *SEQUENTIAL, "--save_probabilities"]) == 0
+    for name in images(project):
+        assert same_file(tmp_path / name, by_nnunet / name)
+        assert len(np.unique(read(tmp_path / name))) > 1
+        ours, theirs = (np.load(folder / name.replace(".nii.gz", ".npz"))["probabilities"] for folder in (tmp_path, by_nnunet))
+        np.testing.assert_array_equal(ours, theirs)
+    assert json.loads((tmp_path / "plans.json").read_text()) == json.loads((by_nnunet / "plans.json").read_text())
+    first = tmp_path / min(images(project))
+    stamp = first.stat().st_mtime_ns
+    (tmp_path / max(images(project))).unlink()
+    assert main(["predict", *files, *SEQUENTIAL, "--save_probabilities", "--continue_prediction"]) == 0
+    assert same_file(tmp_path / max(images(project)), by_nnunet / max(images(project)))
+    assert first.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.usefixtures("alone")
+def test_segmenter_takes_paths_images_and_arrays(packed: Path, by_nnunet: Path, project: Project) -> None:
+    segmenter = Segmenter.load(packed)
+    name, path = next(iter(images(project).items()))
+    expected = read(by_nnunet / name)
+    np.testing.assert_array_equal(segmenter(path), expected)
+    image = SimpleITK.ReadImage(path)
+    segmentation = segmenter([image])
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(segmentation), expected)
+    assert segmentation.GetOrigin() == image.GetOrigin()
+    assert segmentation.GetDirection() == image.GetDirection()
+    assert segmenter.labels["lesion"] == 4
+    fast = Segmenter.load(packed, mirroring=False, step_size=1)
+    properties = {"spacing": list(image.GetSpacing())[::-1]}
+    np.testing.assert_array_equal(fast((SimpleITK.GetArrayFromImage(image)[None], properties)), fast(path))
+    assert list(properties) == ["spacing"]
+
+
+@pytest.mark.slow
+def test_console_command_with_worker_processes(packed: Path, by_nnunet: Path, project: Project, tmp_path: Path) -> None:
+    files = ["-m", str(packed), "-i", str(project.raw / "imagesTs"), "-o", str(tmp_path)]
+    run_command("e2enet", "predict", *files, "-device", "cpu", env={"nnUNet_e2enet_engine": "on"})
+    assert all(same_file(tmp_path / name, by_nnunet / name) for name in images(project))
+
+
+def test_export_by_nnunets_names(
+    packed: Path, trained: Path, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("nnUNet_results", str(trained.parents[1]))
+    best = tmp_path / "best.e2enet"
+    assert main(["export", str(best), *NNUNET_NAMES, "-f", "1", "-chk", "checkpoint_best.pth"]) == 0
+    model, both = read_packed(best), read_packed(packed)
+    assert model.description.folds == ["1"]
+    assert both.description.folds == ["0", "1"]
+    assert (model.description.checkpoint, both.description.checkpoint) == ("checkpoint_best.pth", "checkpoint_final.pth")
+    assert model.description.plans == json.loads((trained / "plans.json").read_text())
+    assert model.description.plans["dataset_name"] == project.dataset
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"feature_sparsity": 0.0, "shift_size": 5, "conv_bias": False},
+        {"learned_shift": True, "kernel_size": [3, 3, 3]},
+        {"norm_op": "torch.nn.modules.batchnorm.BatchNorm{}d", "dropout_op": "torch.nn.Dropout{}d", "dropout_op_kwargs": {}},
+    ],
+    ids=["default", "dense", "learned shift", "batch norm"],
+)
+def test_every_network_survives_the_file(
+    project: Project, tmp_path: Path, configuration: str, settings: dict[str, Any]
+) -> None:
+    dimension = 2 if configuration == "2d" else 3
+    filled = {name: value.format(dimension) if isinstance(value, str) else value for name, value in settings.items()}
+    model, network = untrained_model(project, configuration, **filled)
+    write_packed(tmp_path / "model.e2enet", model)
+    back = read_packed(tmp_path / "model.e2enet")
+    assert back.description == model.description
+    other = back.description.network().to_empty(device="cpu")
+    other.load_state_dict(next(back.states()))
+    x = torch.randn(1, 1, *model.description.managers()[1].patch_size)
+    with torch.inference_mode():
+        assert torch.equal(other(x), network(x))
+    for (_, ours), (_, theirs) in zip(maskable_layers(other), maskable_layers(network), strict=True):
+        assert torch.equal(ours.mask, theirs.mask)
+        assert torch.equal(ours.explored, ours.mask)
+
+
+# ---- as small as its active weights --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.8, 0.9])
+def test_file_is_as_small_as_its_active_weights(project: Project, tmp_path: Path, sparsity: float) -> None:
+    model, network = untrained_model(project, base=32, maximum=320, feature_sparsity=sparsity)
+    size = write_packed(tmp_path / "model.e2enet", model)
+    assert size == (tmp_path / "model.e2enet").stat().st_size
+    active = network.parameter_counts().active
+    assert model.active_weights == active
+    masks = sum(layer.n_connections for _, layer in maskable_layers(network)) / 8
+    assert 4 * active < size < 4 * active + masks + 60_000
+    assert size < 1.05 * 4 * active
+
+
+def test_the_same_model_is_the_same_file(packed: Path, trained: Path, tmp_path: Path) -> None:
+    write_packed(tmp_path / "again.e2enet", pack_model(trained))
+    assert (tmp_path / "again.e2enet").read_bytes() == packed.read_bytes()
+
+
+def test_full_disk_leaves_the_former_file(packed: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(packed, tmp_path / "model.e2enet"))
+    model, former = read_packed(path), path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(former) // 2, hard))
+    try:
+        with pytest.raises(E2ENetError, match="cannot write"):
+            write_packed(path, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == former
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_info_says_what_a_file_holds(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(packed)]) == 0
+    shown = capsys.readouterr().out
+    for fact in (
+        "nnUNetTrainerE2ENet_smoke",
+        "3d_fullres",
+        "Dataset993_Phantom",
+        "0, 1",
+        "4 lesion",
+        "[24, 64, 64]",
+        "S = 0.8",
+    ):
+        assert fact in shown
+
+
+# ---- postprocessing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("alone")
+def test_postprocessing_found_by_nnunet_travels(
+    trained: Path, by_nnunet: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns("validation")))
+    found = {
+        "postprocessing_fns": ["remove_all_but_largest_component_from_segmentation"] * 2,
+        "postprocessing_kwargs": [{"labels_or_regions": [1, 2, 3, 4]}, {"labels_or_regions": 2}],
+    }
+    (model / "crossval_results_folds_0_1").mkdir()
+    (model / "crossval_results_folds_0_1" / "postprocessing.json").write_text(json.dumps(found))
+    file = tmp_path / "model.e2enet"
+    assert main(["export", str(model), str(file), "-f", "0", "1"]) == 0
+    out = tmp_path / "out"
+    arguments = ["predict", "-m", str(file), "-i", str(project.raw / "imagesTs"), "-o", str(out), *SEQUENTIAL]
+    assert main([*arguments, "--postprocess"]) == 0
+    segmented = Segmenter.load(file, postprocess=True)(max(images(project).values()))
+    for name in images(project):
+        expected = read(by_nnunet / name)
+        assert np.array_equal(read(out / name), expected)
+        for step in ([1, 2, 3, 4], 2):
+            expected = remove_all_but_largest_component_from_segmentation(expected, step)
+        assert np.array_equal(read(out / "postprocessed" / name), expected)
+        assert not np.array_equal(read(out / name), expected)
+    np.testing.assert_array_equal(segmented, expected)
+    assert main(["export", str(model), str(file), "-f", "0"]) == 0  # nothing was found for this fold alone
+    capsys.readouterr()
+    assert main([*arguments, "--postprocess"]) == 1
+    assert "holds no postprocessing" in single_line(capsys)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------------
+
+
+def spoil_plans(model: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    plans = json.loads((model / "plans.json").read_text())
+    change(plans["configurations"]["3d_fullres"])
+    (model / "plans.json").write_text(json.dumps(plans))
+
+
+def spoil_checkpoint(model: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = model / "fold_1" / "checkpoint_final.pth"
+    content = torch.load(path, weights_only=False)
+    change(content["network_weights"])
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: (m / "plans.json").unlink(), "no nnU-Net model folder"),
+        (lambda m: shutil.rmtree(m / "fold_1"), "no checkpoint_final.pth of fold 1, found those of 0"),
+        (lambda m: (m / "fold_1" / "checkpoint_final.pth").write_bytes(b"PK"), "cannot be read as a checkpoint"),
+        (
+            lambda m: spoil_plans(m, lambda c: c["architecture"].update(network_class_name="PlainConvUNet")),
+            "trained PlainConvUNet",
+        ),
+        (
+            lambda m: spoil_plans(m, lambda c: c["architecture"]["arch_kwargs"].update(shift_size=5)),
+            "of shift size 3, the plans of 5",
+        ),
+        (lambda m: spoil_plans(m, lambda c: c["architecture"]["arch_kwargs"]["strides"].pop()), "strides is"),
+        (lambda m: spoil_plans(m, lambda c: c.update(patch_size=[23, 64, 64])), "cannot be divided by"),
+        (lambda m: spoil_checkpoint(m, lambda w: w.popitem()), "is missing in the weights"),
+        (lambda m: spoil_checkpoint(m, lambda w: w["encoder.stages.0.0.conv.weight"].fill_(float("nan"))), "not finite"),
+    ],
+    ids=["folder", "fold", "checkpoint", "foreign", "shift size", "strides", "patch", "missing", "nan"],
+)
+def test_models_that_cannot_be_exported(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Path], Any],
+    message: str,
+) -> None:
+    ignored = shutil.ignore_patterns("validation", "*best*", "*.png", "*.txt")
+    model = Path(shutil.copytree(trained, tmp_path / "model", ignore=ignored))
+    change(model)
+    assert main(["export", str(model), str(tmp_path / "out.e2enet"), "-f", "0", "1"]) == 1
+    assert message in single_line(capsys)
+    assert list(tmp_path.iterdir()) == [model]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-i", "nowhere"], "holds no *_0000.nii.gz"),
+        (["-m", "nowhere"], "is not a file"),
+        (["-step_size", "0"], "the step size is 0.0"),
+        (["-npp", "0"], "0 for both"),
+        (["-part_id", "1"], "counted from 0"),
+        (["-prev_stage_predictions", "somewhere"], "no cascade's second stage"),
+    ],
+)
+def test_predictions_that_cannot_be_made(
+    packed: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    files = ["-m", str(packed), "-i", str(project.raw / "imagesTs"), "-o", str(tmp_path / "out")]
+    assert main(["predict", *files, "-device", "cpu", *options]) == 1
+    assert message in single_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_cascades_need_the_first_stage(packed: Path) -> None:
+    model = read_packed(packed)
+    plans = json.loads(json.dumps(model.description.plans))
+    plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
+    with pytest.raises(E2ENetError, match="needs the segmentations of 3d_lowres"):
+        Segmenter(PackedModel(replace(model.description, plans=plans), model.folds))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("nowhere.nii.gz", "is not a file"),
+        (__file__, "cannot be read"),
+        (SimpleITK.Image([4, 4, 4], SimpleITK.sitkVectorFloat32, 2), "several components"),
+        ([SimpleITK.Image(4, 4, 4, SimpleITK.sitkFloat32)] * 2, "(channels, depth, height, width) with the channels"),
+        ((np.zeros((4, 4, 4)), {"spacing": [1, 1, 1]}), "has the shape [4, 4, 4]"),
+        ((np.zeros((1, 4, 4, 4)), {"spacing": [1, 1, 0]}), "spacing"),
+        (5, "expected a path, a SimpleITK image, or"),
+    ],
+    ids=["missing", "text", "components", "channels", "axes", "spacing", "number"],
+)
+def test_images_that_cannot_be_segmented(packed: Path, image: Any, message: str) -> None:
+    with pytest.raises(E2ENetError) as error:
+        Segmenter.load(packed)(image)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

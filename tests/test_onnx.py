@@ -1,0 +1,64 @@
+"""ONNX files give PyTorch's logits in another runtime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import Project, untrained_model
+
+from nnunetv2_e2enet import engine
+from nnunetv2_e2enet.cli.main import main
+from nnunetv2_e2enet.deployment import pack_model
+from nnunetv2_e2enet.deployment.onnx import write_onnx
+
+onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
+pytest.importorskip("onnxscript", reason="needs the extra onnx")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+
+
+def largest_difference(file: Path, network: torch.nn.Module, shape: list[int]) -> float:
+    """Between onnxruntime and PyTorch, relative to the largest logit."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), engine.disabled():
+        expected = network(x).numpy()
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"image": x.numpy()})
+    assert logits.shape == expected.shape
+    return float(np.abs(logits - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("configuration", "settings"), [("3d_fullres", {"shift_size": 5}), ("2d", {})], ids=["3d", "2d"])
+def test_logits_are_pytorchs(project: Project, tmp_path: Path, configuration: str, settings: dict[str, int]) -> None:
+    model, network = untrained_model(project, configuration, **settings)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    write_onnx(tmp_path / "onnx", model)
+    file = tmp_path / "onnx" / "fold_0.onnx"
+    patch = model.description.managers()[1].patch_size
+    for batch in (1, 2):
+        assert largest_difference(file, network, [batch, 1, *patch]) < 1e-4
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    operations = {node.op_type for node in onnx.load(file).graph.node}
+    assert operations <= {"Concat", "Conv", "ConvTranspose", "InstanceNormalization", "LeakyRelu", "MaxPool", "Pad", "Slice"}
+
+
+def test_export_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "onnx"
+    arguments = ["export", str(trained), str(folder), "--onnx", "-f", "1"]
+    assert main(arguments) == 0
+    assert {path.name for path in folder.iterdir()} == {"fold_1.onnx", "model.json"}
+    facts = json.loads((folder / "model.json").read_text())
+    assert facts["input"]["patch_size"] == [24, 64, 64]
+    assert facts["output"]["labels"]["lesion"] == 4
+    assert facts["preprocessing"]["normalization_schemes"] == ["ZScoreNormalization"]
+    model = pack_model(trained, ["1"])
+    network = model.description.network().to_empty(device="cpu")
+    network.load_state_dict(next(model.states()))
+    assert largest_difference(folder / facts["files"]["1"], network, [1, 1, 24, 64, 64]) < 1e-4
+    capsys.readouterr()
+    assert main(arguments) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
