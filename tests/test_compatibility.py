@@ -1,0 +1,79 @@
+"""docs/compatibility.md is of this state of the repository: it names all features, and only tests that there are."""
+
+import ast
+import re
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import pytest
+from integration.compatibility import PAGE, named_tests, outcomes, page
+from integration.features import FEATURES
+from integration.workflow import STEP_NAMES
+
+TESTS = Path(__file__).parent
+FEATURE_NAMES = [feature.name for features in FEATURES.values() for feature in features]
+
+
+def functions(path: Path) -> set[str]:
+    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_feature_is_on_the_page() -> None:
+    text = PAGE.read_text()
+    assert [name for name in FEATURE_NAMES if f"\n| {name} | " not in text] == []
+    assert text.count("\n| ") - 2 * len(FEATURES) == len(FEATURE_NAMES)  # and nothing else, beside the heads of the tables
+
+
+def test_the_page_names_tests_that_there_are() -> None:
+    named = set(re.findall(r"`(test_\w+\.py)::(\w+)", PAGE.read_text()))
+    assert named == {tuple(name.removeprefix("tests/").split("::")) for name in named_tests()}
+    for file, function in named:
+        assert function in functions(TESTS / file), f"{file} has no {function}"
+
+
+def test_every_step_and_every_command_of_nnunet_is_a_feature() -> None:
+    steps = {step for features in FEATURES.values() for feature in features for step in feature.steps}
+    assert steps == set(STEP_NAMES)
+    commands = {entry.name for entry in distribution("nnunetv2").entry_points if entry.group == "console_scripts"}
+    assert commands
+    assert commands - set(re.findall(r"nnUNetv2_\w+", " ".join(FEATURE_NAMES))) == set()
+
+
+def workflow(outcome: str) -> dict[str, Any]:
+    cell = {"scheme": "plain", "configuration": "2d"}
+    results = [{**cell, "step": step, "outcome": outcome if step == "--c" else "passed"} for step in STEP_NAMES]
+    versions = {"nnunetv2": "2.8.1", "torch": "2.13.0", "python": "3.11.7", "nnunetv2-e2enet": "0.1.0"}
+    return {"versions": versions, "data": "phantoms", "seconds": 90, "results": results}
+
+
+def row(text: str, name: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(f"| {name} | "))
+
+
+def test_the_page_says_what_the_results_say(tmp_path: Path) -> None:
+    junit = tmp_path / "junit.xml"
+    junit.write_text(
+        '<testsuites><testsuite><testcase classname="tests.test_configurations" name="test_train_and_predict[2 levels]"/>'
+        '<testcase classname="tests.test_configurations" name="test_train_and_predict[3 levels]"><failure/></testcase>'
+        '<testcase classname="tests.test_configurations" name="test_train_and_predict[7 levels]"/>'
+        '<testcase classname="tests.test_configurations" name="test_train_and_predict[4 slices]"><skipped/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    text = page(workflow("failed"), outcomes([junit]))
+    assert "| NO, 1 of 2 |" in row(text, "2 and 3 levels")
+    assert "| yes |" in row(text, "7 levels")
+    assert "| not run |" in row(text, "4 slices")
+    assert "| NO |" in row(text, "`--c` after the training was killed")
+    assert f"| NO, {len(STEP_NAMES) - 1} of {len(STEP_NAMES)} |" in row(text, "`2d`")
+    assert "| not run |" in row(text, "`3d_fullres`")
+    assert "| yes |" in row(page(workflow("passed"), {}), "`--c` after the training was killed")
+
+
+def test_skipped_steps_do_not_count_as_working() -> None:
+    assert "| NO |" in row(page(workflow("skipped"), {}), "`--c` after the training was killed")
+
+
+@pytest.mark.parametrize("title", FEATURES)
+def test_sections(title: str) -> None:
+    assert f"\n## {title}\n" in PAGE.read_text()
