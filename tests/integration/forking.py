@@ -13,6 +13,7 @@ import runpy
 import signal
 import sys
 import time
+from contextlib import suppress
 from multiprocessing import forkserver, util
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def become(request: dict[str, Any]) -> None:
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
         os.dup2(source, target)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ.clear()
     os.environ.update(request["environment"])
     multiprocessing.cpu_count = lambda: 1  # nnU-Net takes as many threads; several of these processes work side by side
@@ -69,6 +71,7 @@ def become(request: dict[str, Any]) -> None:
 
 def share_imports_with_pools() -> None:
     """What nnU-Net spawns is forked from a copy of this process as it is now, before any thread was started."""
+    multiprocessing.set_forkserver_preload([])  # all is imported
     contexts = multiprocessing.context._concrete_contexts
     contexts["spawn"] = contexts["forkserver"]
     spawn, util.spawnv_passfds = util.spawnv_passfds, fork_instead
@@ -85,8 +88,9 @@ def fork_instead(_program: str, arguments: list[str], descriptors: list[int]) ->
         return SPAWN(_program, arguments, descriptors)
     child = os.fork()
     if child == 0:
-        util.close_all_fds_except([0, 1, 2, *descriptors])
-        exec(code)
+        util.close_all_fds_except([1, 2, *descriptors])
+        with suppress(SystemExit):
+            exec(code)
         os._exit(0)
     return child
 
