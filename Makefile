@@ -45,7 +45,8 @@ test-versions: install  ## new environments with other versions of Python and nn
 	$(BIN)/pytest -m slow tests/test_versions.py --junitxml test-results/versions.xml
 
 compatibility: install  ## docs/compatibility.md, from the results of test-integration, of test-versions and of the tests it names
-	PYTHONPATH=tests $(BIN)/python -m integration.compatibility --results $(INTEGRATION)/results.json
+	PYTHONPATH=tests $(BIN)/python -m integration.compatibility --results $(INTEGRATION)/results.json \
+		--versions $(wildcard test-results/versions*.xml)
 
 lint: install  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -15,7 +15,7 @@ from integration.table import read_results
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "compatibility.md"
-SLOW = ("test_versions.py",)
+VERSIONS = "tests/test_versions.py"
 
 HEADER = """\
 # What works with nnU-Net
@@ -31,11 +31,12 @@ configurations, {n_cells} cells, in {minutes:.0f} minutes with nnU-Net {nnunetv2
 def main() -> int:
     parser = argparse.ArgumentParser(prog="integration.compatibility", description=__doc__)
     parser.add_argument("--results", type=Path, required=True, help="results.json of the workflow")
-    parser.add_argument("--junit", type=Path, nargs="*", default=[], help="of pytest; by default the named tests are run")
+    parser.add_argument("--junit", type=Path, nargs="+", help="results of pytest (default: run the tests that the page names)")
+    parser.add_argument("--versions", type=Path, nargs="*", default=[], help="results of the tests of other versions")
     parser.add_argument("--output", type=Path, default=PAGE)
     args = parser.parse_args()
     junit = args.junit or [run_named_tests(REPOSITORY / "test-results")]
-    args.output.write_text(page(read_results(args.results), outcomes(junit)), encoding="utf-8")
+    args.output.write_text(page(read_results(args.results), outcomes([*junit, *args.versions])), encoding="utf-8")
     return 0
 
 
@@ -46,11 +47,12 @@ def named_tests() -> list[str]:
 
 
 def run_named_tests(folder: Path) -> Path:
-    """Run them, the fast ones; what is slow has its own command."""
+    """Run them, slow or not; but those of other versions have a command of their own."""
     folder.mkdir(exist_ok=True)
     junit = folder / "named.xml"
-    tests = [name for name in named_tests() if Path(name.split("::")[0]).name not in SLOW]
-    subprocess.run([sys.executable, "-m", "pytest", "-q", *tests, "--junitxml", str(junit)], cwd=REPOSITORY, check=False)
+    tests = [name for name in named_tests() if not name.startswith(VERSIONS)]
+    options = ("-q", "-m", "slow or not slow", "--junitxml", str(junit))
+    subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=REPOSITORY, check=False)
     return junit
 
 

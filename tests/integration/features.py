@@ -70,6 +70,15 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature("`--val_best`", steps=("--val_best",)),
         Feature("`--val`: the same as after training", steps=("--val",)),
         Feature(
+            "progress plot; DSFF's values in the checkpointed log, which a stock trainer can open",
+            steps=("train folds",),
+            tests=(
+                "test_history.py::test_checkpointed_log_has_dsffs_values",
+                "test_history.py::test_stock_trainer_goes_on_from_the_checkpoint",
+            ),
+        ),
+        Feature("Weights & Biases", tests=("test_history.py::test_weights_and_biases_gets_dsffs_values",)),
+        Feature(
             "nnU-Net's trainer variants (`NoMirroring`, `onlyMirror01`, `DA5`, `CELoss`, `DiceLoss`, `Adam3en4`)",
             tests=(
                 "test_trainer.py::test_combinations_with_nnunets_variants",
@@ -139,6 +148,13 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature(
             "truncated, foreign and other files that are no checkpoints",
             tests=(f"{FAULTS}test_files_that_are_no_checkpoints", f"{FAULTS}test_checkpoints_of_another_network_are_refused"),
+        ),
+        Feature(
+            "killed at any moment, resumed: exact sparsity, history and schedule of an uninterrupted training",
+            tests=(
+                "test_faults.py::test_killed_training_ends_as_an_uninterrupted_one",
+                "test_faults.py::test_killed_at_any_moment",
+            ),
         ),
         Feature("full disk", tests=(f"{FAULTS}test_full_disk_leaves_the_former_checkpoint",)),
         Feature("diverged training", tests=(f"{FAULTS}test_diverged_training_stops_before_it_is_saved",)),
