@@ -35,7 +35,7 @@ def main() -> int:
     def report(result: Result) -> None:
         minutes, seconds = divmod(round(time.monotonic() - start), 60)
         where = f"{result.scheme:<17}{result.configuration:<19}{result.step:<29}"
-        console.print(f"{minutes:3d}:{seconds:02d}  {where}{result.outcome} {result.message}", soft_wrap=True, highlight=False)
+        console.out(f"{minutes:3d}:{seconds:02d}  {where}{result.outcome} {result.message}", highlight=False)
 
     work = Workspace(folder)
     use_phantoms = args.data == "phantoms" or (args.data is None and not HIPPOCAMPUS.is_dir())

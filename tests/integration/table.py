@@ -54,10 +54,10 @@ def print_results(console: Console, results: Sequence[Result], folder: Path) -> 
     for result in results:
         if result.outcome == "failed":
             where = f"{result.scheme}, {result.configuration}, {result.step}"
-            console.print(f"[bold red]failed[/] {where}: {result.message}; log: {result.log}", soft_wrap=True, highlight=False)
+            console.out(f"failed {where}: {result.message}; log: {result.log}", style=STYLES["failed"], highlight=False)
     counts = {outcome: sum(result.outcome == outcome for result in results) for outcome in STYLES}
     console.print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
-    console.print(f"logs: {folder}/logs/SCHEME/CONFIGURATION/STEP.log", soft_wrap=True, highlight=False)
+    console.out(f"logs: {folder}/logs/SCHEME/CONFIGURATION/STEP.log", highlight=False)
 
 
 def _text(result: Result | None) -> str:
