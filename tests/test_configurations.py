@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from integration.cell import PLANNING
 from integration.checks import expect_trained
 from integration.commands import Runner
 from support import nnunet_environment
@@ -39,8 +40,8 @@ class Thin:
     def images(self) -> Path:
         return self.folder / "nnUNet_raw" / DATASET / "imagesTr"
 
-    def run(self, *command: str | Path) -> None:
-        self.runner.run(self.folder / "commands.log", *command)
+    def run(self, *command: str | Path, environment: dict[str, str] | None = None) -> None:
+        self.runner.run(self.folder / "commands.log", *command, environment=environment)
 
     def plans(self) -> dict[str, Any]:
         return json.loads((self.preprocessed / "nnUNetPlans.json").read_text())
@@ -76,7 +77,8 @@ def thin(tmp_path_factory: pytest.TempPathFactory, registered: None) -> Iterator
     environment = {**nnunet_environment(folder), "nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "0"}
     with Runner(environment) as runner:
         result = Thin(folder, runner)
-        result.run("nnUNetv2_plan_and_preprocess", "-d", "994", "-c", "3d_fullres", "-np", "1", "-npfp", "1")
+        prepare = ("nnUNetv2_plan_and_preprocess", "-d", "994", "-c", "3d_fullres", "-np", "1", "-npfp", "1")
+        result.run(*prepare, environment=PLANNING)
         yield result
 
 

@@ -44,7 +44,7 @@ class Pretended:
     def __exit__(self, *_error: object) -> None:
         """Ends nothing."""
 
-    def run(self, log: Path, *words: str) -> None:
+    def run(self, log: Path, *words: str, environment: dict[str, str] | None = None) -> None:  # noqa: ARG002
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(" ".join(words))
 

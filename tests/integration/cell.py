@@ -11,6 +11,7 @@ from integration.schemes import Scheme
 E2ENET, STOCK = "nnUNetTrainerE2ENet_smoke", "nnUNetTrainer_smoke"
 PLANS = "nnUNetPlans"
 FIVE_FOLDS = (0, 1, 2, 3, 4)
+PLANNING = {"nnUNet_n_proc_DA": "1"}  # planning takes as many threads as there are processes for data augmentation: not 0
 ONE_PROCESS = ("-npp", "1", "-nps", "1")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from integration.cell import FIVE_FOLDS, PLANS, Cell, Workspace
+from integration.cell import FIVE_FOLDS, PLANNING, PLANS, Cell, Workspace
 from integration.commands import Runner, StepError
 from integration.plans import CONFIGURATIONS, add_configurations
 from integration.schemes import Scheme, Source, write_dataset
@@ -96,7 +96,7 @@ class SchemeRun:
             number = str(self.scheme.number)
             write_dataset(self.work.raw, self.scheme, self.source)
             check = ("--verify_dataset_integrity", "-npfp", "1", "--no_pp")
-            runner.run(log, "nnUNetv2_plan_and_preprocess", "-d", number, *check)
+            runner.run(log, "nnUNetv2_plan_and_preprocess", "-d", number, *check, environment=PLANNING)
             add_configurations(self.work.preprocessed / self.scheme.dataset / f"{PLANS}.json")
             runner.run(log, "nnUNetv2_preprocess", "-d", number, "-np", "1", "-c", "2d", "3d_lowres", "3d_fullres")
 
