@@ -33,7 +33,7 @@ class Runner:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={**os.environ, **one_thread},
+            env={**os.environ, **one_thread, **self.environment},
             cwd=Path(__file__).parents[1],
         )
         self._answer()
@@ -75,7 +75,7 @@ class Runner:
             "killed_by": str(killed_by) if killed_by else None,
         }
         print(json.dumps(request), file=self._process.stdin)
-        code = json.loads(self._answer())["code"]
+        code = int(self._answer())
         expected = -9 if killed_by else 0
         if code != expected:
             raise StepError(f"{words[0]} ended with exit code {code}, but {expected} was expected")

@@ -1,9 +1,9 @@
 """Console commands in processes forked from this one, which has imported the libraries: ``python -m integration.forking``.
 
 A console command of nnU-Net spends most of a short run on imports, and so does each process of its pools. Here, libraries are
-imported once. nnU-Net itself is imported by each command, because it reads its folders from the environment as it is imported.
+imported once. nnU-Net is among them: it looks up its folders in the environment when it needs them.
 
-Requests and answers are lines of JSON on standard input and output, see ``commands.py``.
+Requests are lines of JSON on standard input, see ``commands.py``; the answers on standard output are exit codes.
 """
 
 import json
@@ -20,25 +20,24 @@ from typing import Any
 
 LIBRARIES = (
     *("torch", "torch._dynamo", "scipy.ndimage", "SimpleITK", "matplotlib.pyplot", "pandas", "seaborn", "blosc2", "skimage"),
-    *("batchgenerators", "batchgeneratorsv2", "acvl_utils", "dynamic_network_architectures.architectures.unet"),
+    *("nnunetv2.run.run_training", "nnunetv2.inference.predict_from_raw_data", "nnunetv2.experiment_planning"),
+    *("nnunetv2.evaluation.find_best_configuration", "nnunetv2_e2enet.trainers.e2enet_demo_trainers"),
 )
-NNUNET = ("nnunetv2.run.run_training", "nnunetv2.inference.predict_from_raw_data", "nnunetv2_e2enet.trainers.e2enet_trainers")
 
 
 def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
     for name in LIBRARIES:
         __import__(name)
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
     print("ready", file=answers)
     for line in sys.stdin:
         request = json.loads(line)
-        start = time.monotonic()
         child = os.fork()
         if child == 0:
             become(request)
             return
-        code = wait(child, request.get("killed_by"))
-        print(json.dumps({"code": code, "seconds": time.monotonic() - start}), file=answers)
+        print(wait(child, request["killed_by"]), file=answers)
 
 
 def wait(child: int, killed_by: str | None) -> int:
@@ -62,8 +61,6 @@ def become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     multiprocessing.cpu_count = lambda: 1  # nnU-Net takes as many threads; several of these processes work side by side
-    for name in NNUNET:
-        __import__(name)
     share_imports_with_pools()
     sys.argv = request["command"]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -19,7 +19,10 @@ from integration.steps import STEPS, Step
 Outcome = Literal["passed", "failed", "skipped"]
 PREPARE = "plan and preprocess"
 STEP_NAMES = (PREPARE, *(step.name for step in STEPS))
-CELLS_WITH_FIVE_FOLDS = (("plain", "3d_fullres"), ("regions + ignore", "2d"))
+CELLS_WITH_FIVE_FOLDS = (  # one for each scheme and each configuration
+    *(("plain", "3d_fullres"), ("regions", "3d_lowres")),
+    *(("ignore", "3d_cascade_fullres"), ("regions + ignore", "2d")),
+)
 TWO_FOLDS = (0, 1)
 
 
