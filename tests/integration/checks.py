@@ -51,9 +51,14 @@ def expect_trained(fold: Path) -> None:
         expect(not inactive.any(), f"inactive weights of {name} are not zero")
 
 
-def epochs_in(log: Path) -> list[int]:
+def training_log(fold: Path) -> str:
+    """All that the trainings of a fold have logged; nnU-Net names a log after the second in which the training began."""
+    return "".join(path.read_text() for path in sorted(fold.glob("training_log_*.txt")))
+
+
+def epochs_in(log: str) -> list[int]:
     """The numbers of the epochs that a training log speaks of."""
-    return [int(number) for number in re.findall(r"Epoch (\d+) *$", log.read_text(), re.MULTILINE)]
+    return [int(number) for number in re.findall(r"Epoch (\d+) *$", log, re.MULTILINE)]
 
 
 def segmentations(folder: Path) -> dict[str, np.ndarray]:

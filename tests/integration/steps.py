@@ -60,11 +60,10 @@ def resume_a_killed_training(cell: Cell) -> None:
     folder = cell.fold(INTERRUPTED_FOLD)
     cell.train(INTERRUPTED_FOLD, "--npz", killed_by=folder / "checkpoint_best.pth")
     expect(not (folder / "checkpoint_final.pth").exists(), "the training had ended before it could be killed")
-    logs = set(folder.glob("training_log_*.txt"))
+    before = checks.training_log(folder)
     cell.train(INTERRUPTED_FOLD, "--npz", "--c")
     expect_trained(folder)
-    (log,) = set(folder.glob("training_log_*.txt")) - logs
-    epochs = checks.epochs_in(log)
+    epochs = checks.epochs_in(checks.training_log(folder).removeprefix(before))
     expect(epochs == list(range(checks.N_EPOCHS))[-len(epochs) :] != [], f"the resumed training had epochs {epochs}")
     expect(0 not in epochs, "the resumed training began anew")
 
