@@ -60,7 +60,9 @@ def test_install_train_and_predict(python: str, nnunet: str, tmp_path: Path) -> 
     environment.create()
     environment.install(*TORCH)
     # the torch that is there must not be replaced by what torchvision wants
-    torch = environment.program("python", "-c", "import torch; print(f'torch=={torch.__version__}')")
+    torch = environment.program(
+        "python", "-c", "from importlib.metadata import version; print(f'torch=={version(\"torch\")}')"
+    )
     (tmp_path / "torch.txt").write_text(torch)
     environment.install("--constraint", "torch.txt", f"nnunetv2=={nnunet}", str(REPOSITORY))
     environment.program("e2enet", "register")
