@@ -128,6 +128,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature("`nnUNetv2_predict` with one fold, `--save_probabilities`", steps=("predict, one fold",)),
         Feature("several folds", steps=("predict, several folds",)),
         Feature("fold `all`", steps=("predict, fold all",)),
+        Feature("another checkpoint (`-chk`)", steps=("predict, best checkpoint",)),
         Feature("without mirroring (`--disable_tta`)", steps=("predict, no mirroring",)),
         Feature("in parts (`-num_parts`, `-part_id`): the same segmentation", steps=("predict, in parts",)),
         Feature("`nnUNetv2_predict_from_modelfolder`: the same segmentation", steps=("predict_from_modelfolder",)),

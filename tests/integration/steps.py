@@ -172,6 +172,10 @@ def predict_fold_all(cell: Cell) -> None:
     expect_predictions(cell, cell.predict("fold all", folds=("all",)))
 
 
+def predict_with_best_checkpoint(cell: Cell) -> None:
+    expect_predictions(cell, cell.predict("best checkpoint", "-chk", "checkpoint_best.pth"))
+
+
 def predict_without_mirroring(cell: Cell) -> None:
     folder = cell.predict("no mirroring", "--save_probabilities", "--disable_tta")
     expect_predictions(cell, folder)
@@ -237,6 +241,7 @@ STEPS = (
     Step("predict, one fold", predict_one_fold, ("train folds",), ("predict, one fold",)),
     Step("predict, several folds", predict_several_folds, ("predict, one fold",)),
     Step("predict, fold all", predict_fold_all, ("train fold all",), ("predict, one fold",)),
+    Step("predict, best checkpoint", predict_with_best_checkpoint, ("predict, one fold",)),
     Step("predict, no mirroring", predict_without_mirroring, ("predict, one fold",)),
     Step("predict, in parts", predict_in_parts, ("predict, one fold",)),
     Step("predict_from_modelfolder", predict_from_modelfolder, ("predict, one fold",)),
