@@ -1,7 +1,6 @@
 """The part of `make test-integration` that is fast: its most demanding labels, in one configuration, on phantoms."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +67,13 @@ STEPS = (
 
 
 @pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workflow, "Runner", Pretended)
     monkeypatch.setattr(workflow, "add_configurations", lambda _path: None)
     monkeypatch.setattr(workflow, "STEPS", STEPS)
     names = (workflow.PREPARE, *(step.name for step in STEPS))
     monkeypatch.setattr(workflow, "STEP_NAMES", names)
     monkeypatch.setattr("integration.table.STEP_NAMES", names)
-    monkeypatch.setattr(Selection, "steps", names)
-    return
 
 
 @pytest.mark.usefixtures("pretended", "registered")

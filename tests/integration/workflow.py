@@ -47,11 +47,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Selection:
-    """The part of the workflow that is wanted."""
+    """The part of the workflow that is wanted; steps may be left out."""
 
     schemes: Sequence[Scheme]
     configurations: Sequence[str] = CONFIGURATIONS
-    steps: Sequence[str] = STEP_NAMES
+    without: Sequence[str] = ()
 
     def folds(self, scheme: Scheme, configuration: str) -> tuple[int, ...]:
         return FIVE_FOLDS if (scheme.name, configuration) in CELLS_WITH_FIVE_FOLDS else TWO_FOLDS
@@ -88,7 +88,7 @@ class SchemeRun:
             self._prepare(runner)
             for configuration in self.selection.configurations:
                 for step in STEPS:
-                    if step.name in self.selection.steps:
+                    if step.name not in self.selection.without:
                         self._step(runner, configuration, step)
         return list(self.outcomes.values())
 
