@@ -112,7 +112,8 @@ class SchemeRun:
 
     def _step(self, runner: Runner, configuration: str, step: Step) -> None:
         log = self.work.log(self.scheme, configuration, step.name)
-        missing = [need for need in self._needs(configuration, step) if self.outcomes[need].outcome != "passed"]
+        passed = {key for key, result in self.outcomes.items() if result.outcome == "passed"}
+        missing = [need for need in self._needs(configuration, step) if need not in passed]
         if missing:
             message = f"needs {' of '.join(reversed(missing[0]))}"
             self._record(Result(self.scheme.name, configuration, step.name, "skipped", 0.0, log, message))
