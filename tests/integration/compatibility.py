@@ -72,11 +72,22 @@ def page(workflow: Mapping[str, Any], tests: Mapping[str, bool | None]) -> str:
     """The text of the page."""
     cells = {(result["scheme"], result["configuration"]) for result in workflow["results"]}
     numbers = {"data": workflow["data"], "n_cells": len(cells), "minutes": workflow["seconds"] / 60}
-    parts = [HEADER.format(**numbers, **workflow["versions"])]
+    parts = [HEADER.format(**numbers, **workflow["versions"]), _matrix(workflow["results"])]
     for title, features in FEATURES.items():
         rows = [_row(feature, workflow["results"], tests) for feature in features]
         parts.append(f"\n## {title}\n\n| | works | shown by |\n| --- | --- | --- |\n" + "".join(rows))
     return "".join(parts)
+
+
+def _matrix(results: list[dict[str, Any]]) -> str:
+    """Steps that passed in each cell."""
+    schemes, configurations = (list(dict.fromkeys(result[key] for result in results)) for key in ("scheme", "configuration"))
+    lines = [f"| labels | {' | '.join(configurations)} |", f"| --- |{' --- |' * len(configurations)}"]
+    for scheme in schemes:
+        columns = ([r for r in results if (r["scheme"], r["configuration"]) == (scheme, c)] for c in configurations)
+        counts = (f"{sum(r['outcome'] == 'passed' for r in column)} of {len(column)} steps" for column in columns)
+        lines.append(f"| {scheme} | {' | '.join(counts)} |")
+    return "\n" + "\n".join(lines) + "\n"
 
 
 def _row(feature: Feature, results: list[dict[str, Any]], tests: Mapping[str, bool | None]) -> str:
