@@ -54,18 +54,20 @@ def row(text: str, name: str) -> str:
 
 def test_the_page_says_what_the_results_say(tmp_path: Path) -> None:
     junit = tmp_path / "junit.xml"
-    junit.write_text(
-        '<testsuites><testsuite><testcase classname="tests.test_configurations" name="test_train_and_predict[2 levels]"/>'
-        '<testcase classname="tests.test_configurations" name="test_train_and_predict[3 levels]"><failure/></testcase>'
-        '<testcase classname="tests.test_configurations" name="test_train_and_predict[7 levels]"/>'
-        '<testcase classname="tests.test_configurations" name="test_train_and_predict[4 slices]"><skipped/></testcase>'
-        "</testsuite></testsuites>"
-    )
+    networks = "test_train_and_predict"
+    cases = {
+        f'"tests.test_configurations" name="{networks}[2 levels]"': "",
+        f'"tests.test_configurations" name="{networks}[3 levels]"': "<failure/>",
+        f'"tests.test_configurations" name="{networks}[4 slices, 7 levels]"': "<skipped/>",
+        '"tests.test_crossval" name="test_jobs_are_submitted_for_what_is_not_done"': "",
+    }
+    content = "".join(f"<testcase classname={case}>{outcome}</testcase>" for case, outcome in cases.items())
+    junit.write_text(f"<testsuites><testsuite>{content}</testsuite></testsuites>")
     text = page(workflow("failed"), outcomes([junit]))
     assert f"| plain | {len(STEP_NAMES) - 1} of {len(STEP_NAMES)} steps |\n" in text
     assert "| NO, 1 of 2 |" in row(text, "2 and 3 levels")
-    assert "| yes |" in row(text, "7 levels")
-    assert "| not run |" in row(text, "4 slices")
+    assert "| yes |" in row(text, "five folds as one command (`e2enet crossval`)")
+    assert "| not run |" in row(text, "4 slices, 7 levels")
     assert "| NO |" in row(text, "`--c` after the training was killed")
     assert f"| NO, {len(STEP_NAMES) - 1} of {len(STEP_NAMES)} |" in row(text, "`2d`")
     assert "| not run |" in row(text, "`3d_fullres`")

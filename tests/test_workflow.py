@@ -11,16 +11,16 @@ from integration.cell import Cell, Workspace
 from integration.commands import Runner, StepError
 from integration.schemes import SCHEMES, phantoms
 from integration.steps import Step
-from integration.workflow import STEP_NAMES, Result, Selection, run_workflow
+from integration.workflow import STEP_NAMES, Result, SchemeRun, Selection
 
 SCHEME = next(scheme for scheme in SCHEMES if scheme.regions and scheme.ignore)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, registered: None) -> dict[str, Result]:  # noqa: ARG001
+def results(tmp_path_factory: pytest.TempPathFactory, runner: Runner) -> dict[str, Result]:
     folder = tmp_path_factory.mktemp("workflow")
-    source = phantoms(folder / "phantoms")
-    found = run_workflow(Workspace(folder), source, Selection([SCHEME], ["3d_fullres"]), 1, lambda _result: None)
+    source, selection = phantoms(folder / "phantoms", n_training=5), Selection([SCHEME], ["3d_fullres"])
+    found = SchemeRun(Workspace(folder), source, SCHEME, selection, runner, lambda _result: None).results()
     return {result.step: result for result in found}
 
 
@@ -34,16 +34,13 @@ def test_regions_with_ignore_label(results: dict[str, Result], step: str) -> Non
 class Pretended:
     """Stands for the process that runs console commands."""
 
-    def __init__(self, _environment: dict[str, str]) -> None:
-        """Starts nothing."""
-
     def __enter__(self) -> "Pretended":
         return self
 
     def __exit__(self, *_error: object) -> None:
         """Ends nothing."""
 
-    def run(self, log: Path, *words: str, environment: dict[str, str] | None = None) -> None:  # noqa: ARG002
+    def run(self, log: Path, *words: str, environment: dict[str, str]) -> None:  # noqa: ARG002
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(" ".join(words))
 
@@ -97,15 +94,12 @@ def test_a_failed_step_is_shown_and_stops_only_what_needs_it(
     assert "17 passed, 5 failed, 2 skipped" in output
 
 
-def test_commands_have_their_environment_and_log_and_fail_visibly(tmp_path: Path) -> None:
-    log = tmp_path / "folder" / "command.log"
-    with Runner({"nnUNet_raw": str(tmp_path)}) as runner:
-        phantom = ("e2enet", "phantom", "1", "--cases", "1", "--test-cases", "0", "--size", "16", "16", "16")
-        runner.run(log, *phantom)
-        runner.run(log, *phantom, environment={"nnUNet_raw": str(tmp_path / "other")})
-        with pytest.raises(StepError, match="e2enet ended with exit code 1, but 0 was expected"):
-            runner.run(log, *phantom)
-    assert (tmp_path / "Dataset001_Phantom" / "dataset.json").is_file()
-    assert (tmp_path / "other" / "Dataset001_Phantom" / "dataset.json").is_file()
-    assert log.read_text().count("$ e2enet phantom 1") == 3
+def test_commands_have_their_environment_and_log_and_fail_visibly(runner: Runner, tmp_path: Path) -> None:
+    log, raw = tmp_path / "folder" / "command.log", tmp_path / "raw"
+    phantom = ("e2enet", "phantom", "1", "--cases", "1", "--test-cases", "0", "--size", "16", "16", "16")
+    runner.run(log, *phantom, environment={"nnUNet_raw": str(raw)})
+    assert (raw / "Dataset001_Phantom" / "dataset.json").is_file()
+    with pytest.raises(StepError, match="e2enet ended with exit code 1, but 0 was expected"):
+        runner.run(log, *phantom, environment={"nnUNet_raw": str(raw)})
+    assert log.read_text().count("$ e2enet phantom 1") == 2
     assert "is not empty" in log.read_text()

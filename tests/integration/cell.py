@@ -34,8 +34,7 @@ class Workspace:
         return self.folder / "nnUNet_results"
 
     def environment(self) -> dict[str, str]:
-        folders = {path.name: str(path) for path in (self.raw, self.preprocessed, self.results)}
-        return {**folders, "nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "0"}
+        return {path.name: str(path) for path in (self.raw, self.preprocessed, self.results)}
 
     def log(self, scheme: Scheme, configuration: str, step: str) -> Path:
         names = (part.replace(" ", "_").replace(",", "").lstrip("-") for part in (scheme.name, configuration, step))
@@ -80,7 +79,9 @@ class Cell:
         return self.work.folder / "predictions" / self.scheme.dataset / (configuration or self.configuration) / name
 
     def run(self, *command: str | Path, environment: dict[str, str] | None = None, killed_by: Path | None = None) -> None:
-        self.runner.run(self.log, *command, environment=environment, killed_by=killed_by)
+        self.runner.run(
+            self.log, *command, environment={**self.work.environment(), **(environment or {})}, killed_by=killed_by
+        )
 
     def train(self, fold: int | str, *options: str | Path, trainer: str = E2ENET, killed_by: Path | None = None) -> None:
         what = (self.number, self.configuration, str(fold), "-tr", trainer, "-device", "cpu")

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -15,25 +14,21 @@ class StepError(Exception):
     """A step of the workflow did not do what it should; said in one line."""
 
 
-@dataclass
+ONE_PROCESS = {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "0"}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
 class Runner:
-    """A process that runs console commands of this Python environment, one at a time; see ``forking.py``.
-
-    Attributes:
-        environment: of the commands, beside that of this process.
-    """
-
-    environment: dict[str, str]
+    """A process that runs console commands of this Python environment, one at a time; see ``forking.py``."""
 
     def __enter__(self) -> Runner:
-        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "integration.forking"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={**os.environ, **one_thread, **self.environment},
+            env={**os.environ, **ONE_THREAD, **ONE_PROCESS},
             cwd=Path(__file__).parents[1],
         )
         self._answer()
@@ -51,13 +46,11 @@ class Runner:
             raise StepError("the process that runs the commands has ended")
         return line
 
-    def run(
-        self, log: Path, *command: str | Path, environment: dict[str, str] | None = None, killed_by: Path | None = None
-    ) -> None:
+    def run(self, log: Path, *command: str | Path, environment: dict[str, str], killed_by: Path | None = None) -> None:
         """Run one command to its end, output appended to ``log``.
 
         Args:
-            environment: to add to that of all commands.
+            environment: beside that of this process; nnU-Net's folders.
             killed_by: a file; as soon as it appears, the command and all that it started are killed (SIGKILL).
 
         Raises:
@@ -70,7 +63,7 @@ class Runner:
             print("$", *words, file=file)
         request = {
             "command": [str(Path(sys.executable).with_name(words[0])), *words[1:]],
-            "environment": {**os.environ, **self.environment, **(environment or {})},
+            "environment": {**os.environ, **ONE_THREAD, **ONE_PROCESS, **environment},
             "log": str(log),
             "killed_by": str(killed_by) if killed_by else None,
         }

@@ -36,8 +36,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
     "Configurations": (
         *(Feature(f"`{name}`", configuration=name) for name in CONFIGURATIONS),
         Feature("anisotropic plans, 8 slices, 4 input channels", tests=(f"{NETWORKS}[as planned]",)),
-        Feature("4 slices", tests=(f"{NETWORKS}[4 slices]",)),
-        Feature("7 levels", tests=(f"{NETWORKS}[7 levels]",)),
+        Feature("4 slices, 7 levels", tests=(f"{NETWORKS}[4 slices, 7 levels]",)),
         Feature("2 and 3 levels", tests=(f"{NETWORKS}[2 levels]", f"{NETWORKS}[3 levels]")),
         Feature(
             "ResEnc presets and planners",

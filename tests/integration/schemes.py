@@ -87,10 +87,9 @@ def hippocampus() -> Source:
     return Source("Hippocampus", training, test, labels)
 
 
-def phantoms(folder: Path) -> Source:
+def phantoms(folder: Path, n_training: int = N_TRAINING) -> Source:
     """Synthetic scans, written to a folder of their own."""
-    if not folder.exists():
-        write_phantom_dataset(folder, N_TRAINING, N_TEST, size=(16, 40, 40))
+    write_phantom_dataset(folder, n_training, N_TEST, size=(16, 40, 40))
     images = sorted((folder / "imagesTr").glob("*.nii.gz"))
     training = tuple((image, folder / "labelsTr" / image.name.replace("_0000", "")) for image in images)
     test = tuple(sorted((folder / "imagesTs").glob("*.nii.gz")))

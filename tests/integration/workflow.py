@@ -68,7 +68,8 @@ def run_workflow(
     """
 
     def run(scheme: Scheme) -> list[Result]:
-        return SchemeRun(work, source, scheme, selection, report).results()
+        with Runner() as runner:
+            return SchemeRun(work, source, scheme, selection, runner, report).results()
 
     with ThreadPoolExecutor(n_workers) as pool:
         return [result for results in pool.map(run, selection.schemes) for result in results]
@@ -78,30 +79,37 @@ class SchemeRun:
     """The workflow for one label scheme."""
 
     def __init__(
-        self, work: Workspace, source: Source, scheme: Scheme, selection: Selection, report: Callable[[Result], None]
+        self,
+        work: Workspace,
+        source: Source,
+        scheme: Scheme,
+        selection: Selection,
+        runner: Runner,
+        report: Callable[[Result], None],
     ) -> None:
-        self.work, self.source, self.scheme, self.selection, self.report = work, source, scheme, selection, report
+        self.work, self.source, self.scheme, self.selection = work, source, scheme, selection
+        self.runner, self.report = runner, report
         self.outcomes: dict[tuple[str, str], Result] = {}
 
     def results(self) -> list[Result]:
-        with Runner(self.work.environment()) as runner:
-            self._prepare(runner)
-            for configuration in self.selection.configurations:
-                for step in STEPS:
-                    if step.name not in self.selection.without:
-                        self._step(runner, configuration, step)
+        self._prepare()
+        for configuration in self.selection.configurations:
+            for step in STEPS:
+                if step.name not in self.selection.without:
+                    self._step(configuration, step)
         return list(self.outcomes.values())
 
-    def _prepare(self, runner: Runner) -> None:
+    def _prepare(self) -> None:
         """Once for all configurations: nnU-Net preprocesses them with one command."""
 
         def prepare() -> None:
-            number = str(self.scheme.number)
+            number, folders = str(self.scheme.number), self.work.environment()
             write_dataset(self.work.raw, self.scheme, self.source)
             check = ("--verify_dataset_integrity", "-npfp", "1", "--no_pp")
-            runner.run(log, "nnUNetv2_plan_and_preprocess", "-d", number, *check, environment=PLANNING)
+            self.runner.run(log, "nnUNetv2_plan_and_preprocess", "-d", number, *check, environment={**folders, **PLANNING})
             add_configurations(self.work.preprocessed / self.scheme.dataset / f"{PLANS}.json")
-            runner.run(log, "nnUNetv2_preprocess", "-d", number, "-np", "1", "-c", "2d", "3d_lowres", "3d_fullres")
+            configurations = ("2d", "3d_lowres", "3d_fullres")
+            self.runner.run(log, "nnUNetv2_preprocess", "-d", number, "-np", "1", "-c", *configurations, environment=folders)
 
         log = self.work.log(self.scheme, "all", PREPARE)
         first, *others = self.selection.configurations
@@ -110,7 +118,7 @@ class SchemeRun:
             done = self.outcomes[first, PREPARE]
             self._record(Result(done.scheme, configuration, PREPARE, done.outcome, 0.0, log, done.message))
 
-    def _step(self, runner: Runner, configuration: str, step: Step) -> None:
+    def _step(self, configuration: str, step: Step) -> None:
         log = self.work.log(self.scheme, configuration, step.name)
         passed = {key for key, result in self.outcomes.items() if result.outcome == "passed"}
         missing = [need for need in self._needs(configuration, step) if need not in passed]
@@ -119,7 +127,7 @@ class SchemeRun:
             self._record(Result(self.scheme.name, configuration, step.name, "skipped", 0.0, log, message))
             return
         folds = self.selection.folds(self.scheme, configuration)
-        cell = Cell(self.work, self.scheme, configuration, folds, runner, log)
+        cell = Cell(self.work, self.scheme, configuration, folds, self.runner, log)
         self._record(self._attempt(configuration, step.name, log, lambda: step.run(cell)))
 
     def _needs(self, configuration: str, step: Step) -> list[tuple[str, str]]:
