@@ -71,7 +71,7 @@ def test_install_train_and_predict(python: str, nnunet: str, tmp_path: Path) -> 
     assert f"{python}." in info
     assert "nnU-Net finds 1 of 1 planners" in info
 
-    environment.program("e2enet", "phantom", "1", "--cases", "5", "--test-cases", "1", "--size", "16", "32", "32")
+    environment.program("e2enet", "phantom", "1", "--cases", "5", "--test-cases", "1", "--size", "20", "56", "56")
     environment.program("nnUNetv2_plan_and_preprocess", "-d", "1", "-c", "3d_fullres", "-np", "1", "-npfp", "1")
     environment.program("nnUNetv2_train", "1", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu")
     dataset = "Dataset001_Phantom"

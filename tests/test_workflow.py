@@ -96,7 +96,7 @@ def test_a_failed_step_is_shown_and_stops_only_what_needs_it(
 
 def test_commands_have_their_environment_and_log_and_fail_visibly(runner: Runner, tmp_path: Path) -> None:
     log, raw = tmp_path / "folder" / "command.log", tmp_path / "raw"
-    phantom = ("e2enet", "phantom", "1", "--cases", "1", "--test-cases", "0", "--size", "16", "16", "16")
+    phantom = ("e2enet", "phantom", "1", "--cases", "1", "--test-cases", "0", "--size", "18", "52", "52")
     runner.run(log, *phantom, environment={"nnUNet_raw": str(raw)})
     assert (raw / "Dataset001_Phantom" / "dataset.json").is_file()
     with pytest.raises(StepError, match="e2enet ended with exit code 1, but 0 was expected"):

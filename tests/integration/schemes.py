@@ -89,7 +89,7 @@ def hippocampus() -> Source:
 
 def phantoms(folder: Path, n_training: int = N_TRAINING) -> Source:
     """Synthetic scans, written to a folder of their own."""
-    write_phantom_dataset(folder, n_training, N_TEST, size=(16, 40, 40))
+    write_phantom_dataset(folder, n_training, N_TEST, size=(18, 52, 52))
     images = sorted((folder / "imagesTr").glob("*.nii.gz"))
     training = tuple((image, folder / "labelsTr" / image.name.replace("_0000", "")) for image in images)
     test = tuple(sorted((folder / "imagesTs").glob("*.nii.gz")))
