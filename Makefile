@@ -54,4 +54,4 @@ lint: install  ## format, lint, types
 	$(BIN)/mypy
 
 clean:  ## everything that is built
-	rm -rf $(VENV) $(DEMO) $(INTEGRATION) build dist *.egg-info
+	rm -rf $(VENV) $(DEMO) $(INTEGRATION) test-results build dist *.egg-info

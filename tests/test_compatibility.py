@@ -59,6 +59,7 @@ def test_the_page_says_what_the_results_say(tmp_path: Path) -> None:
         f'"tests.test_configurations" name="{networks}[2 levels]"': "",
         f'"tests.test_configurations" name="{networks}[3 levels]"': "<failure/>",
         f'"tests.test_configurations" name="{networks}[4 slices, 7 levels]"': "<skipped/>",
+        '"tests.test_compile" name="test_topology_updates_compile_nothing[2]"': "",
         '"tests.test_crossval" name="test_jobs_are_submitted_for_what_is_not_done"': "",
     }
     content = "".join(f"<testcase classname={case}>{outcome}</testcase>" for case, outcome in cases.items())
@@ -66,7 +67,8 @@ def test_the_page_says_what_the_results_say(tmp_path: Path) -> None:
     text = page(workflow("failed"), outcomes([junit]))
     assert f"| plain | {len(STEP_NAMES) - 1} of {len(STEP_NAMES)} steps |\n" in text
     assert "| NO, 1 of 2 |" in row(text, "2 and 3 levels")
-    assert "| yes |" in row(text, "five folds as one command (`e2enet crossval`)")
+    assert "| yes |" in row(text, "`torch.compile`: topology updates compile nothing")
+    assert "| not run |" in row(text, "five folds as one command (`e2enet crossval`)")  # there are other tests of it
     assert "| not run |" in row(text, "4 slices, 7 levels")
     assert "| NO |" in row(text, "`--c` after the training was killed")
     assert f"| NO, {len(STEP_NAMES) - 1} of {len(STEP_NAMES)} |" in row(text, "`2d`")
