@@ -141,7 +141,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "`nnUNetv2_export_model_to_zip`, `nnUNetv2_install_pretrained_model_from_zip`: the same segmentation",
             steps=("export, install, predict",),
         ),
-        Feature("`nnUNetv2_download_pretrained_model_by_url`", remark="not run; it installs what it has downloaded as above"),
+        Feature("`nnUNetv2_download_pretrained_model_by_url`", remark="needs a server; it installs as the command above"),
         Feature("no code in a checkpoint is executed", tests=(f"{FAULTS}test_hostile_checkpoint_is_not_executed",)),
     ),
     "When something goes wrong": (
@@ -169,7 +169,8 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             "nnU-Net whose interface has moved: a message, and its own trainers go on",
             tests=(
                 "test_interface.py::test_a_hook_that_is_gone_or_takes_something_else",
-                "test_interface.py::test_attributes_that_are_gone",
+                "test_interface.py::test_trainer_attributes_that_are_gone",
+                "test_interface.py::test_planner_attributes_that_are_gone",
                 "test_interface.py::test_a_variant_that_has_moved",
                 "test_registration.py::test_other_versions_of_nnunet_are_refused",
             ),
