@@ -184,7 +184,7 @@ def predict_without_mirroring(cell: Cell) -> None:
 
 def predict_in_parts(cell: Cell) -> None:
     for part in ("0", "1"):
-        cell.predict("parts", "-num_parts", "2", "-part_id", part)
+        cell.predict("parts", "--save_probabilities", "-num_parts", "2", "-part_id", part)
     expect_same(cell.predictions("one fold"), cell.predictions("parts"))
 
 
