@@ -31,14 +31,28 @@ of tests. The tests are in `tests/`.
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="integration.compatibility", description=__doc__)
-    parser.add_argument("--results", type=Path, required=True, help="results.json of the workflow")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="results.json of the workflow; steps in later ones replace those of the first",
+    )
     parser.add_argument("--junit", type=Path, nargs="+", help="results of pytest (default: run the tests that the page names)")
     parser.add_argument("--versions", type=Path, nargs="*", default=[], help="results of the tests of other versions")
     parser.add_argument("--output", type=Path, default=PAGE)
     args = parser.parse_args()
     junit = args.junit or [run_named_tests(REPOSITORY / "test-results")]
-    args.output.write_text(page(read_results(args.results), outcomes([*junit, *args.versions])), encoding="utf-8")
+    args.output.write_text(page(combined(args.results), outcomes([*junit, *args.versions])), encoding="utf-8")
     return 0
+
+
+def combined(paths: Iterable[Path]) -> dict[str, Any]:
+    """Results of the whole workflow, with those of parts of it that were run again."""
+    first, *others = (read_results(path) for path in paths)
+    runs = [first, *others]
+    steps = {(r["scheme"], r["configuration"], r["step"]): r for run in runs for r in run["results"]}
+    return {**first, "results": list(steps.values())}
 
 
 def named_tests() -> list[str]:
