@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from contestants import as_amos
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -31,7 +32,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 DATASET, NUMBER, CONFIGURATION, PLANS = "Dataset991_Benchmark", "991", "3d_fullres", "nnUNetPlans"
 ENGINE_VARIABLE = "nnUNet_e2enet_engine"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-AMOS_STRIDES = [[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 4]
 
 
 @dataclass(frozen=True)
@@ -95,22 +95,12 @@ def prepare(folder: Path, task: Path | None) -> list[int]:
     run(folder, "nnUNetv2_plan_and_preprocess", "-d", NUMBER, "-c", CONFIGURATION, "-npfp", "1", "--no_pp")
     preprocessed = folder / "nnUNet_preprocessed" / DATASET
     plans = json.loads((preprocessed / f"{PLANS}.json").read_text())
-    configuration = plans["configurations"][CONFIGURATION]
     if task is None:
-        levels = len(AMOS_STRIDES)
-        configuration["patch_size"] = [64, 160, 160]
-        configuration["architecture"]["arch_kwargs"] |= {
-            "n_stages": levels,
-            "features_per_stage": [min(32 * 2**level, 320) for level in range(levels)],
-            "strides": AMOS_STRIDES,
-            "kernel_sizes": [[1, 3, 3], *[[3, 3, 3]] * (levels - 1)],
-            "n_conv_per_stage": [2] * levels,
-            "n_conv_per_stage_decoder": [2] * (levels - 1),
-        }
+        plans = as_amos(plans, CONFIGURATION)
     dataset = json.loads((raw / "dataset.json").read_text())
     for trainer in {variant.trainer for variant in VARIANTS}:
         write_model(folder / "nnUNet_results" / DATASET / f"{trainer}__{PLANS}__{CONFIGURATION}", trainer, plans, dataset)
-    return list(configuration["patch_size"])
+    return list(plans["configurations"][CONFIGURATION]["patch_size"])
 
 
 def write_model(model: Path, trainer: str, plans: dict[str, Any], dataset: dict[str, Any]) -> None:
