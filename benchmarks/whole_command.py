@@ -5,7 +5,7 @@
 
 The models have random weights, which cost the same time as trained ones. The commands run in turn, round by round. Memory is
 the largest resident set of one process of the command, and the largest sum over all its processes (a page that several share
-counts once), looked at five times a second.
+counts once), looked at once a second.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def prepare(folder: Path, task: Path | None) -> list[int]:
         (folder / name).mkdir(parents=True)
     raw = folder / "nnUNet_raw" / DATASET
     if task is None:
-        size = ["--size", "64", "160", "240"]  # two patches
+        size = ["--size", "64", "160", "160"]
         run(folder, "e2enet", "phantom", NUMBER, "--name", "Benchmark", "--cases", "2", "--test-cases", "1", *size)
     else:
         take_scans(task, raw, n_training=5, n_images=10)
@@ -157,7 +157,7 @@ def measure(folder: Path, variant: Variant, options: list[str], measured: Measur
             if done:
                 break
             most = max(most, memory_of_tree(process.pid))
-            time.sleep(0.2)
+            time.sleep(1)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(
@@ -189,7 +189,9 @@ def main() -> None:
         images = len(list((folder / "nnUNet_raw" / DATASET / "imagesTs").iterdir()))
         for _ in range(arguments.rounds):
             for variant in variants:
-                measure(folder, variant, options, results[variant.name])
+                measured = results[variant.name]
+                measure(folder, variant, options, measured)
+                print(f"{variant.name}: {measured.seconds[-1]:.1f} s, {measured.all_processes[-1]:.2f} GiB", flush=True)
     print(f"{images} scans, patch {' x '.join(map(str, patch))}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"median (least-most)\n{'':18}  {'seconds':17}  {'GiB, largest process':20}  GiB, all")
     for name, measured in results.items():
