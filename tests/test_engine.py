@@ -356,7 +356,9 @@ def test_segmentations_of_real_scans_are_the_same(
     whole_command.prepare(tmp_path / "nnunet", task)
     on, off = whole_command.VARIANTS[1:]
     for variant in (on, off):
-        whole_command.measure(tmp_path / "nnunet", variant, ["--save_probabilities", "--disable_tta"], whole_command.Measured())
+        whole_command.measure(
+            tmp_path / "nnunet", variant, ["--save_probabilities", "--disable_tta"], whole_command.Measured()
+        )
     names = sorted(path.name for path in (tmp_path / "nnunet" / "predictions" / on.name).glob("*.npz"))
     assert len(names) == 10
     for name in names:
