@@ -6,6 +6,7 @@ folders; it imports our classes and nothing else. Only files that start with our
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -19,6 +20,7 @@ from nnunetv2_e2enet.files import write_atomically
 OLDEST_NNUNET = (2, 8)
 NEWEST_NNUNET = (3,)
 REQUIREMENT = "nnunetv2>=2.8,<3"
+KNOWN_NNUNETS = "2.8.0 and 2.8.1"
 
 FIRST_LINE = "# Written by `e2enet register` (nnunetv2-e2enet); `e2enet unregister` removes it."
 TRAINER_FOLDER = Path("training", "nnUNetTrainer")
@@ -64,15 +66,44 @@ def find_nnunet() -> NnUNet:
 
 
 def _content(modules: tuple[str, ...]) -> str:
-    imports = "\n".join(f"    from nnunetv2_e2enet.{module} import *  # noqa: F403" for module in modules)
     return (
         f"{FIRST_LINE}\n"
-        f"try:\n{imports}\n"
-        "except ModuleNotFoundError as error:\n"
-        '    if (error.name or "").split(".")[0] != "nnunetv2_e2enet":\n'
-        "        raise  # something that nnunetv2-e2enet needs is missing\n"
-        "    # nnunetv2-e2enet was uninstalled: nnU-Net goes on without it.\n"
+        "try:\n"
+        "    from nnunetv2_e2enet.registration import classes_for_nnunet\n"
+        "except ModuleNotFoundError:\n"
+        "    pass  # nnunetv2-e2enet was uninstalled: nnU-Net goes on without it.\n"
+        "else:\n"
+        f"    globals().update(classes_for_nnunet({', '.join(map(repr, modules))}))\n"
     )
+
+
+def classes_of(module: str) -> dict[str, type]:
+    """The classes for nnU-Net in one of our modules (``trainers.…``, ``planners.…``), by name.
+
+    Raises:
+        E2ENetError: the installed nnU-Net lacks something that they are made of.
+    """
+    try:
+        content = importlib.import_module(f"nnunetv2_e2enet.{module}")
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "nnunetv2":
+            raise
+        raise E2ENetError(
+            f"{error}: nnunetv2-e2enet was made for nnU-Net {KNOWN_NNUNETS}: install one of these, or update nnunetv2-e2enet"
+        ) from error
+    return {name: getattr(content, name) for name in content.__all__}
+
+
+def classes_for_nnunet(*modules: str) -> dict[str, type]:
+    """What nnU-Net finds of ours: nothing, and a message on standard error, if it is not what these classes are made for.
+
+    nnU-Net imports all modules in search of a class, so an error would end its other trainings as well.
+    """
+    try:
+        return {name: cls for module in modules for name, cls in classes_of(module).items()}
+    except E2ENetError as error:
+        print(f"E2ENet is not available: {error}", file=sys.stderr)
+        return {}
 
 
 def registered_files(nnunet: NnUNet) -> dict[Path, str | None]:

@@ -98,9 +98,9 @@ def test_nnunet_goes_on_without_an_uninstalled_package(nnunet: NnUNet) -> None:
     """The module that stays behind after `pip uninstall` must not break nnU-Net's search; other failures must be seen."""
     path = register(nnunet)[0]
     text = path.read_text()
-    gone = text.replace("nnunetv2_e2enet.trainers", "nnunetv2_e2enet.no_such_package")
+    gone = text.replace("nnunetv2_e2enet.registration", "nnunetv2_e2enet_gone.registration")
     assert run_python(gone).returncode == 0
-    broken = text.replace("nnunetv2_e2enet.trainers", "no_such_dependency.trainers")
+    broken = text.replace("trainers.e2enet_trainers", "trainers.no_such_module")
     assert run_python(broken).returncode == 1
 
 

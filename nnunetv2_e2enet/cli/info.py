@@ -6,7 +6,6 @@ import argparse
 import platform
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from importlib import import_module
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
@@ -20,6 +19,7 @@ from nnunetv2_e2enet.registration import (
     PLANNER_FOLDER,
     TRAINER_FOLDER,
     NnUNet,
+    classes_of,
     find_nnunet,
     is_ours,
     registered_files,
@@ -121,7 +121,7 @@ def our_classes() -> dict[str, list[str]]:
     for target, modules in MODULES.items():
         kind = "trainer" if target.parent == TRAINER_FOLDER else "planner"
         for module in modules:
-            classes[kind] += import_module(f"nnunetv2_e2enet.{module}").__all__
+            classes[kind] += classes_of(module)
     return {kind: sorted(names) for kind, names in classes.items()}
 
 

@@ -10,6 +10,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture
+from nnunetv2_e2enet.training.interface import PLANNER_ATTRIBUTES, Overrides, check_attributes
 from nnunetv2_e2enet.training.trainer import one_line_errors
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ else:
 STOCK_BYTES_PER_ELEMENT = 7.9
 
 
-class E2ENetPlannerMixin(PlannerBase):
+class E2ENetPlannerMixin(Overrides, PlannerBase):
     """Plans for E2ENet; to be put before an nnU-Net experiment planner.
 
     The patch is as large as ``-gpu_memory_target`` allows, judged by the bytes that autograd keeps of E2ENet's forward pass,
@@ -49,6 +50,8 @@ class E2ENetPlannerMixin(PlannerBase):
             overwrite_target_spacing,
             suppress_transpose,
         )
+        with one_line_errors():
+            check_attributes(self, PLANNER_ATTRIBUTES)
         self.UNet_class = E2ENet
         self.UNet_base_num_features = BASE_NUM_FEATURES
         self.UNet_max_features_2d = MAX_NUM_FEATURES

@@ -33,6 +33,7 @@ from nnunetv2_e2enet.network.blocks import KERNEL_SIZE
 from nnunetv2_e2enet.network.learned_shift import hold_whole_offsets
 from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture
 from nnunetv2_e2enet.training.checkpoints import check_checkpoint
+from nnunetv2_e2enet.training.interface import TRAINER_ATTRIBUTES, Overrides, check_attributes
 from nnunetv2_e2enet.training.logging import DSFFLogger
 
 if TYPE_CHECKING:
@@ -54,12 +55,14 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(f"E2ENet: {error}") from None
 
 
-class NetworkMixin(TrainerBase):
+class NetworkMixin(Overrides, TrainerBase):
     """Trains another network than the plans say; to be put before an nnU-Net trainer.
 
     What is trained is written into the model folder's ``plans.json`` and into checkpoints, so prediction needs no settings.
     Checkpoints are written whole and checked before they are continued, and a training that diverges stops.
     """
+
+    own_hooks = ("network_architecture",)
 
     def network_architecture(self, architecture: dict[str, Any]) -> dict[str, Any]:
         """The ``architecture`` entry of the network to train.
@@ -71,6 +74,7 @@ class NetworkMixin(TrainerBase):
 
     def initialize(self) -> None:
         with one_line_errors():
+            check_attributes(self, TRAINER_ATTRIBUTES)
             self._write_architecture_into_plans()
             super().initialize()
 

@@ -1,0 +1,74 @@
+"""What this package relies on in nnU-Net's classes, checked before it is used: a change there is said in one line."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from operator import attrgetter
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.registration import KNOWN_NNUNETS
+
+TRAINER_ATTRIBUTES = (
+    *("configuration_manager", "configuration_name", "plans_manager", "output_folder"),
+    *("fold", "current_epoch", "num_epochs", "was_initialized", "enable_deep_supervision", "disable_checkpointing"),
+    *("network", "optimizer", "logger.local_logger.verbose", "is_ddp", "local_rank", "print_to_log_file"),
+)
+PLANNER_ATTRIBUTES = (
+    *("UNet_class", "UNet_base_num_features", "UNet_max_features_2d", "UNet_max_features_3d"),
+    *("UNet_reference_val_2d", "UNet_reference_val_3d", "plans_identifier"),
+)
+ADVICE = f"nnunetv2-e2enet was made for nnU-Net {KNOWN_NNUNETS}: install one of these, or update nnunetv2-e2enet"
+
+
+class Overrides:
+    """Base of a mixin for a class of nnU-Net. Each public method of the mixin must be one of nnU-Net's, and take the same.
+
+    It is compared with the first definition in nnU-Net, as variants of it may take something else, which the mixin overrides.
+
+    Attributes:
+        own_hooks: methods of the mixin that nnU-Net does not have.
+
+    Raises:
+        E2ENetError: on definition of a class from mixin and nnU-Net, if nnU-Net has no such method or it takes something else.
+    """
+
+    own_hooks: tuple[str, ...] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        originals = [base for base in reversed(cls.__mro__) if base.__module__.startswith("nnunetv2.")]
+        if originals:
+            for mixin in cls.__mro__:
+                if issubclass(mixin, Overrides) and not issubclass(mixin, originals[0]):
+                    _check_methods(mixin, originals)
+
+
+def _check_methods(mixin: type[Overrides], originals: list[type]) -> None:
+    for name, ours in vars(mixin).items():
+        internal = name.startswith("_") and name != "__init__"
+        if not inspect.isroutine(ours) or internal or name in mixin.own_hooks:
+            continue
+        original = next((base for base in originals if name in vars(base)), None)
+        if original is None:
+            raise E2ENetError(f"the installed nnU-Net has no {originals[0].__name__}.{name}: {ADVICE}")
+        expected, found = (", ".join(inspect.signature(getattr(cls, name)).parameters) for cls in (mixin, original))
+        if expected != found:
+            raise E2ENetError(
+                f"{original.__name__}.{name} of the installed nnU-Net takes ({found}), but ({expected}) was expected: {ADVICE}"
+            )
+
+
+def check_attributes(instance: object, names: Iterable[str]) -> None:
+    """Raises E2ENetError unless an object of nnU-Net has all of these attributes; ``a.b`` is one of an attribute."""
+    missing = [name for name in names if not _has(instance, name)]
+    if missing:
+        raise E2ENetError(f"{type(instance).__name__} of the installed nnU-Net has no {', '.join(missing)}: {ADVICE}")
+
+
+def _has(instance: object, name: str) -> bool:
+    try:
+        attrgetter(name)(instance)
+    except AttributeError:
+        return False
+    return True
