@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
+INTEGRATION ?= integration
 # Users with a GPU get their normal torch; elsewhere a fixed release. Override it as in
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 BIN = $(VENV)/bin
 
-.PHONY: help install register demo test test-slow sanitize lint clean
+.PHONY: help install register demo test test-slow sanitize test-integration test-versions compatibility lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
@@ -38,10 +39,22 @@ test-slow: install  ## the slow tests
 sanitize: install  ## the compiled core under the address and undefined behaviour sanitizers (also part of test-slow)
 	$(BIN)/pytest -m slow tests/test_sanitizers.py
 
+test-integration: register  ## nnU-Net's whole workflow: label schemes, configurations, steps (under 40 minutes on two cores)
+	rm -rf $(INTEGRATION)
+	PYTHONPATH=tests $(BIN)/python -m integration --folder $(INTEGRATION)
+
+test-versions: install  ## new environments with other versions of Python and nnU-Net (slow; downloads them)
+	mkdir -p test-results
+	$(BIN)/pytest -m slow tests/test_versions.py --junitxml test-results/versions.xml
+
+compatibility: install  ## docs/compatibility.md, from the results of test-integration, of test-versions and of the tests it names
+	PYTHONPATH=tests $(BIN)/python -m integration.compatibility --results $(INTEGRATION)/results.json \
+		--versions $(wildcard test-results/versions*.xml)
+
 lint: install  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:  ## everything that is built
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info
+	rm -rf $(VENV) $(DEMO) $(INTEGRATION) test-results build dist *.egg-info

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from integration.commands import Runner
 from support import Project, run_command
 
 from nnunetv2_e2enet.registration import find_nnunet, is_registered, register, unregister
@@ -35,6 +36,13 @@ def registered() -> Iterator[None]:
     yield
     if not before:
         unregister(nnunet)
+
+
+@pytest.fixture(scope="session")
+def runner(registered: None) -> Iterator[Runner]:  # noqa: ARG001
+    """Runs nnU-Net's commands without their imports, in one process and one thread each."""
+    with Runner() as runner:
+        yield runner
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""nnU-Net's workflow through its console commands, for every label scheme and configuration: ``make test-integration``."""

@@ -1,0 +1,74 @@
+"""Runs console commands and keeps their logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+
+
+class StepError(Exception):
+    """A step of the workflow did not do what it should; said in one line."""
+
+
+ONE_PROCESS = {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "0"}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+class Runner:
+    """A process that runs console commands of this Python environment, one at a time; see ``forking.py``."""
+
+    def __enter__(self) -> Runner:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "integration.forking"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env={**os.environ, **ONE_THREAD, **ONE_PROCESS},
+            cwd=Path(__file__).parents[1],
+        )
+        self._answer()
+        return self
+
+    def __exit__(self, _type: type[BaseException] | None, _value: BaseException | None, _trace: TracebackType | None) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise StepError("the process that runs the commands has ended")
+        return line
+
+    def run(self, log: Path, *command: str | Path, environment: dict[str, str], killed_by: Path | None = None) -> None:
+        """Run one command to its end, output appended to ``log``.
+
+        Args:
+            environment: beside that of this process; nnU-Net's folders.
+            killed_by: a file; as soon as it appears, the command and all that it started are killed (SIGKILL).
+
+        Raises:
+            StepError: it failed, or ended before it could be killed.
+        """
+        assert self._process.stdin is not None
+        words = [str(word) for word in command]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            print("$", *words, file=file)
+        request = {
+            "command": [str(Path(sys.executable).with_name(words[0])), *words[1:]],
+            "environment": {**os.environ, **ONE_THREAD, **ONE_PROCESS, **environment},
+            "log": str(log),
+            "killed_by": str(killed_by) if killed_by else None,
+        }
+        print(json.dumps(request), file=self._process.stdin)
+        code = int(self._answer())
+        expected = -9 if killed_by else 0
+        if code != expected:
+            raise StepError(f"{words[0]} ended with exit code {code}, but {expected} was expected")
