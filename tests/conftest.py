@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # for tests/test_kernels.py; before anything imports Triton, which reads it then
+
 from integration.commands import Runner
 from support import Project, run_command
 
 from nnunetv2_e2enet.registration import find_nnunet, is_registered, register, unregister
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # for tests/test_kernels.py; Triton reads it when it is first imported
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
