@@ -41,11 +41,15 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_sanitized(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    # libstdc++ as well: the sanitizer looks for what throws exceptions when it starts, before Python has loaded it
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     check = f"from nnunetv2_e2enet import engine; assert str(engine.load_core().path).startswith({str(folder)!r})\n"
     environment = {
         **os.environ,
-        "LD_PRELOAD": library,
+        "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",  # Python itself leaks at its end
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": "",
