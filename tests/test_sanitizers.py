@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,5 +72,6 @@ def test_networks_of_all_kinds_run_clean(sanitized: Path) -> None:
     options += ["not leak", str(REPOSITORY / "tests" / "test_engine.py")]
     result = run_sanitized(sanitized, f"import pytest, sys; sys.exit(pytest.main({options!r}))")
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    assert re.search(r"\d\d passed", result.stdout)
     assert "Sanitizer" not in result.stderr
     assert "runtime error" not in result.stderr + result.stdout
