@@ -284,7 +284,7 @@ def test_erdos_renyi_costs_more_with_as_many_parameters(in_process: Project) -> 
     network = network_on_amos(in_process, "nnUNetTrainerE2ENet_ERK")
     random_topology(network, trainer.feature_sparsity, trainer.distribution, seed=0)
     assert accounts.parameter_counts(network).active / 1e6 == pytest.approx(9.427, rel=1e-4)
-    assert accounts.multiply_accumulates(network, (1, 1, 64, 160, 160)).active / 1e9 == pytest.approx(704.94, rel=1e-4)
+    assert accounts.multiply_accumulates(network, (1, 1, 64, 160, 160)).active / 1e9 == pytest.approx(705.76, rel=1e-4)
 
 
 def test_size_with_3x3x3_kernels(in_process: Project) -> None:

@@ -60,6 +60,7 @@ def path(tmp_path: Path) -> Path:
 # --- flows --------------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("flow", ["forward", "upward", "downward"])
 def test_flows_are_the_channels_through_which_a_node_sees_its_neighbours(flow: str) -> None:
     """With the connections of one flow alone, the node's output depends on that flow's map and no other."""
