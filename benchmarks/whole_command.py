@@ -5,7 +5,7 @@
 
 The models have random weights, which cost the same time as trained ones. The commands run in turn, round by round. Memory is
 the largest resident set of one process of the command, and the largest sum over all its processes (a page that several share
-counts once), looked at five times a second.
+counts once), looked at once a second.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from contestants import as_amos
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -31,7 +32,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 DATASET, NUMBER, CONFIGURATION, PLANS = "Dataset991_Benchmark", "991", "3d_fullres", "nnUNetPlans"
 ENGINE_VARIABLE = "nnUNet_e2enet_engine"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-AMOS_STRIDES = [[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 4]
 
 
 @dataclass(frozen=True)
@@ -88,29 +88,19 @@ def prepare(folder: Path, task: Path | None) -> list[int]:
         (folder / name).mkdir(parents=True)
     raw = folder / "nnUNet_raw" / DATASET
     if task is None:
-        size = ["--size", "64", "160", "240"]  # two patches
+        size = ["--size", "64", "160", "160"]
         run(folder, "e2enet", "phantom", NUMBER, "--name", "Benchmark", "--cases", "2", "--test-cases", "1", *size)
     else:
         take_scans(task, raw, n_training=5, n_images=10)
     run(folder, "nnUNetv2_plan_and_preprocess", "-d", NUMBER, "-c", CONFIGURATION, "-npfp", "1", "--no_pp")
     preprocessed = folder / "nnUNet_preprocessed" / DATASET
     plans = json.loads((preprocessed / f"{PLANS}.json").read_text())
-    configuration = plans["configurations"][CONFIGURATION]
     if task is None:
-        levels = len(AMOS_STRIDES)
-        configuration["patch_size"] = [64, 160, 160]
-        configuration["architecture"]["arch_kwargs"] |= {
-            "n_stages": levels,
-            "features_per_stage": [min(32 * 2**level, 320) for level in range(levels)],
-            "strides": AMOS_STRIDES,
-            "kernel_sizes": [[1, 3, 3], *[[3, 3, 3]] * (levels - 1)],
-            "n_conv_per_stage": [2] * levels,
-            "n_conv_per_stage_decoder": [2] * (levels - 1),
-        }
+        plans = as_amos(plans, CONFIGURATION)
     dataset = json.loads((raw / "dataset.json").read_text())
     for trainer in {variant.trainer for variant in VARIANTS}:
         write_model(folder / "nnUNet_results" / DATASET / f"{trainer}__{PLANS}__{CONFIGURATION}", trainer, plans, dataset)
-    return list(configuration["patch_size"])
+    return list(plans["configurations"][CONFIGURATION]["patch_size"])
 
 
 def write_model(model: Path, trainer: str, plans: dict[str, Any], dataset: dict[str, Any]) -> None:
@@ -167,7 +157,7 @@ def measure(folder: Path, variant: Variant, options: list[str], measured: Measur
             if done:
                 break
             most = max(most, memory_of_tree(process.pid))
-            time.sleep(0.2)
+            time.sleep(1)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(
@@ -199,7 +189,9 @@ def main() -> None:
         images = len(list((folder / "nnUNet_raw" / DATASET / "imagesTs").iterdir()))
         for _ in range(arguments.rounds):
             for variant in variants:
-                measure(folder, variant, options, results[variant.name])
+                measured = results[variant.name]
+                measure(folder, variant, options, measured)
+                print(f"{variant.name}: {measured.seconds[-1]:.1f} s, {measured.all_processes[-1]:.2f} GiB", flush=True)
     print(f"{images} scans, patch {' x '.join(map(str, patch))}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"median (least-most)\n{'':18}  {'seconds':17}  {'GiB, largest process':20}  GiB, all")
     for name, measured in results.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -20,15 +21,17 @@ pytest.importorskip("onnxscript", reason="needs the extra onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
 
-def largest_difference(file: Path, network: torch.nn.Module, shape: list[int]) -> float:
-    """Between onnxruntime and PyTorch, relative to the largest logit."""
+def largest_difference(file: Path, network: torch.nn.Module, shape: list[int]) -> tuple[float, float]:
+    """Between onnxruntime and PyTorch, and between PyTorch's float32 and float64; relative to the largest logit."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), engine.disabled():
         expected = network(x).numpy()
+        exact = copy.deepcopy(network).double()(x.double()).numpy()
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (logits,) = session.run(["logits"], {"image": x.numpy()})
     assert logits.shape == expected.shape
-    return float(np.abs(logits - expected).max() / np.abs(expected).max())
+    largest = np.abs(exact).max()
+    return float(np.abs(logits - expected).max() / largest), float(np.abs(expected - exact).max() / largest)
 
 
 @pytest.mark.parametrize(("configuration", "settings"), [("3d_fullres", {"shift_size": 5}), ("2d", {})], ids=["3d", "2d"])
@@ -39,10 +42,12 @@ def test_logits_are_pytorchs(project: Project, tmp_path: Path, configuration: st
     file = tmp_path / "onnx" / "fold_0.onnx"
     patch = model.description.managers()[1].patch_size
     for batch in (1, 2):
-        assert largest_difference(file, network, [batch, 1, *patch]) < 1e-4
+        difference, rounding = largest_difference(file, network, [batch, 1, *patch])
+        assert difference < max(1e-4, 10 * rounding)  # norms of a few voxels multiply what float32 rounds
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     operations = {node.op_type for node in onnx.load(file).graph.node}
-    assert operations <= {"Concat", "Conv", "ConvTranspose", "InstanceNormalization", "LeakyRelu", "MaxPool", "Pad", "Slice"}
+    plain = {"Concat", "Conv", "ConvTranspose", "InstanceNormalization", "LeakyRelu", "MaxPool", "Pad", "ReduceMean", "Slice"}
+    assert operations <= plain | {"Expand", "Shape", "Split", "Sub"}
 
 
 def test_export_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +62,8 @@ def test_export_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFix
     model = pack_model(trained, ["1"])
     network = model.description.network().to_empty(device="cpu")
     network.load_state_dict(next(model.states()))
-    assert largest_difference(folder / facts["files"]["1"], network, [1, 1, 24, 64, 64]) < 1e-4
+    difference, _ = largest_difference(folder / facts["files"]["1"], network, [1, 1, 24, 64, 64])
+    assert difference < 1e-4
     capsys.readouterr()
     assert main(arguments) == 1
     assert "is there already" in capsys.readouterr().err

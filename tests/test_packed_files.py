@@ -153,7 +153,7 @@ HOSTILE: list[Any] = [
 HOSTILE += ["../../evil", "torch.nn.Transformer", "default_num_processes", [], {}, [[1]], [10**9] * 3, {"a": 1}, ["os"]]
 
 
-@settings(fuzz, max_examples=80)
+@settings(fuzz, max_examples=50)
 @given(st.data())
 def test_hostile_descriptions_with_a_right_checksum(file: Path, model: PackedModel, data: st.DataObject) -> None:
     description = json.loads(json.dumps(model.description.as_json()))
@@ -170,7 +170,7 @@ def test_hostile_descriptions_with_a_right_checksum(file: Path, model: PackedMod
     outcome(file, serialized(description, arrays), Segmenter.load)
 
 
-@settings(fuzz, max_examples=30)
+@settings(fuzz, max_examples=20)
 @given(st.data())
 def test_hostile_weights_with_a_right_checksum(file: Path, model: PackedModel, data: st.DataObject) -> None:
     arrays: dict[str, Any] = {f"0/{name}": array for name, array in model.folds["0"].items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,11 +42,15 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_sanitized(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    # libstdc++ as well: the sanitizer looks for what throws exceptions when it starts, before Python has loaded it
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     check = f"from nnunetv2_e2enet import engine; assert str(engine.load_core().path).startswith({str(folder)!r})\n"
     environment = {
         **os.environ,
-        "LD_PRELOAD": library,
+        "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",  # Python itself leaks at its end
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": "",
@@ -67,5 +72,6 @@ def test_networks_of_all_kinds_run_clean(sanitized: Path) -> None:
     options += ["not leak", str(REPOSITORY / "tests" / "test_engine.py")]
     result = run_sanitized(sanitized, f"import pytest, sys; sys.exit(pytest.main({options!r}))")
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    assert re.search(r"\d\d passed", result.stdout)
     assert "Sanitizer" not in result.stderr
     assert "runtime error" not in result.stderr + result.stdout

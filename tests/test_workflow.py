@@ -13,18 +13,26 @@ from integration.schemes import SCHEMES, phantoms
 from integration.steps import Step
 from integration.workflow import STEP_NAMES, Result, SchemeRun, Selection
 
+# What depends on neither labels nor configuration is left to the whole of it.
+LEFT_OUT = (
+    "train fold all",
+    "predict, fold all",
+    "predict, best checkpoint",
+    "predict, no mirroring",
+    "determine_postprocessing",
+)
 SCHEME = next(scheme for scheme in SCHEMES if scheme.regions and scheme.ignore)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, runner: Runner) -> dict[str, Result]:
     folder = tmp_path_factory.mktemp("workflow")
-    source, selection = phantoms(folder / "phantoms", n_training=5), Selection([SCHEME], ["3d_fullres"])
+    source, selection = phantoms(folder / "phantoms", n_training=5), Selection([SCHEME], ["3d_fullres"], LEFT_OUT)
     found = SchemeRun(Workspace(folder), source, SCHEME, selection, runner, lambda _result: None).results()
     return {result.step: result for result in found}
 
 
-@pytest.mark.parametrize("step", STEP_NAMES)
+@pytest.mark.parametrize("step", [name for name in STEP_NAMES if name not in LEFT_OUT])
 def test_regions_with_ignore_label(results: dict[str, Result], step: str) -> None:
     result = results[step]
     log = result.log.read_text()[-4000:] if result.log.exists() else ""

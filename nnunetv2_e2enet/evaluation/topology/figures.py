@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
@@ -235,7 +236,7 @@ def depth(folds: Sequence[Fold]) -> Figure:
     handles = []
     for index, offset in enumerate(offsets):
         marker = "<" if offset < 0 else ">" if offset > 0 else "o"
-        colour = OFFSET_COLOURS[offset] if len(offsets) <= 3 else _ramp(index, len(offsets))
+        colour = OFFSET_COLOURS[offset] if OFFSET_COLOURS.keys() >= set(offsets) else _ramp(index, len(offsets))
         for axes, value in ((norm, "norm"), (density, "density")):
             points = [(x, y) for y, row in enumerate(rows) for x in _mean_of_group(groups, row, offset, value)]
             (handle,) = axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=5.5)
@@ -251,15 +252,14 @@ def depth(folds: Sequence[Fold]) -> Figure:
     density.set_xlabel("active\nconnections")
     density.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     labels = [f"{offset:+d}" if offset else "0" for offset in offsets]
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=min(len(offsets), 8), title="moved by (slices)", handletextpad=0.1
-    )
+    columns = ceil(len(offsets) / ceil(len(offsets) / 5))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, title="moved by (slices)", handletextpad=0.1)
     return figure
 
 
 def _ramp(index: int, count: int) -> str:
-    """More than three offsets are in an order, and so are their colours, which can be seen on white and on black."""
-    return to_hex(LinearSegmentedColormap.from_list("offsets", [FIRST, "#8a929c", SECOND])(index / (count - 1)))
+    """Offsets are in an order, and so are their colours, which can be seen on white and on black."""
+    return to_hex(LinearSegmentedColormap.from_list("offsets", [FIRST, "#8a929c", SECOND])(index / max(count - 1, 1)))
 
 
 def _mean_of_group(groups: Sequence[list[measures.DepthGroup]], row: tuple[int, int], offset: int, value: str) -> list[float]:

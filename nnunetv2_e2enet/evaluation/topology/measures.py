@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ class DepthGroup:
 
     Attributes:
         offset: slices by which their input maps are moved.
-        norm: mean L1 norm of active kernels, over that of the whole convolution.
+        norm: mean L1 norm of active kernels, over that of the whole convolution; NaN where none is active.
         density: active connections over all.
     """
 
@@ -170,7 +171,7 @@ def depth_groups(fold: Fold) -> list[DepthGroup]:
         for offset in offsets.unique().tolist():
             channels = offsets == offset
             mask = layer.mask[:, channels]
-            norm = float(importance[:, channels][mask].mean()) / mean if mask.any() and mean else 0.0
+            norm = float(importance[:, channels][mask].mean()) / mean if mask.any() and mean else math.nan
             result.append(DepthGroup(node.stage, node.level, offset, norm, float(mask.float().mean())))
     return result if any(group.offset for group in result) else []
 
