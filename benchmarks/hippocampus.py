@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from nnunetv2_e2enet.registration import console_command
+from nnunetv2_e2enet.training.checkpoints import read_checkpoint
 from nnunetv2_e2enet.training.crossval import Fold, FoldState
 from nnunetv2_e2enet.training.variants import variant
 
@@ -114,7 +115,7 @@ def train(contestant: str, fold: Fold, deadline: float, given: argparse.Namespac
 
 
 def result(fold: Fold) -> dict[str, Any]:
-    checkpoint = torch.load(fold.folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    checkpoint = read_checkpoint(fold.folder / "checkpoint_final.pth")
     logged = checkpoint["logging"]
     seconds = [e - s for s, e in zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)]
     summary = json.loads((fold.folder / "validation" / "summary.json").read_text())

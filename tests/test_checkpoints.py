@@ -12,6 +12,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from support import Project, make, train_epochs
 from torch import nn
 
+from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
@@ -86,6 +87,18 @@ def test_hostile_checkpoint_is_not_executed(in_process: Project, checkpoint: Pat
     assert not mark.exists()
     torch.load(checkpoint, weights_only=False)  # it would have been
     assert mark.exists()
+
+
+def test_model_folder_with_a_hostile_checkpoint_is_not_executed(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns("validation")))
+    mark = tmp_path / "executed"
+    for checkpoint in model.glob("fold_*/*.pth"):
+        rewrite(checkpoint, lambda content: content.update(extra=Hostile(mark)))
+    assert main(["profile", str(model), "--rounds", "1"]) == 1
+    assert "cannot be read as a checkpoint" in capsys.readouterr().err
+    assert not mark.exists()
 
 
 def first_mask(content: dict[str, Any]) -> str:

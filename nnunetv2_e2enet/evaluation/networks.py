@@ -13,11 +13,11 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import read_json
+from nnunetv2_e2enet.training.checkpoints import read_checkpoint
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -106,7 +106,7 @@ class Design:
             )
         if self.checkpoint is not None:
             try:
-                network.load_state_dict(load_checkpoint(self.checkpoint)["network_weights"])
+                network.load_state_dict(read_checkpoint(self.checkpoint)["network_weights"])
             except RuntimeError as error:
                 reason = " ".join(str(error).split())
                 raise E2ENetError(f"the weights in {self.checkpoint} do not fit the network of its plans: {reason}") from error
@@ -140,7 +140,7 @@ def read_trainings(model: Path) -> list[Training]:
         file = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
         if file is None:
             continue
-        checkpoint = load_checkpoint(file)
+        checkpoint = read_checkpoint(file)
         logged = checkpoint.get("logging", {})
         curves = {name: [float(value) for value in logged.get(name, [])] for name in LOGGED}
         starts, ends = (logged.get(f"epoch_{edge}_timestamps", []) for edge in ("start", "end"))
@@ -158,19 +158,6 @@ def read_trainings(model: Path) -> list[Training]:
     return trainings
 
 
-def load_checkpoint(file: Path) -> dict[str, Any]:
-    """nnU-Net's checkpoint, its tensors left on disk until they are used.
-
-    Raises:
-        E2ENetError: it cannot be read.
-    """
-    try:
-        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise E2ENetError(f"cannot read {file} as a checkpoint ({error}): is it whole?") from error
-    return checkpoint
-
-
 def model_design(model: Path, name: str) -> Design:
     """The trained network of a model folder, with the weights and topology of its first fold.
 
@@ -180,7 +167,7 @@ def model_design(model: Path, name: str) -> Design:
     file = next((f for n in CHECKPOINTS for f in sorted(model.glob(f"fold_*/{n}"))), None)
     if file is None:
         raise E2ENetError(f"{model} has no checkpoint in any fold_*: finish a training, or profile its plans.json")
-    checkpoint = load_checkpoint(file)
+    checkpoint = read_checkpoint(file)
     return Design(
         name,
         f"{model.name}, {file.parent.name}",
