@@ -43,6 +43,7 @@ def test_all_contestants_exist() -> None:
     assert [cls.__name__ for cls in classes.values()] == [path.split(".")[-1] for path in contestants.CONTESTANTS.values()]
 
 
+@pytest.mark.slow
 def test_training(tiny: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: ARG001
     output = tmp_path / "out.json"
     command = ["-d", "993", "-p", PLANS, "--device", "cpu", "--epochs", "2", *ITERATIONS]

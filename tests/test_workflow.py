@@ -19,6 +19,7 @@ LEFT_OUT = (
     "predict, fold all",
     "predict, best checkpoint",
     "predict, no mirroring",
+    "predict, in parts",
     "determine_postprocessing",
 )
 SCHEME = next(scheme for scheme in SCHEMES if scheme.regions and scheme.ignore)
