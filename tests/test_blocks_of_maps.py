@@ -48,7 +48,7 @@ def test_other_sizes_are_refused(size: object) -> None:
         MaskedConv2d(3, 8, 1).share_inputs(size)  # type: ignore[arg-type]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(
     st.tuples(*[st.integers(1, 24)] * 3),
     st.integers(1, 9),
