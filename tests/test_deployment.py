@@ -225,11 +225,23 @@ def test_info_says_what_a_file_holds(packed: Path, capsys: pytest.CaptureFixture
 # ---- postprocessing ------------------------------------------------------------------------------------------------------
 
 
+def speckle(model: Path) -> None:
+    """Random heads: whatever was trained, every label has many components."""
+    generator = torch.Generator().manual_seed(0)
+    for path in sorted(model.glob("fold_*/checkpoint_final.pth")):
+        content = torch.load(path, weights_only=False)
+        for name, value in content["network_weights"].items():
+            if "seg_layers" in name:
+                value.normal_(generator=generator)
+        torch.save(content, path)
+
+
 @pytest.mark.usefixtures("alone")
 def test_postprocessing_found_by_nnunet_travels(
-    trained: Path, by_nnunet: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = Path(shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns("validation")))
+    speckle(model)
     found = {
         "postprocessing_fns": ["remove_all_but_largest_component_from_segmentation"] * 2,
         "postprocessing_kwargs": [{"labels_or_regions": [1, 2, 3, 4]}, {"labels_or_regions": 2}],
@@ -243,8 +255,7 @@ def test_postprocessing_found_by_nnunet_travels(
     assert main([*arguments, "--postprocess"]) == 0
     segmented = Segmenter.load(file, postprocess=True)(max(images(project).values()))
     for name in images(project):
-        expected = read(by_nnunet / name)
-        assert np.array_equal(read(out / name), expected)
+        expected = read(out / name)
         for step in ([1, 2, 3, 4], 2):
             expected = remove_all_but_largest_component_from_segmentation(expected, step)
         assert np.array_equal(read(out / "postprocessed" / name), expected)
