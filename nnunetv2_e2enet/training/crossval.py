@@ -7,7 +7,7 @@ import re
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -143,9 +143,8 @@ def run_locally(folds: Sequence[Fold], gpus: Sequence[int], watch: Callable[[], 
     with ThreadPoolExecutor(max(1, len(gpus))) as pool:
         futures = {fold: pool.submit(run, fold) for fold in folds}
         try:
-            while not all(future.done() for future in futures.values()):
+            while wait(futures.values(), timeout=1).not_done:
                 watch()
-                stopping.wait(1)
         except KeyboardInterrupt:  # the trainings got it as well; those that wait are not started
             stopping.set()
             raise
