@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent)  # also of the commands; before anything imports matplotlib
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for tests/test_kernels.py; before anything imports Triton, which reads it then
 
 from integration.commands import Runner
-from support import Project, run_command
+from support import Project
 
 from nnunetv2_e2enet.registration import find_nnunet, is_registered, register, unregister
 
@@ -47,12 +48,10 @@ def runner(registered: None) -> Iterator[Runner]:  # noqa: ARG001
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory, registered: None) -> Project:  # noqa: ARG001
-    project = Project(tmp_path_factory.mktemp("nnunet"))
-    environment = project.environment
-    run_command("e2enet", "phantom", "993", "--cases", "6", "--test-cases", "2", env=environment)
-    cores = ["-np", "2", "-npfp", "2"]
-    run_command("nnUNetv2_plan_and_preprocess", "-d", "993", "-c", "2d", "3d_fullres", *cores, env=environment)
+def project(tmp_path_factory: pytest.TempPathFactory, runner: Runner) -> Project:
+    project = Project(tmp_path_factory.mktemp("nnunet"), runner=runner)
+    project.run("e2enet", "phantom", "993", "--cases", "6", "--test-cases", "2")
+    project.run("nnUNetv2_plan_and_preprocess", "-d", "993", "-c", "2d", "3d_fullres", "-np", "2", "-npfp", "2")
     # fewer slices a batch than nnU-Net would take, for the sake of two cores
     plans = project.plans()
     plans["configurations"]["2d"]["batch_size"] = 4

@@ -10,11 +10,13 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
+from integration.commands import Runner
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_e2enet.deployment import Description, PackedModel
@@ -39,7 +41,22 @@ def run_command(*command: str, check: bool = True, env: dict[str, str] | None = 
         text=True,
         check=False,
     )
-    if check and result.returncode:
+    return _checked(result, command) if check else result
+
+
+def run_forked(
+    runner: Runner, *command: str, check: bool = True, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As ``run_command``, without the time that imports take; for what is not about a process and its workers."""
+    with TemporaryDirectory() as folder:
+        log = Path(folder) / "log.txt"
+        code = runner.exit_code(log, *command, environment=env or {})
+        result = subprocess.CompletedProcess(command, code, log.read_text())
+    return _checked(result, command) if check else result
+
+
+def _checked(result: subprocess.CompletedProcess[str], command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    if result.returncode:
         pytest.fail(f"{' '.join(command)} ended with exit code {result.returncode}:\n{result.stdout[-6000:]}")
     return result
 
@@ -59,10 +76,11 @@ def nnunet_environment(folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Project:
-    """nnU-Net's three folders with one small phantom data set, preprocessed."""
+    """nnU-Net's three folders with one small phantom data set, preprocessed, and what runs commands on it."""
 
     folder: Path
     dataset: str = "Dataset993_Phantom"
+    runner: Runner | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -85,6 +103,11 @@ class Project:
     def model(self, trainer: str, plans: str = "nnUNetPlans", configuration: str = "3d_fullres") -> Path:
         return self.folder / "nnUNet_results" / self.dataset / f"{trainer}__{plans}__{configuration}"
 
+    def run(self, *command: str, check: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """A console command, see ``run_forked``."""
+        assert self.runner is not None
+        return run_forked(self.runner, *command, env={**self.environment, **(env or {})}, check=check)
+
     def train(
         self,
         trainer: str,
@@ -93,8 +116,8 @@ class Project:
         configuration: str = "3d_fullres",
         check: bool = True,
     ) -> subprocess.CompletedProcess[str]:
-        command = ["nnUNetv2_train", "993", configuration, fold, "-tr", trainer, "-device", "cpu"]
-        return run_command(*command, *options, env=self.environment, check=check)
+        command = ["nnUNetv2_train", self.dataset, configuration, fold, "-tr", trainer, "-device", "cpu"]
+        return self.run(*command, *options, env={"nnUNet_n_proc_DA": "0"}, check=check)
 
 
 def make(cls: Any, project: Project, plans: dict[str, Any] | None = None, configuration: str = "3d_fullres") -> Any:

@@ -1,4 +1,4 @@
-"""`e2enet crossval` on folds in every state, through its console command."""
+"""`e2enet crossval` on folds in every state, through its console command, with nnU-Net's in processes of their own."""
 
 import shutil
 import time
@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 from batchgenerators.utilities.file_and_folder_operations import load_json
+from integration.commands import Runner
 from support import Project, run_command
 
+from nnunetv2_e2enet.cli.main import main
+from nnunetv2_e2enet.training import crossval as jobs
 from nnunetv2_e2enet.training.crossval import Fold, FoldState
 
 TRAINER = "nnUNetTrainerE2ENet_smoke"
@@ -21,10 +24,15 @@ def model(project: Project, trained: Path, tmp_path: Path) -> Path:
     return target
 
 
+COMMAND = ("crossval", "993", "3d_fullres", "-tr", TRAINER, "-device", "cpu")
+
+
+def folders(project: Project, model: Path) -> dict[str, str]:
+    return {**project.environment, "nnUNet_results": str(model.parents[1])}
+
+
 def crossval(project: Project, model: Path, *options: str, check: bool = True) -> str:
-    environment = {**project.environment, "nnUNet_results": str(model.parents[1])}
-    command = ["e2enet", "crossval", "993", "3d_fullres", "-tr", TRAINER, "-device", "cpu", *options]
-    return run_command(*command, env=environment, check=check).stdout
+    return run_command("e2enet", *COMMAND, *options, env=folders(project, model), check=check).stdout
 
 
 def fold(model: Path, number: int) -> Fold:
@@ -40,14 +48,21 @@ def test_finished_folds_are_skipped_and_accumulated(project: Project, model: Pat
     assert f"{summary['foreground_mean']['Dice']:.4f}" in output
 
 
-def test_unfinished_folds_go_on_from_where_they_are(project: Project, model: Path) -> None:
+def test_unfinished_folds_go_on_from_where_they_are(
+    project: Project, model: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its trainings run in forks, for the sake of time."""
+    for name, value in {**folders(project, model), "nnUNet_n_proc_DA": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jobs, "_run_logged", lambda command, log, given: runner.exit_code(log, *command, environment=given))
     (model / "fold_0" / "validation" / "summary.json").unlink()
     final = model / "fold_1" / "checkpoint_final.pth"
     final.rename(final.with_name("checkpoint_latest.pth"))
     assert [fold(model, n).state() for n in range(3)] == [FoldState.TRAINED, FoldState.STARTED, FoldState.NEW]
-    status = crossval(project, model, "--folds", "0", "1", "2", "--status")
+    assert main([*COMMAND, "--folds", "0", "1", "2", "--status"]) == 0
+    status = capsys.readouterr().out
     assert [state.value in status for state in FoldState] == [True, True, True, False]
-    crossval(project, model, "--folds", "0", "1")
+    assert main([*COMMAND, "--folds", "0", "1"]) == 0
     assert [fold(model, n).state() for n in range(2)] == [FoldState.DONE] * 2
     assert "Epoch" not in (model / "crossval_fold_0.log").read_text()  # validated only
     assert (model / "crossval_results_folds_0_1" / "summary.json").is_file()

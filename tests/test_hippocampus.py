@@ -9,7 +9,8 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from support import nnunet_environment, run_command
+from integration.commands import Runner
+from support import Project, nnunet_environment, run_command
 
 N_TRAINING, N_HELD_OUT = 10, 2
 
@@ -45,17 +46,17 @@ def task(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_whole_way(task: Path, tmp_path: Path, registered: None) -> None:  # noqa: ARG001
-    environment = nnunet_environment(tmp_path)
+def test_the_whole_way(task: Path, tmp_path: Path, runner: Runner) -> None:
+    project = Project(tmp_path, "Dataset004_Hippocampus", runner)
     for folder in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / folder).mkdir()
-    run_command("nnUNetv2_convert_MSD_dataset", "-i", str(task), "-np", "2", env=environment)
+    project.run("nnUNetv2_convert_MSD_dataset", "-i", str(task), "-np", "2")
     prepare = ["nnUNetv2_plan_and_preprocess", "-d", "4", "-c", "3d_fullres", "--verify_dataset_integrity"]
-    run_command(*prepare, "-np", "2", "-npfp", "2", env=environment)
+    project.run(*prepare, "-np", "2", "-npfp", "2")
     trainer = "nnUNetTrainerE2ENet_smoke"
     for fold in ("0", "1"):
-        run_command("nnUNetv2_train", "4", "3d_fullres", fold, "-tr", trainer, "-device", "cpu", env=environment)
-    model = tmp_path / "nnUNet_results" / "Dataset004_Hippocampus" / f"{trainer}__nnUNetPlans__3d_fullres"
+        project.train(trainer, fold=fold)
+    model = project.model(trainer)
     for fold in (0, 1):
         summary = load_json(str(model / f"fold_{fold}" / "validation" / "summary.json"))
         assert len(summary["metric_per_case"]) == N_TRAINING // 5
@@ -64,16 +65,15 @@ def test_the_whole_way(task: Path, tmp_path: Path, registered: None) -> None:  #
         assert all(int(mask.sum()) == round(0.2 * mask.numel()) for mask in masks)
 
     options = ["-d", "4", "-c", "3d_fullres", "-f", "0", "1", "-tr", trainer, "-device", "cpu", "-npp", "1", "-nps", "1"]
-    raw = tmp_path / "nnUNet_raw" / "Dataset004_Hippocampus"
-    for images, output in ((raw / "imagesTs", tmp_path / "test"), (task.parent / "images", tmp_path / "held_out")):
-        run_command("nnUNetv2_predict", "-i", str(images), "-o", str(output), *options, env=environment)
+    for images, output in ((project.raw / "imagesTs", tmp_path / "test"), (task.parent / "images", tmp_path / "held_out")):
+        project.run("nnUNetv2_predict", "-i", str(images), "-o", str(output), *options)
         for image in images.glob("*.nii.gz"):
             prediction = sitk.ReadImage(str(output / image.name.replace("_0000.nii.gz", ".nii.gz")))
             assert prediction.GetSize() == sitk.ReadImage(str(image)).GetSize()
             assert set(np.unique(sitk.GetArrayFromImage(prediction))) <= {0, 1, 2}
-    description = ["-djfile", str(raw / "dataset.json"), "-pfile", str(model / "plans.json")]
+    description = ["-djfile", str(project.raw / "dataset.json"), "-pfile", str(model / "plans.json")]
     labels, predictions = str(task.parent / "labels"), str(tmp_path / "held_out")
-    run_command("nnUNetv2_evaluate_folder", labels, predictions, *description, env=environment)
+    project.run("nnUNetv2_evaluate_folder", labels, predictions, *description)
     result = load_json(str(tmp_path / "held_out" / "summary.json"))
     assert len(result["metric_per_case"]) == N_HELD_OUT
     assert 0 <= result["foreground_mean"]["Dice"] <= 1

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from integration.commands import Runner
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from support import nnunet_environment, run_command
+from support import nnunet_environment, run_command, run_forked
 from torch import nn
 
 from nnunetv2_e2enet.datasets import write_phantom_dataset
@@ -49,12 +50,12 @@ def plans(project: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def planned(project: Path) -> Path:
+def planned(project: Path, runner: Runner) -> Path:
     environment = nnunet_environment(project)
-    run_command("nnUNetv2_plan_experiment", "-d", "991", env=environment)
-    run_command("e2enet", "plan", "-d", "991", env=environment)
+    run_forked(runner, "nnUNetv2_plan_experiment", "-d", "991", env=environment)
+    run_forked(runner, "e2enet", "plan", "-d", "991", env=environment)
     large = ["-gpu_memory_target", "40", "-overwrite_plans_name", "nnUNetE2ENetPlans_40G"]
-    run_command("e2enet", "plan", "-d", "991", *large, env=environment)
+    run_forked(runner, "e2enet", "plan", "-d", "991", *large, env=environment)
     return project
 
 
@@ -103,10 +104,10 @@ def test_preprocessed_data_are_shared_with_stock_plans(planned: Path) -> None:
     assert ours["configurations"]["3d_lowres"]["data_identifier"] == "nnUNetE2ENetPlans_3d_lowres"  # another spacing
 
 
-def test_registered_planner_gives_the_same_plans(planned: Path, registered: None) -> None:  # noqa: ARG001
+def test_registered_planner_gives_the_same_plans(planned: Path, runner: Runner) -> None:
     before = plans(planned, "nnUNetE2ENetPlans")
     command = ["nnUNetv2_plan_experiment", "-d", "991", "-pl", "nnUNetPlannerE2ENet", "-overwrite_plans_name", "Again"]
-    run_command(*command, env=nnunet_environment(planned))
+    run_forked(runner, *command, env=nnunet_environment(planned))
     again = plans(planned, "Again")
     for configuration in (before["configurations"]["3d_fullres"], again["configurations"]["3d_fullres"]):
         assert configuration["architecture"]["network_class_name"] == "nnunetv2_e2enet.network.E2ENet"

@@ -15,7 +15,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from support import Project, make, run_command, train_epochs, weights
+from support import Project, make, train_epochs, weights
 
 from nnunetv2_e2enet.network import E2ENet, e2enet_features, maskable_layers
 from nnunetv2_e2enet.trainers import e2enet_combined_trainers
@@ -62,7 +62,7 @@ def test_model_folder_describes_the_network(trained: Path) -> None:
 def test_prediction_and_evaluation(project: Project, trained: Path, tmp_path: Path) -> None:
     model = ["-d", "993", "-c", "3d_fullres", "-tr", "nnUNetTrainerE2ENet_smoke", "-device", "cpu", "-npp", "1", "-nps", "1"]
     images, labels = project.raw / "imagesTs", project.raw / "labelsTs"
-    run_command("nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path), *model, "-f", "0", env=project.environment)
+    project.run("nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path), *model, "-f", "0")
     for image in images.glob("*.nii.gz"):
         scan = sitk.ReadImage(str(image))
         prediction = sitk.ReadImage(str(tmp_path / image.name.replace("_0000", "")))
@@ -70,12 +70,12 @@ def test_prediction_and_evaluation(project: Project, trained: Path, tmp_path: Pa
         assert prediction.GetSpacing() == pytest.approx(scan.GetSpacing())
         assert set(np.unique(sitk.GetArrayFromImage(prediction))) <= set(range(5))
     description = ["-djfile", str(trained / "dataset.json"), "-pfile", str(trained / "plans.json")]
-    run_command("nnUNetv2_evaluate_folder", str(labels), str(tmp_path), *description, env=project.environment)
+    project.run("nnUNetv2_evaluate_folder", str(labels), str(tmp_path), *description)
     assert 0 <= load_json(str(tmp_path / "summary.json"))["foreground_mean"]["Dice"] <= 1
 
 
 def test_stock_trainer_trains_the_dense_network_of_e2enet_plans(project: Project) -> None:
-    run_command("e2enet", "plan", "-d", "993", env=project.environment)
+    project.run("e2enet", "plan", "-d", "993")
     plans = project.plans("nnUNetE2ENetPlans")
     arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     arguments["features_per_stage"] = [min(4 * 2**level, 16) for level in range(arguments["n_stages"])]
@@ -116,8 +116,7 @@ def test_bad_plans_end_the_command_with_one_line(project: Project, change: dict[
 @pytest.mark.parametrize("planner", ["nnUNetPlannerResEncM", "ResEncUNetPlanner"])
 def test_resenc_plans_give_their_strides_and_e2enet_its_own_channels(in_process: Project, planner: str) -> None:
     name = f"plans_of_{planner}"
-    command = ["nnUNetv2_plan_experiment", "-d", "993", "-pl", planner, "-overwrite_plans_name", name]
-    run_command(*command, env=in_process.environment)
+    in_process.run("nnUNetv2_plan_experiment", "-d", "993", "-pl", planner, "-overwrite_plans_name", name)
     plans = in_process.plans(name)
     given = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     trainer = make(nnUNetTrainerE2ENet, in_process, plans)
@@ -136,7 +135,7 @@ def test_two_dimensional_configuration(in_process: Project) -> None:
 
 
 def test_channels_of_e2enet_plans_are_kept_and_settings_are_the_trainers(in_process: Project) -> None:
-    run_command("e2enet", "plan", "-d", "993", env=in_process.environment)
+    in_process.run("e2enet", "plan", "-d", "993")
     plans = in_process.plans("nnUNetE2ENetPlans")
     arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     arguments["features_per_stage"] = [5] * arguments["n_stages"]

@@ -16,6 +16,8 @@ class StepError(Exception):
 
 ONE_PROCESS = {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "0"}
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+# glibc gives large tensors back to the system as soon as they are freed, and the system clears the memory for the next ones
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 
 class Runner:
@@ -28,7 +30,7 @@ class Runner:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={**os.environ, **ONE_THREAD, **ONE_PROCESS},
+            env={**os.environ, **ONE_THREAD, **ONE_PROCESS, **KEPT_MEMORY},
             cwd=Path(__file__).parents[1],
         )
         self._answer()
@@ -56,19 +58,23 @@ class Runner:
         Raises:
             StepError: it failed, or ended before it could be killed.
         """
+        code = self.exit_code(log, *command, environment=environment, killed_by=killed_by)
+        expected = -9 if killed_by else 0
+        if code != expected:
+            raise StepError(f"{command[0]} ended with exit code {code}, but {expected} was expected")
+
+    def exit_code(self, log: Path, *command: str | Path, environment: dict[str, str], killed_by: Path | None = None) -> int:
+        """As ``run``, but whatever becomes of the command is for the caller to judge; -9 if it was killed."""
         assert self._process.stdin is not None
         words = [str(word) for word in command]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
             print("$", *words, file=file)
         request = {
-            "command": [str(Path(sys.executable).with_name(words[0])), *words[1:]],
+            "command": [str(Path(sys.executable).parent / words[0]), *words[1:]],
             "environment": {**os.environ, **ONE_THREAD, **ONE_PROCESS, **environment},
             "log": str(log),
             "killed_by": str(killed_by) if killed_by else None,
         }
         print(json.dumps(request), file=self._process.stdin)
-        code = int(self._answer())
-        expected = -9 if killed_by else 0
-        if code != expected:
-            raise StepError(f"{words[0]} ended with exit code {code}, but {expected} was expected")
+        return int(self._answer())

@@ -6,17 +6,21 @@ imported once. nnU-Net is among them: it looks up its folders in the environment
 Requests are lines of JSON on standard input, see ``commands.py``; the answers on standard output are exit codes.
 """
 
+import atexit
+import gc
 import json
 import multiprocessing
 import os
 import runpy
 import signal
 import sys
+import threading
 import time
+import traceback
 from contextlib import suppress
 from multiprocessing import forkserver, util
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 LIBRARIES = (
     *("torch", "torch._dynamo", "scipy.ndimage", "SimpleITK", "matplotlib.pyplot", "pandas", "seaborn", "blosc2", "skimage"),
@@ -30,14 +34,15 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     for name in LIBRARIES:
         __import__(name)
+    gc.freeze()  # collections in the forks leave alone, and thereby do not copy, what is here
     print("ready", file=answers)
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
         if child == 0:
             become(request)
-            return
         print(wait(child, request["killed_by"]), file=answers)
+    os._exit(0)  # see become
 
 
 def wait(child: int, killed_by: str | None) -> int:
@@ -51,7 +56,7 @@ def wait(child: int, killed_by: str | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def become(request: dict[str, Any]) -> None:
+def become(request: dict[str, Any]) -> NoReturn:
     """Turn this process, just forked, into that of a console command."""
     os.setsid()
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -63,7 +68,26 @@ def become(request: dict[str, Any]) -> None:
     multiprocessing.cpu_count = lambda: 1  # nnU-Net takes as many threads; several of these processes work side by side
     share_imports_with_pools()
     sys.argv = request["command"]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    code = exit_code_of(sys.argv[0])
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the end of an interpreter frees all that was imported, piece by piece, which takes a second
+
+
+def exit_code_of(script: str) -> int:
+    """Run a console script as an interpreter does, to what that would end with."""
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001 (the interpreter would print it, too)
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def share_imports_with_pools() -> None:
