@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,8 +199,13 @@ def _rank_test(scope: str, values: Array, higher_is_better: bool) -> RankTest:
 
 def critical_difference(models: int, cases: int) -> float:
     """Nemenyi's, at the 5 % level (Demšar 2006): ``q sqrt(k (k + 1) / (6 N))``, q of the studentised range over root 2."""
-    q = float(stats.studentized_range.ppf(1 - ALPHA, models, np.inf)) / math.sqrt(2)
-    return q * math.sqrt(models * (models + 1) / (6 * cases))
+    return _studentized_range(models) / math.sqrt(2) * math.sqrt(models * (models + 1) / (6 * cases))
+
+
+@lru_cache
+def _studentized_range(models: int) -> float:
+    """Its quantile at the 5 % level, an integral solved for its bound: the same for every metric and class."""
+    return float(stats.studentized_range.ppf(1 - ALPHA, models, np.inf))
 
 
 def trade_off_scores(
