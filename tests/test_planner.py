@@ -10,7 +10,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from integration.commands import Runner
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from support import nnunet_environment, run_command, run_forked
+from support import nnunet_environment, run_forked
 from torch import nn
 
 from nnunetv2_e2enet.datasets import write_phantom_dataset
@@ -139,11 +139,11 @@ def test_bytes_that_stock_nnunet_keeps_per_element_of_its_estimate(
     assert kept / stock.compute_conv_feature_map_size(patch) == pytest.approx(STOCK_BYTES_PER_ELEMENT, rel=0.03)
 
 
-def test_planning_without_a_fingerprint_or_folders_says_so_in_one_line(project: Path) -> None:
-    missing = run_command("e2enet", "plan", "-d", "992", env=nnunet_environment(project), check=False)
+def test_planning_without_a_fingerprint_or_folders_says_so_in_one_line(project: Path, runner: Runner) -> None:
+    missing = run_forked(runner, "e2enet", "plan", "-d", "992", env=nnunet_environment(project), check=False)
     assert missing.returncode == 1
     assert missing.stdout.splitlines()[-1].startswith("e2enet plan: data set 992 cannot be planned: ")
     assert "Traceback" not in missing.stdout
-    unset = run_command("e2enet", "plan", "-d", "991", env={"nnUNet_raw": ""}, check=False)
+    unset = run_forked(runner, "e2enet", "plan", "-d", "991", env={"nnUNet_raw": ""}, check=False)
     assert unset.returncode == 1
     assert "nnUNet_preprocessed is not set" in unset.stdout or "nnUNet_raw is not set" in unset.stdout

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from support import Project, make, run_command, train_epochs
+from support import Project, make, train_epochs
 
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.dsff import HISTORY_FILE
@@ -268,8 +268,7 @@ class Page(HTMLParser):
 
 def test_page_through_the_command(project: Project, trained: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    command = ["e2enet", "topology", str(trained), "--report", str(page), "--json", str(tmp_path / "numbers.json")]
-    result = run_command(*command, env=project.environment)
+    result = project.run("e2enet", "topology", str(trained), "--report", str(page), "--json", str(tmp_path / "numbers.json"))
     assert "Active connections of each node, by direction" in result.stdout
     assert load_json(str(tmp_path / "numbers.json"))["format"] == 1
     text = page.read_text()
