@@ -28,20 +28,37 @@ NNUNET_NAMES = ["-d", "993", "-c", "3d_fullres", "-tr", "nnUNetTrainerE2ENet_smo
 
 
 @pytest.fixture(scope="module")
-def packed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy in results of its own, with random heads: whatever was trained, every label has many components."""
+    results = tmp_path_factory.mktemp("results")
+    folder = results / trained.parent.name / trained.name
+    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("validation"))
+    generator = torch.Generator().manual_seed(0)
+    for path in sorted(folder.glob("fold_*/checkpoint_final.pth")):
+        content = torch.load(path, weights_only=False)
+        for name, value in content["network_weights"].items():
+            if "seg_layers" in name:
+                value.normal_(generator=generator)
+        torch.save(content, path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``e2enet export`` makes of both folds."""
     file = tmp_path_factory.mktemp("packed") / "phantom.e2enet"
-    assert main(["export", str(trained), str(file)]) == 0
+    assert main(["export", str(model), str(file)]) == 0
     return file
 
 
 @pytest.fixture(scope="module")
-def by_nnunet(trained: Path, project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
+def by_nnunet(model: Path, project: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Segmentations and probabilities of nnUNetv2_predict, with mirroring, both folds and the CPU engine."""
     folder = tmp_path_factory.mktemp("by_nnunet")
     files = ["-i", str(project.raw / "imagesTs"), "-o", str(folder)]
     options = [*SEQUENTIAL, *NNUNET_NAMES, "-f", "0", "1", "--save_probabilities"]
-    run_command("nnUNetv2_predict", *files, *options, env={**project.environment, "nnUNet_e2enet_engine": "on"})
+    folders = {**project.environment, "nnUNet_results": str(model.parents[1])}
+    run_command("nnUNetv2_predict", *files, *options, env={**folders, "nnUNet_e2enet_engine": "on"})
     return folder
 
 
@@ -188,8 +205,8 @@ def test_file_is_as_small_as_its_active_weights(project: Project, tmp_path: Path
     assert size < 1.05 * 4 * active
 
 
-def test_the_same_model_is_the_same_file(packed: Path, trained: Path, tmp_path: Path) -> None:
-    write_packed(tmp_path / "again.e2enet", pack_model(trained))
+def test_the_same_model_is_the_same_file(packed: Path, model: Path, tmp_path: Path) -> None:
+    write_packed(tmp_path / "again.e2enet", pack_model(model))
     assert (tmp_path / "again.e2enet").read_bytes() == packed.read_bytes()
 
 
@@ -225,27 +242,15 @@ def test_info_says_what_a_file_holds(packed: Path, capsys: pytest.CaptureFixture
 # ---- postprocessing ------------------------------------------------------------------------------------------------------
 
 
-def speckle(model: Path) -> None:
-    """Random heads: whatever was trained, every label has many components."""
-    generator = torch.Generator().manual_seed(0)
-    for path in sorted(model.glob("fold_*/checkpoint_final.pth")):
-        content = torch.load(path, weights_only=False)
-        for name, value in content["network_weights"].items():
-            if "seg_layers" in name:
-                value.normal_(generator=generator)
-        torch.save(content, path)
-
-
 @pytest.mark.usefixtures("alone")
 def test_postprocessing_found_by_nnunet_travels(
-    trained: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = Path(shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns("validation")))
-    speckle(model)
     found = {
         "postprocessing_fns": ["remove_all_but_largest_component_from_segmentation"] * 2,
         "postprocessing_kwargs": [{"labels_or_regions": [1, 2, 3, 4]}, {"labels_or_regions": 2}],
     }
+    model = Path(shutil.copytree(model, tmp_path / "model"))
     (model / "crossval_results_folds_0_1").mkdir()
     (model / "crossval_results_folds_0_1" / "postprocessing.json").write_text(json.dumps(found))
     file = tmp_path / "model.e2enet"
