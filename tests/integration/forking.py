@@ -22,6 +22,7 @@ from multiprocessing import forkserver, util
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
 LIBRARIES = (
@@ -80,6 +81,7 @@ def become(request: dict[str, Any]) -> NoReturn:
     os.environ.clear()
     os.environ.update(request["environment"])
     multiprocessing.cpu_count = lambda: 1  # nnU-Net takes as many threads; several of these processes work side by side
+    np.random.seed()  # noqa: NPY002 (nnU-Net draws from it; as in a process of its own, from the system's entropy)
     share_imports_with_pools()
     sys.argv = request["command"]
     code = exit_code_of(sys.argv[0])
