@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for tests/test_kernels.py; before anything imports Triton, which reads it then
 
 from integration.commands import Runner
-from support import Project
+from support import Project, run_command
 
 from nnunetv2_e2enet.registration import find_nnunet, is_registered, register, unregister
 
@@ -51,7 +51,8 @@ def runner(registered: None) -> Iterator[Runner]:  # noqa: ARG001
 def project(tmp_path_factory: pytest.TempPathFactory, runner: Runner) -> Project:
     project = Project(tmp_path_factory.mktemp("nnunet"), runner=runner)
     project.run("e2enet", "phantom", "993", "--cases", "6", "--test-cases", "2")
-    project.run("nnUNetv2_plan_and_preprocess", "-d", "993", "-c", "2d", "3d_fullres", "-np", "2", "-npfp", "2")
+    cores = ["-np", "2", "-npfp", "2"]
+    run_command("nnUNetv2_plan_and_preprocess", "-d", "993", "-c", "2d", "3d_fullres", *cores, env=project.environment)
     # fewer slices a batch than nnU-Net would take, for the sake of two cores
     plans = project.plans()
     plans["configurations"]["2d"]["batch_size"] = 4
