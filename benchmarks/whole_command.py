@@ -1,4 +1,4 @@
-"""Wall time and memory of `nnUNetv2_predict -device cpu`: E2ENet with the engine on and off, and stock nnU-Net.
+"""Wall time and memory of `nnUNetv2_predict -device cpu`: stock nnU-Net, E2ENet with the engine on and off.
 
     python benchmarks/whole_command.py --task path/to/Task04_Hippocampus    # real scans of the Medical Segmentation Decathlon
     python benchmarks/whole_command.py                                       # a phantom whose patch is 64 x 160 x 160
@@ -29,8 +29,9 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_e2enet.engine import ENGINE_VARIABLE, STORAGE_VARIABLE
+
 DATASET, NUMBER, CONFIGURATION, PLANS = "Dataset991_Benchmark", "991", "3d_fullres", "nnUNetPlans"
-ENGINE_VARIABLE = "nnUNet_e2enet_engine"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
@@ -38,13 +39,15 @@ FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 class Variant:
     name: str
     trainer: str
-    engine: str
+    engine: str = "on"
+    storage: str = "float32"
 
 
 VARIANTS = (
-    Variant("stock nnU-Net", "nnUNetTrainer", "on"),
-    Variant("E2ENet, engine on", "nnUNetTrainerE2ENet", "on"),
-    Variant("E2ENet, engine off", "nnUNetTrainerE2ENet", "off"),
+    Variant("stock nnU-Net", "nnUNetTrainer"),
+    Variant("E2ENet, engine on", "nnUNetTrainerE2ENet"),
+    Variant("E2ENet, engine off", "nnUNetTrainerE2ENet", engine="off"),
+    Variant("E2ENet, engine on, maps in bfloat16", "nnUNetTrainerE2ENet", storage="bfloat16"),
 )
 
 
@@ -141,7 +144,8 @@ def memory_of_tree(process: int) -> int:
 
 
 def measure(folder: Path, variant: Variant, options: list[str], measured: Measured) -> None:
-    environment = {**os.environ, **{name: str(folder / name) for name in FOLDERS}, ENGINE_VARIABLE: variant.engine}
+    environment = {**os.environ, **{name: str(folder / name) for name in FOLDERS}}
+    environment |= {ENGINE_VARIABLE: variant.engine, STORAGE_VARIABLE: variant.storage}
     images, output = folder / "nnUNet_raw" / DATASET / "imagesTs", folder / "predictions" / variant.name
     arguments = ["-i", str(images), "-o", str(output), "-d", NUMBER, "-c", CONFIGURATION, "-f", "0", "-tr", variant.trainer]
     arguments += ["-device", "cpu", "-npp", "1", "-nps", "1", *options]
@@ -180,7 +184,7 @@ def main() -> None:
     parser.add_argument("--mirrors", action="store_true", help="test-time augmentation, as nnU-Net does unless told otherwise")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     arguments = parser.parse_args()
-    variants = VARIANTS[:2] if arguments.without_engine_off else VARIANTS
+    variants = [v for v in VARIANTS if v.engine == "on" or not arguments.without_engine_off]
     options = [] if arguments.mirrors else ["--disable_tta"]
     results = {variant.name: Measured() for variant in variants}
     with tempfile.TemporaryDirectory() as temporary:
@@ -193,10 +197,11 @@ def main() -> None:
                 measure(folder, variant, options, measured)
                 print(f"{variant.name}: {measured.seconds[-1]:.1f} s, {measured.all_processes[-1]:.2f} GiB", flush=True)
     print(f"{images} scans, patch {' x '.join(map(str, patch))}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"median (least-most)\n{'':18}  {'seconds':17}  {'GiB, largest process':20}  GiB, all")
+    width = max(map(len, results))
+    print(f"median (least-most)\n{'':{width}}  {'seconds':17}  {'GiB, largest process':20}  GiB, all")
     for name, measured in results.items():
         memory = [spread(measured.largest_process, 2), spread(measured.all_processes, 2)]
-        print(f"{name:18}  {spread(measured.seconds, 1):17}  {memory[0]:20}  {memory[1]}")
+        print(f"{name:{width}}  {spread(measured.seconds, 1):17}  {memory[0]:20}  {memory[1]}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({name: asdict(measured) for name, measured in results.items()}, indent=1))
 

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_e2enet import engine
+from nnunetv2_e2enet.engine.automatic import session_of
 from nnunetv2_e2enet.engine.core import Core, load_core
 from nnunetv2_e2enet.engine.fingerprint import Fingerprint
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.network.blocks import ShiftBlock
+from nnunetv2_e2enet.network.fusion import FusionNode
 
 KERNELS = [name for name in engine.KERNELS if not isinstance(engine.load_core(name), str)]
 needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core was not built")
@@ -156,6 +159,96 @@ def test_every_kind_of_kernel(
 ) -> None:
     monkeypatch.setenv(engine.KERNELS_VARIABLE, kernels)
     assert_same_logits(make_network(strides, deep_supervision=True), torch.randn(2, 1, *size))
+
+
+class RoundedNorm(nn.Module):
+    """Instance norm of a map that is stored in bfloat16: its statistics are those of the map before."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x.flatten(2), dim=2, correction=0)
+        scale = self.norm.weight / torch.sqrt(variance + self.norm.eps)
+        offset = self.norm.bias - mean * scale
+        over_voxels = (*scale.shape, *[1] * (x.dim() - 2))
+        return x.bfloat16().to(x.dtype) * scale.reshape(over_voxels) + offset.reshape(over_voxels)
+
+
+def with_rounded_maps(network: E2ENet) -> E2ENet:
+    """The same in double precision, but for its image, conv outputs and upsampled maps, which are rounded to bfloat16."""
+    rounded = copy.deepcopy(network).double()
+    rounded.register_forward_pre_hook(lambda _, x: (x[0].bfloat16().double(),))
+    for module in list(rounded.modules()):
+        if isinstance(module, ShiftBlock):
+            module.norm = RoundedNorm(module.norm)
+            if module.conv.bias is not None:
+                nn.init.zeros_(module.conv.bias)  # which the norm removes, and the engine never adds
+        if isinstance(module, FusionNode):
+            module.upsample.register_forward_hook(lambda _module, _inputs, x: x.bfloat16().double())
+    return rounded
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+BFLOAT16_KERNELS = [name for name in engine.KERNELS if not isinstance(engine.load_core(name, "bfloat16"), str)]
+
+
+@needs_core
+@pytest.mark.parametrize("kernels", BFLOAT16_KERNELS)
+@pytest.mark.parametrize(
+    ("strides", "size"),
+    [
+        ([[1, 1, 1], [1, 2, 2], [2, 2, 2]], (6, 36, 28)),
+        ([[1, 1, 1], [2, 1, 2], [1, 2, 1], [2, 2, 2]], (12, 20, 28)),
+        ([[1, 1, 1], [3, 3, 3], [1, 1, 1]], (9, 27, 33)),
+        ([[1, 1], [2, 2], [2, 2]], (40, 300)),
+    ],
+)
+def test_maps_in_bfloat16_are_rounded_and_nothing_else(
+    strides: list[list[int]], size: tuple[int, ...], kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(engine.KERNELS_VARIABLE, kernels)
+    monkeypatch.setenv(engine.STORAGE_VARIABLE, "bfloat16")
+    network, x = make_network(strides, deep_supervision=True), torch.randn(2, 1, *size)
+    ours, exact = both_ways(network, x)
+    with torch.inference_mode():
+        rounded = with_rounded_maps(network)(x.double())
+    for a, b, c in zip(ours, rounded, exact, strict=True):
+        assert rms(b - c) > 2e-3 * rms(c)
+        assert rms(a - b) < 0.5 * rms(
+            b - c
+        )  # a last bit of difference before rounding is now and then one of a pixel after it
+
+
+@needs_core
+@pytest.mark.parametrize("kernels", BFLOAT16_KERNELS)
+def test_storage_in_bfloat16_is_opt_in_and_half_as_large(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(engine.KERNELS_VARIABLE, kernels)
+    network, x = make_network(), torch.randn(1, 1, 16, 64, 64)
+    x[0, 0, 3, 5, 7:9] = torch.tensor([torch.finfo(torch.float32).max, 1e-42])  # rounds to infinity; next to nothing
+    bytes_of, logits = {}, {}
+    for storage in ("", "bfloat16", "float32"):
+        monkeypatch.setenv(engine.STORAGE_VARIABLE, storage)
+        for kind, image in {
+            "finite": x.clamp(-9, 9),
+            "overflow": x,
+            "not a number": x.masked_fill(x == x[0, 0, 0, 0, 0], torch.nan),
+        }.items():
+            with torch.inference_mode():
+                logits[storage, kind] = network(image)
+        bytes_of[storage] = sum(program.n_bytes for program in session_of(network).idle_programs())
+    assert engine.status().storage == "float32"
+    assert torch.equal(logits["", "finite"], logits["float32", "finite"])
+    difference = rms(logits["bfloat16", "finite"] - logits["", "finite"]) / rms(logits["", "finite"])
+    assert 1e-3 < difference < 5e-2
+    assert logits["bfloat16", "not a number"].isnan().all()
+    assert logits["bfloat16", "overflow"].isnan().all()
+    assert bytes_of[""] == bytes_of["float32"]
+    assert bytes_of["bfloat16"] < 0.8 * bytes_of["float32"]  # of which the scratch memory of each thread stays float32
 
 
 @needs_core
@@ -354,7 +447,7 @@ def test_segmentations_of_real_scans_are_the_same(
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     whole_command = importlib.import_module("whole_command")
     whole_command.prepare(tmp_path / "nnunet", task)
-    on, off = whole_command.VARIANTS[1:]
+    on, off = whole_command.VARIANTS[1:3]
     for variant in (on, off):
         whole_command.measure(
             tmp_path / "nnunet", variant, ["--save_probabilities", "--disable_tta"], whole_command.Measured()
@@ -403,6 +496,10 @@ def test_unknown_settings_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(engine.ENGINE_VARIABLE, "")
     monkeypatch.setenv(engine.KERNELS_VARIABLE, "mmx")
     with pytest.raises(E2ENetError, match="mmx"):
+        engine.status()
+    monkeypatch.setenv(engine.KERNELS_VARIABLE, "")
+    monkeypatch.setenv(engine.STORAGE_VARIABLE, "float16")
+    with pytest.raises(E2ENetError, match="use one of float32, bfloat16"):
         engine.status()
 
 
@@ -460,8 +557,10 @@ def test_counters_see_pytorchs_operations() -> None:
 
 
 @needs_core
-def test_check_mode_compares_the_first_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("storage", engine.STORAGES)
+def test_check_mode_compares_the_first_patch(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(engine.ENGINE_VARIABLE, "check")
+    monkeypatch.setenv(engine.STORAGE_VARIABLE, storage)
     network, x = make_network(deep_supervision=True), torch.randn(1, 1, 8, 32, 32)
     assert uses_engine(network, x)
     calls = []

@@ -5,7 +5,7 @@ An E2ENet in eval mode, on the CPU, with gradients off, uses the engine by itsel
 """
 
 from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, disabled, mode, predicts
-from nnunetv2_e2enet.engine.core import KERNELS, KERNELS_VARIABLE, load_core
+from nnunetv2_e2enet.engine.core import KERNELS, KERNELS_VARIABLE, STORAGE_VARIABLE, STORAGES, load_core
 from nnunetv2_e2enet.engine.counts import executed_macs
 from nnunetv2_e2enet.engine.status import Status, peak_flops, profile, release, status, why_pytorch
 
@@ -13,6 +13,8 @@ __all__ = [
     "ENGINE_VARIABLE",
     "KERNELS",
     "KERNELS_VARIABLE",
+    "STORAGES",
+    "STORAGE_VARIABLE",
     "Status",
     "accelerate",
     "disabled",

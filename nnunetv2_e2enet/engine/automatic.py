@@ -24,7 +24,7 @@ from nnunetv2_e2enet.network.e2enet import E2ENet
 ENGINE_VARIABLE = "nnUNet_e2enet_engine"
 MODES = ("auto", "on", "off", "check")
 LEAST_WORK = 2e9  # multiply-accumulates of the dense network a patch; below, in mode "auto", there is little to save
-TOLERANCE = 1e-3  # of the largest logit, in mode "check"
+TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-1}  # of the largest logit, in mode "check", by how maps are stored
 IDLE_PROGRAMS = 2  # kept for the next patch; more are made while more threads predict at once
 
 _local = threading.local()
@@ -200,7 +200,7 @@ def accelerate(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
         return None
     logits = _run(session, plan, network, x)
     if mode() == "check" and not plan.checked:
-        _check(network, x, logits)
+        _check(network, x, logits, TOLERANCES[core.storage])
         plan.checked = True
     return logits if network.decoder.deep_supervision else logits[0]
 
@@ -220,13 +220,13 @@ def _run(session: Session, plan: Plan, network: E2ENet, x: Tensor) -> list[Tenso
     return logits
 
 
-def _check(network: E2ENet, x: Tensor, logits: list[Tensor]) -> None:
+def _check(network: E2ENet, x: Tensor, logits: list[Tensor], tolerance: float) -> None:
     with disabled():
         expected = network(x)
     expected = expected if isinstance(expected, list) else [expected]
     for level, (ours, theirs) in enumerate(zip(logits, expected, strict=True)):
         difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-        if not difference <= TOLERANCE * largest:
+        if not difference <= tolerance * largest:
             raise E2ENetError(
                 f"the engine's logits of level {level} differ from PyTorch's by {difference:.3g}, the largest logit is "
                 f"{largest:.3g}: set {ENGINE_VARIABLE}=off and report this with the output of `e2enet info`"

@@ -18,9 +18,11 @@ from nnunetv2_e2enet.errors import E2ENetError
 
 KERNELS = ("avx512", "avx2", "generic")
 KERNELS_VARIABLE = "nnUNet_e2enet_engine_kernels"
+STORAGES = {"float32": 4, "bfloat16": 2}  # bytes of a pixel
+STORAGE_VARIABLE = "nnUNet_e2enet_engine_storage"
 TIMERS = ("input transform", "products", "output transform", "upsampling", "strided convs", "pooling", "heads")
 
-_ABI = 2
+_ABI = 3
 _FLOATS = POINTER(c_float)
 _INTS = POINTER(c_int32)
 
@@ -131,14 +133,20 @@ class Core:
 
     Attributes:
         kernels: "avx512", "avx2" or "generic".
+        storage: "float32" or "bfloat16": how feature maps are stored; everything is computed in float32.
         path: of the library.
     """
 
-    def __init__(self, library: ctypes.CDLL, path: Path, kernels: str, handle: int) -> None:
+    def __init__(self, library: ctypes.CDLL, path: Path, kernels: str, storage: str, handle: int) -> None:
         self.kernels = kernels
+        self.storage = storage
         self.path = path
         self._library = library
         self._handle = c_void_p(handle)
+
+    @property
+    def pixel_bytes(self) -> int:
+        return STORAGES[self.storage]
 
     def scratch_floats(self, job: Job, threads: int) -> int:
         """Floats of scratch memory that ``run`` needs for this job with this number of threads."""
@@ -160,7 +168,7 @@ class Core:
         self._library.e2e_head(self._handle, ctypes.byref(job), logits, scratch, threads)
 
     def import_image(self, image: int, target: Map, threads: int) -> None:
-        self._library.e2e_import(image, ctypes.byref(target), threads)
+        self._library.e2e_import(self._handle, image, ctypes.byref(target), threads)
 
     def peak_flops(self, threads: int) -> float:
         """Floating-point operations a second in a loop of multiply-adds, at best of a few tries."""
@@ -184,12 +192,12 @@ class Core:
 def _declare(library: ctypes.CDLL) -> None:
     pointer = c_void_p
     signatures: dict[str, tuple[type | None, list[type]]] = {
-        "e2e_kernels": (pointer, [ctypes.c_char_p]),
+        "e2e_kernels": (pointer, [ctypes.c_char_p, ctypes.c_int]),
         "e2e_conv": (c_int64, [pointer, pointer, pointer, ctypes.c_int]),
         "e2e_strided": (c_int64, [pointer, pointer, pointer, ctypes.c_int]),
         "e2e_head": (c_int64, [pointer, pointer, pointer, pointer, ctypes.c_int]),
         "e2e_pool": (None, [pointer, pointer, ctypes.c_int]),
-        "e2e_import": (None, [pointer, pointer, ctypes.c_int]),
+        "e2e_import": (None, [pointer, pointer, pointer, ctypes.c_int]),
         "e2e_checksum": (ctypes.c_uint64, [pointer, c_int64, ctypes.c_int]),
         "e2e_multiply_add_only": (c_int64, [pointer, c_int64, ctypes.c_int]),
         "e2e_sample": (ctypes.c_uint64, [pointer, pointer, c_int64]),
@@ -225,29 +233,33 @@ def _library() -> tuple[ctypes.CDLL, Path] | str:
     return library, path
 
 
-@lru_cache(maxsize=len(KERNELS) + 1)
-def _core(kernels: str) -> Core | str:
+@lru_cache(maxsize=len(STORAGES) * (len(KERNELS) + 1))
+def _core(kernels: str, storage: str) -> Core | str:
     found = _library()
     if isinstance(found, str):
         return found
     library, path = found
     for name in (kernels,) if kernels else KERNELS:
-        handle = library.e2e_kernels(name.encode())
+        handle = library.e2e_kernels(name.encode(), storage == "bfloat16")
         if handle:
-            return Core(library, path, name, handle)
-    return f"this CPU or this build has no {kernels or 'usable'} kernels"
+            return Core(library, path, name, storage, handle)
+    return f"this CPU or this build has no {kernels or 'usable'} kernels for maps in {storage}"
 
 
-def load_core(kernels: str | None = None) -> Core | str:
+def load_core(kernels: str | None = None, storage: str | None = None) -> Core | str:
     """The core with the best kernels for this CPU, or with those asked for; a sentence saying why not, if there is none.
 
     Args:
         kernels: one of ``KERNELS``; the environment variable ``nnUNet_e2enet_engine_kernels`` otherwise.
+        storage: one of ``STORAGES``; the environment variable ``nnUNet_e2enet_engine_storage`` otherwise.
 
     Raises:
-        E2ENetError: no such kernels.
+        E2ENetError: no such kernels or storage.
     """
     wanted = os.environ.get(KERNELS_VARIABLE, "") if kernels is None else kernels
     if wanted and wanted not in KERNELS:
         raise E2ENetError(f"{KERNELS_VARIABLE} is {wanted!r}: use one of {', '.join(KERNELS)}, or nothing for the best")
-    return _core(wanted)
+    stored = (os.environ.get(STORAGE_VARIABLE, "") or "float32") if storage is None else storage
+    if stored not in STORAGES:
+        raise E2ENetError(f"{STORAGE_VARIABLE} is {stored!r}: use one of {', '.join(STORAGES)}")
+    return _core(wanted, stored)

@@ -13,17 +13,17 @@ from nnunetv2_e2enet.engine.core import Grid, Map
 TILE = 4
 LINE = 16  # floats in a cache line
 CHUNK = 64  # tiles
-CHANNEL_FLOATS = CHUNK * TILE * TILE  # in a chunk
-HALVED_FLOATS = CHUNK * 4  # the same of a map whose tiles were pooled to 2 x 2 pixels
+CHANNEL_PIXELS = CHUNK * TILE * TILE  # in a chunk
+HALVED_PIXELS = CHUNK * 4  # the same of a map whose tiles were pooled to 2 x 2 pixels
 
 Floats = NDArray[np.float32]
 
 
-def make_grid(depth: int, height: int, width: int, channel_floats: int) -> Grid:
-    """The tiles of a map whose channels have so many floats in a chunk, all together."""
+def make_grid(depth: int, height: int, width: int, channel_pixels: int) -> Grid:
+    """The tiles of a map whose channels have so many pixels in a chunk, all together."""
     tiles_y, tiles_x = -(-height // TILE), -(-width // TILE)
     in_slice = tiles_y * tiles_x
-    return Grid(depth, height, width, tiles_y, tiles_x, in_slice, depth * in_slice, channel_floats)
+    return Grid(depth, height, width, tiles_y, tiles_x, in_slice, depth * in_slice, channel_pixels)
 
 
 def aligned(floats: int) -> Floats:
@@ -36,22 +36,23 @@ def aligned(floats: int) -> Floats:
 class Buffer:
     """Memory of a map, with room around it: kernels read whole vectors and neighbouring tiles, then mask them."""
 
-    def __init__(self, channels: int, size: Sequence[int], halved: bool = False) -> None:
+    def __init__(self, channels: int, size: Sequence[int], pixel_bytes: int, halved: bool = False) -> None:
         depth, height, width = size
         self.channels = channels
-        self.grid = make_grid(depth, height, width, channels * (HALVED_FLOATS if halved else CHANNEL_FLOATS))
+        self.grid = make_grid(depth, height, width, channels * (HALVED_PIXELS if halved else CHANNEL_PIXELS))
         guard = -(-(self.grid.tiles_x + 2 * LINE) // CHUNK)
         chunks = -(-self.grid.tiles // CHUNK)
-        self._floats = aligned((chunks + 2 * guard) * self.grid.chunk)
-        self._first = guard * self.grid.chunk
+        chunk_bytes = self.grid.chunk * pixel_bytes
+        self._memory = aligned((chunks + 2 * guard) * chunk_bytes // np.float32().itemsize)
+        self._first = guard * chunk_bytes
 
     @property
     def n_bytes(self) -> int:
-        return self._floats.nbytes
+        return self._memory.nbytes
 
     @property
     def address(self) -> int:
-        return self._floats.ctypes.data + self._first * self._floats.itemsize
+        return self._memory.ctypes.data + self._first
 
 
 class StoredNorm:

@@ -22,18 +22,23 @@ class Workspace:
     Reused by all nodes of a level and all patches of a size.
     """
 
-    def __init__(self, weights: PackedWeights, patch_size: Sequence[int]) -> None:
+    def __init__(self, weights: PackedWeights, patch_size: Sequence[int], pixel_bytes: int) -> None:
         size = [1] * (3 - len(patch_size)) + list(patch_size)
         sizes = []
         for stride in weights.strides:
             size = [s // t for s, t in zip(size, stride, strict=True)]
             sizes.append(size)
         features = weights.features
-        self.image = Buffer(weights.input_channels, sizes[0])
-        self.maps = [(Buffer(n, size), Buffer(n, size)) for n, size in zip(features, sizes, strict=True)]
-        self.pooled = [Buffer(n, size) for n, size in zip(features, sizes[1:-1], strict=False)]
+        self.image = Buffer(weights.input_channels, sizes[0], pixel_bytes)
+        self.maps = [
+            (Buffer(n, size, pixel_bytes), Buffer(n, size, pixel_bytes)) for n, size in zip(features, sizes, strict=True)
+        ]
+        self.pooled = [Buffer(n, size, pixel_bytes) for n, size in zip(features, sizes[1:-1], strict=False)]
         halves = [stride[1:] == (2, 2) for stride in weights.strides[1:-1]]
-        self.halved = [Buffer(n, size, True) if h else None for n, size, h in zip(features, sizes, halves, strict=False)]
+        self.halved = [
+            Buffer(n, size, pixel_bytes, halved=True) if half else None
+            for n, size, half in zip(features, sizes, halves, strict=False)
+        ]
         self.scratch = aligned(0)
 
     @property
@@ -56,7 +61,7 @@ class Program:
     def __init__(self, weights: PackedWeights, patch_size: Sequence[int], core: Core) -> None:
         self.patch_size = tuple(patch_size)
         self.weights = weights
-        self.workspace = Workspace(weights, patch_size)
+        self.workspace = Workspace(weights, patch_size, core.pixel_bytes)
         self.seconds = np.zeros(len(abi.TIMERS))
         self._core = core
         self._threads = 0

@@ -18,8 +18,9 @@ class Status:
 
     Attributes:
         used: whether it does, for networks that it supports.
-        mode: "auto", "off" or "check".
+        mode: "auto", "on", "off" or "check".
         kernels: "avx512", "avx2" or "generic"; None without a compiled core.
+        storage: of feature maps, "float32" or "bfloat16"; None without a compiled core.
         library: the compiled core; None without one.
         reason: one line for people.
     """
@@ -27,6 +28,7 @@ class Status:
     used: bool
     mode: str
     kernels: str | None
+    storage: str | None
     library: Path | None
     reason: str
 
@@ -39,11 +41,12 @@ def status() -> Status:
     """
     core, setting = load_core(), mode()
     if not isinstance(core, Core):
-        return Status(False, setting, None, None, f"CPU prediction uses PyTorch: {core}")
+        return Status(False, setting, None, None, None, f"CPU prediction uses PyTorch: {core}")
     if setting == "off":
         reason = f"CPU prediction uses PyTorch: {ENGINE_VARIABLE} switches the engine off"
-        return Status(False, setting, core.kernels, core.path, reason)
-    return Status(True, setting, core.kernels, core.path, f"CPU prediction uses the sparse engine with {core.kernels} kernels")
+        return Status(False, setting, core.kernels, core.storage, core.path, reason)
+    reason = f"CPU prediction uses the sparse engine with {core.kernels} kernels and maps in {core.storage}"
+    return Status(True, setting, core.kernels, core.storage, core.path, reason)
 
 
 def peak_flops(threads: int) -> float:

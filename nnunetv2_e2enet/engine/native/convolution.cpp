@@ -6,10 +6,10 @@
 namespace e2e {
 namespace {
 
-constexpr int64_t kUpsampledFloats = 3 << 20;  // of an upward flow to hold at a time, at least one round of slices
+constexpr int64_t kUpsampledBytes = 12 << 20;  // of an upward flow to hold at a time, at least one round of slices
 constexpr int64_t kPrivateFloats = 3 << 19;    // of transformed tiles up to which each thread works on blocks of its own
 constexpr int64_t kSharedFloats = 3 << 20;     // of transformed tiles that threads hold together otherwise
-constexpr int64_t kStreamFloats = 8 << 20;     // a map that will not stay in any cache is written past them
+constexpr int64_t kStreamBytes = 32 << 20;     // a map that will not stay in any cache is written past them
 
 int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
 
@@ -28,9 +28,10 @@ struct Schedule {
         up_floats = up_scratch = 0;
         if (job.upward >= 0) {
             const int64_t whole = kCacheLine / gcd(grid.slice, kCacheLine);  // slices until rounds start on a vector
-            const int64_t fit = kUpsampledFloats / (job.upsample.outputs * kPhases * grid.slice);
+            const int64_t fit = kUpsampledBytes / (job.upsample.outputs * kPhases * grid.slice * kernels.pixel_bytes);
             slices = std::min<int64_t>(grid.depth, std::max<int64_t>(whole, fit / whole * whole));
-            up_floats = (divide_up(slices * grid.slice, kChunk) + 2 * guard_chunks(grid)) * kChannel * job.upsample.outputs;
+            const int64_t chunks = divide_up(slices * grid.slice, kChunk) + 2 * guard_chunks(grid);
+            up_floats = divide_up(chunks * kChannel * job.upsample.outputs * kernels.pixel_bytes, sizeof(float));
             up_scratch = upsample_scratch(kernels, job.upsample);
         }
         const int64_t total = divide_up(slices * grid.slice, kernels.lanes);
@@ -47,7 +48,7 @@ struct Schedule {
     }
 };
 
-std::vector<Channel> describe_channels(const ConvJob& job) {
+std::vector<Channel> describe_channels(const Kernels& kernels, const ConvJob& job) {
     std::vector<Channel> channels;
     channels.reserve(static_cast<size_t>(job.weights.inputs));
     for (int flow = 0; flow < job.n_flows; ++flow) {
@@ -60,7 +61,7 @@ std::vector<Channel> describe_channels(const ConvJob& job) {
             channel.slope = 1.0f;
             channel.scale = 1.0f;
             if (flow != job.upward) {
-                channel.data = channel_of(map, c);
+                channel.data = channel_of(kernels, map, c);
                 channel.chunk = map.grid.chunk;
                 channel.move = -moved * slice;
                 channel.scale = scale_of(map, c);
@@ -80,7 +81,7 @@ class Convolution {
         const Grid& grid = job.out.grid;
         for (int flow = 0; flow < job.upward; ++flow) first_up_ += job.flows[flow].channels;
         halved_ = {job.halved, job.norm.gamma, kHalvedChannel * job.out.channels};
-        stream_ = job.out.channels * kPhases * grid.tiles > kStreamFloats;
+        stream_ = job.out.channels * kPhases * grid.tiles * kernels.pixel_bytes > kStreamBytes;
     }
 
     int64_t reserve(float* base) {
@@ -98,7 +99,7 @@ class Convolution {
 
     void run() {
         std::vector<Statistics> statistics(static_cast<size_t>(threads_ * job_.out.channels), Statistics{});
-        const std::vector<Channel> described = describe_channels(job_);
+        const std::vector<Channel> described = describe_channels(kernels_, job_);
         #pragma omp parallel num_threads(threads_)
         {
             const int thread = omp_get_thread_num(), team = omp_get_num_threads();
@@ -127,9 +128,9 @@ class Convolution {
     void upsample(Channel* channels, int64_t first, int64_t last, int thread, int team) {
         const Grid& grid = job_.out.grid;
         const int64_t chunk = int64_t{kChannel} * job_.upsample.outputs;
-        const UpsampleTarget target{up_ + guard_chunks(grid) * chunk, chunk, first, last};
+        const UpsampleTarget target{at(kernels_, up_, guard_chunks(grid) * chunk), chunk, first, last};
         for (int32_t c = 0; c < job_.upsample.outputs; ++c) {
-            channels[c].data = target.data + c * kChannel;
+            channels[c].data = at(kernels_, target.data, c * kChannel);
             channels[c].chunk = chunk;
             channels[c].move = -first * grid.slice;
         }
@@ -208,8 +209,7 @@ class Convolution {
                 const int64_t at = vector + b * schedule_.vectors;
                 kernels_.output_transform(m_of(b), schedule_.m_pitch, static_cast<int>(outputs.first),
                                           static_cast<int>(outputs.last), grid, at * kernels_.lanes, vectors_at(at, end),
-                                          job_.out.data, halved_, stream_,
-                                      own);
+                                          job_.out.data, halved_, stream_, own);
             }
             #pragma omp barrier
             watch.lap(kOutput);

@@ -3,15 +3,23 @@
 
 #include <cstdint>
 
+// Kernels and their namespace have another name for maps in bfloat16.
+#ifdef E2E_BFLOAT16
+#define E2E_VARIANT(name) name##_bfloat16
+#else
+#define E2E_VARIANT(name) name
+#endif
+
 namespace e2e {
 
 // A plane is cut into tiles of 4 x 4 pixels, numbered in the order (slice, tile row, tile column). A map is stored in chunks
-// of 64 tiles; a chunk holds one channel after the other, and of each 64 floats for each of the 16 positions in the tile
+// of 64 tiles; a chunk holds one channel after the other, and of each 64 pixels for each of the 16 positions in the tile
 // (phase = 4 * row + column). So a vector of tiles is a vector load, and a block of tiles is one long read for all channels.
+// Pixels are stored as floats, or as bfloat16, which is the upper half of a float; everything is computed in float.
 constexpr int kTile = 4;
 constexpr int kPhases = 16;
 constexpr int kChunk = 64;
-constexpr int kChannel = kPhases * kChunk;  // floats of a channel in a chunk
+constexpr int kChannel = kPhases * kChunk;  // pixels of a channel in a chunk
 constexpr int kHalvedChannel = 4 * kChunk;   // the same of a map whose tiles were pooled to 2 x 2 pixels
 constexpr int kPoints = 36;     // of the 6 x 6 transformed tile of Winograd's F(4 x 4, 3 x 3)
 constexpr int kMaxVectors = 5;  // vectors of tiles in a block
@@ -22,8 +30,15 @@ struct Grid {
     int32_t tiles_y, tiles_x;
     int64_t slice;  // tiles of one slice
     int64_t tiles;  // of all slices
-    int64_t chunk;  // floats from one chunk to the next
+    int64_t chunk;  // pixels from one chunk to the next
 };
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+// Where pixels lie, of whatever type they are stored in; kernels know it, and places are counted in pixels.
+using Pixels = void;
 
 // Where phase 0 of a tile of channel 0 lies; also for tiles before the first.
 inline __attribute__((always_inline)) int64_t place(int64_t tile, int64_t chunk) {
@@ -33,7 +48,7 @@ inline __attribute__((always_inline)) int64_t place(int64_t tile, int64_t chunk)
 // One input channel of a convolution, its depth shift applied: tile f of the output's grid reads tile f + move of `data` for
 // lo <= f < hi, and zeros elsewhere. The producer's norm is value * scale + offset.
 struct Channel {
-    const float* data;
+    const Pixels* data;
     int64_t chunk;
     int64_t move;
     int64_t lo, hi;
@@ -50,7 +65,7 @@ struct Statistics {
 
 // Where to keep each tile pooled to 2 x 2 pixels; nowhere if `data` is null.
 struct Halved {
-    float* data;
+    Pixels* data;
     const float* gamma;  // its sign says whether the largest raw value or the smallest is the largest after the norm
     int64_t chunk;
 };
@@ -63,7 +78,7 @@ struct SparseRows {
     int32_t rows;
 };
 
-// Tiles that lie beside each other in a row of a grid and in one chunk, and where they go, both in floats.
+// Tiles that lie beside each other in a row of a grid and in one chunk, and where they go.
 struct Span {
     int64_t from;  // of the first; nowhere if negative: zeros
     int64_t to;
@@ -83,13 +98,14 @@ struct UpsampleTask {
     const float* weight;     // [connection][sub]
     int ways, subs;
     int first_row, last_row;
-    float* out[4];  // of each sub
+    Pixels* out[4];  // of each sub
     const Piece* pieces;
     const int* first_piece;  // of each vector of fine tiles, and the number of pieces
 };
 
 struct Kernels {
     int lanes;
+    int pixel_bytes;
     // V[point][channel][tile of the block] = transformed input
     void (*input_transform)(const Channel* channels, int n, const Grid& grid, int64_t first, int vectors, float* v,
                             int64_t v_pitch);
@@ -100,22 +116,22 @@ struct Kernels {
                           int outputs, float* m, int vectors);
     // Pixels of output maps from M[point][output][tile], and their statistics. `stream`: past the caches.
     void (*output_transform)(const float* m, int64_t m_pitch, int first_output, int last_output, const Grid& grid,
-                             int64_t first, int vectors, float* out, const Halved& halved, bool stream,
+                             int64_t first, int vectors, Pixels* out, const Halved& halved, bool stream,
                              Statistics* statistics);
     // Pixels of one phase that were computed directly, and their statistics.
-    void (*store_phase)(const float* m, int outputs, const Grid& grid, int64_t first, int vectors, int phase, float* out,
+    void (*store_phase)(const float* m, int outputs, const Grid& grid, int64_t first, int vectors, int phase, Pixels* out,
                         Statistics* statistics);
     int upsample_tiles;  // in a block of coarse tiles
     // pixels[phase * pitch + tile] = activated pixels of a block of tiles
-    void (*activate_block)(const float* tiles, float scale, float offset, float slope, float* pixels, int64_t pitch);
+    void (*activate_block)(const Pixels* tiles, float scale, float offset, float slope, float* pixels, int64_t pitch);
     // out[sub][output * kChannel + tile] = sum over connections of weight[connection][sub] * pixels[index][tile]
     void (*upsample_product)(const UpsampleTask& task, const SparseRows& rows);
     // out[to + k] = activated in[from + k * stride]
-    void (*gather)(const float* in, const Span* spans, int64_t n, int stride, float scale, float offset, float slope,
+    void (*gather)(const Pixels* in, const Span* spans, int64_t n, int stride, float scale, float offset, float slope,
                    float* out);
     // out[to + k] = largest (or smallest) of in[from + k * stride], in[further[...] + k * stride] ...
-    void (*pool)(const float* in, const Span* spans, int64_t n, const int64_t* further, int n_further, int stride, bool largest,
-                 float* out);
+    void (*pool)(const Pixels* in, const Span* spans, int64_t n, const int64_t* further, int n_further, int stride, bool largest,
+                 Pixels* out);
     // Nothing but multiply-adds, as many as the CPU can do; returns how many of one float it did.
     int64_t (*multiply_add_only)(int64_t rounds);
     // out[4 * k + i] = in[i][k]
@@ -123,7 +139,10 @@ struct Kernels {
 };
 
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bfloat16();
 const Kernels* kernels_avx2();
+const Kernels* kernels_avx2_bfloat16();
 const Kernels* kernels_generic();
+const Kernels* kernels_generic_bfloat16();
 
 }  // namespace e2e

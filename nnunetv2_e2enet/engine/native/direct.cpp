@@ -38,7 +38,7 @@ class Window {
         for (int64_t c = first_channel; c < last_channel; ++c) {
             if (c == first_channel || job_.shift[c] != job_.shift[c - 1]) plan(segments, job_.shift[c], job_.in.channels * tiles);
             if (c + 1 < last_channel) prefetch_channel(segments, c + 1);
-            kernels_.gather(channel_of(job_.in, c), spans_.data(), static_cast<int64_t>(spans_.size()), job_.stride[2],
+            kernels_.gather(channel_of(kernels_, job_.in, c), spans_.data(), static_cast<int64_t>(spans_.size()), job_.stride[2],
                             scale_of(job_.in, c), offset_of(job_.in, c), slope_of(job_.in), window + c * tiles);
         }
     }
@@ -85,7 +85,7 @@ class Window {
             const int64_t tile = d * fine.slice + s.row * job_.stride[1] * fine.tiles_x + s.column * job_.stride[2];
             const int64_t end = tile + (job_.stride[1] - 1) * fine.tiles_x + s.count * job_.stride[2];
             for (int64_t t = tile & ~int64_t{kChunk - 1}; t < std::min(end, fine.tiles); t += kChunk)
-                prefetch_chunk(channel_of(job_.in, c), fine.chunk, t);
+                prefetch_chunk(kernels_, channel_of(kernels_, job_.in, c), fine.chunk, t);
         }
     }
 
@@ -174,7 +174,7 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
             for (int64_t q = 0; q < kPhases; ++q)
                 spans[q] = {place(first, grid.chunk) + q * kChunk, q * inputs * tiles, static_cast<int32_t>(count)};
             for (int64_t c = 0; c < inputs; ++c)
-                kernels.gather(channel_of(job.in, c), spans, kPhases, 1, scale_of(job.in, c), offset_of(job.in, c),
+                kernels.gather(channel_of(kernels, job.in, c), spans, kPhases, 1, scale_of(job.in, c), offset_of(job.in, c),
                                slope_of(job.in), in + c * tiles);
             for (int q = 0; q < kPhases; ++q) {
                 const float* bases[1] = {in + q * inputs * tiles};

@@ -19,6 +19,38 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
+// A place in a map, counted in pixels.
+inline Pixels* at(const Kernels& kernels, Pixels* pixels, int64_t place) {
+    return static_cast<char*>(pixels) + place * kernels.pixel_bytes;
+}
+
+inline float widen(BFloat16 pixel) {
+    const uint32_t bits = uint32_t{pixel.bits} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline BFloat16 narrow(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = value != value ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
+    return {static_cast<uint16_t>(rounded >> 16)};
+}
+
+// One pixel at a time, where time does not matter.
+inline float load_pixel(const Kernels& kernels, Pixels* pixels, int64_t place) {
+    if (kernels.pixel_bytes == sizeof(float)) return static_cast<const float*>(pixels)[place];
+    return widen(static_cast<const BFloat16*>(pixels)[place]);
+}
+inline void store_pixel(const Kernels& kernels, Pixels* pixels, int64_t place, float value) {
+    if (kernels.pixel_bytes == sizeof(float)) {
+        static_cast<float*>(pixels)[place] = value;
+    } else {
+        static_cast<BFloat16*>(pixels)[place] = narrow(value);
+    }
+}
+
 // Chunks around a map: kernels read whole vectors and neighbouring tiles, then mask them.
 inline int64_t guard_chunks(const Grid& grid) { return divide_up(grid.tiles_x + 2 * kCacheLine, kChunk); }
 
@@ -94,27 +126,24 @@ inline void finish_norm(const Norm& norm, const std::vector<Statistics>& statist
     }
 }
 
-inline __attribute__((always_inline)) void prefetch(const float* p, int64_t floats) {
-    for (int64_t i = 0; i < floats; i += kCacheLine) __builtin_prefetch(p + i, 0, 3);
-}
-
 // The chunk that a tile lies in, line by line: scattered reads alone would wait for memory each.
-inline __attribute__((always_inline)) void prefetch_chunk(const float* channel, int64_t chunk, int64_t tile) {
-    prefetch(channel + place(tile & ~int64_t{kChunk - 1}, chunk), kChannel);
+inline __attribute__((always_inline)) void prefetch_chunk(const Kernels& kernels, Pixels* channel, int64_t chunk, int64_t tile) {
+    const char* first = static_cast<char*>(at(kernels, channel, place(tile & ~int64_t{kChunk - 1}, chunk)));
+    for (int64_t i = 0; i < kChannel * kernels.pixel_bytes; i += 64) __builtin_prefetch(first + i, 0, 3);
 }
 
 inline float scale_of(const Map& map, int64_t c) { return map.scale ? map.scale[c] : 1.0f; }
 inline float offset_of(const Map& map, int64_t c) { return map.offset ? map.offset[c] : 0.0f; }
 inline float slope_of(const Map& map) { return map.scale ? map.slope : 1.0f; }
-inline float* channel_of(const Map& map, int64_t c) { return map.data + c * kChannel; }
+inline Pixels* channel_of(const Kernels& kernels, const Map& map, int64_t c) { return at(kernels, map.data, c * kChannel); }
 
 // How many of the tiles tile, tile + stride, ... lie in the chunk of the first.
 inline int64_t tiles_in_chunk(int64_t tile, int64_t stride) { return (kChunk - 1 - (tile & (kChunk - 1))) / stride + 1; }
 
 // The upward flow of some output slices, written where the convolution reads it.
 struct UpsampleTarget {
-    float* data;     // tile 0 is the first of first_slice
-    int64_t chunk;   // floats from one chunk to the next
+    Pixels* data;    // tile 0 is the first of first_slice
+    int64_t chunk;   // pixels from one chunk to the next
     int64_t first_slice, last_slice;
 };
 int64_t upsample_scratch(const Kernels& kernels, const Upsample& job);
@@ -126,6 +155,6 @@ int64_t run_conv(const Kernels& kernels, const ConvJob& job, float* scratch, int
 int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratch, int threads);
 int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, float* scratch, int threads);
 void run_pool(const Kernels& kernels, const PoolJob& job, int threads);
-void run_import(const float* image, const Map& out, int threads);
+void run_import(const Kernels& kernels, const float* image, const Map& out, int threads);
 
 }  // namespace e2e

@@ -10,7 +10,7 @@ namespace e2e {
 
 // A feature map in phase planes. scale and offset are the norm still to be applied, one number a channel; null: none is.
 struct Map {
-    float* data;
+    Pixels* data;
     int64_t channels;
     Grid grid;
     const float* scale;
@@ -61,7 +61,7 @@ struct ConvJob {
     WinogradWeights weights;
     Norm norm;
     Map out;
-    float* halved;    // null, or memory for `out` with its tiles pooled to 2 x 2 pixels
+    Pixels* halved;   // null, or memory for `out` with its tiles pooled to 2 x 2 pixels
     double* seconds;  // null, or kTimers numbers that time is added to
 };
 

@@ -5,8 +5,8 @@
 #pragma once
 
 #include "core.h"
+#include "pixel.h"
 #include "rows.h"
-#include "vec.h"
 #include "winograd.h"
 
 namespace E2E_NAMESPACE {
@@ -17,6 +17,7 @@ using e2e::kDenseRows;
 using e2e::kMaxVectors;
 using e2e::kPhases;
 using e2e::kPoints;
+using e2e::Pixels;
 using e2e::SparseRows;
 using e2e::Statistics;
 
@@ -111,14 +112,15 @@ static void dense_product(const float* const* v, int taps, int inputs, const flo
 constexpr int kUpsampleVectors = E2E_ISA == 512 ? 2 : 1;  // of coarse tiles in a block
 constexpr int kUpsampleTiles = kUpsampleVectors * kLanes;
 
-static void activate_block(const float* tiles, float scale, float offset, float slope, float* pixels, int64_t pitch) {
+static void activate_block(const Pixels* tiles, float scale, float offset, float slope, float* pixels, int64_t pitch) {
+    const Pixel* in = static_cast<const Pixel*>(tiles);
     const Vec a = splat(scale), b = splat(offset), s = splat(slope);
     for (int q = 0; q < kPhases; ++q)
         for (int i = 0; i < kUpsampleTiles; i += kLanes)
-            store(pixels + q * pitch + i, activate(load(tiles + q * e2e::kChunk + i), a, b, s));
+            store(pixels + q * pitch + i, activate(load(in + q * e2e::kChunk + i), a, b, s));
 }
 
-static inline void store_pieces(const e2e::UpsampleTask& task, int vector, Vec fine, float* out) {
+static inline void store_pieces(const e2e::UpsampleTask& task, int vector, Vec fine, Pixel* out) {
     for (const e2e::Piece* p = task.pieces + task.first_piece[vector]; p < task.pieces + task.first_piece[vector + 1]; ++p)
         store_lanes(out + p->offset, fine, p->lanes);
 }
@@ -149,8 +151,9 @@ static void upsample_rows(const e2e::UpsampleTask& task, const SparseRows& rows)
             #pragma GCC unroll 2
             for (int i = 0; i < N; ++i) {
                 const Vec a = sums[s][0][i], b = sums[s][Ways - 1][i];
-                store_pieces(task, Ways * i, Ways == 2 ? interleave_low(a, b) : a, task.out[s] + at);
-                if (Ways == 2) store_pieces(task, Ways * i + 1, interleave_high(a, b), task.out[s] + at);
+                Pixel* out = static_cast<Pixel*>(task.out[s]) + at;
+                store_pieces(task, Ways * i, Ways == 2 ? interleave_low(a, b) : a, out);
+                if (Ways == 2) store_pieces(task, Ways * i + 1, interleave_high(a, b), out);
             }
         }
     }
@@ -180,9 +183,9 @@ static int64_t multiply_add_only(int64_t rounds) {
 }
 
 static const e2e::Kernels kTable = {
-    kLanes,         input_transform, sparse_product,   dense_product, output_transform, store_phase,
-    kUpsampleTiles, activate_block,  upsample_product, gather,        pool,             multiply_add_only,
-    pixels_row,
+    kLanes,      sizeof(Pixel), input_transform, sparse_product,   dense_product, output_transform,
+    store_phase, kUpsampleTiles, activate_block,  upsample_product, gather,        pool,
+    multiply_add_only, pixels_row,
 };
 
 }  // namespace E2E_NAMESPACE

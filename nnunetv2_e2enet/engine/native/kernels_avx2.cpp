@@ -9,7 +9,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
-#define E2E_NAMESPACE e2e_avx2
+#define E2E_NAMESPACE E2E_VARIANT(e2e_avx2)
 #define E2E_ISA 256
 #include "kernels.h"
 #if defined(__clang__)
@@ -17,7 +17,7 @@
 #else
 #pragma GCC pop_options
 #endif
-const e2e::Kernels* e2e::kernels_avx2() { return &e2e_avx2::kTable; }
+const e2e::Kernels* e2e::E2E_VARIANT(kernels_avx2)() { return &E2E_NAMESPACE::kTable; }
 #else
-const e2e::Kernels* e2e::kernels_avx2() { return nullptr; }
+const e2e::Kernels* e2e::E2E_VARIANT(kernels_avx2)() { return nullptr; }
 #endif

@@ -1,15 +1,20 @@
-// The kernels for AVX-512 (F, DQ, BW, VL); nothing where the compiler does not know it.
+// The kernels for AVX-512 (F, DQ, BW, VL, and BF16 where maps are stored in it); nothing where the compiler does not know it.
 #include "core.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cstring>
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
-#else
+#if !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
+#ifdef E2E_BFLOAT16
+#pragma GCC target("avx512bf16")
 #endif
-#define E2E_NAMESPACE e2e_avx512
+#elif defined(E2E_BFLOAT16)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma"))), apply_to = function)
+#else
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
+#endif
+#define E2E_NAMESPACE E2E_VARIANT(e2e_avx512)
 #define E2E_ISA 512
 #include "kernels.h"
 #if defined(__clang__)
@@ -17,7 +22,7 @@
 #else
 #pragma GCC pop_options
 #endif
-const e2e::Kernels* e2e::kernels_avx512() { return &e2e_avx512::kTable; }
+const e2e::Kernels* e2e::E2E_VARIANT(kernels_avx512)() { return &E2E_NAMESPACE::kTable; }
 #else
-const e2e::Kernels* e2e::kernels_avx512() { return nullptr; }
+const e2e::Kernels* e2e::E2E_VARIANT(kernels_avx512)() { return nullptr; }
 #endif

@@ -37,10 +37,10 @@ class Upsampler {
     // The block of coarse tiles from `first` on, activated.
     void load(int64_t first) {
         const Map& coarse = job_.coarse;
-        const int64_t at = place(first, coarse.grid.chunk);
+        const int64_t there = place(first, coarse.grid.chunk);
         for (int64_t c = 0; c < coarse.channels; ++c)
-            kernels_.activate_block(channel_of(coarse, c) + at, scale_of(coarse, c), offset_of(coarse, c), slope_of(coarse),
-                                    pixels_ + c * kernels_.upsample_tiles, pitch_);
+            kernels_.activate_block(at(kernels_, coarse.data, c * kChannel + there), scale_of(coarse, c), offset_of(coarse, c),
+                                    slope_of(coarse), pixels_ + c * kernels_.upsample_tiles, pitch_);
         rows_.clear();
         const int64_t end = std::min<int64_t>(first + kernels_.upsample_tiles, coarse.grid.tiles);
         for (int64_t tile = first; tile < end;) {
@@ -76,7 +76,7 @@ class Upsampler {
         task.first_row = group.first;
         task.last_row = group.last;
         for (int s = 0; s < task.subs; ++s)
-            task.out[s] = target_.data + ((sh * row + s / sw) % kTile * kTile + sw * column + s % sw) * kChunk;
+            task.out[s] = at(kernels_, target_.data, ((sh * row + s / sw) % kTile * kTile + sw * column + s % sw) * kChunk);
         task.pieces = pieces_.data();
         task.first_piece = first_piece_.data();
         kernels_.upsample_product(task, {job_.start, job_.output, job_.index, job_.outputs});
@@ -117,8 +117,9 @@ class Upsampler {
 };
 
 // Other strides: pixel by pixel.
-void upsample_plainly(const Upsample& job, const Grid& fine, int64_t slice, const Group& group, const UpsampleTarget& target) {
-    const int64_t at = (slice + group.shift - target.first_slice) * fine.slice;
+void upsample_plainly(const Kernels& kernels, const Upsample& job, const Grid& fine, int64_t slice, const Group& group,
+                      const UpsampleTarget& target) {
+    const int64_t first = (slice + group.shift - target.first_slice) * fine.slice;
     const int sd = job.stride[0], sh = job.stride[1], sw = job.stride[2];
     const Map& coarse = job.coarse;
     const float slope = slope_of(coarse);
@@ -134,10 +135,11 @@ void upsample_plainly(const Upsample& job, const Grid& fine, int64_t slice, cons
             float total = 0;
             for (int32_t k = job.start[o]; k < job.start[o + 1]; ++k) {
                 const int64_t c = job.index[k];
-                const float value = channel_of(coarse, c)[from] * scale_of(coarse, c) + offset_of(coarse, c);
+                const float pixel = load_pixel(kernels, coarse.data, c * kChannel + from);
+                const float value = pixel * scale_of(coarse, c) + offset_of(coarse, c);
                 total += job.weight[sub + int64_t{k} * sh * sw] * std::max(value, value * slope);
             }
-            target.data[o * kChannel + place(at + t, target.chunk) + phase * kChunk] = total;
+            store_pixel(kernels, target.data, o * kChannel + place(first + t, target.chunk) + phase * kChunk, total);
         }
     }
 }
@@ -162,7 +164,7 @@ void upsample_slices(const Kernels& kernels, const Upsample& job, const Grid& fi
         for (int64_t slice = begin + share.first; slice < begin + share.last; ++slice)
             for (const Group& group : groups)
                 if (slice + group.shift >= target.first_slice && slice + group.shift < target.last_slice)
-                    upsample_plainly(job, fine, slice, group, target);
+                    upsample_plainly(kernels, job, fine, slice, group, target);
         return;
     }
     Upsampler upsampler(kernels, job, fine, target, scratch);
@@ -189,8 +191,9 @@ class Pooling {
     void chunk(int64_t index) {
         plan(index * kChunk);
         for (int64_t c = 0; c < job_.in.channels; ++c)
-            kernels_.pool(job_.in.data + c * channel_, spans_.data(), static_cast<int64_t>(spans_.size()), places_.data(),
-                          further_, sw_, job_.gamma[c] >= 0, channel_of(job_.out, c) + index * job_.out.grid.chunk);
+            kernels_.pool(at(kernels_, job_.in.data, c * channel_), spans_.data(), static_cast<int64_t>(spans_.size()),
+                          places_.data(), further_, sw_, job_.gamma[c] >= 0,
+                          at(kernels_, job_.out.data, c * kChannel + index * job_.out.grid.chunk));
     }
 
   private:
@@ -223,10 +226,10 @@ class Pooling {
                 const int64_t x = sw_ * (kTile * (column + k) + q % kTile) + in_plane % sw_;
                 const int64_t tile = (sd_ * slice + a) * fine.slice + y / kTile * fine.tiles_x + x / kTile;
                 const int64_t phase = job_.halved ? y % kTile / 2 * 2 + x % kTile / 2 : y % kTile * kTile + x % kTile;
-                const int64_t at = place(tile, fine.chunk) + phase * kChunk;
+                const int64_t there = place(tile, fine.chunk) + phase * kChunk;
                 n = std::min(n, tiles_in_chunk(tile, sw_));
-                if (i == 0) from = at;
-                if (i > 0) places_.push_back(at);
+                if (i == 0) from = there;
+                if (i > 0) places_.push_back(there);
             }
             spans_.push_back({from, q * kChunk + lane + k, static_cast<int32_t>(n)});
         }
@@ -254,16 +257,16 @@ void run_pool(const Kernels& kernels, const PoolJob& job, int threads) {
     }
 }
 
-void run_import(const float* image, const Map& out, int threads) {
+void run_import(const Kernels& kernels, const float* image, const Map& out, int threads) {
     const Grid& grid = out.grid;
     const int64_t rows = int64_t{grid.depth} * grid.height;
     #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t item = 0; item < out.channels * rows; ++item) {
         const int64_t c = item / rows, d = item % rows / grid.height, y = item % grid.height;
         const float* in = image + item * grid.width;
-        float* to = channel_of(out, c) + y % kTile * kTile * kChunk;
-        const int64_t tile = d * grid.slice + y / kTile * grid.tiles_x;
-        for (int64_t x = 0; x < grid.width; ++x) to[place(tile + x / kTile, grid.chunk) + x % kTile * kChunk] = in[x];
+        const int64_t tile = d * grid.slice + y / kTile * grid.tiles_x, row = c * kChannel + y % kTile * kTile * kChunk;
+        for (int64_t x = 0; x < grid.width; ++x)
+            store_pixel(kernels, out.data, row + place(tile + x / kTile, grid.chunk) + x % kTile * kChunk, in[x]);
     }
 }
 

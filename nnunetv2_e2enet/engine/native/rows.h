@@ -2,21 +2,21 @@
 #pragma once
 
 #include "core.h"
-#include "vec.h"
+#include "pixel.h"
 
 namespace E2E_NAMESPACE {
 
 // p[0], p[stride], ...: whole vectors are read, memory around maps allows it.
-static inline Vec load_strided(const float* p, int stride) {
+static inline Vec load_strided(const Pixel* p, int stride) {
     if (stride == 1) return load(p);
     if (stride == 2) return even_lanes(load(p), load(p + kLanes));
-    float lanes[kLanes];
+    Pixel lanes[kLanes];
     for (int k = 0; k < kLanes; ++k) lanes[k] = p[k * stride];
     return load(lanes);
 }
 
 template <int Stride>  // 0: any
-static inline void gather_strided(const float* in, const e2e::Span* spans, int64_t n, int stride, float scale, float offset,
+static inline void gather_strided(const Pixel* in, const e2e::Span* spans, int64_t n, int stride, float scale, float offset,
                                   float slope, float* out) {
     const Vec a = splat(scale), b = splat(offset), s = splat(slope);
     for (int64_t i = 0; i < n; ++i) {
@@ -29,16 +29,17 @@ static inline void gather_strided(const float* in, const e2e::Span* spans, int64
     }
 }
 
-static void gather(const float* in, const e2e::Span* spans, int64_t n, int stride, float scale, float offset, float slope,
-                   float* out) {
+static void gather(const e2e::Pixels* pixels, const e2e::Span* spans, int64_t n, int stride, float scale, float offset,
+                   float slope, float* out) {
+    const Pixel* in = static_cast<const Pixel*>(pixels);
     if (stride == 1) return gather_strided<1>(in, spans, n, stride, scale, offset, slope, out);
     if (stride == 2) return gather_strided<2>(in, spans, n, stride, scale, offset, slope, out);
     gather_strided<0>(in, spans, n, stride, scale, offset, slope, out);
 }
 
 template <int Stride>  // 0: any
-static inline void pool_strided(const float* in, const e2e::Span* spans, int64_t n, const int64_t* further, int n_further,
-                                int stride, bool largest, float* out) {
+static inline void pool_strided(const Pixel* in, const e2e::Span* spans, int64_t n, const int64_t* further, int n_further,
+                                int stride, bool largest, Pixel* out) {
     const int step = Stride ? Stride : stride;
     for (int64_t i = 0; i < n; ++i, further += n_further) {
         const e2e::Span& span = spans[i];
@@ -50,8 +51,10 @@ static inline void pool_strided(const float* in, const e2e::Span* spans, int64_t
     }
 }
 
-static void pool(const float* in, const e2e::Span* spans, int64_t n, const int64_t* further, int n_further, int stride,
-                 bool largest, float* out) {
+static void pool(const e2e::Pixels* pixels, const e2e::Span* spans, int64_t n, const int64_t* further, int n_further,
+                 int stride, bool largest, e2e::Pixels* pooled) {
+    const Pixel* in = static_cast<const Pixel*>(pixels);
+    Pixel* out = static_cast<Pixel*>(pooled);
     if (stride == 1) return pool_strided<1>(in, spans, n, further, n_further, stride, largest, out);
     if (stride == 2) return pool_strided<2>(in, spans, n, further, n_further, stride, largest, out);
     pool_strided<0>(in, spans, n, further, n_further, stride, largest, out);

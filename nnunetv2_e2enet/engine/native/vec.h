@@ -19,7 +19,7 @@ using Mask = __mmask16;
 
 static inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-static inline void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
+static inline void stream_line(void* to, const void* from) { _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from)); }
 static inline Vec splat(float a) { return _mm512_set1_ps(a); }
 static inline Vec load_four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }  // again and again
 template <int K>
@@ -33,7 +33,6 @@ static inline Mask mask_of(uint32_t bits) { return static_cast<Mask>(bits); }
 static inline Vec keep(Mask m, Vec v) { return _mm512_maskz_mov_ps(m, v); }
 static inline Vec load_where(Mask m, const float* p) { return _mm512_maskz_loadu_ps(m, p); }
 static inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
-static inline Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(mask_of((1u << n) - 1), p); }
 static inline void store_first(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, mask_of((1u << n) - 1), v); }
 static inline void store_lanes(float* p, Vec v, uint32_t lanes) { _mm512_mask_storeu_ps(p, mask_of(lanes), v); }
 // a0 b0 a1 b1 ...: of the first half of the lanes, and of the second.
@@ -59,7 +58,12 @@ using Mask = __m256;
 
 static inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-static inline void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
+static inline void stream_line(void* to, const void* from) {
+    const __m256i a = _mm256_loadu_si256(static_cast<const __m256i*>(from));
+    const __m256i b = _mm256_loadu_si256(static_cast<const __m256i*>(from) + 1);
+    _mm256_stream_si256(static_cast<__m256i*>(to), a);
+    _mm256_stream_si256(static_cast<__m256i*>(to) + 1, b);
+}
 static inline Vec splat(float a) { return _mm256_set1_ps(a); }
 static inline Vec load_four(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
 template <int K>
@@ -78,7 +82,6 @@ static inline Vec load_where(Mask m, const float* p) { return keep(m, load(p)); 
 static inline __m256i first_lanes(int64_t n) {
     return _mm256_castps_si256(mask_of((1u << n) - 1));
 }
-static inline Vec load_first(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
 static inline void store_first(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
 static inline void store_lanes(float* p, Vec v, uint32_t lanes) { _mm256_maskstore_ps(p, _mm256_castps_si256(mask_of(lanes)), v); }
 static inline Vec interleave_low(Vec a, Vec b) {
@@ -109,7 +112,7 @@ static inline Vec load(const float* p) {
     return v;
 }
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-static inline void stream(float* p, Vec v) { store(p, v); }
+static inline void stream_line(void* to, const void* from) { std::memcpy(to, from, 64); }
 static inline Vec splat(float a) { return Vec{a, a, a, a}; }
 static inline Vec load_four(const float* p) { return load(p); }
 template <int K>
@@ -133,11 +136,6 @@ static inline Vec keep(Mask m, Vec v) {
 }
 static inline Vec load_where(Mask m, const float* p) { return keep(m, load(p)); }
 static inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
-static inline Vec load_first(const float* p, int64_t n) {
-    Vec v = {0, 0, 0, 0};
-    std::memcpy(&v, p, sizeof(float) * static_cast<size_t>(n));
-    return v;
-}
 static inline void store_first(float* p, Vec v, int64_t n) { std::memcpy(p, &v, sizeof(float) * static_cast<size_t>(n)); }
 static inline void store_lanes(float* p, Vec v, uint32_t lanes) {
     for (int i = 0; i < kLanes; ++i)
@@ -149,18 +147,10 @@ static inline Vec even_lanes(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]};
 
 #endif
 
-// Up to a vector of floats; n may be any number of at least 1.
-static inline Vec load_up_to(const float* p, int64_t n) { return n >= kLanes ? load(p) : load_first(p, n); }
-static inline void store_up_to(float* p, Vec v, int64_t n) {
-    if (n >= kLanes) {
-        store(p, v);
-    } else {
-        store_first(p, v, n);
-    }
-}
-
-static inline __attribute__((always_inline)) void prefetch(const float* p, int64_t floats) {
-    for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(p + i, 0, 3);
+template <typename T>
+static inline __attribute__((always_inline)) void prefetch(const T* p, int64_t n) {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t i = 0; i < n; i += line) __builtin_prefetch(p + i, 0, 3);
 }
 
 static inline Vec better(Vec a, Vec b, bool largest) { return largest ? larger(a, b) : smaller(a, b); }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core.h"
-#include "vec.h"
+#include "pixel.h"
 
 namespace E2E_NAMESPACE {
 
@@ -128,7 +128,7 @@ class Reach {
         const Vec scale = splat(channel.scale), offset = splat(channel.offset), slope = splat(channel.slope);
         for (int i = 0; i < counts_[g]; ++i) {
             const Source& s = sources_[g][i];
-            const float* from = channel.data + s.place;
+            const Pixel* from = static_cast<const Pixel*>(channel.data) + s.place;
             const auto put = [&](int row, int column, Vec pixel) { store(&rows[row - First][column][i * kLanes], pixel); };
             const auto get = [&](int row, int column) {
                 const Vec raw = load(from + (row * e2e::kTile + column) * e2e::kChunk);
@@ -219,8 +219,8 @@ static inline __attribute__((always_inline)) void prefetch_ahead(const e2e::Chan
     const int64_t tile = first + channel.move + chunks_ahead * e2e::kChunk;
     if (tile - channel.move + e2e::kChunk <= channel.lo || tile - channel.move >= channel.hi) return;
     const int64_t lane = tile & (e2e::kChunk - 1);
-    prefetch(channel.data + e2e::place(tile - lane, channel.chunk) + (lane + part * kLanes) * e2e::kPhases,
-             kLanes * e2e::kPhases);
+    const Pixel* chunk = static_cast<const Pixel*>(channel.data) + e2e::place(tile - lane, channel.chunk);
+    prefetch(chunk + (lane + part * kLanes) * e2e::kPhases, kLanes * e2e::kPhases);
 }
 
 constexpr int kSoon = 4;  // channels between asking for memory and reading it
@@ -272,7 +272,7 @@ static inline void start_statistics(e2e::Statistics& s, const float* pixel) {
     s.center = *pixel;
 }
 
-static inline void store_halved(const Vec y[4][4], bool largest, float* to) {
+static inline void store_halved(const Vec y[4][4], bool largest, Pixel* to) {
     for (int q = 0; q < 4; ++q) {
         const Vec *above = y[q / 2 * 2] + q % 2 * 2, *below = y[q / 2 * 2 + 1] + q % 2 * 2;
         const Vec best = better(better(above[0], above[1], largest), better(below[0], below[1], largest), largest);
@@ -281,7 +281,7 @@ static inline void store_halved(const Vec y[4][4], bool largest, float* to) {
 }
 
 static void output_transform(const float* m, int64_t m_pitch, int first_output, int last_output, const e2e::Grid& grid,
-                             int64_t first, int vectors, float* out, const e2e::Halved& halved, bool bypass,
+                             int64_t first, int vectors, e2e::Pixels* out, const e2e::Halved& halved, bool bypass,
                              e2e::Statistics* statistics) {
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
     uint32_t bits[e2e::kMaxVectors][e2e::kPhases];
@@ -296,8 +296,10 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
             count += __builtin_popcount(bits[i][q]);
         }
     }
+    alignas(64) Pixel block[e2e::kPhases][e2e::kMaxVectors * kLanes];
     for (int o = first_output; o < last_output; ++o) {
         e2e::Statistics& s = statistics[o];
+        Pixel* channel = static_cast<Pixel*>(out) + o * e2e::kChannel;
         Vec total = zero(), square = zero(), center = zero();
         for (int i = 0; i < vectors; ++i) {
             const float* at = m + o * tiles + i * kLanes;
@@ -317,28 +319,31 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
             }
             if (halved.data)
                 store_halved(y, halved.gamma[o] >= 0,
-                             halved.data + o * e2e::kHalvedChannel + e2e::place(first + i * kLanes, halved.chunk));
-            float* target = out + o * e2e::kChannel + e2e::place(first + i * kLanes, grid.chunk);
+                             static_cast<Pixel*>(halved.data) + o * e2e::kHalvedChannel +
+                                 e2e::place(first + i * kLanes, halved.chunk));
+            Pixel* target = channel + e2e::place(first + i * kLanes, grid.chunk);
             for (int q = 0; q < e2e::kPhases; ++q) {
                 const Vec pixel = y[q / 4][q % 4];
                 Vec difference = pixel - center;
                 if (!whole[i]) difference = keep(mask_of(bits[i][q]), difference);
                 total = total + difference;
                 square = fma(difference, difference, square);
-                if (bypass) {
-                    stream(target + q * e2e::kChunk, pixel);
+                if (bypass && kVectorIsLine) {
+                    stream_line(target + q * e2e::kChunk, &pixel);
                 } else {
-                    store(target + q * e2e::kChunk, pixel);
+                    store(bypass ? block[q] + i * kLanes : target + q * e2e::kChunk, pixel);
                 }
             }
         }
+        if (bypass && !kVectorIsLine)
+            for (int q = 0; q < e2e::kPhases; ++q) stream_phase(block[q], first, vectors, channel + q * e2e::kChunk, grid.chunk);
         s.sum += sum(total);
         s.square += sum(square);
         s.count += count;
     }
 }
 
-static void store_phase(const float* m, int outputs, const e2e::Grid& grid, int64_t first, int vectors, int phase, float* out,
+static void store_phase(const float* m, int outputs, const e2e::Grid& grid, int64_t first, int vectors, int phase, e2e::Pixels* out,
                         e2e::Statistics* statistics) {
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
     Mask masks[e2e::kMaxVectors];
@@ -352,7 +357,7 @@ static void store_phase(const float* m, int outputs, const e2e::Grid& grid, int6
     for (int o = 0; o < outputs; ++o) {
         e2e::Statistics& s = statistics[o];
         const float* at = m + o * tiles;
-        float* target = out + o * e2e::kChannel + phase * e2e::kChunk;
+        Pixel* target = static_cast<Pixel*>(out) + o * e2e::kChannel + phase * e2e::kChunk;
         start_statistics(s, at);
         const Vec center = splat(s.center);
         Vec total = zero(), square = zero();
