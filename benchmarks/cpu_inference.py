@@ -8,8 +8,8 @@ Parts:
     targets   the AMOS plan, 64 x 160 x 160, 16 classes, float32: against stock nnU-Net in PyTorch and OpenVINO; arithmetic a
               second against the machine's peak; where the time goes
     small     the Hippocampus patch, and 32 x 32 x 32
-    bfloat16  OpenVINO's bfloat16 beside the engine with maps in float32 and in bfloat16, and how far the logits of each are from
-              PyTorch's in float32
+    bfloat16  OpenVINO's bfloat16 beside the engine with maps in float32 and in bfloat16, and how far the logits of each are
+              from PyTorch's in float32
     sparsity  the engine as S goes from 0 to 0.95
     volume    the engine as the patch grows
     pytorch   E2ENet in PyTorch (half a minute a patch), and the largest difference of a logit to it

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_e2enet import engine
-from nnunetv2_e2enet.engine.automatic import session_of
+from nnunetv2_e2enet.engine.automatic import TOLERANCES, session_of
 from nnunetv2_e2enet.engine.core import Core, load_core
 from nnunetv2_e2enet.engine.fingerprint import Fingerprint
 from nnunetv2_e2enet.errors import E2ENetError
@@ -563,12 +563,12 @@ def test_check_mode_compares_the_first_patch(storage: str, monkeypatch: pytest.M
     monkeypatch.setenv(engine.STORAGE_VARIABLE, storage)
     network, x = make_network(deep_supervision=True), torch.randn(1, 1, 8, 32, 32)
     assert uses_engine(network, x)
-    calls = []
+    calls, tolerance = [], TOLERANCES[storage]
     honest = E2ENet.forward
 
     def wrong(self: E2ENet, x: Tensor) -> list[Tensor]:
         calls.append(x)
-        return [level + 1 for level in honest(self, x)]
+        return [level + 3 * tolerance * level.abs().max() for level in honest(self, x)]
 
     network = make_network(deep_supervision=True)
     monkeypatch.setattr(E2ENet, "forward", wrong)
