@@ -16,6 +16,10 @@ CHUNK = 64  # tiles
 CHANNEL_PIXELS = CHUNK * TILE * TILE  # in a chunk
 HALVED_PIXELS = CHUNK * 4  # the same of a map whose tiles were pooled to 2 x 2 pixels
 
+# Bytes after each map. What is read and what is written would else lie a multiple of 64 KiB from each other, in the same sets
+# of the caches; a patch then took 5 % longer.
+STAGGER = 9 * 4096 + 5 * 64
+
 Floats = NDArray[np.float32]
 
 
@@ -34,7 +38,12 @@ def aligned(floats: int) -> Floats:
 
 
 class Buffer:
-    """Memory of a map, with room around it: kernels read whole vectors and neighbouring tiles, then mask them."""
+    """Room for a map, and around it: kernels read whole vectors and neighbouring tiles, then mask them.
+
+    Attributes:
+        n_bytes: that it takes.
+        address: of the map itself, once the room was given by ``place_at``.
+    """
 
     def __init__(self, channels: int, size: Sequence[int], pixel_bytes: int, halved: bool = False) -> None:
         depth, height, width = size
@@ -43,16 +52,12 @@ class Buffer:
         guard = -(-(self.grid.tiles_x + 2 * LINE) // CHUNK)
         chunks = -(-self.grid.tiles // CHUNK)
         chunk_bytes = self.grid.chunk * pixel_bytes
-        self._memory = aligned((chunks + 2 * guard) * chunk_bytes // np.float32().itemsize)
+        self.n_bytes = (chunks + 2 * guard) * chunk_bytes + STAGGER
+        self.address = 0
         self._first = guard * chunk_bytes
 
-    @property
-    def n_bytes(self) -> int:
-        return self._memory.nbytes
-
-    @property
-    def address(self) -> int:
-        return self._memory.ctypes.data + self._first
+    def place_at(self, address: int) -> None:
+        self.address = address + self._first
 
 
 class StoredNorm:

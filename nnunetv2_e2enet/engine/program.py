@@ -1,57 +1,37 @@
-"""A network for one patch size: buffers, and the list of jobs for the core. Built once, run for every patch."""
+"""A network for one patch size: memory, and the list of jobs for the core. Built once, run for every patch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_int32
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch import Tensor
 
 from nnunetv2_e2enet.engine import core as abi
+from nnunetv2_e2enet.engine.arena import Lifetime, place
 from nnunetv2_e2enet.engine.core import ConvJob, Core, HeadJob, PoolJob, StridedJob
-from nnunetv2_e2enet.engine.layout import Buffer, StoredMap, StoredNorm, aligned
+from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, StoredNorm, aligned
 from nnunetv2_e2enet.engine.weights import ConvWeights, NormWeights, PackedBlock, PackedNode, PackedWeights
 
 Job = ConvJob | StridedJob | PoolJob
+Make = Callable[[], Job | tuple[int, HeadJob]]
 
 
-class Workspace:
-    """Memory for one patch at a time: two maps a level, the pooled map a level, scratch.
+@dataclass(frozen=True)
+class Step:
+    """A job to be, made once the buffers that it reads and writes have their places."""
 
-    Reused by all nodes of a level and all patches of a size.
-    """
-
-    def __init__(self, weights: PackedWeights, patch_size: Sequence[int], pixel_bytes: int) -> None:
-        size = [1] * (3 - len(patch_size)) + list(patch_size)
-        sizes = []
-        for stride in weights.strides:
-            size = [s // t for s, t in zip(size, stride, strict=True)]
-            sizes.append(size)
-        features = weights.features
-        self.image = Buffer(weights.input_channels, sizes[0], pixel_bytes)
-        self.maps = [
-            (Buffer(n, size, pixel_bytes), Buffer(n, size, pixel_bytes)) for n, size in zip(features, sizes, strict=True)
-        ]
-        self.pooled = [Buffer(n, size, pixel_bytes) for n, size in zip(features, sizes[1:-1], strict=False)]
-        halves = [stride[1:] == (2, 2) for stride in weights.strides[1:-1]]
-        self.halved = [
-            Buffer(n, size, pixel_bytes, halved=True) if half else None
-            for n, size, half in zip(features, sizes, halves, strict=False)
-        ]
-        self.scratch = aligned(0)
-
-    @property
-    def n_bytes(self) -> int:
-        halved = [buffer for buffer in self.halved if buffer is not None]
-        buffers = [self.image, *(b for pair in self.maps for b in pair), *self.pooled, *halved]
-        return sum(b.n_bytes for b in buffers) + self.scratch.nbytes
+    make: Make
+    buffers: list[Buffer]
 
 
 class Program:
     """Jobs that compute the logits of one sample.
 
-    Not to be run by two threads at once: they would share the workspace.
+    Not to be run by two threads at once: they would share the memory.
 
     Attributes:
         patch_size: spatial axes of the input.
@@ -61,18 +41,22 @@ class Program:
     def __init__(self, weights: PackedWeights, patch_size: Sequence[int], core: Core) -> None:
         self.patch_size = tuple(patch_size)
         self.weights = weights
-        self.workspace = Workspace(weights, patch_size, core.pixel_bytes)
         self.seconds = np.zeros(len(abi.TIMERS))
         self._core = core
         self._threads = 0
         self._kept: list[object] = []  # what the jobs point to
-        self._jobs: list[Job | tuple[int, HeadJob]] = []
-        self._image = StoredMap(self.workspace.image, None)
+        self._steps: list[Step] = []
+        size = [1] * (3 - len(patch_size)) + list(patch_size)
+        self._sizes = [size := [s // t for s, t in zip(size, stride, strict=True)] for stride in weights.strides]
+        self._image = StoredMap(Buffer(weights.input_channels, self._sizes[0], core.pixel_bytes), None)
         self._build()
+        self._memory = self._place()
+        self._scratch = aligned(0)
+        self._jobs = [step.make() for step in self._steps]
 
     @property
     def n_bytes(self) -> int:
-        return self.workspace.n_bytes
+        return self._memory.nbytes + self._scratch.nbytes
 
     def run(self, x: Tensor, logits: Sequence[Tensor], threads: int) -> None:
         """Compute one sample.
@@ -83,7 +67,7 @@ class Program:
             threads: how many to use.
         """
         self._fit_scratch(threads)
-        scratch = self.workspace.scratch.ctypes.data
+        scratch = self._scratch.ctypes.data
         self._core.import_image(x.data_ptr(), self._image.struct(), threads)
         for job in self._jobs:
             if isinstance(job, tuple):
@@ -97,8 +81,21 @@ class Program:
         if threads == self._threads:
             return
         jobs = [job[1] if isinstance(job, tuple) else job for job in self._jobs]
-        self.workspace.scratch = aligned(max(self._core.scratch_floats(job, threads) for job in jobs))
+        self._scratch = aligned(max(self._core.scratch_floats(job, threads) for job in jobs))
         self._threads = threads
+
+    def _place(self) -> Floats:
+        """Memory for all maps, each of which has its own from the step that writes it to the last that reads it."""
+        lifetimes: dict[Buffer, Lifetime] = {}
+        for index, step in enumerate(self._steps):
+            for buffer in step.buffers:
+                first = lifetimes[buffer].first if buffer in lifetimes else index
+                lifetimes[buffer] = Lifetime(buffer.n_bytes, first, index)
+        offsets, n_bytes = place(list(lifetimes.values()))
+        memory = aligned(n_bytes // np.float32().itemsize)
+        for buffer, offset in zip(lifetimes, offsets, strict=True):
+            buffer.place_at(memory.ctypes.data + offset)
+        return memory
 
     # ---- building ---------------------------------------------------------------------------------------------------
 
@@ -110,9 +107,8 @@ class Program:
             strides = [node.pool_stride for node in stage[1:]]
             pooled = [self._add_pool(level, before[level], s) for level, s in enumerate(strides) if s is not None]
             for level, node in enumerate(stage):
-                halved = self._halved(level) if level < len(stage) - 2 else None  # of others no downward flow leaves
                 flows = [before[level], before[level + 1], *pooled[level - 1 : level]] if level else before[:2]
-                maps[level] = self._build_node(node, level, flows, halved)
+                maps[level] = self._build_node(node, level, flows, pooled_later=level < len(stage) - 2)
             last_level = len(stage) - 1
             if last_level < len(self.weights.heads):
                 self._add_head(last_level, maps[last_level])
@@ -122,84 +118,99 @@ class Program:
         x = self._image
         for level, blocks in enumerate(self.weights.encoder):
             for index, block in enumerate(blocks):
-                halved = self._halved(level) if index == len(blocks) - 1 else None
-                x = self._build_block(block, [x], self._free_map(level, x), halved)
+                x = self._add_block(block, level, [x], pooled_later=index == len(blocks) - 1)
             maps.append(x)
         return maps
 
-    def _free_map(self, level: int, used: StoredMap) -> Buffer:
-        first, second = self.workspace.maps[level]
-        return second if used.buffer is first else first
-
-    def _build_node(self, node: PackedNode, level: int, flows: list[StoredMap], halved: Buffer | None) -> StoredMap:
-        x = self._build_block(node.blocks[0], flows, self._free_map(level, flows[0]), halved, node)
-        for block in node.blocks[1:]:
-            x = self._build_block(block, [x], self._free_map(level, x), halved)
+    def _build_node(self, node: PackedNode, level: int, flows: list[StoredMap], pooled_later: bool) -> StoredMap:
+        first, *others = node.blocks
+        x = self._add_block(first, level, flows, pooled_later and not others, node)
+        for block in others:
+            x = self._add_block(block, level, [x], pooled_later and block is others[-1])
         return x
 
-    def _build_block(
-        self, block: PackedBlock, flows: list[StoredMap], target: Buffer, halved: Buffer | None, node: PackedNode | None = None
+    def _add_block(
+        self, block: PackedBlock, level: int, flows: list[StoredMap], pooled_later: bool, node: PackedNode | None = None
     ) -> StoredMap:
-        norm = StoredNorm(block.outputs, block.norm.slope)
-        out = StoredMap(target, norm)
+        out = StoredMap(self._buffer(block.outputs, level), StoredNorm(block.outputs, block.norm.slope))
         if block.conv is not None:
-            job = ConvJob(
-                n_flows=len(flows),
-                upward=-1 if node is None else 1,
-                shift=self._pointer(block.shift),
-                weights=self._conv_weights(block.conv),
-                norm=self._norm(block.norm, norm),
-                out=self._map(out),
-                halved=None if halved is None else halved.address,
-                seconds=self.seconds.ctypes.data,
-            )
-            out.halved = halved
-            if node is not None:
-                job.upsample = self._upsample(node, flows[1])
-                flows = [flows[0], StoredMap(target, None, len(node.upsample.output)), *flows[2:]]
-            job.flows[: len(flows)] = [self._map(flow) for flow in flows]
-            self._jobs.append(job)
+            if pooled_later and self._halves(level):
+                out.halved = self._buffer(block.outputs, level, halved=True)
+            make: Make = partial(self._conv_job, block, block.conv, flows, out, node)
         else:
-            assert block.direct is not None
-            self._jobs.append(
-                StridedJob(
-                    input=self._map(flows[0]),
-                    shift=self._pointer(block.shift),
-                    weight=self._pointer(block.direct),
-                    stride=(c_int32 * 3)(*block.stride),
-                    norm=self._norm(block.norm, norm),
-                    out=self._map(out),
-                    seconds=self.seconds.ctypes.data,
-                )
-            )
+            make = partial(self._strided_job, block, flows[0], out)
+        self._add(make, *(flow.buffer for flow in flows), out.buffer, out.halved)
         return out
 
-    def _halved(self, level: int) -> Buffer | None:
-        return self.workspace.halved[level] if level < len(self.workspace.halved) else None
+    def _halves(self, level: int) -> bool:
+        """Whether the downward flow from this level pools 2 x 2 pixels of the plane."""
+        return level + 2 < len(self._sizes) and self.weights.strides[level + 1][1:] == (2, 2)
 
     def _add_pool(self, level: int, finer: StoredMap, stride: tuple[int, int, int]) -> StoredMap:
-        """The downward flow from ``level``; before any node of the next stage, which may overwrite what it reads."""
-        norm = finer.norm
-        assert norm is not None
-        source = finer if finer.halved is None else StoredMap(finer.halved, norm)
-        pooled = StoredMap(self.workspace.pooled[level], norm)
-        self._jobs.append(
-            PoolJob(
-                self._map(source),
-                finer.halved is not None,
-                self._pointer(norm.scale),
-                (c_int32 * 3)(*stride),
-                self._map(pooled),
-                self.seconds.ctypes.data,
-            )
-        )
+        """The downward flow from ``level``."""
+        pooled = StoredMap(self._buffer(finer.channels, level + 1), finer.norm)
+        self._add(partial(self._pool_job, finer, pooled, stride), finer.halved or finer.buffer, pooled.buffer)
         return pooled
 
     def _add_head(self, level: int, x: StoredMap) -> None:
+        self._add(partial(self._head_job, level, x), x.buffer)
+
+    def _buffer(self, channels: int, level: int, halved: bool = False) -> Buffer:
+        return Buffer(channels, self._sizes[level], self._core.pixel_bytes, halved)
+
+    def _add(self, make: Make, *buffers: Buffer | None) -> None:
+        self._steps.append(Step(make, [buffer for buffer in buffers if buffer is not None]))
+
+    # ---- jobs -------------------------------------------------------------------------------------------------------
+
+    def _conv_job(
+        self, block: PackedBlock, conv: ConvWeights, flows: list[StoredMap], out: StoredMap, node: PackedNode | None
+    ) -> ConvJob:
+        job = ConvJob(
+            n_flows=len(flows),
+            upward=-1 if node is None else 1,
+            shift=self._pointer(block.shift),
+            weights=self._conv_weights(conv),
+            norm=self._norm(block.norm, out),
+            out=self._map(out),
+            halved=None if out.halved is None else out.halved.address,
+            seconds=self.seconds.ctypes.data,
+        )
+        if node is not None:
+            job.upsample = self._upsample(node, flows[1])
+            upward = StoredMap(out.buffer, None, len(node.upsample.output))  # of which only the shape is looked at
+            flows = [flows[0], upward, *flows[2:]]
+        job.flows[: len(flows)] = [self._map(flow) for flow in flows]
+        return job
+
+    def _strided_job(self, block: PackedBlock, x: StoredMap, out: StoredMap) -> StridedJob:
+        assert block.direct is not None
+        return StridedJob(
+            input=self._map(x),
+            shift=self._pointer(block.shift),
+            weight=self._pointer(block.direct),
+            stride=(c_int32 * 3)(*block.stride),
+            norm=self._norm(block.norm, out),
+            out=self._map(out),
+            seconds=self.seconds.ctypes.data,
+        )
+
+    def _pool_job(self, finer: StoredMap, pooled: StoredMap, stride: tuple[int, int, int]) -> PoolJob:
+        assert finer.norm is not None
+        source = finer if finer.halved is None else StoredMap(finer.halved, finer.norm)
+        return PoolJob(
+            self._map(source),
+            finer.halved is not None,
+            self._pointer(finer.norm.scale),
+            (c_int32 * 3)(*stride),
+            self._map(pooled),
+            self.seconds.ctypes.data,
+        )
+
+    def _head_job(self, level: int, x: StoredMap) -> tuple[int, HeadJob]:
         weight, bias, classes = self.weights.heads[level]
         pointer = None if bias is None else self._pointer(bias)
-        head = HeadJob(self._map(x), self._pointer(weight), pointer, classes, self.seconds.ctypes.data)
-        self._jobs.append((level, head))
+        return level, HeadJob(self._map(x), self._pointer(weight), pointer, classes, self.seconds.ctypes.data)
 
     def _map(self, stored: StoredMap) -> abi.Map:
         self._kept.append(stored)
@@ -209,12 +220,13 @@ class Program:
         self._kept.append(array)
         return int(array.ctypes.data)
 
-    def _norm(self, weights: NormWeights, stored: StoredNorm) -> abi.Norm:
+    def _norm(self, weights: NormWeights, out: StoredMap) -> abi.Norm:
+        assert out.norm is not None
         return abi.Norm(
             self._pointer(weights.gamma),
             self._pointer(weights.beta),
-            self._pointer(stored.scale),
-            self._pointer(stored.offset),
+            self._pointer(out.norm.scale),
+            self._pointer(out.norm.offset),
             weights.eps,
         )
 

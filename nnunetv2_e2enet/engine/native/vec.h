@@ -19,7 +19,8 @@ using Mask = __mmask16;
 
 static inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-static inline void stream_line(void* to, const void* from) { _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from)); }
+static inline void stream(void* p, Vec v) { _mm512_stream_ps(p, v); }
+static inline void stream_line(void* to, const void* from) { stream(to, load(static_cast<const float*>(from))); }
 static inline Vec splat(float a) { return _mm512_set1_ps(a); }
 static inline Vec load_four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }  // again and again
 template <int K>
@@ -58,11 +59,11 @@ using Mask = __m256;
 
 static inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+static inline void stream(void* p, Vec v) { _mm256_stream_ps(static_cast<float*>(p), v); }
 static inline void stream_line(void* to, const void* from) {
-    const __m256i a = _mm256_loadu_si256(static_cast<const __m256i*>(from));
-    const __m256i b = _mm256_loadu_si256(static_cast<const __m256i*>(from) + 1);
-    _mm256_stream_si256(static_cast<__m256i*>(to), a);
-    _mm256_stream_si256(static_cast<__m256i*>(to) + 1, b);
+    const float* in = static_cast<const float*>(from);
+    stream(to, load(in));
+    stream(static_cast<float*>(to) + kLanes, load(in + kLanes));
 }
 static inline Vec splat(float a) { return _mm256_set1_ps(a); }
 static inline Vec load_four(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
@@ -112,6 +113,7 @@ static inline Vec load(const float* p) {
     return v;
 }
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+static inline void stream(void* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 static inline void stream_line(void* to, const void* from) { std::memcpy(to, from, 64); }
 static inline Vec splat(float a) { return Vec{a, a, a, a}; }
 static inline Vec load_four(const float* p) { return load(p); }

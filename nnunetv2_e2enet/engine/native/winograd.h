@@ -329,7 +329,7 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
                 total = total + difference;
                 square = fma(difference, difference, square);
                 if (bypass && kVectorIsLine) {
-                    stream_line(target + q * e2e::kChunk, &pixel);
+                    stream(target + q * e2e::kChunk, pixel);
                 } else {
                     store(bypass ? block[q] + i * kLanes : target + q * e2e::kChunk, pixel);
                 }
