@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,6 +123,11 @@ def assert_as_exact_as_pytorch(network: E2ENet, x: Tensor) -> None:
     for a, b, c in zip(ours, single, exact if isinstance(exact, list) else [exact], strict=True):
         assert a.shape == c.shape
         assert (a - c).abs().max() <= max(1e-3 * c.abs().max(), 50 * (b - c).abs().max())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="without a compiler the package installs without its core")
+def test_core_was_built_where_a_compiler_is() -> None:
+    assert isinstance(engine.load_core(), Core), engine.load_core()
 
 
 @needs_core

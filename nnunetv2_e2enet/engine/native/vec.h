@@ -19,7 +19,7 @@ using Mask = __mmask16;
 
 static inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 static inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-static inline void stream(void* p, Vec v) { _mm512_stream_ps(p, v); }
+static inline void stream(void* p, Vec v) { _mm512_stream_ps(static_cast<float*>(p), v); }
 static inline void stream_line(void* to, const void* from) { stream(to, load(static_cast<const float*>(from))); }
 static inline Vec splat(float a) { return _mm512_set1_ps(a); }
 static inline Vec load_four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }  // again and again
