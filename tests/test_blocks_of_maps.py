@@ -7,8 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch._dynamo.testing import CompileCounter
-from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_e2enet.dsff import CosineSchedule, ErdosRenyiKernel, GradientGrowth, RandomGrowth, TopologyUpdater, Uniform
 from nnunetv2_e2enet.dsff import random_topology as start_from_random_topology
@@ -150,94 +148,3 @@ def test_the_whole_layer_is_computed_from_the_inputs_of_its_blocks() -> None:
         assert layer.bias is not None
         parts.append(nn.functional.conv3d(x[:, inputs], weight, layer.bias[maps], padding=(0, 1, 1)))
     torch.testing.assert_close(torch.cat(parts, 1), layer(x))
-
-
-# --- equal blocks, which training computes alone ----------------------------------------------------------------------------
-
-
-def equal_blocks_network(dimension: int) -> nn.Sequential:
-    conv, up = (MaskedConv2d, MaskedConvTranspose2d) if dimension == 2 else (MaskedConv3d, MaskedConvTranspose3d)
-    network = nn.Sequential(conv(20, 24, 3, stride=2, padding=1), up(24, 16, 2, 2, bias=False), conv(16, 12, 3, padding=1))
-    for layer in layers_of(network):
-        layer.share_inputs(4, equal_blocks=True)
-    start_from_random_topology(network, 0.8, Uniform(), 3)
-    return network.double()
-
-
-@pytest.mark.parametrize("dimension", [2, 3])
-def test_only_active_inputs_are_computed_and_gradients_are_the_same(dimension: int) -> None:
-    torch.manual_seed(0)
-    network = equal_blocks_network(dimension)
-    x = torch.randn(2, 20, *[8] * dimension, dtype=torch.float64, requires_grad=True)
-    found = {}
-    for equal_blocks in (False, True):
-        for layer in layers_of(network):
-            layer.equal_blocks = equal_blocks
-        with FlopCounterMode(display=False) as counter:
-            out = network(x)
-        inputs = (x, *network.parameters())
-        found[equal_blocks] = counter.get_total_flops(), out, *torch.autograd.grad(out.sin().sum(), inputs)
-    (dense, *expected), (active, *results) = found[False], found[True]
-    for result, e in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, e)
-    densities = {layer.n_active / layer.n_connections for layer in layers_of(network)}
-    assert min(densities) <= active / dense <= max(densities) < 0.25
-
-
-def test_all_blocks_keep_the_same_number_of_inputs() -> None:
-    torch.manual_seed(0)
-    network = equal_blocks_network(2)
-    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
-    updater = TopologyUpdater(network, CosineSchedule(6, 1, 0.5), seed=1)
-    numbers = [round(0.2 * inputs) for inputs in (20, 24, 16)]
-    before = [layer.mask.clone() for layer in layers_of(network)]
-    for epoch in range(5):
-        optimizer.zero_grad()
-        network(torch.randn(1, 20, 8, 8, dtype=torch.float64)).square().mean().backward()
-        optimizer.step()
-        updater.update(epoch, optimizer)
-        for layer, number in zip(layers_of(network), numbers, strict=True):
-            assert layer.fits_blocks()
-            assert {len(inputs) for inputs in layer.block_inputs(layer.block_size)} == {number}
-    assert all(not torch.equal(layer.mask, was) for layer, was in zip(layers_of(network), before, strict=True))
-
-
-def test_prediction_and_dense_gradients_need_the_whole_layer() -> None:
-    layer = layers_of(equal_blocks_network(2))[0]
-    assert layer.computes_active_only
-    x = torch.randn(1, 20, 8, 8, dtype=torch.float64)
-    expected = layer(x)
-    layer.eval()
-    assert not layer.computes_active_only
-    torch.testing.assert_close(layer(x), expected)
-    layer.train().dense_gradients = True
-    assert not layer.computes_active_only
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
-    assert layer.weight.grad[~layer.mask].abs().min() > 0
-
-
-def test_a_topology_with_other_blocks_does_not_fit() -> None:
-    layer = layers_of(equal_blocks_network(2))[0]
-    assert layer.fits_blocks()
-    first, others = layer.by_block(layer.mask).bool().split([1, layer.n_outputs // 4 - 1])
-    fewer = first & (first.cumsum(1) > 1)
-    layer.set_topology(layer.from_blocks(torch.cat([fewer, others])))
-    assert not layer.fits_blocks()
-    layer.equal_blocks = False
-    assert layer.fits_blocks()
-
-
-def test_updates_of_equal_blocks_compile_nothing() -> None:
-    torch._dynamo.reset()
-    network = equal_blocks_network(2).float()
-    optimizer = torch.optim.SGD(network.parameters(), 0.05)
-    updater = TopologyUpdater(network, CosineSchedule(6, 1, 0.5), seed=1)
-    counter = CompileCounter()
-    compiled = torch.compile(network, backend=counter, fullgraph=True)
-    for epoch in range(3):
-        compiled(torch.randn(1, 20, 8, 8)).sum().backward()
-        update = updater.update(epoch, optimizer)
-        assert update is not None
-        assert update.replaced > 0
-    assert counter.frame_count == 1

@@ -100,7 +100,7 @@ def plain_network(network: E2ENet) -> nn.Module:
     """
     plain = deepcopy(network)
     for _, layer in maskable_layers(plain):
-        layer.clear_inactive_weights()
+        layer.weight = nn.Parameter(layer.masked_weight().detach())
         del layer.mask, layer.explored
         layer.__class__ = _UNMASKED[type(layer)]
     for module in list(plain.modules()):

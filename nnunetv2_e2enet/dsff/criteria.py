@@ -32,7 +32,7 @@ class KernelL1Norm:
     """L1 norm of a connection's kernel (paper, section 3.2)."""
 
     def score(self, layer: MaskableLayer) -> Tensor:
-        return layer.weight.detach().flatten(2).abs().sum(dim=2, dtype=torch.float32)
+        return layer.spread(layer.weight.detach()).flatten(2).abs().sum(dim=2, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

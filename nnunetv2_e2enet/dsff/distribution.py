@@ -33,13 +33,13 @@ class ErdosRenyiKernel:
 
     def active(self, sparsity: float, layers: Mapping[str, MaskableLayer]) -> dict[str, int]:
         check_sparsity(sparsity)
-        raw = {name: sum(layer.weight.shape) / layer.weight.numel() for name, layer in layers.items()}
+        raw = {name: sum(layer.shape) / layer.shape.numel() for name, layer in layers.items()}
         dense: set[str] = set()
         while True:
-            budget = (1 - sparsity) * sum(layer.weight.numel() for layer in layers.values())
-            budget -= sum(layers[name].weight.numel() for name in dense)
+            budget = (1 - sparsity) * sum(layer.shape.numel() for layer in layers.values())
+            budget -= sum(layers[name].shape.numel() for name in dense)
             free = [name for name in layers if name not in dense]
-            weighted = sum(raw[name] * layers[name].weight.numel() for name in free)
+            weighted = sum(raw[name] * layers[name].shape.numel() for name in free)
             scale = budget / weighted if free else 0.0
             too_dense = {name for name in free if scale * raw[name] > 1}
             if not too_dense:

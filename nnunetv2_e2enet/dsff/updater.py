@@ -64,6 +64,9 @@ class TopologyUpdater:
         importance: what to keep.
         growth: what to try.
         seed: of the random numbers that ``growth`` gets.
+
+    Raises:
+        E2ENetError: ``growth`` needs gradients of all connections, and layers store active weights alone.
     """
 
     def __init__(
@@ -79,7 +82,12 @@ class TopologyUpdater:
         self.importance = importance or KernelL1Norm()
         self.growth = growth or RandomGrowth()
         self.seed = seed
-        for layer in self.layers.values():
+        for name, layer in self.layers.items():
+            if layer.stores_active_only and self.growth.needs_dense_gradients:
+                raise E2ENetError(
+                    f"{type(self.growth).__name__} needs gradients of all connections, but {name} stores active weights "
+                    "alone: use RandomGrowth, or leave out store_active_only"
+                )
             layer.dense_gradients = self.growth.needs_dense_gradients
 
     @torch.no_grad()
@@ -166,14 +174,10 @@ def _select_blocks(layer: MaskableLayer, importance: Tensor, growth: Tensor, fra
 
 
 def _replace(layer: MaskableLayer, pruned: Tensor, grown: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    layer.mask.copy_((layer.mask & ~pruned) | grown)
+    values = [layer.weight.grad, *optimizer.state.get(layer.weight, {}).values()]
+    states = [value for value in values if isinstance(value, Tensor) and value.shape == layer.weight.shape]
+    layer.change_topology((layer.mask & ~pruned) | grown, pruned | grown, states)
     layer.explored.logical_or_(layer.mask)
-    changed = layer.over_kernel(pruned | grown)
-    layer.weight.masked_fill_(changed, 0)
-    layer.clear_inactive_weights()
-    for value in optimizer.state.get(layer.weight, {}).values():
-        if isinstance(value, Tensor) and value.shape == layer.weight.shape:
-            value.masked_fill_(changed, 0)
 
 
 def random_topology(network: nn.Module, sparsity: float, distribution: Distribution, seed: int | str) -> None:

@@ -176,8 +176,9 @@ def _padding(conv: nn.Conv2d | nn.Conv3d) -> Stride | None:
 def _weight(layer: nn.Module) -> tuple[Tensor, Tensor]:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    mask = layer.mask if isinstance(layer, MaskableLayer) else torch.ones(weight.shape[:2], dtype=torch.bool)
-    return weight.detach(), mask
+    if isinstance(layer, MaskableLayer):
+        return layer.spread(weight.detach()), layer.mask
+    return weight.detach(), torch.ones(weight.shape[:2], dtype=torch.bool)
 
 
 def _node(node: nn.Module) -> Node:

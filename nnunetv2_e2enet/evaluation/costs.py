@@ -101,9 +101,10 @@ def breakdown(network: nn.Module, input_shape: Sequence[int]) -> list[Share]:
         bias = 0 if module.bias is None else module.bias.numel()
         add(level, "norm, bias", (bias, bias, 0, 0))
         macs = macs_of.get(module, 0)
-        for part, connections, active in _parts(module, flow):
-            per_connection = module.weight[0, 0].numel()
-            macs_per_connection = macs // module.weight.shape[:2].numel()
+        parts = _parts(module, flow)
+        per_connection = module.weight[0, 0].numel()
+        macs_per_connection = macs // sum(connections for _, connections, _ in parts)
+        for part, connections, active in parts:
             add(
                 level,
                 part,
@@ -149,11 +150,11 @@ def _place(name: str, network: nn.Module) -> tuple[int, str]:
 
 def _parts(module: _ConvNd, flow: str) -> list[tuple[str, int, int]]:
     """Flow, connections, active connections of a convolution."""
-    n = module.weight.shape[:2].numel()
     if not isinstance(module, MaskableLayer):
+        n = module.weight.shape[:2].numel()
         return [(flow, n, n)]
     if flow != "node":
-        return [(flow, n, module.n_active)]
+        return [(flow, module.n_connections, module.n_active)]
     same = module.out_channels
     pieces = {
         "forward": module.mask[:, :same],

@@ -18,7 +18,7 @@ from nnunetv2_e2enet.network.connections import maskable_layers
 
 
 class ParameterCounts(NamedTuple):
-    """``total`` stored, ``maskable`` of them, and ``active``: those in use, maskable or not."""
+    """``total`` of the dense network, ``maskable`` of them, and ``active``: those in use, maskable or not."""
 
     total: int
     maskable: int
@@ -34,9 +34,9 @@ class MultiplyAccumulates(NamedTuple):
 
 
 def parameter_counts(network: nn.Module) -> ParameterCounts:
-    total = sum(p.numel() for p in network.parameters())
     layers = [layer for _, layer in maskable_layers(network)]
-    maskable = sum(layer.n_connections * layer.weights_per_connection for layer in layers)
+    maskable = sum(layer.shape.numel() for layer in layers)
+    total = maskable + sum(p.numel() for p in network.parameters()) - sum(layer.weight.numel() for layer in layers)
     off = sum((layer.n_connections - layer.n_active) * layer.weights_per_connection for layer in layers)
     return ParameterCounts(total, maskable, total - off)
 

@@ -2,12 +2,13 @@
 
 A *connection* is one (input map -> output map) kernel. Its mask is a buffer of the layer, so the topology of a network
 travels with its weights: in ``state_dict``, checkpoints, fold ensembles and exported models. In a structured topology,
-*blocks* of consecutive output maps share their input maps; its mask is one per connection all the same.
+*blocks* of consecutive output maps share their input maps; its mask is one per connection all the same. Where all blocks of a
+layer have equally many inputs, the layer can store its active weights alone; what travels is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,14 +43,14 @@ class MaskableLayer(nn.Module):
     """A convolution seen as connections; mixed into the four classes below.
 
     Attributes:
-        mask: bool, the first two axes of ``weight``; True where a connection is active. Inactive weights have no effect in the
+        mask: bool, the first two axes of ``shape``; True where a connection is active. Inactive weights have no effect in the
             forward pass, whatever value they hold.
         explored: bool, like ``mask``; True where a connection has ever been active.
         dense_gradients: let ``weight.grad`` hold the gradient of inactive connections too (for gradient growth).
         block_size: output maps that share their input maps; see ``share_inputs``.
-        equal_blocks: whether each block has as many input maps as any other. Training then computes nothing else: the layer
-            gathers the input maps and weights of each block, unless ``dense_gradients`` are wanted.
-        output_axis: of ``weight`` and ``mask``.
+        equal_blocks: whether each block has as many input maps as any other.
+        stores_active_only: whether ``weight`` holds the weights of active connections alone; see ``store_active_only``.
+        output_axis: of ``mask`` and ``shape``.
     """
 
     output_axis = 0
@@ -59,6 +60,7 @@ class MaskableLayer(nn.Module):
     dense_gradients: bool
     block_size: int
     equal_blocks: bool
+    stores_active_only: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # of the convolution that this is mixed into
@@ -68,7 +70,13 @@ class MaskableLayer(nn.Module):
         self.dense_gradients = False
         self.block_size = 1
         self.equal_blocks = False
-        self._inputs_per_block = self.mask.shape[self.input_axis]
+        self.stores_active_only = False
+        self._inputs_per_block = self.n_inputs
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weights of all connections, active or not."""
+        return torch.Size([*self.mask.shape, *self.weight.shape[2:]])
 
     @property
     def n_connections(self) -> int:
@@ -88,13 +96,21 @@ class MaskableLayer(nn.Module):
         return self.weight[0, 0].numel()
 
     @property
+    def n_inputs(self) -> int:
+        return self.mask.shape[self.input_axis]
+
+    @property
     def n_outputs(self) -> int:
         return self.mask.shape[self.output_axis]
+
+    @property
+    def n_blocks(self) -> int:
+        return self.n_outputs // self.block_size
 
     def connections_at(self, density: float) -> int:
         """How many connections are active at a density: the nearest number that is made of whole, or equal, blocks."""
         if self.equal_blocks:
-            return max(1, round(density * self.mask.shape[self.input_axis])) * self.n_outputs
+            return max(1, round(density * self.n_inputs)) * self.n_outputs
         return round(density * self.n_connections / self.block_size) * self.block_size
 
     def share_inputs(self, block_size: int, equal_blocks: bool = False) -> None:
@@ -136,35 +152,91 @@ class MaskableLayer(nn.Module):
         maps = self.mask.movedim(self.output_axis, 0)
         return [block.any(0).nonzero().flatten() for block in maps.split(block_size)]
 
-    def fits_blocks(self) -> bool:
-        """Whether the output maps of each block share their inputs, equally many of them if they are to be."""
-        equal = not self.equal_blocks or bool((self.mask.sum(self.input_axis) == self._inputs_per_block).all())
-        return equal and self.shared_block_size() % self.block_size == 0
+    def fits_blocks(self, mask: Tensor | None = None) -> bool:
+        """Whether the output maps of each block share their inputs, equally many of them if they are to be; in ``mask``."""
+        mask = self.mask if mask is None else mask
+        equal = not self.equal_blocks or bool((mask.sum(self.input_axis) == self._inputs_per_block).all())
+        return equal and torch.equal(mask, self.from_blocks(self.by_block(mask).bool()))
+
+    def store_active_only(self) -> None:
+        """From now on ``weight`` holds the weights of active connections alone, and so do its gradient and optimizer state.
+
+        It has the shape that a grouped convolution with a group for each block takes, and stays the same Parameter. Its
+        values are in the order of the mask, so that topology and weights say all; whoever averages weights over a training
+        averages state dicts. A new topology must have as many inputs in each block. What travels is unchanged: state dicts
+        hold, and are loaded from, weights of all connections.
+
+        To be called before there is optimizer state and before DistributedDataParallel.
+
+        Raises:
+            E2ENetError: the blocks do not have equally many inputs, or gradients of all connections are wanted.
+        """
+        if self.dense_gradients:
+            raise E2ENetError(
+                "dense_gradients, which growth by gradient needs, are those of all connections: store the weights of all"
+            )
+        if self.stores_active_only:
+            return
+        self._inputs_per_block = int(self.mask.sum(self.input_axis)[0])
+        if not (self.equal_blocks and self.fits_blocks()):
+            raise E2ENetError(
+                f"blocks of {self.block_size} output maps do not have equally many input maps each: call share_inputs(..., "
+                "equal_blocks=True) and set_random_topology before store_active_only"
+            )
+        self.stores_active_only = True
+        self.weight.data = self.gather(self.weight.data)
 
     @property
     def computes_active_only(self) -> bool:
         """Whether the forward pass gathers; not where it would have to pad otherwise than with zeros."""
-        zeros = getattr(self, "padding_mode", "zeros") == "zeros"
-        return self.equal_blocks and self.training and not self.dense_gradients and zeros
+        return self.stores_active_only and self.training and getattr(self, "padding_mode", "zeros") == "zeros"
 
     def gather_active(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The layer as a grouped convolution, a group for each block: its input maps, its weights, the number of groups.
+        """The layer as a grouped convolution, a group for each block: its input maps, the weights, the number of groups.
 
         Shapes follow from block size and sparsity alone, so that a new topology changes indices and nothing else.
         """
-        mask, weight = (t.movedim(self.output_axis, 0) for t in (self.mask, self.weight))
-        mask = mask[:: self.block_size].to(torch.uint8)  # (blocks, inputs)
-        inputs = mask.topk(self._inputs_per_block, dim=1).indices.sort(dim=1).values
-        blocks = torch.arange(len(inputs), device=inputs.device)[:, None]
-        weight = weight.unflatten(0, (-1, self.block_size)).transpose(1, 2)[blocks, inputs]  # (blocks, inputs, outputs, ...)
-        weight = weight.transpose(1, 2) if self.output_axis == 0 else weight
-        return x.index_select(1, inputs.flatten()), weight.flatten(0, 1), len(inputs)
+        return x.index_select(1, self._active_inputs().flatten()), self.weight, self.n_blocks
+
+    def _active_inputs(self) -> Tensor:
+        """The input maps of equal blocks in ascending order, ``(blocks, inputs per block)``."""
+        blocks = self.mask.movedim(self.output_axis, 0)[:: self.block_size].to(torch.uint8)
+        return blocks.argsort(dim=1, descending=True, stable=True)[:, : self._inputs_per_block]
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Of the active connections in a tensor ``(blocks, input maps, ...)``."""
+        inputs = self._active_inputs()
+        return torch.arange(len(inputs), device=inputs.device)[:, None], inputs
+
+    def gather(self, values: Tensor) -> Tensor:
+        """What ``weight`` holds of values for all connections: all or those of active ones, as the layer stores them.
+
+        Args:
+            values: of shape ``shape``.
+        """
+        if not self.stores_active_only:
+            return values
+        blocks = values.movedim(self.output_axis, 0).unflatten(0, (-1, self.block_size)).transpose(1, 2)
+        active = blocks[self._places()]  # (blocks, inputs per block, outputs, ...)
+        return (active.transpose(1, 2) if self.output_axis == 0 else active).flatten(0, 1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """The reverse of ``gather``: values shaped like ``weight`` for all connections, zero where ``weight`` has none."""
+        if not self.stores_active_only:
+            return values
+        active = values.unflatten(0, (self.n_blocks, -1))
+        active = active.transpose(1, 2) if self.output_axis == 0 else active
+        blocks = values.new_zeros(self.n_blocks, self.n_inputs, *active.shape[2:]).index_put(self._places(), active)
+        return blocks.transpose(1, 2).flatten(0, 1).movedim(0, self.output_axis).contiguous()
 
     def over_kernel(self, mask: Tensor) -> Tensor:
         """A per-connection tensor, shaped so that it broadcasts over ``weight``."""
         return mask.reshape(*mask.shape, *[1] * (self.weight.dim() - 2))
 
     def masked_weight(self) -> Tensor:
+        """The weights of all connections, zero where they are off."""
+        if self.stores_active_only:
+            return self.spread(self.weight)
         mask = self.over_kernel(self.mask)
         if self.dense_gradients:
             return _StraightThroughMask.apply(self.weight, mask)
@@ -173,8 +245,31 @@ class MaskableLayer(nn.Module):
     @torch.no_grad()
     def set_topology(self, mask: Tensor) -> None:
         """Start from this topology: set the mask, forget what was explored, zero the weights that are off."""
-        self.mask.copy_(mask)
+        self.change_topology(mask, torch.zeros_like(self.mask))
         self.explored.copy_(mask)
+
+    @torch.no_grad()
+    def change_topology(self, mask: Tensor, restarted: Tensor, states: Sequence[Tensor] = ()) -> None:
+        """Set the mask. Weights stay with their connections and are zero where those are off or start anew.
+
+        Args:
+            mask: of the new topology.
+            restarted: bool, like ``mask``; connections whose weights and states become zero.
+            states: tensors shaped like ``weight``, such as an optimizer's; changed in place, as the weights are.
+
+        Raises:
+            E2ENetError: active weights alone are stored, and the new topology has not as many in each block.
+        """
+        if self.stores_active_only and not self.fits_blocks(mask):
+            raise E2ENetError(
+                f"a layer that stores {self._inputs_per_block} inputs for each block of {self.block_size} output maps got a "
+                "topology of other blocks: take one of the same sparsity and block size, set with equal_blocks"
+            )
+        tensors = (self.weight, *states)
+        spread = [self.spread(tensor).masked_fill_(self.over_kernel(restarted), 0) for tensor in tensors]
+        self.mask.copy_(mask)
+        for tensor, values in zip(tensors, spread, strict=True):
+            tensor.copy_(self.gather(values))
         self.clear_inactive_weights()
 
     @torch.no_grad()
@@ -195,7 +290,33 @@ class MaskableLayer(nn.Module):
 
     @torch.no_grad()
     def clear_inactive_weights(self) -> None:
-        self.weight.masked_fill_(self.over_kernel(~self.mask), 0)
+        if not self.stores_active_only:
+            self.weight.masked_fill_(self.over_kernel(~self.mask), 0)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.stores_active_only:
+            destination[f"{prefix}weight"] = self.spread(self.weight if keep_vars else self.weight.detach())
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Raises E2ENetError if active weights alone are stored, and the topology of ``state_dict`` is of other blocks."""
+        if not self.stores_active_only:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
+        mask = state_dict.get(f"{prefix}mask", self.mask)
+        if mask.shape == self.mask.shape and not self.fits_blocks(mask.to(self.mask)):
+            raise E2ENetError(
+                f"{prefix}mask has not {self._inputs_per_block} input maps for each block of {self.block_size} output maps: "
+                "load weights of the same sparsity in such blocks, or use the trainer that they were trained with"
+            )
+        parameter, stored = self.weight, self.weight.data
+        parameter.data = self.spread(stored)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # with torch's own checks
+        active = self.gather(self.weight.data)
+        if self.weight is parameter:
+            parameter.data = stored.copy_(active)
+        else:  # with assign=True
+            self.weight = nn.Parameter(active, parameter.requires_grad)
 
 
 class MaskedConv2d(MaskableLayer, nn.Conv2d):

@@ -188,14 +188,18 @@ class E2ENet(nn.Module):
         return self.shift_size if self.dimension == 3 else 1
 
     @staticmethod
+    @torch.no_grad()
     def initialize(module: nn.Module) -> None:
         """He normal weights (slope 0.01) and zero biases; for ``network.apply``, as nnU-Net does after building."""
         if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-            nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)
+            weight = module.weight.detach()
+            dense = module.spread(weight) if isinstance(module, MaskableLayer) else weight
+            nn.init.kaiming_normal_(dense, a=NEGATIVE_SLOPE)
+            if isinstance(module, MaskableLayer):
+                weight.copy_(module.gather(dense))
+                module.clear_inactive_weights()
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        if isinstance(module, MaskableLayer):
-            module.clear_inactive_weights()
 
     def parameter_counts(self) -> accounts.ParameterCounts:
         """Parameters in all, those that DSFF can switch off, and those in use with the present topology."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_e2enet.dsff import (
     HISTORY_FILE,
@@ -88,7 +89,8 @@ class NetworkMixin(Overrides, TrainerBase):
     @property
     def unwrapped_network(self) -> nn.Module:
         """The network itself, without DistributedDataParallel and torch.compile."""
-        network: nn.Module = self.network.module if self.is_ddp else self.network
+        wrapped = isinstance(self.network, DistributedDataParallel)  # not yet while nnU-Net initializes
+        network: nn.Module = self.network.module if wrapped else self.network
         unwrapped: nn.Module = getattr(network, "_orig_mod", network)
         return unwrapped
 
@@ -117,7 +119,8 @@ class NetworkMixin(Overrides, TrainerBase):
             architecture = self.configuration_manager.configuration["architecture"]
             with one_line_errors():
                 check_checkpoint(Path(filename_or_checkpoint), architecture, self.unwrapped_network.state_dict())
-        super().load_checkpoint(filename_or_checkpoint)
+        with one_line_errors():
+            super().load_checkpoint(filename_or_checkpoint)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -163,20 +166,45 @@ class DSFFMixin(NetworkMixin):
         self.distribution: Distribution = Uniform()  # connections per layer
         self.growth: Growth = RandomGrowth()  # which connections are tried
         self.block_size = 1  # output maps that share their input maps
-        self.compute_active_only = False  # blocks with equally many inputs each, of which only the active ones are multiplied
+        self.compute_active_only = False  # blocks with equally many inputs each; only active ones are stored and multiplied
         self.topology_seed = 0
 
     def initialize(self) -> None:
         with one_line_errors():
-            schedule = self._schedule()
             super().initialize()
-            network = self.unwrapped_network
-            for _, layer in maskable_layers(network):
-                layer.share_inputs(self.block_size, self.compute_active_only)
-            seed = f"{self.topology_seed}/{self.fold}"  # folds that agree have learned to, and ensembles differ
-            random_topology(network, self.feature_sparsity, self.distribution, seed)
-            self.topology_updater = TopologyUpdater(network, schedule, growth=self.growth, seed=seed)
+            if not hasattr(self, "topology_updater"):  # a subclass has configure_optimizers of its own
+                if self.is_ddp and self.compute_active_only:
+                    raise E2ENetError(
+                        f"{type(self).__name__}.configure_optimizers comes in the place of ours, which takes away the weights "
+                        "that are off before DistributedDataParallel sees them: call super().configure_optimizers() in it"
+                    )
+                self._start_topology()
             self.topology_history = self._follow_topology()
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        """As nnU-Net does, for weights that are stored as they will be trained."""
+        self._start_topology()
+        return super().configure_optimizers()
+
+    def _start_topology(self) -> None:
+        network = self.unwrapped_network
+        for _, layer in maskable_layers(network):
+            layer.share_inputs(self.block_size, self.compute_active_only)
+        seed = f"{self.topology_seed}/{self.fold}"  # folds that agree have learned to, and ensembles differ
+        random_topology(network, self.feature_sparsity, self.distribution, seed)
+        self.topology_updater = TopologyUpdater(network, self._schedule(), growth=self.growth, seed=seed)
+        if self.compute_active_only and not self.growth.needs_dense_gradients:
+            for layer in self.topology_updater.layers.values():
+                layer.store_active_only()
+
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+        """Optimizer state of all connections, as checkpoints had it once, is taken for those that are stored."""
+        super().load_checkpoint(filename_or_checkpoint)
+        for layer in self.topology_updater.layers.values():
+            state = self.optimizer.state.get(layer.weight, {})
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == layer.shape:
+                    state[key] = layer.gather(value)
 
     def _follow_topology(self) -> TopologyHistory:
         path = Path(self.output_folder) / HISTORY_FILE if self.local_rank == 0 else None
