@@ -1,8 +1,9 @@
-"""One of two processes that train the same network: ``distributed_worker.py RANK FOLDER``."""
+"""One of two processes that train the same networks: ``distributed_worker.py RANK PROJECT FOLDER``."""
 
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from support import Project, batch, make
@@ -11,21 +12,38 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_e2enet.network import maskable_layers
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
+from nnunetv2_e2enet.training.variants import variant
+
+TRAINERS = {
+    "connections": nnUNetTrainerE2ENet_smoke,
+    "active": variant(nnUNetTrainerE2ENet_smoke, "active", block_size=8, compute_active_only=True),
+}
+COMPILED = ("connections",)  # which takes most of the time
 
 
 def main(rank: int, project: Path, rendezvous: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= Project(project).environment
     os.environ["nnUNet_results"] = str(rendezvous / f"results{rank}")
-    torch.manual_seed(rank)  # other weights on each rank, until DistributedDataParallel sends rank 0's
-    trainer = make(nnUNetTrainerE2ENet_smoke, Project(project))
-    trainer.topology_seed = rank  # and other random numbers
-    trainer.initialize()
+    made = {}
+    for name, cls in TRAINERS.items():
+        trainer = make(cls, Project(project))
+        trainer.topology_seed = rank  # other random numbers on each rank
+        made[name] = trainer
     distributed.init_process_group("gloo", init_method=f"file://{rendezvous / 'store'}", rank=rank, world_size=2)
+    for name, trainer in made.items():
+        torch.manual_seed(rank)  # and other weights, until DistributedDataParallel sends rank 0's
+        trainer.initialize()
+        torch.save(train(trainer, rank, name in COMPILED), rendezvous / f"{name}{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def train(trainer: Any, rank: int, compiled: bool) -> dict[str, Any]:
+    """Two epochs of one step, each with a topology update."""
     # nnU-Net compiles the network, then wraps it; as a large network, it is split between several buckets of gradients
     distributed._DEFAULT_FIRST_BUCKET_BYTES = 2**15
-    compiled = torch.compile(trainer.network, backend="eager")
-    trainer.network = DistributedDataParallel(compiled, bucket_cap_mb=2**-4)
+    network = torch.compile(trainer.network, backend="eager") if compiled else trainer.network
+    trainer.network = DistributedDataParallel(network, bucket_cap_mb=2**-4)
     trainer.is_ddp, trainer.local_rank = True, rank
     for _ in range(2):
         trainer.on_epoch_start()
@@ -34,8 +52,7 @@ def main(rank: int, project: Path, rendezvous: Path) -> None:
         trainer.current_epoch += 1
     layers = {name: (layer.mask, layer.explored) for name, layer in maskable_layers(trainer.unwrapped_network)}
     weights = dict(trainer.unwrapped_network.named_parameters())
-    torch.save({"layers": layers, "weights": weights}, rendezvous / f"rank{rank}.pt")
-    distributed.destroy_process_group()
+    return {"layers": layers, "weights": weights, "state": trainer.unwrapped_network.state_dict()}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from support import AMOS_STRIDES, Project, make, run_command, train_epochs, weights
@@ -33,6 +34,7 @@ ONE_OF_EACH_MECHANISM = [
     "nnUNetTrainerE2ENet_gradient",
     "nnUNetTrainerE2ENet_ERK",
     "nnUNetTrainerE2ENet_B16",
+    "nnUNetTrainerE2ENet_B16active",
     "nnUNetTrainerE2ENet_shift5",
     "nnUNetTrainerE2ENet_S70_kernel333",
     "nnUNetTrainerE2ENet_learnedShift",
@@ -199,6 +201,87 @@ def test_pretrained_weights_without_blocks_are_refused(in_process: Project, monk
         blocks.on_train_start()
     blocks.network.load_state_dict(own)
     blocks.on_train_start()
+
+
+def train_on_noise(trainer: Any, n_epochs: int) -> list[torch.Tensor]:
+    """All that a training goes on with: weights, topology and momentum after each epoch on the same noise for all."""
+    for _ in range(n_epochs):
+        torch.manual_seed(trainer.current_epoch)
+        train_epochs(trainer, 1)
+    momentum = [state["momentum_buffer"] for state in trainer.optimizer.state.values()]
+    return [*trainer.network.state_dict().values(), *momentum]
+
+
+def test_active_weights_alone_are_trained_stored_and_resumed(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly; also from checkpoints of before, which hold optimizer state of all connections."""
+    in_this_process(monkeypatch)
+
+    def start() -> Any:
+        return small(in_process, "nnUNetTrainerE2ENet_B16active", num_epochs=6)
+
+    whole, interrupted, resumed, updated = (start() for _ in range(4))
+    for trainer in (interrupted, resumed, updated):
+        trainer.network.load_state_dict(whole.network.state_dict())
+    expected = train_on_noise(whole, 3)
+    train_on_noise(interrupted, 2)
+    layers = dict(maskable_layers(interrupted.network))
+    for layer in layers.values():
+        state = interrupted.optimizer.state[layer.weight]["momentum_buffer"]
+        assert layer.weight.numel() == layer.n_active * layer.weights_per_connection < layer.shape.numel()
+        assert layer.weight.shape == state.shape
+    path = Path(interrupted.output_folder) / "checkpoint_latest.pth"
+    checkpoint = torch.load(path, weights_only=False)
+    assert checkpoint["network_weights"].keys() == whole.network.state_dict().keys()
+    assert all(checkpoint["network_weights"][f"{name}.weight"].shape == layer.shape for name, layer in layers.items())
+
+    resumed.load_checkpoint(str(path))
+    parameters = [p for group in interrupted.optimizer.param_groups for p in group["params"]]
+    places = {p: place for place, p in enumerate(parameters)}
+    for layer in layers.values():
+        state = checkpoint["optimizer_state"]["state"][places[layer.weight]]
+        state["momentum_buffer"] = layer.spread(state["momentum_buffer"])
+    torch.save(checkpoint, path)
+    updated.load_checkpoint(str(path))
+    for trainer in (resumed, updated):
+        assert trainer.current_epoch == 2
+        assert all(torch.equal(a, b) for a, b in zip(train_on_noise(trainer, 1), expected, strict=True))
+
+
+def test_weights_in_other_blocks_are_refused_where_active_ones_are_stored(
+    in_process: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
+    loose = small(in_process, "nnUNetTrainerE2ENet")
+    path = str(Path(loose.output_folder) / "checkpoint_latest.pth")
+    loose.save_checkpoint(path)
+    blocks = small(in_process, "nnUNetTrainerE2ENet_B16active")
+    with pytest.raises(SystemExit, match=r"^E2ENet: .*mask has not \d+ input maps for each block of 8 output maps"):
+        blocks.load_checkpoint(path)
+
+
+def test_an_optimizer_of_ones_own_trains_active_weights(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nnU-Net users write it, without a call of what it overrides; only DistributedDataParallel needs that."""
+
+    class Own(our_trainers.nnUNetTrainerE2ENet_B16active):  # type: ignore[misc, name-defined]
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.Adam(self.network.parameters(), 1e-3)
+            return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+    trainer = make(Own, in_process)
+    trainer.base_num_features, trainer.max_num_features = 8, 16
+    trainer.topology_update_period = 1
+    trainer.initialize()
+    train_epochs(trainer, 1)
+    for layer in trainer.topology_updater.layers.values():
+        assert layer.stores_active_only
+        assert trainer.optimizer.state[layer.weight]["exp_avg"].shape == layer.weight.shape
+
+    monkeypatch.setattr(nnUNetTrainer, "_set_batch_size_and_oversample", lambda _self: None)
+    monkeypatch.setattr("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.DDP", lambda network, **_options: network)
+    trainer = make(Own, in_process)
+    trainer.is_ddp = True
+    with pytest.raises(SystemExit, match=r"^E2ENet: Own.configure_optimizers .* call super\(\).configure_optimizers\(\)"):
+        trainer.initialize()
 
 
 def test_stock_plans_of_e2enet_are_no_place_for_dsff(in_process: Project) -> None:
