@@ -1,9 +1,11 @@
 """Memory of a training step: E2ENet beside stock nnU-Net.
 
 Counts, patch by patch, the bytes that autograd keeps for the backward pass, the bytes of all tensors that are alive at once in
-a forward and backward pass at most, and its multiply-accumulates; nothing is computed for that, the networks run on the meta
-device. With ``--measure`` it also trains one step of each network in a process of its own, says how much memory that took at
-its highest, and times steps of all networks in turn. Float32 (mixed precision on CUDA), deep supervision, five classes.
+a forward and backward pass at most, its multiply-accumulates, and the bytes of weights, gradients and momentum; nothing is
+computed for that, the networks run on the meta device. E2ENet is that of sparsity 0.8, whose weights are switched off one by
+one, and as ``nnUNetTrainerE2ENet_B16active`` trains it, in blocks, of which active ones alone are stored and computed. With
+``--measure`` it also trains one step of each network in a process of its own, says how much memory that took at its highest,
+and times steps of all networks in turn. Float32 (mixed precision on CUDA), deep supervision, five classes.
 
     python benchmarks/training_memory.py
     python benchmarks/training_memory.py --measure AMOS --scale 2 --batch 1 --device cpu
@@ -26,12 +28,13 @@ from rich.table import Table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_backward_flop
 
 from nnunetv2_e2enet.evaluation.memory import peak_bytes
-from nnunetv2_e2enet.network import E2ENet, accounts, e2enet_features
+from nnunetv2_e2enet.network import E2ENet, accounts, e2enet_features, maskable_layers
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE
 
+aten = torch.ops.aten
 CLASSES = 5
 PLANS = {
     "AMOS": ([[1, 1, 1], [1, 2, 2]] + [[2, 2, 2]] * 4, (64, 160, 160)),
@@ -41,11 +44,12 @@ PLANS = {
     "2D": ([[1, 1]] + [[2, 2]] * 7, (512, 512)),
 }
 STOCK = "nnU-Net"
+ACTIVE = "B16active"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that ``peak_bytes`` can build in another process; ``kind`` is STOCK or what E2ENet recomputes."""
+    """A network that ``peak_bytes`` can build in another process; ``kind`` is STOCK, ACTIVE or what E2ENet recomputes."""
 
     kind: str
     plan: str
@@ -58,7 +62,11 @@ class Candidate:
             return stock_network(strides)
         conv = nn.Conv3d if len(strides[0]) == 3 else nn.Conv2d
         levels = len(strides)
-        network = E2ENet(1, CLASSES, levels, e2enet_features(levels), conv, strides, deep_supervision=deep_supervision)
+        arguments = (1, CLASSES, levels, e2enet_features(levels), conv, strides)
+        if self.kind == ACTIVE:
+            with torch.device("cpu"):  # what is stored depends on the topology's values
+                return in_active_blocks(E2ENet(*arguments, deep_supervision=deep_supervision))
+        network = E2ENet(*arguments, deep_supervision=deep_supervision)
         network.recompute = self.kind
         return network
 
@@ -72,7 +80,7 @@ class Candidate:
 
     def multiply_accumulates(self) -> float:
         """Of the forward and backward pass of one patch."""
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping={aten.convolution_backward: backward_flops}) as counter:
             forward_backward(*self.on_meta(1))
         return counter.get_total_flops() / 2
 
@@ -83,9 +91,35 @@ class Candidate:
             forward_backward(network, x)
         return live.peak
 
+    def state(self) -> int:
+        """Bytes of weights, gradients and the momentum of nnU-Net's optimizer."""
+        network, _ = self.on_meta(1)
+        optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True)
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        tensors = [t for p in network.parameters() for t in (p, p.grad, optimizer.state[p]["momentum_buffer"])]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     def on_meta(self, batch_size: int) -> tuple[nn.Module, torch.Tensor]:
         with torch.device("meta"):
-            return self.build(), torch.empty(self.input_shape(batch_size))
+            return self.build().to("meta"), torch.empty(self.input_shape(batch_size))
+
+
+def backward_flops(*args: Any, out_shape: Any) -> int:
+    """As torch counts them, but for grouped convolutions: it takes the gradient of their weights for that of a dense one."""
+    *convolution, groups, (of_input, of_weight, _) = args
+    masks = ([of_input, False, False], [False, of_weight, False])
+    counts = [conv_backward_flop(*convolution, groups, mask, out_val=out_shape) for mask in masks]
+    return int(counts[0]) + int(counts[1]) // int(groups)
+
+
+def in_active_blocks(network: E2ENet) -> E2ENet:
+    for _, layer in maskable_layers(network):
+        layer.share_inputs(16, equal_blocks=True)
+        layer.set_random_topology(layer.connections_at(1 - network.feature_sparsity))
+        layer.store_active_only()
+    return network
 
 
 class LiveBytes(TorchDispatchMode):
@@ -132,10 +166,10 @@ def stock_network(strides: list[list[int]]) -> PlainConvUNet:
 
 def count(console: Console) -> None:
     table = Table(title="Batch 1, float32: nnU-Net, and E2ENet by what it computes again")
-    for name in ("plan", "patch", "", "nnU-Net", *RECOMPUTE):
+    for name in ("plan", "patch", "", "nnU-Net", *RECOMPUTE, ACTIVE):
         table.add_column(name, justify="left" if name in ("plan", "patch", "") else "right")
     for name, (_, patch) in PLANS.items():
-        stock, *ours = (Candidate(kind, name, patch) for kind in (STOCK, *RECOMPUTE))
+        stock, *ours = (Candidate(kind, name, patch) for kind in (STOCK, *RECOMPUTE, ACTIVE))
         kept, peak = stock.kept(1), stock.peak(1)
         table.add_row(
             name, " x ".join(map(str, patch)), "kept for backward", gib(kept), *(over(c.kept(1), kept) for c in ours)
@@ -143,6 +177,7 @@ def count(console: Console) -> None:
         table.add_row("", "", "alive at once", gib(peak), *(over(c.peak(1), peak) for c in ours))
         macs = [f"{c.multiply_accumulates() / 1e9:.0f} G" for c in (stock, *ours)]
         table.add_row("", "", "multiply-accumulates", *macs)
+        table.add_row("", "", "weights, gradients, momentum", *(f"{c.state() / 2**20:.0f} MiB" for c in (stock, *ours)))
         elements = stock.build().compute_conv_feature_map_size(patch)
         table.add_row("", "", "kept / nnU-Net's estimate", f"{kept / elements:.2f} bytes", end_section=True)
     console.print(table)
@@ -164,11 +199,11 @@ def measure(console: Console, plan: str, scale: int, batch_size: int, device: st
     table = Table(title=f"One training step, {plan}, {' x '.join(map(str, patch))}, batch {batch_size}, {where}")
     for name in ("network", "alive at once, float32", "peak", "over nnU-Net", "step, s, median (least to most)"):
         table.add_column(name, justify="left" if name == "network" else "right")
-    candidates = [Candidate(kind, plan, patch) for kind in (STOCK, *RECOMPUTE)]
+    candidates = [Candidate(kind, plan, patch) for kind in (STOCK, *RECOMPUTE, ACTIVE)]
     peaks = [peak_bytes(c, True, batch_size, device, threads) for c in candidates]  # type: ignore[arg-type]
     seconds = time_in_turn(candidates, batch_size, device, threads)
     for candidate, peak, times in zip(candidates, peaks, seconds, strict=True):
-        name = STOCK if candidate.kind == STOCK else f"E2ENet, recompute {candidate.kind}"
+        name = f"E2ENet, recompute {candidate.kind}" if candidate.kind in RECOMPUTE else candidate.kind
         spread = f"{median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
         table.add_row(name, gib(candidate.peak(batch_size)), gib(peak), over(peak, peaks[0]), spread)
     console.print(table)
@@ -203,7 +238,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    console = Console(highlight=False, width=120)
+    console = Console(highlight=False, width=140)
     count(console)
     if arguments.measure:
         measure(console, arguments.measure, arguments.scale, arguments.batch, arguments.device, arguments.threads)
