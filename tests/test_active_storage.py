@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
+from training_memory import ACTIVE, Candidate, backward_flops
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.deployment.onnx import plain_network
@@ -358,6 +359,24 @@ def test_copies_and_averages_of_state_dicts() -> None:
         averages.append(average)
     for first, second in zip(*map(layers_of, averages), strict=True):
         torch.testing.assert_close(first.masked_weight(), second.masked_weight())
+
+
+def test_bytes_and_arithmetic_of_a_training_step() -> None:
+    """As benchmarks/training_memory.py says them."""
+    blocks, active = (Candidate(kind, "Hippocampus", (8, 8, 8)) for kind in ("blocks", ACTIVE))
+    counts = cast(E2ENet, active.build()).parameter_counts()
+    assert active.state() == 3 * 4 * counts.active
+    assert blocks.state() == 3 * 4 * counts.total
+    x = torch.randn(1, 12, 4, 4, requires_grad=True)
+    counted = []
+    for groups, convs in ((3, [nn.Conv2d(12, 6, 3, groups=3)]), (1, [nn.Conv2d(4, 2, 3) for _ in range(3)])):
+        parts = x.split(12 // len(convs), dim=1)
+        mapping = {torch.ops.aten.convolution_backward: backward_flops}
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            torch.cat([conv(part) for conv, part in zip(convs, parts, strict=True)], dim=1).sum().backward()
+        assert convs[0].groups == groups
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
 
 
 def test_costs_prediction_engine_and_export_see_all_connections() -> None:

@@ -105,6 +105,25 @@ def test_shift_and_concatenation_and_back(
         assert torch.equal(part, e)
 
 
+def test_maps_whose_channels_come_last(kernels: Any) -> None:
+    def channels_last(x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last_3d)
+
+    raw, other = random_raw_map((2, 3, 4, 3, 2), torch.float64, 3), random(2, 5, 4, 3, 2, seed=9)
+    x, grad = random(2, 3, 4, 3, 2, seed=1), random(2, 8, 4, 3, 2, seed=2)
+    maps, last = [raw, other], [raw._replace(raw=channels_last(raw.raw)), channels_last(other)]
+    assert_same(kernels.join(last, 3), join(maps, 3))
+    for part, expected in zip(kernels.separate(channels_last(grad), [3, 5], 3), separate(grad, [3, 5], 3), strict=True):
+        assert torch.equal(part, expected)
+    mean, rstd = raw_map.statistics(x, 1e-3)
+    for found, expected in zip(kernels.statistics(channels_last(x), 1e-3), (mean, rstd), strict=True):
+        assert_same(found, expected)
+    arguments = (mean, rstd, raw.scale, raw.offset, 0.1)
+    results = kernels.norm_gradient(channels_last(grad[:, :3]), channels_last(x), *arguments)
+    for found, expected in zip(results, raw_map.norm_gradient(grad[:, :3], x, *arguments), strict=True):
+        torch.testing.assert_close(found.flatten(), expected.flatten())
+
+
 def test_operators_are_well_behaved(kernels: Any) -> None:  # noqa: ARG001
     x, grad = random(2, 3, 4, 3, 2), random(2, 6, 4, 3, 2)
     raw = random_raw_map((2, 3, 4, 3, 2), torch.float64, 3)
