@@ -213,8 +213,14 @@ def test_a_topology_with_other_blocks_does_not_fit() -> None:
         active.set_topology(mask)
     with pytest.raises(E2ENetError, match="mask has not 4 input maps for each block of 4 output maps"):
         active.load_state_dict(layer.state_dict())
+    with pytest.raises(E2ENetError, match="got a topology of other blocks"):
+        active.set_random_topology(active.connections_at(0.5))
+    with pytest.raises(E2ENetError, match="whose blocks are what they are"):
+        active.share_inputs(8)
     for key, value in active.state_dict().items():
         assert torch.equal(value, state[key])
+    active.set_random_topology(active.connections_at(0.2))
+    assert active.fits_blocks()
     layer.equal_blocks = False
     assert layer.fits_blocks()
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainer_warmup import nnUNetTrainer_warmup
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from support import AMOS_STRIDES, Project, make, run_command, train_epochs, weights
@@ -24,6 +24,8 @@ from nnunetv2_e2enet.dsff import random_topology
 from nnunetv2_e2enet.network import accounts, maskable_layers
 from nnunetv2_e2enet.network.learned_shift import learned_shifts
 from nnunetv2_e2enet.trainers import e2enet_experiment_trainers, e2enet_trainers
+from nnunetv2_e2enet.training.trainer import E2ENetMixin
+from nnunetv2_e2enet.training.variants import variant
 
 our_trainers = SimpleNamespace(**{**vars(e2enet_trainers), **vars(e2enet_experiment_trainers)})
 SPARSITIES = ["nnUNetTrainerE2ENet", "nnUNetTrainerE2ENet_S70", "nnUNetTrainerE2ENet_S90"]
@@ -259,29 +261,37 @@ def test_weights_in_other_blocks_are_refused_where_active_ones_are_stored(
         blocks.load_checkpoint(path)
 
 
-def test_an_optimizer_of_ones_own_trains_active_weights(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As nnU-Net users write it, without a call of what it overrides; only DistributedDataParallel needs that."""
+def test_an_optimizer_of_ones_own_trains_active_weights(in_process: Project) -> None:
+    """As nnU-Net users write it, without a call of what it overrides."""
 
     class Own(our_trainers.nnUNetTrainerE2ENet_B16active):  # type: ignore[misc, name-defined]
         def configure_optimizers(self) -> Any:
+            self.seen = sum(parameter.numel() for parameter in self.network.parameters())
             optimizer = torch.optim.Adam(self.network.parameters(), 1e-3)
             return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
 
-    trainer = make(Own, in_process)
-    trainer.base_num_features, trainer.max_num_features = 8, 16
-    trainer.topology_update_period = 1
+    trainer = make(variant(Own, "small", base_num_features=8, max_num_features=16, topology_update_period=1), in_process)
     trainer.initialize()
+    assert trainer.seen == trainer.network.parameter_counts().active
     train_epochs(trainer, 1)
     for layer in trainer.topology_updater.layers.values():
         assert layer.stores_active_only
         assert trainer.optimizer.state[layer.weight]["exp_avg"].shape == layer.weight.shape
 
-    monkeypatch.setattr(nnUNetTrainer, "_set_batch_size_and_oversample", lambda _self: None)
-    monkeypatch.setattr("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.DDP", lambda network, **_options: network)
-    trainer = make(Own, in_process)
-    trainer.is_ddp = True
-    with pytest.raises(SystemExit, match=r"^E2ENet: Own.configure_optimizers .* call super\(\).configure_optimizers\(\)"):
-        trainer.initialize()
+
+def test_an_optimizer_that_is_configured_again_leaves_the_topology(in_process: Project) -> None:
+    """As nnU-Net's variant with a warm-up does, whose ``configure_optimizers`` takes more than nnU-Net's."""
+
+    class WarmUp(E2ENetMixin, nnUNetTrainer_warmup):
+        pass
+
+    trainer = make(variant(WarmUp, "small", base_num_features=8, max_num_features=16, block_size=4), in_process)
+    trainer.compute_active_only = True
+    trainer.initialize()
+    before = deepcopy(trainer.network.state_dict())
+    trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers("train")
+    assert all(torch.equal(value, before[key]) for key, value in trainer.network.state_dict().items())
+    train_epochs(trainer, 1)
 
 
 def test_stock_plans_of_e2enet_are_no_place_for_dsff(in_process: Project) -> None:

@@ -64,6 +64,14 @@ def test_trainer_attributes_that_are_gone(in_process: Project) -> None:
     assert "\n" not in str(stop.value)
 
 
+def test_a_method_that_is_gone(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which nothing is overridden; the topology is set before it is called."""
+    instance = make(nnUNetTrainerE2ENet_smoke, in_process)
+    monkeypatch.delattr(nnUNetTrainer, "configure_optimizers")
+    with pytest.raises(SystemExit, match=f"E2ENet: {TRAINER} of the installed nnU-Net has no configure_optimizers: "):
+        instance.initialize()
+
+
 def test_planner_attributes_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ExperimentPlanner, "__init__", lambda *_arguments: None)
     missing = ", ".join(PLANNER_ATTRIBUTES)

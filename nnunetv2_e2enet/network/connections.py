@@ -120,8 +120,10 @@ class MaskableLayer(nn.Module):
         number below that does: 24 of 48 maps for 32. With ``equal_blocks`` all have the same number of input maps as well.
 
         Raises:
-            E2ENetError: ``block_size`` is not a whole number of at least 1.
+            E2ENetError: ``block_size`` is not a whole number of at least 1, or active weights alone are stored already.
         """
+        if self.stores_active_only:
+            raise E2ENetError("the layer stores its active weights alone, whose blocks are what they are: build it anew")
         if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
             raise E2ENetError(
                 f"block_size is {block_size!r}, but it is the number of output maps that share their input maps: use a whole "
@@ -279,9 +281,11 @@ class MaskableLayer(nn.Module):
             return
         shape = self.by_block(self.mask).shape
         if self.equal_blocks:
-            self._inputs_per_block = n_active // self.n_outputs
+            inputs = n_active // self.n_outputs
+            if not self.stores_active_only:
+                self._inputs_per_block = inputs
             order = torch.rand(shape, generator=generator, device="cpu").argsort(self.input_axis).argsort(self.input_axis)
-            self.set_topology(self.from_blocks(order < self._inputs_per_block))
+            self.set_topology(self.from_blocks(order < inputs))
             return
         order = torch.randperm(shape.numel(), generator=generator, device="cpu")
         blocks = torch.zeros(shape.numel(), dtype=torch.bool, device="cpu")

@@ -12,7 +12,8 @@ from nnunetv2_e2enet.registration import KNOWN_NNUNETS
 TRAINER_ATTRIBUTES = (
     *("configuration_manager", "configuration_name", "plans_manager", "output_folder"),
     *("fold", "current_epoch", "num_epochs", "was_initialized", "enable_deep_supervision", "disable_checkpointing"),
-    *("network", "optimizer", "logger.local_logger.verbose", "is_ddp", "local_rank", "print_to_log_file"),
+    *("network", "optimizer", "logger.local_logger.verbose", "local_rank", "print_to_log_file"),
+    "configure_optimizers",
 )
 PLANNER_ATTRIBUTES = (
     *("UNet_class", "UNet_base_num_features", "UNet_max_features_2d", "UNet_max_features_3d"),

@@ -171,20 +171,25 @@ class DSFFMixin(NetworkMixin):
 
     def initialize(self) -> None:
         with one_line_errors():
-            super().initialize()
-            if not hasattr(self, "topology_updater"):  # a subclass has configure_optimizers of its own
-                if self.is_ddp and self.compute_active_only:
-                    raise E2ENetError(
-                        f"{type(self).__name__}.configure_optimizers comes in the place of ours, which takes away the weights "
-                        "that are off before DistributedDataParallel sees them: call super().configure_optimizers() in it"
-                    )
-                self._start_topology()
+            check_attributes(self, TRAINER_ATTRIBUTES)
+            with self._topology_before_optimizer():
+                super().initialize()
             self.topology_history = self._follow_topology()
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
-        """As nnU-Net does, for weights that are stored as they will be trained."""
-        self._start_topology()
-        return super().configure_optimizers()
+    @contextmanager
+    def _topology_before_optimizer(self) -> Iterator[None]:
+        """Whatever configures the optimizer, a variant or a user's class, finds the weights as they will be trained."""
+        configure = self.configure_optimizers
+
+        def start_and_configure() -> Any:
+            self._start_topology()
+            return configure()
+
+        self.__dict__["configure_optimizers"] = start_and_configure
+        try:
+            yield
+        finally:
+            del self.__dict__["configure_optimizers"]
 
     def _start_topology(self) -> None:
         network = self.unwrapped_network
