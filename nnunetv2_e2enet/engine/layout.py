@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from ctypes import c_float
 
 import numpy as np
@@ -30,11 +32,16 @@ def make_grid(depth: int, height: int, width: int, channel_pixels: int) -> Grid:
     return Grid(depth, height, width, tiles_y, tiles_x, in_slice, depth * in_slice, channel_pixels)
 
 
-def aligned(floats: int) -> Floats:
-    """Uninitialised memory that starts at a cache line."""
-    raw = np.empty(floats + LINE, np.float32)
-    first = -raw.ctypes.data % (LINE * raw.itemsize) // raw.itemsize
-    return raw[first : first + floats]
+def pages(floats: int) -> Floats:
+    """Memory that starts at a page, huge ones if there are, and goes back to the system with the last reference to it.
+
+    From an allocator that keeps what was freed, patches of many sizes would leave pieces that fit none of them.
+    """
+    memory = mmap.mmap(-1, max(1, floats) * np.float32().itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.float32, floats)
 
 
 class Buffer:

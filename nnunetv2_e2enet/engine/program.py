@@ -13,7 +13,7 @@ from torch import Tensor
 from nnunetv2_e2enet.engine import core as abi
 from nnunetv2_e2enet.engine.arena import Lifetime, place
 from nnunetv2_e2enet.engine.core import ConvJob, Core, HeadJob, PoolJob, StridedJob
-from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, StoredNorm, aligned
+from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, StoredNorm, pages
 from nnunetv2_e2enet.engine.weights import ConvWeights, NormWeights, PackedBlock, PackedNode, PackedWeights
 
 Job = ConvJob | StridedJob | PoolJob
@@ -51,7 +51,7 @@ class Program:
         self._image = StoredMap(Buffer(weights.input_channels, self._sizes[0], core.pixel_bytes), None)
         self._build()
         self._memory = self._place()
-        self._scratch = aligned(0)
+        self._scratch = pages(0)
         self._jobs = [step.make() for step in self._steps]
 
     @property
@@ -81,7 +81,7 @@ class Program:
         if threads == self._threads:
             return
         jobs = [job[1] if isinstance(job, tuple) else job for job in self._jobs]
-        self._scratch = aligned(max(self._core.scratch_floats(job, threads) for job in jobs))
+        self._scratch = pages(max(self._core.scratch_floats(job, threads) for job in jobs))
         self._threads = threads
 
     def _place(self) -> Floats:
@@ -92,7 +92,7 @@ class Program:
                 first = lifetimes[buffer].first if buffer in lifetimes else index
                 lifetimes[buffer] = Lifetime(buffer.n_bytes, first, index)
         offsets, n_bytes = place(list(lifetimes.values()))
-        memory = aligned(n_bytes // np.float32().itemsize)
+        memory = pages(n_bytes // np.float32().itemsize)
         for buffer, offset in zip(lifetimes, offsets, strict=True):
             buffer.place_at(memory.ctypes.data + offset)
         return memory
