@@ -3,6 +3,7 @@
 import resource
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ def test_real_checkpoint_is_read_without_running_code(checkpoint: Path) -> None:
     assert content["trainer_name"] == "nnUNetTrainerE2ENet_smoke"
     assert len(content["logging"]["mean_fg_dice"]) == 3
     assert content["init_args"]["plans"]["configurations"]["3d_fullres"]["patch_size"] == [24, 64, 64]
+
+
+def test_checkpoints_are_read_by_several_threads(checkpoint: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        epochs = list(pool.map(lambda _: read_checkpoint(checkpoint)["current_epoch"], range(80)))
+    assert epochs == [3] * 80
 
 
 def test_resumes_from_an_intact_checkpoint(in_process: Project, checkpoint: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ _ALLOWED: list[Any] = [
     np.dtype,
     *{type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")},
 ]
+
+_reading = Lock()  # what is allowed holds for all threads, and ends with the first that has read
 
 _KEYS = ("network_weights", "optimizer_state", "current_epoch", "init_args", "trainer_name")
 # What has to agree, with the value where plans do not name it; the rest of a network shows in the shapes of its weights.
@@ -45,7 +48,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         E2ENetError: the file is missing, truncated, not nnU-Net's, or holds something that a checkpoint does not.
     """
     try:
-        with safe_globals(_ALLOWED):
+        with _reading, safe_globals(_ALLOWED):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
