@@ -10,13 +10,20 @@ from nnunetv2_e2enet.dsff import CosineSchedule, GradientGrowth, RandomGrowth, T
 from nnunetv2_e2enet.network import E2ENet
 
 
-@pytest.mark.parametrize("growth", [RandomGrowth(), GradientGrowth()])
-@pytest.mark.parametrize("dimension", [2, 3])
-def test_topology_updates_compile_nothing(growth: RandomGrowth | GradientGrowth, dimension: int) -> None:
+@pytest.mark.parametrize(
+    ("growth", "dimension", "memory_format"),
+    [
+        *[(growth, dimension, torch.preserve_format) for growth in (RandomGrowth(), GradientGrowth()) for dimension in (2, 3)],
+        (RandomGrowth(), 3, torch.channels_last_3d),
+    ],
+)
+def test_topology_updates_compile_nothing(
+    growth: RandomGrowth | GradientGrowth, dimension: int, memory_format: torch.memory_format
+) -> None:
     torch._dynamo.reset()
     conv = nn.Conv3d if dimension == 3 else nn.Conv2d
     strides = [[1] * dimension] + [[2] * dimension] * 2
-    network = E2ENet(1, 2, 3, [4, 8, 8], conv, strides, deep_supervision=True)
+    network = E2ENet(1, 2, 3, [4, 8, 8], conv, strides, deep_supervision=True).to(memory_format=memory_format)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9)
     updater = TopologyUpdater(network, CosineSchedule(10, 1), growth=growth)
     counter = CompileCounter()

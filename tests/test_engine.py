@@ -361,6 +361,11 @@ def test_input_in_any_memory_order() -> None:
 
 
 @needs_core
+def test_weights_in_any_memory_order() -> None:
+    assert_same_logits(make_network().to(memory_format=torch.channels_last_3d), torch.randn(1, 1, 8, 32, 32))
+
+
+@needs_core
 def test_two_threads_at_once() -> None:
     network = make_network()
     patches = [torch.randn(1, 1, 8, 32, 32), torch.randn(1, 1, 8, 32, 32)]

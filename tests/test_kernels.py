@@ -7,16 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, acceleration, raw_map
 from nnunetv2_e2enet.network.depth_shift import join, separate
+from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST, is_channels_last
 from nnunetv2_e2enet.network.raw_map import FeatureMap, RawMap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MAPS = [
+    *[(shape, last) for shape in ((2, 3, 5, 7, 9), (2, 3, 11, 6)) for last in (False, True)],
+    ((1, 2, 33, 32, 40), False),  # so large that several programs sum a channel
+    ((1, 70, 5, 9, 13), True),  # and a voxel
+]
+"""Shape, and whether the channels come last in memory."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -44,16 +53,22 @@ def random_raw_map(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Raw
     )
 
 
+def in_format(x: Tensor, last: bool) -> Tensor:
+    """The same values, with the channels last in memory or as ever."""
+    return x.contiguous(memory_format=CHANNELS_LAST[x.dim() - 2] if last else torch.contiguous_format)
+
+
 def assert_same(found: Tensor, expected: Tensor) -> None:
     assert found.dtype == expected.dtype
+    assert found.stride() == expected.stride()
     tolerance = TOLERANCE[found.dtype]
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7, 9), (1, 2, 33, 32, 40), (2, 3, 11, 6)])
-def test_statistics(kernels: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x = random(*shape, dtype=dtype) * 2 + 5
+@pytest.mark.parametrize(("shape", "last"), MAPS)
+def test_statistics(kernels: Any, shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> None:
+    x = in_format(random(*shape, dtype=dtype) * 2 + 5, last)
     found, expected = kernels.statistics(x, 1e-5), raw_map.statistics(x, 1e-5)
     for f, e in zip(found, expected, strict=True):
         assert_same(f, e)
@@ -68,9 +83,9 @@ def test_statistics_of_values_far_from_zero(kernels: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7, 9), (1, 2, 33, 32, 40), (2, 3, 11, 6)])
-def test_gradient_of_norm_and_activation(kernels: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, grad = random(*shape, dtype=dtype, seed=1), random(*shape, dtype=dtype, seed=2)
+@pytest.mark.parametrize(("shape", "last"), MAPS)
+def test_gradient_of_norm_and_activation(kernels: Any, shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> None:
+    x, grad = (in_format(random(*shape, dtype=dtype, seed=seed), last) for seed in (1, 2))
     mean, rstd = raw_map.statistics(x, 1e-3)
     scale, offset = (t.reshape(*shape[:2], *[1] * (len(shape) - 2)) for t in (rstd * 1.5, 0.3 - mean * rstd * 1.5))
     arguments = (grad, x, mean, rstd, scale, offset, 0.1)
@@ -84,49 +99,48 @@ def test_gradient_of_norm_and_activation(kernels: Any, shape: tuple[int, ...], d
 
 @settings(deadline=None, max_examples=15)
 @given(
-    st.lists(st.tuples(st.integers(1, 7), st.booleans()), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(1, 7), st.booleans(), st.booleans()), min_size=1, max_size=3),
     st.integers(1, 5),
     st.sampled_from([1, 3, 5, 7]),
     st.sampled_from(list(TOLERANCE)),
 )
+@example([(70, True, True), (1, False, True), (33, False, True)], 5, 3, torch.float32)
+@example([(70, True, True), (8, True, False)], 3, 5, torch.float64)
 def test_shift_and_concatenation_and_back(
-    kernels: Any, maps: list[tuple[int, bool]], depth: int, shift_size: int, dtype: torch.dtype
+    kernels: Any, maps: list[tuple[int, bool, bool]], depth: int, shift_size: int, dtype: torch.dtype
 ) -> None:
     given_maps: list[FeatureMap] = []
-    for seed, (width, raw) in enumerate(maps):
+    for seed, (width, raw, last) in enumerate(maps):
         shape = (2, width, depth, 3, 4)
-        given_maps.append(random_raw_map(shape, dtype, 10 * seed) if raw else random(*shape, dtype=dtype, seed=10 * seed))
+        x = in_format(random(*shape, dtype=dtype, seed=10 * seed), last)
+        given_maps.append(random_raw_map(shape, dtype, 10 * seed)._replace(raw=x) if raw else x)
     found, expected = kernels.join(given_maps, shift_size), join(given_maps, shift_size)
     assert_same(found, expected)
-    widths = [width for width, _ in maps]
+    assert is_channels_last(found) == is_channels_last(raw_map.values_of(given_maps[0]))
+    widths = [width for width, *_ in maps]
     parts = kernels.separate(found, widths, shift_size)
     for part, width, e in zip(parts, widths, separate(found, widths, shift_size), strict=True):
         assert part.shape[1] == width
+        assert part.stride() == e.stride()
         assert torch.equal(part, e)
 
 
-def test_maps_whose_channels_come_last(kernels: Any) -> None:
-    def channels_last(x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last_3d)
-
-    raw, other = random_raw_map((2, 3, 4, 3, 2), torch.float64, 3), random(2, 5, 4, 3, 2, seed=9)
-    x, grad = random(2, 3, 4, 3, 2, seed=1), random(2, 8, 4, 3, 2, seed=2)
-    maps, last = [raw, other], [raw._replace(raw=channels_last(raw.raw)), channels_last(other)]
-    assert_same(kernels.join(last, 3), join(maps, 3))
-    for part, expected in zip(kernels.separate(channels_last(grad), [3, 5], 3), separate(grad, [3, 5], 3), strict=True):
-        assert torch.equal(part, expected)
+@pytest.mark.parametrize("last", [False, True])
+def test_a_gradient_in_another_format_is_converted_to_that_of_the_map(kernels: Any, last: bool) -> None:
+    x, grad = in_format(random(2, 3, 4, 3, 2), last), random(2, 8, 4, 3, 2, seed=2)
     mean, rstd = raw_map.statistics(x, 1e-3)
-    for found, expected in zip(kernels.statistics(channels_last(x), 1e-3), (mean, rstd), strict=True):
-        assert_same(found, expected)
-    arguments = (mean, rstd, raw.scale, raw.offset, 0.1)
-    results = kernels.norm_gradient(channels_last(grad[:, :3]), channels_last(x), *arguments)
-    for found, expected in zip(results, raw_map.norm_gradient(grad[:, :3], x, *arguments), strict=True):
-        torch.testing.assert_close(found.flatten(), expected.flatten())
+    arguments = (x, mean, rstd, *(random(2, 3, 1, 1, 1, seed=seed) for seed in (3, 4)), 0.1)
+    for gradient in (grad[:, :3], in_format(grad, last)[:, :3], in_format(grad[:, :3], not last)):
+        found, expected = kernels.norm_gradient(gradient, *arguments), raw_map.norm_gradient(gradient, *arguments)
+        for f, e in zip(found, expected, strict=True):
+            assert_same(f, e)
 
 
-def test_operators_are_well_behaved(kernels: Any) -> None:  # noqa: ARG001
-    x, grad = random(2, 3, 4, 3, 2), random(2, 6, 4, 3, 2)
+@pytest.mark.parametrize("last", [False, True])
+def test_operators_are_well_behaved(kernels: Any, last: bool) -> None:  # noqa: ARG001
+    x, grad = in_format(random(2, 3, 4, 3, 2), last), in_format(random(2, 6, 4, 3, 2), last)
     raw = random_raw_map((2, 3, 4, 3, 2), torch.float64, 3)
+    raw = raw._replace(raw=in_format(raw.raw, last))
     mean, rstd = raw_map.statistics(x, 1e-5)
     calls = {
         "statistics": (x, 1e-5),
@@ -137,10 +151,19 @@ def test_operators_are_well_behaved(kernels: Any) -> None:  # noqa: ARG001
     for name, arguments in calls.items():
         operator = getattr(torch.ops.e2enet, name).default
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+        with FakeTensorMode() as mode:
+            fake = operator(*tree_map_only(Tensor, mode.from_tensor, arguments))
+        strides = [[t.stride() for t in tree_leaves(results)] for results in (fake, operator(*arguments))]
+        assert strides[0] == strides[1], name
 
 
-@pytest.mark.parametrize(("dimension", "compiled"), [(3, False), (2, False), (2, True)])
-def test_a_training_step_with_kernels(kernels: Any, dimension: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dimension", "compiled", "last"),
+    [(3, False, False), (2, False, False), (2, True, False), (2, False, True), (2, True, True)],
+)
+def test_a_training_step_with_kernels(
+    kernels: Any, dimension: int, compiled: bool, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     conv = nn.Conv3d if dimension == 3 else nn.Conv2d
     strides = [[1] * dimension, [2] * dimension]
@@ -156,10 +179,12 @@ def test_a_training_step_with_kernels(kernels: Any, dimension: int, compiled: bo
     expected_loss, expected = step(network)
     with torch.no_grad():
         logits = network(x)
+    if last:
+        network.to(memory_format=CHANNELS_LAST[dimension])
     calls = []
     monkeypatch.setattr(acceleration, "_kernels", kernels)
     monkeypatch.setattr(acceleration, "_kernels_when_compiled", True)
-    monkeypatch.setattr(kernels.operators.programs, "move_rows", noted(kernels.operators.programs.move_rows, calls))
+    monkeypatch.setattr(kernels.operators.programs, "move_tiles", noted(kernels.operators.programs.move_tiles, calls))
     torch._dynamo.reset()
     loss, found = step(torch.compile(network, backend="aot_eager", fullgraph=True) if compiled else network)
     assert calls, "no kernel was used"

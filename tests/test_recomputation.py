@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -170,20 +169,6 @@ def test_mixed_precision_keeps_half_the_bytes() -> None:
     for recompute in ("blocks", "nodes"):
         similarity = F.cosine_similarity(found[recompute][weight].flatten(), found["none"][weight].flatten(), dim=0)
         assert similarity > 0.99
-
-
-@pytest.mark.parametrize("recompute", ["none", "blocks"])
-def test_channels_last_networks_compute_the_same(recompute: str) -> None:
-    """Of convolutions alone the maps are laid out so; all that reads them writes channel after channel."""
-    torch.manual_seed(2)
-    network = small()
-    last = deepcopy(network).to(memory_format=torch.channels_last_3d)
-    x = image(dtype=torch.float32)[:1, :, :8]
-    loss, expected = gradients(network, x, recompute)
-    loss_of_last, found = gradients(last, x.contiguous(memory_format=torch.channels_last_3d), recompute)
-    torch.testing.assert_close(loss_of_last, loss)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * max(1, gradient.abs().max().item()))
 
 
 def test_maps_of_a_single_voxel_are_refused_as_by_instance_norm() -> None:

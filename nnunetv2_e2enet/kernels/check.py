@@ -7,14 +7,21 @@ import torch
 from nnunetv2_e2enet.kernels import operators
 from nnunetv2_e2enet.network import raw_map
 from nnunetv2_e2enet.network.depth_shift import join, separate
+from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST
 
 TOLERANCE = 1e-4  # float32, values of about 1
 
 
 def wrong_kernel(device: torch.device) -> str | None:
-    """The name of the first kernel that differs from PyTorch on a small example; None if all agree."""
+    """The name of the first kernel that differs from PyTorch on a small example in either format; None if all agree."""
+    formats = (torch.contiguous_format, CHANNELS_LAST[3])
+    return next((name for memory_format in formats if (name := _wrong_kernel(device, memory_format))), None)
+
+
+def _wrong_kernel(device: torch.device, memory_format: torch.memory_format) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    x, other, grad = (torch.randn(2, c, 5, 6, 7, generator=generator).to(device) for c in (5, 4, 9))
+    maps_and_gradient = (torch.randn(2, c, 5, 6, 7, generator=generator) for c in (5, 4, 9))
+    x, other, grad = (t.to(device, memory_format=memory_format) for t in maps_and_gradient)
     mean, rstd = raw_map.statistics(x, 1e-5)
     scale, offset = (t.reshape(2, 5, 1, 1, 1) for t in (rstd, -mean * rstd))
     maps: list[raw_map.FeatureMap] = [raw_map.RawMap(x, scale, offset, 0.01), other]

@@ -1,4 +1,7 @@
-"""The Triton programs as PyTorch operators: shapes, dtypes, launches."""
+"""The Triton programs as PyTorch operators: shapes, dtypes, memory formats, launches.
+
+Results lie in memory as the maps that they are made from, as the first of them where these differ; others are converted.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,14 @@ from torch.library import custom_op
 from triton.runtime.interpreter import InterpretedFunction
 
 from nnunetv2_e2enet.kernels import programs
-from nnunetv2_e2enet.network.raw_map import FeatureMap, RawMap, flatten
+from nnunetv2_e2enet.network.memory_format import empty_like, is_channels_last, memory_format
+from nnunetv2_e2enet.network.raw_map import FeatureMap, RawMap, flatten, values_of
 
-DEVICES = ("cuda", "cpu") if isinstance(programs.move_rows, InterpretedFunction) else ("cuda",)
+DEVICES = ("cuda", "cpu") if isinstance(programs.move_tiles, InterpretedFunction) else ("cuda",)
 """Where the programs run: Triton's interpreter (TRITON_INTERPRET=1) computes with tensors on the CPU too."""
-BLOCK = 1024  # voxels of a row that a program handles at once
-CHUNK = 32 * BLOCK  # voxels over which one program sums
+TILE = 1024  # voxels of a channel that a program handles at once
+TILE_LAST = 64, 64  # voxels and channels where the latter come last; what is read of each channel serves all of these voxels
+CHUNK = 32 * 1024  # values over which one program sums
 
 
 def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -51,16 +56,17 @@ def separate(grad: Tensor, widths: Sequence[int], shift_size: int) -> list[Tenso
 
 @custom_op("e2enet::statistics", mutates_args=(), schema="(Tensor x, float eps) -> (Tensor, Tensor)")
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
-    rows, elements = prod(x.shape[:2]), prod(x.shape[2:])
-    wide, parts = _wide(x.dtype), triton.cdiv(elements, CHUNK)
-    sums, squares = (x.new_empty((rows, parts), dtype=wide) for _ in range(2))
+    x = x.contiguous(memory_format=memory_format(x))
+    tiles, wide = _Tiles(x, is_channels_last(x)), _wide(x.dtype)
+    sums, squares = (x.new_empty((*x.shape[:2], tiles.chunks), dtype=wide) for _ in range(2))
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        programs.sums_around_first[(rows, parts)](x, sums, squares, elements, CHUNK, BLOCK=BLOCK, WIDE=_triton_dtype(wide))
-    distance, square = (t.double().sum(1) / elements for t in (sums, squares))
-    mean = x.reshape(rows, -1)[:, 0].double() + distance
+        programs.sums_around_first[tiles.grid(tiles.chunks)](
+            x, sums, squares, *tiles.sizes, *tiles.strides, tiles.chunk, **tiles.blocks, WIDE=_triton_dtype(wide)
+        )
+    distance, square = (t.double().sum(2) / tiles.elements for t in (sums, squares))
+    mean = x.flatten(2)[:, :, 0].double() + distance
     rstd = ((square - distance.square()).clamp(min=0) + eps).rsqrt()
-    return mean.to(wide).reshape(x.shape[:2]), rstd.to(wide).reshape(x.shape[:2])
+    return mean.to(wide), rstd.to(wide)
 
 
 @_statistics.register_fake
@@ -78,19 +84,18 @@ def _(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # noqa: ARG001
 def _norm_gradient(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, offset: Tensor, slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, x = grad.contiguous(), x.contiguous()
-    out = torch.empty_like(x)
-    rows, elements = prod(x.shape[:2]), prod(x.shape[2:])
-    parts = triton.cdiv(elements, CHUNK)
-    sums, products = (x.new_empty((rows, parts), dtype=mean.dtype) for _ in range(2))
+    grad, x = (t.contiguous(memory_format=memory_format(x)) for t in (grad, x))
+    out, tiles = empty_like(x, x.shape[1]), _Tiles(x, is_channels_last(x))
+    sums, products = (x.new_empty((*x.shape[:2], tiles.chunks), dtype=mean.dtype) for _ in range(2))
     given = (grad, x, *(t.contiguous() for t in (mean, rstd, scale, offset)))
-    constants = {"SLOPE": slope, "BLOCK": BLOCK, "WIDE": _triton_dtype(mean.dtype)}
+    constants = {"SLOPE": slope, **tiles.blocks, "WIDE": _triton_dtype(mean.dtype)}
     with torch.cuda.device_of(x):
-        programs.gradient_sums[(rows, parts)](*given, sums, products, elements, CHUNK, **constants)
-        sums, products = sums.sum(1), products.sum(1)
-        grid = (rows, triton.cdiv(elements, BLOCK))
-        programs.gradient_of_norm[grid](*given, sums, products, out, elements, **constants)
-    return out, products.reshape(x.shape[:2]), sums.reshape(x.shape[:2])
+        programs.gradient_sums[tiles.grid(tiles.chunks)](
+            *given, sums, products, *tiles.sizes, *tiles.strides, tiles.chunk, **constants
+        )
+        sums, products = sums.sum(2), products.sum(2)
+        programs.gradient_of_norm[tiles.grid()](*given, sums, products, out, *tiles.sizes, *tiles.strides, **constants)
+    return out, products, sums
 
 
 @_norm_gradient.register_fake
@@ -103,22 +108,22 @@ def _(
     offset: Tensor,  # noqa: ARG001
     slope: float,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), torch.empty_like(mean), torch.empty_like(mean)
+    return empty_like(x, x.shape[1]), torch.empty_like(mean), torch.empty_like(mean)
 
 
 @custom_op("e2enet::join", mutates_args=(), schema="(Tensor[] tensors, float[] slopes, int shift_size) -> Tensor")
 def _join(tensors: Sequence[Tensor], slopes: Sequence[float], shift_size: int) -> Tensor:
     maps = _regroup(tensors, slopes)
     out = _joined(tensors, slopes)
+    form = memory_format(values_of(maps[0]))
     first = 0
     for feature_map in maps:
+        single = values_of(feature_map).contiguous(memory_format=form)
+        norm = None
         if isinstance(feature_map, RawMap):
-            raw, scale, offset, slope = feature_map
-            _launch(raw.contiguous(), out, first, shift_size, (scale.contiguous(), offset.contiguous(), slope))
-        else:
-            raw = feature_map
-            _launch(raw.contiguous(), out, first, shift_size)
-        first += raw.shape[1]
+            norm = (feature_map.scale.contiguous(), feature_map.offset.contiguous(), feature_map.slope)
+        _launch(single, out, first, shift_size, norm)
+        first += single.shape[1]
     return out
 
 
@@ -129,7 +134,7 @@ def _(tensors: Sequence[Tensor], slopes: Sequence[float], shift_size: int) -> Te
 
 @custom_op("e2enet::separate", mutates_args=(), schema="(Tensor grad, int[] widths, int shift_size) -> Tensor[]")
 def _separate(grad: Tensor, widths: Sequence[int], shift_size: int) -> list[Tensor]:
-    grad = grad.contiguous()
+    grad = grad.contiguous(memory_format=memory_format(grad))
     parts = _parts(grad, widths)
     first = 0
     for part in parts:
@@ -151,23 +156,50 @@ def _launch(
     norm: tuple[Tensor, Tensor, float] | None = None,
     back: bool = False,
 ) -> None:
-    batch, channels, *space = single.shape
-    moves = joined.shape[1] >= shift_size > 1
-    group_size, larger = divmod(joined.shape[1], shift_size)
-    elements = prod(space)
-    wide = _wide(single.dtype)
+    channels, joined_channels, depth = single.shape[1], joined.shape[1], single.shape[2]
+    group_size, larger = divmod(joined_channels, shift_size)
+    last = is_channels_last(joined)  # a map of a single channel lies as any
+    tiles = _Tiles(single, last)
+    voxel_stride, channel_stride = tiles.strides
+    joined_voxel_stride = joined_channels if last else voxel_stride
     scale, offset, slope = norm or (single, single, 1.0)  # without a norm nothing is read there
     with torch.cuda.device_of(single):
-        programs.move_rows[(batch * channels, triton.cdiv(elements, BLOCK))](
-            *(single, joined, scale, offset, channels, first, joined.shape[1], elements // space[0], elements),
-            *(group_size, larger, shift_size // 2),
+        programs.move_tiles[tiles.grid()](
+            *(single, joined, scale, offset, channels, first, joined_channels, tiles.elements // depth, tiles.elements),
+            *(voxel_stride, joined_voxel_stride, channel_stride, group_size, larger, shift_size // 2),
             SLOPE=slope,
             BACK=back,
             NORM=norm is not None,
-            MOVE=moves,
-            BLOCK=BLOCK,
-            WIDE=_triton_dtype(wide),
+            MOVE=joined_channels >= shift_size > 1,
+            **tiles.blocks,
+            WIDE=_triton_dtype(_wide(single.dtype)),
         )
+
+
+class _Tiles:
+    """How programs share a map; see ``programs``.
+
+    Attributes:
+        elements: voxels of a channel.
+        chunk, chunks: voxels over which one program sums, and how many such.
+        sizes, strides, blocks: as the programs take them.
+    """
+
+    def __init__(self, x: Tensor, channels_last: bool) -> None:
+        self.batch, self.channels, self.elements = x.shape[0], x.shape[1], prod(x.shape[2:])
+        voxels, channels = TILE_LAST if channels_last else (TILE, 1)
+        block_c = min(channels, triton.next_power_of_2(self.channels))
+        block_v = voxels * channels // block_c
+        self.blocks = {"BLOCK_V": block_v, "BLOCK_C": block_c}
+        self.sizes = (self.channels, self.elements)
+        self.strides = (self.channels, 1) if channels_last else (1, self.elements)
+        self.chunk = CHUNK // block_c
+        self.chunks = triton.cdiv(self.elements, self.chunk)
+
+    def grid(self, parts: int | None = None) -> tuple[int, int, int]:
+        """Programs for so many parts of the voxels; for each tile unless given."""
+        parts = triton.cdiv(self.elements, self.blocks["BLOCK_V"]) if parts is None else parts
+        return parts, triton.cdiv(self.channels, self.blocks["BLOCK_C"]), self.batch
 
 
 def _regroup(tensors: Sequence[Tensor], slopes: Sequence[float]) -> list[FeatureMap]:
@@ -176,16 +208,15 @@ def _regroup(tensors: Sequence[Tensor], slopes: Sequence[float]) -> list[Feature
 
 
 def _joined(tensors: Sequence[Tensor], slopes: Sequence[float]) -> Tensor:
-    values = [m.raw if isinstance(m, RawMap) else m for m in _regroup(tensors, slopes)]
+    values = [values_of(m) for m in _regroup(tensors, slopes)]
     dtype = values[0].dtype
     for value in values[1:]:
         dtype = torch.promote_types(dtype, value.dtype)
-    batch, _, *space = values[0].shape
-    return values[0].new_empty((batch, sum(v.shape[1] for v in values), *space), dtype=dtype)
+    return empty_like(values[0], sum(v.shape[1] for v in values), dtype)
 
 
 def _parts(grad: Tensor, widths: Sequence[int]) -> list[Tensor]:
-    return [grad.new_empty((grad.shape[0], width, *grad.shape[2:])) for width in widths]
+    return [empty_like(grad, width) for width in widths]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

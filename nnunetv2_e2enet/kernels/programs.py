@@ -1,6 +1,8 @@
-"""The Triton programs. A *row* is one channel of one sample: its voxels lie one after the other, slice by slice.
+"""The Triton programs. A map is its samples one after the other, each of voxels and channels with a stride for either.
 
-A move along the first spatial axis is then a distance in the row, and what comes from outside of the row is zero.
+Programs work on tiles of ``BLOCK_V`` voxels and ``BLOCK_C`` channels: one channel where its voxels are neighbours in memory,
+several where the channels of a voxel are (channels last). Programs are numbered by part of the voxels, group of channels, and
+sample. A move along the first spatial axis is a distance in voxels, and what comes from outside of the map is zero.
 """
 
 # mypy: ignore-errors
@@ -10,22 +12,54 @@ import triton.language as tl
 
 
 @triton.jit
-def sums_around_first(x, sums, squares, elements, chunk, BLOCK: tl.constexpr, WIDE: tl.constexpr):  # noqa: N803
-    """Sums of ``x - x[0]`` and of its square over each chunk of a row. Large means do not cancel around the first value."""
-    row, part = tl.program_id(0), tl.program_id(1)
-    x += row.to(tl.int64) * elements
-    first = tl.load(x).to(WIDE)
-    total, total_squared = tl.zeros([BLOCK], WIDE), tl.zeros([BLOCK], WIDE)
+def channels_of_tile(channels, BLOCK_C: tl.constexpr):  # noqa: N803
+    """The channels, ``(1, BLOCK_C)``; whether there are such; and where they lie in a tensor ``(batch, channels)``."""
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return channel, channel < channels, tl.program_id(2) * channels + channel
+
+
+@triton.jit
+def voxels_of_tile(start, BLOCK_V: tl.constexpr):  # noqa: N803
+    return start + tl.arange(0, BLOCK_V)[:, None]
+
+
+@triton.jit
+def first_voxels(x, channel, channels, elements, channel_stride):
+    """Where these channels of the program's sample begin."""
+    return x + tl.program_id(2).to(tl.int64) * channels * elements + channel.to(tl.int64) * channel_stride
+
+
+@triton.jit
+def sums_around_first(
+    x,
+    sums,
+    squares,
+    channels,
+    elements,
+    voxel_stride,
+    channel_stride,
+    chunk,
+    BLOCK_V: tl.constexpr,  # noqa: N803
+    BLOCK_C: tl.constexpr,  # noqa: N803
+    WIDE: tl.constexpr,  # noqa: N803
+):
+    """Sums of ``x - x[0]`` and of its square over each chunk of voxels. Large means do not cancel around the first value."""
+    channel, exists, row = channels_of_tile(channels, BLOCK_C)
+    x = first_voxels(x, channel, channels, elements, channel_stride)
+    first = tl.load(x, exists, other=0).to(WIDE)
+    total, total_squared = tl.zeros([BLOCK_V, BLOCK_C], WIDE), tl.zeros([BLOCK_V, BLOCK_C], WIDE)
+    part = tl.program_id(0)
     stop = tl.minimum((part + 1) * chunk, elements)
-    for start in range(part * chunk, stop, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        inside = index < stop
-        value = tl.where(inside, tl.load(x + index, inside, other=0).to(WIDE) - first, 0)
+    for start in range(part * chunk, stop, BLOCK_V):
+        voxel = voxels_of_tile(start, BLOCK_V)
+        inside = (voxel < stop) & exists
+        value = tl.load(x + voxel.to(tl.int64) * voxel_stride, inside, other=0).to(WIDE)
+        value = tl.where(inside, value - first, 0)
         total += value
         total_squared += value * value
-    place = row * tl.num_programs(1) + part
-    tl.store(sums + place, tl.sum(total))
-    tl.store(squares + place, tl.sum(total_squared))
+    place = row * tl.num_programs(0) + part
+    tl.store(sums + place, tl.sum(total, 0)[None, :], exists)
+    tl.store(squares + place, tl.sum(total_squared, 0)[None, :], exists)
 
 
 @triton.jit
@@ -38,7 +72,7 @@ def slices_moved(channel, group_size, larger, middle):
 
 
 @triton.jit
-def move_rows(
+def move_tiles(
     single,
     joined,
     scale,
@@ -48,6 +82,9 @@ def move_rows(
     joined_channels,
     plane,
     elements,
+    single_voxel_stride,
+    joined_voxel_stride,
+    channel_stride,
     group_size,
     larger,
     middle,
@@ -55,28 +92,41 @@ def move_rows(
     BACK: tl.constexpr,  # noqa: N803
     NORM: tl.constexpr,  # noqa: N803
     MOVE: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    BLOCK_V: tl.constexpr,  # noqa: N803
+    BLOCK_C: tl.constexpr,  # noqa: N803
     WIDE: tl.constexpr,  # noqa: N803
 ):
-    """One map's rows into the concatenation of maps, moved, and normalised and activated on the way; or back, moved back."""
-    row = tl.program_id(0)
-    channel = first_channel + row % channels
-    single += row.to(tl.int64) * elements
-    joined += ((row // channels).to(tl.int64) * joined_channels + channel) * elements
-    to = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """One map into the concatenation of maps, moved, and normalised and activated on the way; or back, moved back."""
+    channel, exists, row = channels_of_tile(channels, BLOCK_C)
+    single = first_voxels(single, channel, channels, elements, channel_stride)
+    channel += first_channel
+    joined = first_voxels(joined, channel, joined_channels, elements, channel_stride)
+    to = voxels_of_tile(tl.program_id(0) * BLOCK_V, BLOCK_V)
     distance = 0
     if MOVE:
         distance = slices_moved(channel, group_size, larger, middle) * plane
     if BACK:
-        source, target, at = joined, single, to + distance
+        source, source_stride, target, target_stride, at = (
+            joined,
+            joined_voxel_stride,
+            single,
+            single_voxel_stride,
+            to + distance,
+        )
     else:
-        source, target, at = single, joined, to - distance
-    inside = (to < elements) & (at >= 0) & (at < elements)
-    value = tl.load(source + at, inside, other=0).to(WIDE)
+        source, source_stride, target, target_stride, at = (
+            single,
+            single_voxel_stride,
+            joined,
+            joined_voxel_stride,
+            to - distance,
+        )
+    inside = (to < elements) & (at >= 0) & (at < elements) & exists
+    value = tl.load(source + at.to(tl.int64) * source_stride, inside, other=0).to(WIDE)
     if NORM:
-        value = value * tl.load(scale + row) + tl.load(offset + row)
+        value = value * tl.load(scale + row, exists, other=0) + tl.load(offset + row, exists, other=0)
         value = tl.where(inside, tl.where(value > 0, value, value * SLOPE), 0)
-    tl.store(target + to, value.to(target.dtype.element_ty), to < elements)
+    tl.store(target + to.to(tl.int64) * target_stride, value.to(target.dtype.element_ty), (to < elements) & exists)
 
 
 @triton.jit
@@ -95,31 +145,37 @@ def gradient_sums(
     offset,
     sums,
     products,
+    channels,
     elements,
+    voxel_stride,
+    channel_stride,
     chunk,
     SLOPE: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    BLOCK_V: tl.constexpr,  # noqa: N803
+    BLOCK_C: tl.constexpr,  # noqa: N803
     WIDE: tl.constexpr,  # noqa: N803
 ):
-    """Of the gradient before the activation, and of its product with the normalised map, over each chunk of a row."""
-    row, part = tl.program_id(0), tl.program_id(1)
-    grad += row.to(tl.int64) * elements
-    x += row.to(tl.int64) * elements
-    row_mean, row_rstd = tl.load(mean + row), tl.load(rstd + row)
-    row_scale, row_offset = tl.load(scale + row), tl.load(offset + row)
-    total, total_product = tl.zeros([BLOCK], WIDE), tl.zeros([BLOCK], WIDE)
+    """Of the gradient before the activation, and of its product with the normalised map, over each chunk of voxels."""
+    channel, exists, row = channels_of_tile(channels, BLOCK_C)
+    grad = first_voxels(grad, channel, channels, elements, channel_stride)
+    x = first_voxels(x, channel, channels, elements, channel_stride)
+    row_mean, row_rstd = tl.load(mean + row, exists, other=0), tl.load(rstd + row, exists, other=0)
+    row_scale, row_offset = tl.load(scale + row, exists, other=0), tl.load(offset + row, exists, other=0)
+    total, total_product = tl.zeros([BLOCK_V, BLOCK_C], WIDE), tl.zeros([BLOCK_V, BLOCK_C], WIDE)
+    part = tl.program_id(0)
     stop = tl.minimum((part + 1) * chunk, elements)
-    for start in range(part * chunk, stop, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        inside = index < stop
-        value = tl.load(x + index, inside, other=0).to(WIDE)
-        incoming = tl.load(grad + index, inside, other=0).to(WIDE)
+    for start in range(part * chunk, stop, BLOCK_V):
+        voxel = voxels_of_tile(start, BLOCK_V)
+        inside = (voxel < stop) & exists
+        at = voxel.to(tl.int64) * voxel_stride
+        value = tl.load(x + at, inside, other=0).to(WIDE)
+        incoming = tl.load(grad + at, inside, other=0).to(WIDE)
         before = through_activation(incoming, value, row_scale, row_offset, SLOPE)
         total += before
         total_product += before * (value - row_mean) * row_rstd
-    place = row * tl.num_programs(1) + part
-    tl.store(sums + place, tl.sum(total))
-    tl.store(products + place, tl.sum(total_product))
+    place = row * tl.num_programs(0) + part
+    tl.store(sums + place, tl.sum(total, 0)[None, :], exists)
+    tl.store(products + place, tl.sum(total_product, 0)[None, :], exists)
 
 
 @triton.jit
@@ -133,20 +189,26 @@ def gradient_of_norm(
     sums,
     products,
     out,
+    channels,
     elements,
+    voxel_stride,
+    channel_stride,
     SLOPE: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    BLOCK_V: tl.constexpr,  # noqa: N803
+    BLOCK_C: tl.constexpr,  # noqa: N803
     WIDE: tl.constexpr,  # noqa: N803
 ):
     """``scale * (g - mean(g) - normalised * mean(g * normalised))``, with ``g`` before the activation."""
-    row = tl.program_id(0)
-    start = row.to(tl.int64) * elements
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < elements
-    value = tl.load(x + start + index, inside, other=0).to(WIDE)
-    incoming = tl.load(grad + start + index, inside, other=0).to(WIDE)
-    row_scale = tl.load(scale + row)
-    before = through_activation(incoming, value, row_scale, tl.load(offset + row), SLOPE)
-    normalised = (value - tl.load(mean + row)) * tl.load(rstd + row)
-    result = row_scale * (before - tl.load(sums + row) / elements - normalised * (tl.load(products + row) / elements))
-    tl.store(out + start + index, result.to(out.dtype.element_ty), inside)
+    channel, exists, row = channels_of_tile(channels, BLOCK_C)
+    voxel = voxels_of_tile(tl.program_id(0) * BLOCK_V, BLOCK_V)
+    inside = (voxel < elements) & exists
+    at = voxel.to(tl.int64) * voxel_stride
+    value = tl.load(first_voxels(x, channel, channels, elements, channel_stride) + at, inside, other=0).to(WIDE)
+    incoming = tl.load(first_voxels(grad, channel, channels, elements, channel_stride) + at, inside, other=0).to(WIDE)
+    row_scale = tl.load(scale + row, exists, other=0)
+    before = through_activation(incoming, value, row_scale, tl.load(offset + row, exists, other=0), SLOPE)
+    normalised = (value - tl.load(mean + row, exists, other=0)) * tl.load(rstd + row, exists, other=0)
+    mean_product = tl.load(products + row, exists, other=0) / elements
+    result = row_scale * (before - tl.load(sums + row, exists, other=0) / elements - normalised * mean_product)
+    out = first_voxels(out, channel, channels, elements, channel_stride)
+    tl.store(out + at, result.to(out.dtype.element_ty), inside)

@@ -13,6 +13,7 @@ from nnunetv2_e2enet.network.acceleration import kernels_for
 from nnunetv2_e2enet.network.connections import MASKED_CONV
 from nnunetv2_e2enet.network.depth_shift import activation, depth_shift
 from nnunetv2_e2enet.network.learned_shift import LearnedDepthShift
+from nnunetv2_e2enet.network.memory_format import is_channels_last
 from nnunetv2_e2enet.network.raw_map import FeatureMap, raw_map
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE, convolved
 
@@ -107,7 +108,8 @@ class ShiftBlock(nn.Module):
         if self.dropout is not None:
             x = self.dropout(x)
         fused = kernels_for(x) is not None and not torch.is_grad_enabled()  # whose readers normalise in passing
-        raw = raw_map(x, self.norm, self.nonlin) if recompute or fused else None
+        # PyTorch's instance norm writes channel after channel, whatever it reads
+        raw = raw_map(x, self.norm, self.nonlin) if recompute or fused or is_channels_last(x) else None
         return self.nonlin(self.norm(x)) if raw is None else raw
 
 

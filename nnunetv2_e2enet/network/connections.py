@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network.memory_format import is_channels_last
 
 NEGATIVE_SLOPE = 1e-2  # of the leaky ReLU after each convolution
 
@@ -205,7 +206,9 @@ class MaskableLayer(nn.Module):
 
         Shapes follow from block size and sparsity alone, so that a new topology changes indices and nothing else.
         """
-        return x.index_select(1, self._active_inputs().flatten()), self.weight, self.n_blocks
+        axis = -1 if is_channels_last(x) else 1  # of a view, so that the result has its channels last too
+        inputs = x.movedim(1, axis).index_select(axis, self._active_inputs().flatten()).movedim(axis, 1)
+        return inputs, self.weight, self.n_blocks
 
     def _active_inputs(self) -> Tensor:
         """The input maps of equal blocks in ascending order, ``(blocks, inputs per block)``."""

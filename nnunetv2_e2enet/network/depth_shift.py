@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.acceleration import kernels_for
+from nnunetv2_e2enet.network.memory_format import empty_like
 from nnunetv2_e2enet.network.raw_map import FeatureMap, RawMap, Slopes, activate, flatten, regroup, some_channels, values_of
 
 DEPTH_AXIS = 2
@@ -101,12 +102,11 @@ def move(source: FeatureMap, target: Tensor, offset: int) -> None:
 
 
 def join(maps: Sequence[FeatureMap], shift_size: int) -> Tensor:
-    """Shift and concatenation in PyTorch, whatever the maps are."""
+    """Shift and concatenation in PyTorch, whatever the maps are; in the memory format of the first."""
     values = [values_of(m) for m in maps]
     widths = [v.shape[1] for v in values]
     dtype = reduce(torch.promote_types, (v.dtype for v in values))
-    first = values[0]
-    out = first.new_empty((first.shape[0], sum(widths), *first.shape[2:]), dtype=dtype)
+    out = empty_like(values[0], sum(widths), dtype)
     for index, channels, out_channels, offset in _pieces(widths, shift_size):
         move(some_channels(maps[index], channels), out[:, out_channels], offset)
     return out
@@ -119,7 +119,7 @@ def separate(grad: Tensor, widths: Sequence[int], shift_size: int) -> list[Tenso
         grad: of the concatenation.
         widths: channels of each map.
     """
-    grads = [grad.new_empty((grad.shape[0], width, *grad.shape[2:])) for width in widths]
+    grads = [empty_like(grad, width) for width in widths]
     for index, channels, out_channels, offset in _pieces(widths, shift_size):
         move(grad[:, out_channels], grads[index][:, channels], -offset)
     return grads

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nnunetv2_e2enet.network.acceleration import kernels_for
+from nnunetv2_e2enet.network.memory_format import is_channels_last, memory_format
 
 INSTANCE_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -96,12 +97,12 @@ def activate(source: RawMap, target: Tensor) -> None:
 
 def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and ``1 / sqrt(variance + eps)`` over space, ``(batch, channels)``, at least float32."""
-    rows = _in_parts(_rows(x))
+    parts = _in_parts(x)
     if x.device.type == "meta":  # where one part needs as much memory as any, and hundreds take seconds of shape arithmetic
-        some, _ = _moments(*rows[0])
+        some, _ = _moments(*parts[0])
         return some.new_empty(x.shape[:2]), some.new_empty(x.shape[:2])
-    parts = [_moments(*part) for part in rows]
-    mean, variance = (torch.cat(moments).reshape(x.shape[:2]) for moments in zip(*parts, strict=True))
+    moments = [_moments(*part) for part in parts]
+    mean, variance = (torch.cat(m).reshape(x.shape[:2]) for m in zip(*moments, strict=True))
     return mean, (variance + eps).rsqrt()
 
 
@@ -119,9 +120,9 @@ def norm_gradient(
     Returns:
         The gradient of ``x``, and the sums over space that make up the gradients of the norm's weight and bias.
     """
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    per_row = [t.reshape(-1, 1) for t in (mean, rstd, scale, offset)]
-    sums = [_gradient_of_rows(*rows, slope=slope) for rows in _in_parts(*map(_rows, (grad_x, grad, x)), *per_row)]
+    grad_x = torch.empty_like(x, memory_format=memory_format(x))
+    per_channel = (t.reshape(*x.shape[:2], 1) for t in (mean, rstd, scale, offset))
+    sums = [_gradient_of_part(*part, slope=slope) for part in _in_parts(grad_x, grad, x, *per_channel)]
     weight, bias = (torch.cat(s).reshape(x.shape[:2]) for s in zip(*sums, strict=True))
     return grad_x, weight, bias
 
@@ -129,35 +130,35 @@ def norm_gradient(
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if torch.compiler.is_compiling():
-        variance, mean = torch.var_mean(x, dim=1, correction=0)
+        variance, mean = torch.var_mean(x, dim=-1, correction=0)
         return mean, variance
-    mean = x.mean(1)
-    return mean, (x - mean[:, None]).square_().mean(1)  # many times as fast as torch.var_mean on the CPU
+    mean = x.mean(-1)
+    return mean, (x - mean[..., None]).square_().mean(-1)  # many times as fast as torch.var_mean on the CPU
 
 
-def _gradient_of_rows(
+def _gradient_of_part(
     out: Tensor, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, offset: Tensor, *, slope: float
 ) -> tuple[Tensor, Tensor]:
     """Writes the gradient of ``x`` into ``out`` and returns the two sums."""
     before = torch.where(x * scale + offset > 0, grad, grad * slope)  # the activation
     normalised = (x - mean) * rstd
-    products, sums = (before * normalised).sum(1, keepdim=True), before.sum(1, keepdim=True, dtype=mean.dtype)
-    out.copy_(scale * (before - (sums + normalised * products) / x.shape[1]))
+    products, sums = (before * normalised).sum(-1, keepdim=True), before.sum(-1, keepdim=True, dtype=mean.dtype)
+    out.copy_(scale * (before - (sums + normalised * products) / x.shape[-1]))
     return products, sums
 
 
-def _rows(x: Tensor) -> Tensor:
-    """One row for each channel of each sample."""
-    return x.flatten(2).flatten(0, 1)
+def _in_parts(*maps: Tensor) -> list[tuple[Tensor, ...]]:
+    """The same channels of each map together, ``(channels, voxels)`` and views of the first map at least.
 
-
-def _in_parts(*rows: Tensor) -> list[tuple[Tensor, ...]]:
-    """The same rows of each tensor together, so few that what is computed on the way stays small; in the cache of a CPU."""
+    They are so few that what is computed on the way stays small; in the cache of a CPU. A compiler decides itself.
+    """
+    flat = [m.flatten(2) for m in maps]
     if torch.compiler.is_compiling():
-        return [rows]
-    elements = 2**18 if rows[0].device.type == "cpu" else 2**24
-    size = max(1, elements // rows[0].shape[1])
-    return list(zip(*(t.split(size) for t in rows), strict=True))
+        return [tuple(flat)]
+    samples = zip(*flat, strict=True) if is_channels_last(maps[0]) else [tuple(m.flatten(0, 1) for m in flat)]
+    elements = 2**18 if maps[0].device.type == "cpu" else 2**24
+    size = max(1, elements // flat[0].shape[2])
+    return [part for sample in samples for part in zip(*(m.split(size) for m in sample), strict=True)]
 
 
 class _InstanceNorm(torch.autograd.Function):
