@@ -249,6 +249,38 @@ def test_active_weights_alone_are_trained_stored_and_resumed(in_process: Project
         assert all(torch.equal(a, b) for a, b in zip(train_on_noise(trainer, 1), expected, strict=True))
 
 
+@pytest.mark.parametrize("active_only", [False, True])
+def test_channels_last_trainings_resume_exactly(
+    in_process: Project, monkeypatch: pytest.MonkeyPatch, active_only: bool
+) -> None:
+    in_this_process(monkeypatch)
+    base = our_trainers.nnUNetTrainerE2ENet_B16active if active_only else our_trainers.nnUNetTrainerE2ENet
+    narrow = {"base_num_features": 8, "max_num_features": 8, "topology_update_period": 1, "save_every": 1, "num_epochs": 4}
+    names = ("whole", "resumed")
+    whole, resumed = (make(variant(base, name, channels_last=True, **narrow), in_process) for name in names)
+    for trainer in (whole, resumed):
+        trainer.initialize()
+    train_on_noise(whole, 2)
+    path = str(Path(resumed.output_folder) / "checkpoint_latest.pth")
+    shutil.copy(Path(whole.output_folder) / "checkpoint_latest.pth", path)
+    resumed.load_checkpoint(path)
+    for trainer in (whole, resumed):
+        kernels = [p for p in trainer.network.parameters() if p.dim() == 5 and p[0, 0].numel() > 1]
+        assert all(p.is_contiguous(memory_format=torch.channels_last_3d) and not p.is_contiguous() for p in kernels[1:])
+        assert len(kernels) > 10
+    assert all(torch.equal(a, b) for a, b in zip(train_on_noise(whole, 1), train_on_noise(resumed, 1), strict=True))
+
+    ordinary = make(variant(base, "ordinary", **narrow), in_process)  # which goes on with it, or predicts
+    ordinary.load_checkpoint(path)
+    for trainer in (ordinary, whole):
+        trainer.network.load_state_dict(resumed.network.state_dict())
+        trainer.set_deep_supervision_enabled(False)
+        trainer.network.eval()
+    x = torch.randn(1, 1, 24, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(whole.network(x), ordinary.network(x), rtol=1e-3, atol=1e-3)
+
+
 def test_weights_in_other_blocks_are_refused_where_active_ones_are_stored(
     in_process: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

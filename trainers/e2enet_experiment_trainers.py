@@ -41,9 +41,10 @@ _BLOCKS = {
     "learnedShift": {"learned_shift": True},
 }
 _CAPACITY = {"wide": {"base_num_features": 58}}  # as for nnUNetTrainer_narrow
+_LAYOUT = {"channelsLast": {"channels_last": True}}
 
 _VARIANTS = {
-    **variants(nnUNetTrainerE2ENet, {**_TOPOLOGY, **_BLOCKS, **_CAPACITY}),
+    **variants(nnUNetTrainerE2ENet, {**_TOPOLOGY, **_BLOCKS, **_CAPACITY, **_LAYOUT}),
     **variants(nnUNetTrainerE2ENet_S70, _BLOCKS),
     "nnUNetTrainerDSFF_depthShift": variant(nnUNetTrainerDSFF, "depthShift", shift_size=3),
 }

@@ -32,6 +32,7 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, fusion_flows, maskable_layers
 from nnunetv2_e2enet.network.blocks import KERNEL_SIZE
 from nnunetv2_e2enet.network.learned_shift import hold_whole_offsets
+from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST
 from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture
 from nnunetv2_e2enet.training.checkpoints import check_checkpoint
 from nnunetv2_e2enet.training.interface import TRAINER_ATTRIBUTES, Overrides, check_attributes
@@ -172,26 +173,27 @@ class DSFFMixin(NetworkMixin):
     def initialize(self) -> None:
         with one_line_errors():
             check_attributes(self, TRAINER_ATTRIBUTES)
-            with self._topology_before_optimizer():
+            with self._prepared_before_optimizer():
                 super().initialize()
             self.topology_history = self._follow_topology()
 
     @contextmanager
-    def _topology_before_optimizer(self) -> Iterator[None]:
+    def _prepared_before_optimizer(self) -> Iterator[None]:
         """Whatever configures the optimizer, a variant or a user's class, finds the weights as they will be trained."""
         configure = self.configure_optimizers
 
-        def start_and_configure() -> Any:
-            self._start_topology()
+        def prepare_and_configure() -> Any:
+            self._prepare_network()
             return configure()
 
-        self.__dict__["configure_optimizers"] = start_and_configure
+        self.__dict__["configure_optimizers"] = prepare_and_configure
         try:
             yield
         finally:
             del self.__dict__["configure_optimizers"]
 
-    def _start_topology(self) -> None:
+    def _prepare_network(self) -> None:
+        """Bring topology and weights into the form in which they are trained."""
         network = self.unwrapped_network
         for _, layer in maskable_layers(network):
             layer.share_inputs(self.block_size, self.compute_active_only)
@@ -292,6 +294,7 @@ class E2ENetMixin(DSFFMixin):
         self.kernel_size = list(KERNEL_SIZE)  # of all convolutions, depth first
         self.base_num_features = BASE_NUM_FEATURES  # channels of the finest level
         self.max_num_features = MAX_NUM_FEATURES
+        self.channels_last = False  # how maps lie in memory on the device, never what is computed (docs/memory.md)
         self.recompute = "blocks"  # in the backward pass; "none" is faster, "nodes" takes less memory (docs/memory.md)
 
     def initialize(self) -> None:
@@ -300,6 +303,12 @@ class E2ENetMixin(DSFFMixin):
             network = cast(E2ENet, self.unwrapped_network)
             network.recompute = self.recompute
             network.check_patch_size(self.configuration_manager.patch_size)
+
+    def _prepare_network(self) -> None:
+        super()._prepare_network()
+        network = cast(E2ENet, self.unwrapped_network)
+        if self.channels_last:
+            network.to(memory_format=CHANNELS_LAST[network.dimension])  # type: ignore[call-overload]
 
     def network_architecture(self, architecture: dict[str, Any]) -> dict[str, Any]:
         result = e2enet_architecture(
