@@ -23,8 +23,12 @@ CONTESTANTS = {
     "E2ENet 0.8": "nnunetv2_e2enet.trainers.e2enet_trainers.nnUNetTrainerE2ENet",
     "E2ENet 0.9": "nnunetv2_e2enet.trainers.e2enet_trainers.nnUNetTrainerE2ENet_S90",
     "E2ENet 0.8, blocks of 16": "nnunetv2_e2enet.trainers.e2enet_experiment_trainers.nnUNetTrainerE2ENet_B16active",
+    "nnU-Net, channels last": "stock_channels_last.StockChannelsLast",
+    "E2ENet 0.8, channels last": "nnunetv2_e2enet.trainers.e2enet_experiment_trainers.nnUNetTrainerE2ENet_channelsLast",
 }
-"""Trainers by name, with their sparsity; the last computes active blocks only."""
+"""Trainers by name, with their sparsity; in blocks of 16, active ones alone are computed."""
+SAME_RESULTS = ("nnU-Net, channels last", "E2ENet 0.8, channels last")
+"""Those that compute what another one does, in another time."""
 
 WITHOUT_GPU = "measured without a GPU: says nothing about one"
 AMOS = {"patch_size": [64, 160, 160], "batch_size": 2}

@@ -138,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=Path("Task04_Hippocampus"), help="the unpacked data set")
     parser.add_argument("--folder", type=Path, required=True, help="for everything that nnU-Net and this program write")
-    parser.add_argument("--contestants", nargs="+", default=list(contestants.CONTESTANTS), choices=contestants.CONTESTANTS)
+    trained = [name for name in contestants.CONTESTANTS if name not in contestants.SAME_RESULTS]
+    parser.add_argument("--contestants", nargs="+", default=trained, choices=contestants.CONTESTANTS)
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=250)
     parser.add_argument("--iterations", type=int, default=250)

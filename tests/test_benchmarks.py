@@ -16,6 +16,7 @@ from support import Project
 
 DEMO = "nnunetv2_e2enet.trainers.e2enet_demo_trainers"
 PLANS = "tinyPlans"
+CONTESTANTS = contestants.CONTESTANTS
 ITERATIONS = ["--iterations", "1", "--validation-iterations", "1"]
 
 
@@ -71,6 +72,18 @@ def test_prediction(tiny: Project, tmp_path: Path) -> None:  # noqa: ARG001
     content = json.loads(output.read_text())
     assert content["machine"]["warning"] == contestants.WITHOUT_GPU
     assert {name: len(result["seconds"]) for name, result in content["results"].items()} == {"nnU-Net": 2, "E2ENet": 2}
+
+
+def test_contestants_with_channels_last(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    monkeypatch.setattr(contestants, "CONTESTANTS", CONTESTANTS)
+    plans, dataset = contestants.load_plans("993", PLANS)
+    assert set(contestants.SAME_RESULTS) == {name for name in CONTESTANTS if "channels last" in name}
+    for name in contestants.SAME_RESULTS:
+        network, patch = gpu_inference.build(name, plans, dataset, "3d_fullres", "cpu")
+        weights = [p for p in network.parameters() if p.dim() == 5 and p.shape[1] > 1 and p[0, 0].numel() > 1]
+        assert len(weights) > 5
+        assert all(p.is_contiguous(memory_format=torch.channels_last_3d) and not p.is_contiguous() for p in weights)
+        gpu_inference.predict(network, patch)
 
 
 def test_the_amos_plan_is_the_one_of_the_memory_benchmark(tiny: Project) -> None:
