@@ -20,10 +20,6 @@ from support import Project, make, train_epochs, weights
 from nnunetv2_e2enet.network import E2ENet, e2enet_features, maskable_layers
 from nnunetv2_e2enet.trainers import e2enet_combined_trainers
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
-from nnunetv2_e2enet.trainers.e2enet_experiment_trainers import (
-    nnUNetTrainerDSFF,
-    nnUNetTrainerE2ENet_B16active,
-)
 from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet, nnUNetTrainerE2ENet_S90
 from nnunetv2_e2enet.training.variants import variant
 
@@ -177,20 +173,6 @@ def test_prediction_needs_no_settings(in_process: Project) -> None:
 
 
 # --- topology -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("trainer_class", [nnUNetTrainerE2ENet_smoke, nnUNetTrainerE2ENet_B16active, nnUNetTrainerDSFF])
-def test_a_training_starts_from_initialised_weights(in_process: Project, trainer_class: type[nnUNetTrainer]) -> None:
-    """The network was built with another random topology; every connection of the training's own has He normal weights."""
-    trainer = make(trainer_class, in_process)
-    trainer.initialize()
-    for _, layer in maskable_layers(trainer.network):
-        weight = layer.masked_weight().detach().flatten(2)
-        assert torch.equal(weight.abs().amax(2) > 0, layer.mask)
-        fan_in = layer.shape[1:].numel()
-        assert weight[layer.mask].std() == pytest.approx((2 / fan_in) ** 0.5, rel=0.2)
-        if not layer.stores_active_only:
-            assert torch.equal(weight, layer.weight.flatten(2))
 
 
 def test_start_is_the_same_for_the_same_seed(in_process: Project) -> None:

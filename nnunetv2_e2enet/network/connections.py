@@ -18,13 +18,6 @@ from torch.nn import functional as F
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.memory_format import is_channels_last
 
-NEGATIVE_SLOPE = 1e-2  # of the leaky ReLU after each convolution
-
-
-def he_normal_(weight: Tensor) -> Tensor:
-    """Fill with normal numbers as He et al. (2015) do for this leaky ReLU, and as nnU-Net does."""
-    return nn.init.kaiming_normal_(weight, a=NEGATIVE_SLOPE)
-
 
 def check_sparsity(sparsity: float) -> None:
     """Raises E2ENetError unless ``0 <= sparsity < 1``."""
@@ -286,34 +279,21 @@ class MaskableLayer(nn.Module):
 
     @torch.no_grad()
     def set_random_topology(self, n_active: int, generator: torch.Generator | None = None) -> None:
-        """Activate ``n_active`` connections, in whole blocks drawn uniformly at random; ``generator`` lives on the CPU.
-
-        Connections that were off start with new weights, as if they had been on when the layer was initialised.
-        """
+        """Activate ``n_active`` connections, in whole blocks drawn uniformly at random; ``generator`` lives on the CPU."""
         if self.weight.is_meta:  # a shape without values has no topology
             return
-        were_off = ~self.mask
-        self.set_topology(self._random_mask(n_active, generator))
-        self._initialize(were_off & self.mask)
-
-    def _random_mask(self, n_active: int, generator: torch.Generator | None) -> Tensor:
         shape = self.by_block(self.mask).shape
         if self.equal_blocks:
             inputs = n_active // self.n_outputs
             if not self.stores_active_only:
                 self._inputs_per_block = inputs
             order = torch.rand(shape, generator=generator, device="cpu").argsort(self.input_axis).argsort(self.input_axis)
-            return self.from_blocks(order < inputs)
+            self.set_topology(self.from_blocks(order < inputs))
+            return
         order = torch.randperm(shape.numel(), generator=generator, device="cpu")
         blocks = torch.zeros(shape.numel(), dtype=torch.bool, device="cpu")
         blocks[order[: n_active // self.block_size]] = True
-        return self.from_blocks(blocks.reshape(shape))
-
-    def _initialize(self, connections: Tensor) -> None:
-        weight = self.weight.detach()
-        dense = self.spread(weight)
-        values = he_normal_(torch.empty_like(dense))
-        weight.copy_(self.gather(torch.where(self.over_kernel(connections), values, dense)))
+        self.set_topology(self.from_blocks(blocks.reshape(shape)))
 
     @torch.no_grad()
     def clear_inactive_weights(self) -> None:

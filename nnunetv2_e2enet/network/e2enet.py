@@ -13,11 +13,13 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import accounts
 from nnunetv2_e2enet.network.acceleration import accelerated, load_kernels
 from nnunetv2_e2enet.network.blocks import CONV, KERNEL_SIZE, BlockStyle, ShiftBlock
-from nnunetv2_e2enet.network.connections import MaskableLayer, check_sparsity, he_normal_, maskable_layers
+from nnunetv2_e2enet.network.connections import MaskableLayer, check_sparsity, maskable_layers
 from nnunetv2_e2enet.network.depth_shift import check_shift_size
 from nnunetv2_e2enet.network.encoder import Encoder
 from nnunetv2_e2enet.network.fusion import FusionDecoder
 from nnunetv2_e2enet.network.recomputation import check_recompute
+
+NEGATIVE_SLOPE = 1e-2
 
 
 def e2enet_features(n_stages: int, base: int = 48, maximum: int = 320) -> list[int]:
@@ -192,7 +194,7 @@ class E2ENet(nn.Module):
         if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
             weight = module.weight.detach()
             dense = module.spread(weight) if isinstance(module, MaskableLayer) else weight
-            he_normal_(dense)
+            nn.init.kaiming_normal_(dense, a=NEGATIVE_SLOPE)
             if isinstance(module, MaskableLayer):
                 weight.copy_(module.gather(dense))
                 module.clear_inactive_weights()

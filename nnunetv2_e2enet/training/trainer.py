@@ -198,6 +198,7 @@ class DSFFMixin(NetworkMixin):
         for _, layer in maskable_layers(network):
             layer.share_inputs(self.block_size, self.compute_active_only)
         seed = f"{self.topology_seed}/{self.fold}"  # folds that agree have learned to, and ensembles differ
+        # connections that the network was not built with start at zero, as grown ones do (docs/experiments.md)
         random_topology(network, self.feature_sparsity, self.distribution, seed)
         self.topology_updater = TopologyUpdater(network, self._schedule(), growth=self.growth, seed=seed)
         if self.compute_active_only and not self.growth.needs_dense_gradients:
