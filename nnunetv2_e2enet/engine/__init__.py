@@ -1,7 +1,8 @@
 """How the network runs fast on a CPU: what is switched off is never computed.
 
 An E2ENet in eval mode, on the CPU, with gradients off, uses the engine by itself. The environment variable
-``nnUNet_e2enet_engine`` says "auto", "off" or "check" (compare the first patch with PyTorch). See docs/engine.md.
+``nnUNet_e2enet_engine`` says "auto", "on", "off" or "check" (compare the first patch with PyTorch), and
+``nnUNet_e2enet_engine_storage`` "float32" or "bfloat16". See docs/engine.md.
 """
 
 from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, disabled, mode, predicts

@@ -29,9 +29,10 @@ def place(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
     """
     generator = random.Random(0)
     indices = range(len(lifetimes))
+    least = most_at_once(lifetimes)
     offsets, size = _place_in_order(lifetimes, sorted(indices, key=lambda i: -lifetimes[i].n_bytes))
     for _ in range(TRIES):
-        if size == most_at_once(lifetimes):
+        if size == least:
             break
         weights = [-life.n_bytes * (0.3 + generator.random()) for life in lifetimes]
         others, smaller = _place_in_order(lifetimes, sorted(indices, key=weights.__getitem__))
