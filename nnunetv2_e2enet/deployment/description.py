@@ -116,6 +116,13 @@ class Description:
                     "other networks there is nnUNetv2_export_model_to_zip"
                 )
             arguments = dict(architecture["arch_kwargs"])
+            own = [arguments[name] for name in ("encoder_class", "decoder_class") if arguments.get(name)]
+            if own:
+                raise E2ENetError(
+                    f"{self.trainer} trained {' and '.join(map(str, own))}, but exported models hold E2ENet's own encoder and "
+                    "decoder only, as opening a model imports nothing that its file names: for others there is "
+                    "nnUNetv2_export_model_to_zip"
+                )
             for name in architecture["_kw_requires_import"]:
                 arguments[name] = None if arguments[name] is None else _MODULES[arguments[name]]
             layers = [arguments["n_stages"], *_listed(arguments["n_conv_per_stage"])]

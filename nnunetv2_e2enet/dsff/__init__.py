@@ -1,6 +1,6 @@
 """How the topology evolves: dynamic sparse feature fusion (paper, section 3.2). Pure torch; knows layers, not the network."""
 
-from nnunetv2_e2enet.dsff.criteria import GradientGrowth, Growth, Importance, KernelL1Norm, RandomGrowth
+from nnunetv2_e2enet.dsff.criteria import GradientGrowth, Growth, Importance, InputScaledL1Norm, KernelL1Norm, RandomGrowth
 from nnunetv2_e2enet.dsff.distribution import Distribution, ErdosRenyiKernel, Uniform
 from nnunetv2_e2enet.dsff.history import HISTORY_FILE, History, Part, TopologyHistory, TopologyRecord, read_history
 from nnunetv2_e2enet.dsff.schedule import CosineSchedule, Schedule, StaticSchedule
@@ -15,6 +15,7 @@ __all__ = [
     "Growth",
     "History",
     "Importance",
+    "InputScaledL1Norm",
     "KernelL1Norm",
     "Part",
     "RandomGrowth",

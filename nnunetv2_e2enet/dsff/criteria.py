@@ -1,9 +1,9 @@
-"""What is worth keeping, and what is worth trying. A new criterion is one class."""
+"""Criteria by which connections are kept and tried. A new criterion is one class (docs/extending.md)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +13,22 @@ from nnunetv2_e2enet.network.connections import MaskableLayer
 
 
 class Importance(Protocol):
+    """Which active connections are kept.
+
+    An importance may set ``needs_input_deviations = True``: layers then have their ``input_deviation`` when it is asked. Its
+    ``label``, if it has one, names the score in figures; the name of the class does otherwise.
+    """
+
     def score(self, layer: MaskableLayer) -> Tensor:
         """One number a connection, shaped like ``layer.mask``; the active ones with the lowest are pruned."""
 
 
 class Growth(Protocol):
-    needs_dense_gradients: bool
+    """Which inactive connections are tried.
+
+    A growth may set ``needs_dense_gradients = True``: ``weight.grad`` of layers then holds the gradients of all connections
+    when it is asked.
+    """
 
     def score(self, layer: MaskableLayer, generator: torch.Generator) -> Tensor:
         """One number a connection, shaped like ``layer.mask``; the inactive ones with the highest are grown.
@@ -31,15 +41,36 @@ class Growth(Protocol):
 class KernelL1Norm:
     """L1 norm of a connection's kernel (paper, section 3.2)."""
 
+    label: ClassVar[str] = "L1 norm of the kernel"
+
     def score(self, layer: MaskableLayer) -> Tensor:
         return layer.spread(layer.weight.detach()).flatten(2).abs().sum(dim=2, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
+class InputScaledL1Norm:
+    """L1 norm of a connection's kernel times the standard deviation of its input map.
+
+    A small kernel on a map of large amplitude moves the output as much as a large kernel on a map of small amplitude, and this
+    score says so (compare Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024).
+    """
+
+    label: ClassVar[str] = "L1 norm of the kernel x deviation of the input map"
+    needs_input_deviations: ClassVar[bool] = True
+
+    def score(self, layer: MaskableLayer) -> Tensor:
+        if layer.input_deviation is None:
+            raise E2ENetError(
+                "InputScaledL1Norm found no deviation of the input maps: run the network within TopologyUpdater.observation() "
+                "before the update"
+            )
+        deviation = layer.input_deviation.unsqueeze(layer.output_axis)
+        return KernelL1Norm().score(layer) * deviation
+
+
+@dataclass(frozen=True)
 class RandomGrowth:
     """Uniform at random (paper, section 3.2, after Mocanu et al., Nature Communications 2018)."""
-
-    needs_dense_gradients = False
 
     def score(self, layer: MaskableLayer, generator: torch.Generator) -> Tensor:
         return torch.rand(layer.mask.shape, generator=generator, dtype=torch.float64)
@@ -49,13 +80,15 @@ class RandomGrowth:
 class GradientGrowth:
     """Largest absolute gradient, summed over the kernel (Evci et al., "Rigging the Lottery", ICML 2020).
 
-    Needs layers with ``dense_gradients``, and a backward pass before the update.
+    Needs a backward pass within ``TopologyUpdater.observation()`` before the update.
     """
 
-    needs_dense_gradients = True
+    needs_dense_gradients: ClassVar[bool] = True
 
     def score(self, layer: MaskableLayer, generator: torch.Generator) -> Tensor:  # noqa: ARG002 (nothing is random)
         gradient = layer.weight.grad
         if gradient is None:
-            raise E2ENetError("gradient growth found no gradient: update the topology after a training step")
+            raise E2ENetError(
+                "gradient growth found no gradient: run a backward pass within TopologyUpdater.observation() before the update"
+            )
         return gradient.flatten(2).abs().sum(dim=2, dtype=torch.float32)

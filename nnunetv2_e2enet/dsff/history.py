@@ -1,4 +1,4 @@
-"""What happened to the topology: one line of JSON an update, in a file that survives whatever ends a training.
+"""The history of a topology: one line of JSON an update, in a file that survives whatever ends a training.
 
 The first line says into which *parts* the connections are divided: the flows of a convolution that fuses flows, whole layers
 otherwise. Each following line is the topology at one moment, its numbers in the order of the parts: the start, then every
@@ -17,14 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nnunetv2_e2enet.dsff.criteria import KernelL1Norm
-from nnunetv2_e2enet.dsff.updater import LayerUpdate, TopologyUpdate
+from nnunetv2_e2enet.dsff.criteria import Importance, KernelL1Norm
+from nnunetv2_e2enet.dsff.updater import TopologyUpdate
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import write_atomically
 from nnunetv2_e2enet.network.connections import MaskableLayer
 
 HISTORY_FILE = "topology_history.jsonl"
-FORMAT = 1
+FORMAT = 2
 
 
 class Part(NamedTuple):
@@ -51,7 +51,8 @@ class TopologyRecord:
         active, pruned, grown: connections after the update, and those it switched off and on.
         explored: connections that have been active at any time.
         survivors: active connections that have been active since the start.
-        norm: mean L1 norm of the kernels that stayed active.
+        importance: mean importance of the connections that stayed active, by the criterion of the training; None at the start
+            where the criterion has to observe the network first.
         threshold: for each layer, importance of the most important connection that was pruned; None where none was.
     """
 
@@ -62,16 +63,25 @@ class TopologyRecord:
     grown: list[int]
     explored: list[int]
     survivors: list[int]
-    norm: list[float]
+    importance: list[float | None]
     threshold: list[float | None]
 
 
 @dataclass(frozen=True)
 class History:
-    """A history file."""
+    """A history file.
 
+    Attributes:
+        importance: name of the criterion by which connections were kept.
+    """
+
+    importance: str
     parts: tuple[Part, ...]
     records: tuple[TopologyRecord, ...]
+
+    def up_to(self, epoch: int) -> tuple[TopologyRecord, ...]:
+        """The records of the time before a checkpoint of ``epoch`` epochs, which is written before the update that follows."""
+        return tuple(r for r in self.records if r.epoch < epoch or (r.epoch == epoch and not r.fraction))
 
 
 class TopologyHistory:
@@ -81,6 +91,7 @@ class TopologyHistory:
         layers: by name.
         flows: for layers whose input maps are of different origin, the channels of each.
         path: of the file; None follows the connections and writes nothing (all ranks but one).
+        importance: the criterion by which connections are kept; the L1 norm of kernels unless given.
 
     Attributes:
         flows: for each layer the input channels of its parts, by flow.
@@ -89,9 +100,14 @@ class TopologyHistory:
     """
 
     def __init__(
-        self, layers: Mapping[str, MaskableLayer], flows: Mapping[str, Mapping[str, slice]], path: Path | None
+        self,
+        layers: Mapping[str, MaskableLayer],
+        flows: Mapping[str, Mapping[str, slice]],
+        path: Path | None,
+        importance: Importance | None = None,
     ) -> None:
         self.layers = layers
+        self.importance = importance or KernelL1Norm()
         self.path = path
         self.born = {name: torch.zeros_like(layer.mask, dtype=torch.int16) for name, layer in layers.items()}
         self.flows = {name: flows.get(name, {"": slice(None)}) for name in layers}
@@ -107,13 +123,13 @@ class TopologyHistory:
         Raises:
             E2ENetError: the file cannot be written.
         """
-        header = {"format": FORMAT, "parts": self.parts}
-        self._rewrite([_line(header), _line(asdict(self.record(epoch)))])
+        self._rewrite([self._header(), _line(asdict(self.record(epoch)))])
 
     def resume(self, epoch: int) -> None:
         """Go on after ``epoch`` epochs: forget what the file says of later ones, and what a crash left half-written.
 
-        A file that is missing, or that says nothing of the time before, begins with the present topology.
+        The update after ``epoch`` epochs is still to come: a checkpoint is written before it. A file that is missing, or that
+        says nothing of the time before, begins with the present topology.
 
         Raises:
             E2ENetError: the file is damaged or of another network, or cannot be written.
@@ -124,14 +140,14 @@ class TopologyHistory:
             self.start(epoch)
             return
         history = read_history(self.path)
-        if history.parts != self.parts:
+        if history.parts != self.parts or history.importance != self.importance_name:
             raise E2ENetError(
-                f"{self.path} is the history of another network than the checkpoint's: move it away, and a new one is begun"
+                f"{self.path} is the history of another network or importance than the checkpoint's: move it away, and a new "
+                "one is begun"
             )
-        kept = [record for record in history.records if record.epoch <= epoch]
+        kept = history.up_to(epoch)
         if kept:
-            header = {"format": FORMAT, "parts": self.parts}
-            self._rewrite([_line(header), *(_line(asdict(record)) for record in kept)])
+            self._rewrite([self._header(), *(_line(asdict(record)) for record in kept)])
         else:
             self.start(epoch)
 
@@ -147,7 +163,7 @@ class TopologyHistory:
         Raises:
             E2ENetError: the file cannot be written.
         """
-        epoch = update.epoch + 1
+        epoch = update.epoch
         for change in update.layers:
             self.born[change.name].masked_fill_(change.grown, epoch)
         if self.path is None:
@@ -166,24 +182,38 @@ class TopologyHistory:
         changes = {change.name: change for change in update.layers} if update else {}
         record = TopologyRecord(epoch, round(update.prune_fraction, 6) if update else 0.0, [], [], [], [], [], [], [])
         for name, layer in self.layers.items():
+            change = changes.get(name)
             nothing = torch.zeros_like(layer.mask)
-            change = changes.get(name, LayerUpdate(name, nothing, nothing, None))
-            stayed = layer.mask & ~change.grown
+            pruned, grown = (change.pruned, change.grown) if change else (nothing, nothing)
+            importance = change.importance if change else self._importance(layer)
+            stayed = layer.mask & ~grown
             survivors = layer.mask & (self.born[name] == 0)
-            norms = KernelL1Norm().score(layer) * stayed
             for channels in self.flows[name].values():
 
                 def total(values: Tensor, layer: MaskableLayer = layer, channels: slice = channels) -> float:
                     return float(_narrow(values, layer, channels).sum())
 
                 record.active.append(int(total(layer.mask)))
-                record.pruned.append(int(total(change.pruned)))
-                record.grown.append(int(total(change.grown)))
+                record.pruned.append(int(total(pruned)))
+                record.grown.append(int(total(grown)))
                 record.explored.append(int(total(layer.explored)))
                 record.survivors.append(int(total(survivors)))
-                record.norm.append(_short(total(norms) / max(total(stayed), 1)))
-            record.threshold.append(None if change.threshold is None else _short(change.threshold))
+                mean = None if importance is None else _short(total(importance * stayed) / max(total(stayed), 1))
+                record.importance.append(mean)
+            record.threshold.append(None if change is None or change.threshold is None else _short(change.threshold))
         return record
+
+    @property
+    def importance_name(self) -> str:
+        """How figures call the importance."""
+        return getattr(self.importance, "label", type(self.importance).__name__)
+
+    def _importance(self, layer: MaskableLayer) -> Tensor | None:
+        observes = getattr(self.importance, "needs_input_deviations", False)
+        return None if observes and layer.input_deviation is None else self.importance.score(layer)
+
+    def _header(self) -> bytes:
+        return _line({"format": FORMAT, "importance": self.importance_name, "parts": self.parts})
 
     def _rewrite(self, lines: Sequence[bytes]) -> None:
         if self.path is None:
@@ -198,7 +228,7 @@ def read_history(path: Path) -> History:
     """A history file, without the line that a crash may have torn off.
 
     Raises:
-        E2ENetError: it is missing, damaged, or not a history.
+        E2ENetError: the file is missing, damaged, not a history, or of another release.
     """
     try:
         lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last end of a line is nothing, or torn
@@ -208,7 +238,7 @@ def read_history(path: Path) -> History:
                 f"{path} has format {header['format']}, expected {FORMAT}: read it with the release that wrote it"
             )
         parts = tuple(Part(*part) for part in header["parts"])
-        return History(parts, tuple(TopologyRecord(**record) for record in records))
+        return History(str(header["importance"]), parts, tuple(TopologyRecord(**record) for record in records))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise E2ENetError(
             f"{path} cannot be read as a topology history ({error}): move it away; a training that is resumed begins a new one"

@@ -11,15 +11,15 @@ from nnunetv2_e2enet.errors import E2ENetError
 
 class Schedule(Protocol):
     def is_update(self, epoch: int) -> bool:
-        """Whether the topology changes after the training iterations of ``epoch`` (counted from 0)."""
+        """Whether the topology changes before the first iteration of ``epoch`` (counted from 0)."""
 
     def prune_fraction(self, epoch: int) -> float:
-        """Share of the active connections that an update in ``epoch`` replaces."""
+        """Share of the active connections that an update before ``epoch`` replaces."""
 
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """An update every ``period`` epochs; the fraction falls by a cosine to 0 at the last epoch (paper, section 3.2).
+    """An update after every ``period`` epochs; the fraction falls by a cosine to 0 at the last epoch (paper, section 3.2).
 
     Args:
         n_epochs: length of the training.
@@ -38,7 +38,7 @@ class CosineSchedule:
             raise E2ENetError(f"initial_prune_fraction is {self.initial_fraction}, but it is a share: use 0 to 1")
 
     def is_update(self, epoch: int) -> bool:
-        return (epoch + 1) % self.period == 0 and epoch < self.n_epochs - 1
+        return epoch % self.period == 0 and 0 < epoch < self.n_epochs - 1
 
     def prune_fraction(self, epoch: int) -> float:
         progress = min(epoch / (self.n_epochs - 1), 1.0) if self.n_epochs > 1 else 1.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import ceil
 
@@ -18,6 +19,7 @@ from torch import Tensor, distributed, nn
 
 from nnunetv2_e2enet.dsff.criteria import Growth, Importance, KernelL1Norm, RandomGrowth
 from nnunetv2_e2enet.dsff.distribution import Distribution
+from nnunetv2_e2enet.dsff.observation import finite, observed
 from nnunetv2_e2enet.dsff.schedule import Schedule
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.connections import MaskableLayer, maskable_layers
@@ -28,11 +30,13 @@ class LayerUpdate:
     """What one update did to one layer.
 
     Attributes:
+        importance: of each connection before the update, like the layer's mask.
         pruned, grown: bool, like the layer's mask. A connection where both are True was started anew.
         threshold: importance of the most important connection that was pruned; None where none was.
     """
 
     name: str
+    importance: Tensor
     pruned: Tensor
     grown: Tensor
     threshold: float | None
@@ -61,9 +65,12 @@ class TopologyUpdater:
     Args:
         network: any module with maskable layers, not wrapped.
         schedule: when, and what fraction.
-        importance: what to keep.
-        growth: what to try.
+        importance: what to keep; the L1 norm of kernels unless given.
+        growth: what to try; uniform at random unless given.
         seed: of the random numbers that ``growth`` gets.
+
+    Attributes:
+        observes: what the criteria need to see before an update; see ``observation``.
 
     Raises:
         E2ENetError: ``growth`` needs gradients of all connections, and layers store active weights alone.
@@ -82,23 +89,42 @@ class TopologyUpdater:
         self.importance = importance or KernelL1Norm()
         self.growth = growth or RandomGrowth()
         self.seed = seed
+        self.observes = {
+            "dense_gradients": getattr(self.growth, "needs_dense_gradients", False),
+            "input_deviations": getattr(self.importance, "needs_input_deviations", False),
+        }
         for name, layer in self.layers.items():
-            if layer.stores_active_only and self.growth.needs_dense_gradients:
+            if layer.stores_active_only and self.observes["dense_gradients"]:
                 raise E2ENetError(
                     f"{type(self.growth).__name__} needs gradients of all connections, but {name} stores active weights "
                     "alone: use RandomGrowth, or leave out store_active_only"
                 )
-            layer.dense_gradients = self.growth.needs_dense_gradients
+
+    def needs_observation(self, epoch: int) -> bool:
+        """Whether there is an update before ``epoch`` whose criteria ask for an ``observation``."""
+        return self.schedule.is_update(epoch) and any(self.observes.values())
+
+    def observation(self) -> AbstractContextManager[None]:
+        """A context for the forward and backward pass that shows the criteria what they need, directly before an update.
+
+        The pass is one of its own, whose gradients the optimizer does not see: gradients of connections that are off would
+        count when gradients are clipped.
+        """
+        return observed(list(self.layers.values()), **self.observes)
+
+    def observation_is_finite(self) -> bool:
+        """Whether an update can be made of what was observed; otherwise another batch, or a smaller loss scale, is needed."""
+        return finite(list(self.layers.values()), **self.observes)
 
     @torch.no_grad()
     def update(self, epoch: int, optimizer: torch.optim.Optimizer) -> TopologyUpdate | None:
-        """Change the topology if ``epoch`` (from 0) is one with an update; call it after the epoch's training iterations.
+        """Change the topology if there is an update before ``epoch`` (from 0); call it before the epoch's first iteration.
 
         Returns:
             What was done, or None where there was nothing to do.
 
         Raises:
-            E2ENetError: weights are not finite; nothing has been changed then.
+            E2ENetError: weights or scores are not finite; nothing has been changed then.
         """
         if not self.schedule.is_update(epoch):
             return None
@@ -112,19 +138,24 @@ class TopologyUpdater:
         importance = self.importance.score(layer)
         if not torch.isfinite(importance).all():
             raise E2ENetError(
-                f"{name} has weights that are not finite after epoch {epoch}: the training has diverged. Resume it from its "
+                f"{name} has weights that are not finite before epoch {epoch}: the training has diverged. Resume it from its "
                 "last checkpoint with a lower initial_lr"
             )
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{epoch}/{name}").getrandbits(63))
         growth = self.growth.score(layer, generator).to(layer.mask.device)
+        if not torch.isfinite(growth).all():
+            raise E2ENetError(
+                f"{type(self.growth).__name__} gives scores to {name} that are not finite before epoch {epoch}, by which "
+                "nothing can be ranked: observe another batch, with a smaller loss scale after an overflow of half precision"
+            )
         pruned, grown = _select_blocks(layer, importance, growth, fraction)
-        if distributed.is_available() and distributed.is_initialized():  # the same on all ranks, come what may
+        if distributed.is_available() and distributed.is_initialized():  # broadcast from rank 0, so that masks match
             for mask in (pruned, grown):
                 flags = mask.to(torch.uint8)
                 distributed.broadcast(flags, src=0)
                 mask.copy_(flags.bool())
         threshold = float(importance[pruned].max()) if pruned.any() else None
-        return LayerUpdate(name, pruned, grown, threshold)
+        return LayerUpdate(name, importance, pruned, grown, threshold)
 
 
 def select(mask: Tensor, importance: Tensor, growth: Tensor, fraction: float) -> tuple[Tensor, Tensor]:

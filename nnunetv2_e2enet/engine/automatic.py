@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.engine.core import Core, load_core
-from nnunetv2_e2enet.engine.description import NotSupportedError, check_hooks, describe
+from nnunetv2_e2enet.engine.description import NotSupportedError, check_classes, check_hooks, describe
 from nnunetv2_e2enet.engine.fingerprint import Fingerprint, state
 from nnunetv2_e2enet.engine.program import Program
 from nnunetv2_e2enet.engine.weights import PackedWeights, pack
@@ -141,6 +141,10 @@ def why_not(network: E2ENet, x: Tensor) -> str | None:
         return f"the input is {x.dtype}, not float32"
     if torch.is_autocast_cpu_enabled():
         return "autocast is on"
+    try:
+        check_classes(network)
+    except NotSupportedError as reason:
+        return str(reason)
     if x.dim() != network.dimension + 2 or x.shape[1] != network.input_channels or x.numel() == 0:
         return "the input has not the shape that the network expects"
     size = list(x.shape[2:])

@@ -80,7 +80,8 @@ def describe(network: E2ENet) -> Description:
     Raises:
         NotSupportedError: with the reason.
     """
-    _check_modules(network)
+    check_classes(network)
+    _check_tensors(network)
     encoder, decoder = network.encoder, network.decoder
     strides = [_stride3(s) for s in encoder.strides]
     return Description(
@@ -94,9 +95,19 @@ def describe(network: E2ENet) -> Description:
     )
 
 
-def _check_modules(network: E2ENet) -> None:
-    if type(network) is not E2ENet or type(network.encoder) is not Encoder or type(network.decoder) is not FusionDecoder:
-        raise NotSupportedError("it is a variant of E2ENet")
+def check_classes(network: nn.Module) -> None:
+    """Raises NotSupportedError if the network, its encoder or its decoder is of a class that the engine does not know."""
+    parts = (
+        (network, E2ENet),
+        (getattr(network, "encoder", None), Encoder),
+        (getattr(network, "decoder", None), FusionDecoder),
+    )
+    for part, known in parts:
+        if type(part) is not known:
+            raise NotSupportedError(f"{type(part).__name__} is not {known.__name__} itself")
+
+
+def _check_tensors(network: E2ENet) -> None:
     check_hooks(network)
     for name, tensor in tensors(network):
         if tensor.device.type != "cpu" or tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter):
@@ -185,11 +196,15 @@ def _node(node: nn.Module) -> Node:
     if type(node) is not FusionNode:
         raise NotSupportedError(f"a fusion node is {type(node).__name__}")
     upsample, pool = node.upsample, node.downsample
-    if type(upsample) not in (UpConv2d, UpConv3d) or upsample.bias is not None:
+    if (
+        not isinstance(upsample, (UpConv2d, UpConv3d))
+        or type(upsample) not in (UpConv2d, UpConv3d)
+        or upsample.bias is not None
+    ):
         raise NotSupportedError("the upward flow is not a transposed convolution without bias")
     if tuple(upsample.kernel_size) != tuple(upsample.stride) or any(upsample.padding):
         raise NotSupportedError("the upward flow's kernel is not its stride")
-    if pool is not None and type(pool) not in (nn.MaxPool2d, nn.MaxPool3d):
+    if pool is not None and not isinstance(pool, (nn.MaxPool2d, nn.MaxPool3d)):
         raise NotSupportedError(f"the downward flow is {type(pool).__name__}")
     weight, mask = _weight(upsample)
     return Node(

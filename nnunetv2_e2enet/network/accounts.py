@@ -55,7 +55,7 @@ def multiply_accumulates(network: nn.Module, input_shape: Sequence[int]) -> Mult
     names = {module: name for name, module in network.named_modules(remove_duplicate=False) if f"{root}.{name}" in by_module}
     maskable = off = 0
     for _, layer in maskable_layers(network):  # which nnU-Net's networks hold under two names
-        macs = sum(by_module[f"{root}.{names[layer]}"].values()) // 2
+        macs = sum(by_module[f"{root}.{names[layer]}"].values()) // 2 if layer in names else 0  # of a layer that never runs
         maskable += macs
         off += macs // layer.n_connections * (layer.n_connections - layer.n_active)
     total = counter.get_total_flops() // 2

@@ -18,6 +18,13 @@ from torch.nn import functional as F
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.memory_format import is_channels_last
 
+NEGATIVE_SLOPE = 1e-2  # of the leaky ReLU after each convolution
+
+
+def he_normal_(weight: Tensor) -> Tensor:
+    """Fill a weight with He normal numbers for a leaky ReLU of slope 0.01 (He et al., ICCV 2015), as nnU-Net does."""
+    return nn.init.kaiming_normal_(weight, a=NEGATIVE_SLOPE)
+
 
 def check_sparsity(sparsity: float) -> None:
     """Raises E2ENetError unless ``0 <= sparsity < 1``."""
@@ -48,6 +55,8 @@ class MaskableLayer(nn.Module):
             forward pass, whatever value they hold.
         explored: bool, like ``mask``; True where a connection has ever been active.
         dense_gradients: let ``weight.grad`` hold the gradient of inactive connections too (for gradient growth).
+        input_deviation: standard deviation of each input map over batch and space, ``(n_inputs,)``; None until a criterion of
+            DSFF has asked for it (``TopologyUpdater.observation``).
         block_size: output maps that share their input maps; see ``share_inputs``.
         equal_blocks: whether each block has as many input maps as any other.
         stores_active_only: whether ``weight`` holds the weights of active connections alone; see ``store_active_only``.
@@ -59,6 +68,7 @@ class MaskableLayer(nn.Module):
     mask: Tensor
     explored: Tensor
     dense_gradients: bool
+    input_deviation: Tensor | None
     block_size: int
     equal_blocks: bool
     stores_active_only: bool
@@ -69,6 +79,7 @@ class MaskableLayer(nn.Module):
         self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))
         self.register_buffer("explored", torch.ones(shape, dtype=torch.bool))
         self.dense_gradients = False
+        self.input_deviation = None
         self.block_size = 1
         self.equal_blocks = False
         self.stores_active_only = False
@@ -294,6 +305,19 @@ class MaskableLayer(nn.Module):
         blocks = torch.zeros(shape.numel(), dtype=torch.bool, device="cpu")
         blocks[order[: n_active // self.block_size]] = True
         self.set_topology(self.from_blocks(blocks.reshape(shape)))
+
+    @torch.no_grad()
+    def initialize_weights(self, gain: float = 1.0) -> None:
+        """He normal weights for all active connections, zeros for all others.
+
+        The standard deviation is that of the dense layer: it follows from the number of maps, not from the sparsity.
+
+        Args:
+            gain: factor of all weights.
+        """
+        values = he_normal_(self.weight.new_empty(self.shape)).mul_(gain)
+        self.weight.copy_(self.gather(values))
+        self.clear_inactive_weights()
 
     @torch.no_grad()
     def clear_inactive_weights(self) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pydoc
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,11 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import accounts
 from nnunetv2_e2enet.network.acceleration import accelerated, load_kernels
 from nnunetv2_e2enet.network.blocks import CONV, KERNEL_SIZE, BlockStyle, ShiftBlock
-from nnunetv2_e2enet.network.connections import MaskableLayer, check_sparsity, maskable_layers
+from nnunetv2_e2enet.network.connections import MaskableLayer, check_sparsity, he_normal_, maskable_layers
 from nnunetv2_e2enet.network.depth_shift import check_shift_size
 from nnunetv2_e2enet.network.encoder import Encoder
 from nnunetv2_e2enet.network.fusion import FusionDecoder
 from nnunetv2_e2enet.network.recomputation import check_recompute
-
-NEGATIVE_SLOPE = 1e-2
 
 
 def e2enet_features(n_stages: int, base: int = 48, maximum: int = 320) -> list[int]:
@@ -52,6 +51,9 @@ class E2ENet(nn.Module):
         shift_size: channel groups of the depth shift, odd; 1 shifts nothing.
         kernel_size: of all convolutions of shift blocks, three odd numbers, depth first; in 2D the last two count.
         learned_shift: let each channel learn how far it moves (see LearnedDepthShift).
+        encoder_class: backbone, a class or its dotted name, with the arguments of Encoder, which it is unless given.
+        decoder_class: fusion and heads, a class or its dotted name, with the arguments of FusionDecoder, which it is unless
+            given.
 
     Raises:
         E2ENetError: an argument cannot be used, or the patch cannot be divided by the strides.
@@ -85,6 +87,8 @@ class E2ENet(nn.Module):
         shift_size: int = 3,
         kernel_size: Sequence[int] = KERNEL_SIZE,
         learned_shift: bool = False,
+        encoder_class: type[nn.Module] | str | None = None,
+        decoder_class: type[nn.Module] | str | None = None,
     ) -> None:
         super().__init__()
         dimension = _dimension(conv_op)
@@ -121,8 +125,10 @@ class E2ENet(nn.Module):
         self.num_classes = num_classes
         self.feature_sparsity = feature_sparsity
         self.shift_size = shift_size
-        self.encoder = Encoder(input_channels, features, level_strides, n_conv, style)
-        self.decoder = FusionDecoder(features, level_strides, num_classes, deep_supervision, style)
+        encoder = located("encoder_class", encoder_class) or Encoder
+        decoder = located("decoder_class", decoder_class) or FusionDecoder
+        self.encoder = cast(Encoder, encoder(input_channels, features, level_strides, n_conv, style))
+        self.decoder = cast(FusionDecoder, decoder(features, level_strides, num_classes, deep_supervision, style))
 
         self.recompute = "blocks"
         load_kernels()
@@ -150,12 +156,13 @@ class E2ENet(nn.Module):
         computes norms, activations, shifts, concatenations and the upward and downward flow again. "nodes" keeps one map of
         each fusion node and encoder level, and computes the first of two successive convolutions again as well.
         """
-        return self.decoder.recompute
+        return self._recompute
 
     @recompute.setter
     def recompute(self, value: str) -> None:
         """Raises E2ENetError if ``value`` is none of these."""
         check_recompute(value)
+        self._recompute = value
         for module in self.modules():
             if isinstance(module, (ShiftBlock, FusionDecoder)):
                 module.recompute = value
@@ -192,12 +199,10 @@ class E2ENet(nn.Module):
     def initialize(module: nn.Module) -> None:
         """He normal weights (slope 0.01) and zero biases; for ``network.apply``, as nnU-Net does after building."""
         if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-            weight = module.weight.detach()
-            dense = module.spread(weight) if isinstance(module, MaskableLayer) else weight
-            nn.init.kaiming_normal_(dense, a=NEGATIVE_SLOPE)
             if isinstance(module, MaskableLayer):
-                weight.copy_(module.gather(dense))
-                module.clear_inactive_weights()
+                module.initialize_weights()
+            else:
+                he_normal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -223,6 +228,23 @@ class E2ENet(nn.Module):
         """Bytes that autograd keeps from the forward pass for the backward pass, in the dtype of the weights."""
         self.check_patch_size(patch_size)
         return accounts.saved_bytes(self, (batch_size, self.input_channels, *patch_size))
+
+
+def located(argument: str, component: type[nn.Module] | str | None) -> type[nn.Module] | None:
+    """The class that ``component`` is or names; None for None.
+
+    Raises:
+        E2ENetError: the name leads to no class of modules.
+    """
+    found = pydoc.locate(component) if isinstance(component, str) else component
+    if found is None and component is None:
+        return None
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise E2ENetError(
+            f"{argument} is {component!r}, which cannot be imported as a class of torch modules: make the module that defines "
+            "it importable (PYTHONPATH, or pip install) wherever the network is trained or predicts"
+        )
+    return found
 
 
 def _dimension(conv_op: type[nn.Module]) -> int:

@@ -12,59 +12,85 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.blocks import CONV, MAX_POOL, BlockStyle, ShiftBlock, chain
-from nnunetv2_e2enet.network.connections import MASKED_CONV_TRANSPOSE
+from nnunetv2_e2enet.network.connections import MASKED_CONV_TRANSPOSE, MaskableLayer
 from nnunetv2_e2enet.network.depth_shift import activation
 from nnunetv2_e2enet.network.raw_map import FeatureMap
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE, convolved
+
+SOURCES = {"forward": 0, "upward": 1, "downward": -1}
+"""The level from which a flow comes, counted from the level of its node, in the order of the concatenation."""
 
 
 class FusionNode(nn.Module):
     """One node. All its convolutions are maskable.
 
     Args:
-        channels: channels of this node and of its forward flow.
-        coarser: channels of the next coarser level, where the upward flow comes from.
-        upward_stride: stride between this level and the coarser one.
-        finer: channels of the next finer level, 0 where there is none.
-        downward_stride: stride between the finer level and this one.
+        stage, level: of the node; stages count from 1.
+        features_per_stage: channels of each level, finest first.
+        strides: stride into each level.
+        flows: names of the flows that the node fuses, of SOURCES.
         n_blocks: shift blocks; 2 in the last node of a level, otherwise 1.
         style: what the blocks of the network have in common.
 
     Attributes:
+        stage, level: of the node.
         flows: channels of each flow in the concatenation that the first block takes.
+
+    Raises:
+        E2ENetError: a flow has no such name, or comes from a level that the network does not have.
     """
 
     def __init__(
         self,
-        channels: int,
-        coarser: int,
-        upward_stride: Sequence[int],
-        finer: int,
-        downward_stride: Sequence[int],
+        stage: int,
+        level: int,
+        features_per_stage: Sequence[int],
+        strides: Sequence[Sequence[int]],
+        flows: Sequence[str],
         n_blocks: int,
         style: BlockStyle,
     ) -> None:
         super().__init__()
-        kernel = tuple(upward_stride)
-        self.upsample = MASKED_CONV_TRANSPOSE[style.dimension](coarser, channels, kernel, kernel, bias=False)
-        self.downsample = MAX_POOL[style.dimension](tuple(downward_stride)) if finer else None
-        blocks = [ShiftBlock(channels + channels + finer, channels, style, maskable=True)]
+        self.stage, self.level = stage, level
+        self.flows: dict[str, slice] = {}
+        channels, width = features_per_stage[level], 0
+        for flow in _checked(flows, stage, level):
+            first = width
+            width += features_per_stage[level - 1] if flow == "downward" else channels
+            self.flows[flow] = slice(first, width)
+        self.upsample: MaskableLayer | None = None
+        self.downsample: nn.Module | None = None
+        if "upward" in self.flows:
+            kernel = tuple(strides[level + 1])
+            coarser = features_per_stage[level + 1]
+            self.upsample = MASKED_CONV_TRANSPOSE[style.dimension](coarser, channels, kernel, kernel, bias=False)
+        if "downward" in self.flows:
+            self.downsample = MAX_POOL[style.dimension](tuple(strides[level]))
+        blocks = [ShiftBlock(width, channels, style, maskable=True)]
         blocks += [ShiftBlock(channels, channels, style, maskable=True) for _ in range(n_blocks - 1)]
         self.blocks = nn.Sequential(*blocks)
-        self.flows = {"forward": slice(0, channels), "upward": slice(channels, 2 * channels)}
-        if finer:
-            self.flows["downward"] = slice(2 * channels, 2 * channels + finer)
 
-    def forward(self, same: FeatureMap, coarser: FeatureMap, finer: FeatureMap | None) -> FeatureMap:
-        maps = (same, coarser) if finer is None else (same, coarser, finer)
-        return chain(self.blocks, *maps, flows=self._flows)
+    def forward(self, maps: Sequence[FeatureMap]) -> FeatureMap:
+        """The maps of the former stage, finest level first, to this node's."""
+        sources = [maps[self.level + SOURCES[flow]] for flow in self.flows]
+        return chain(self.blocks, *sources, flows=self._flows)
 
-    def _flows(self, same: FeatureMap, coarser: FeatureMap, *finer: FeatureMap) -> list[FeatureMap]:
-        flows = [same, self.upsample(activation(coarser))]
-        if self.downsample is not None:
-            flows += [self.downsample(activation(m)) for m in finer]
-        return flows
+    def _flows(self, *maps: FeatureMap) -> list[FeatureMap]:
+        passes = {"forward": None, "upward": self.upsample, "downward": self.downsample}
+        resampled = zip((passes[flow] for flow in self.flows), maps, strict=True)
+        return [source if resample is None else resample(activation(source)) for resample, source in resampled]
+
+
+def _checked(flows: Sequence[str], stage: int, level: int) -> list[str]:
+    known = [flow for flow in SOURCES if flow in flows and level + SOURCES[flow] >= 0]
+    if not known or len(known) != len(flows):
+        raise E2ENetError(
+            f"the node of stage {stage}, level {level} shall fuse the flows {', '.join(flows) or 'none'}: use one or more of "
+            f"{', '.join(flow for flow in SOURCES if level + SOURCES[flow] >= 0)}, each once"
+        )
+    return known
 
 
 def fusion_flows(network: nn.Module) -> dict[str, dict[str, slice]]:
@@ -74,6 +100,8 @@ def fusion_flows(network: nn.Module) -> dict[str, dict[str, slice]]:
 
 class FusionDecoder(nn.Module):
     """All fusion stages and the heads.
+
+    A subclass that overrides ``flows`` is another wiring (docs/extending.md).
 
     ``deep_supervision`` and ``seg_layers`` are named and ordered as in ``dynamic_network_architectures``: heads from the
     coarsest to the finest, ``seg_layers[-1]`` gives the segmentation. They are those to which nnU-Net's loss gives weight.
@@ -101,11 +129,11 @@ class FusionDecoder(nn.Module):
         self.stages = nn.ModuleList(
             nn.ModuleList(
                 FusionNode(
-                    channels=features_per_stage[level],
-                    coarser=features_per_stage[level + 1],
-                    upward_stride=strides[level + 1],
-                    finer=features_per_stage[level - 1] if level else 0,
-                    downward_stride=strides[level],
+                    stage=stage,
+                    level=level,
+                    features_per_stage=features_per_stage,
+                    strides=strides,
+                    flows=self.flows(stage, level),
                     n_blocks=2 if level + stage == levels - 1 else 1,
                     style=style,
                 )
@@ -118,12 +146,16 @@ class FusionDecoder(nn.Module):
             CONV[style.dimension](features_per_stage[level], num_classes, 1, bias=False) for level in reversed(range(heads))
         )
 
+    def flows(self, stage: int, level: int) -> Sequence[str]:  # noqa: ARG002 (a wiring may differ from stage to stage)
+        """Names of the flows that a node fuses, of SOURCES: all that come from a level that exists."""
+        return [flow for flow, source in SOURCES.items() if level + source >= 0]
+
     def forward(self, maps: Sequence[FeatureMap]) -> Tensor | list[Tensor]:
         """Encoder maps, finest first, to logits; with deep supervision a list of them, finest first."""
         maps = list(maps)
         last: dict[int, FeatureMap] = {}
         for nodes in cast(Iterable[nn.ModuleList], self.stages):
-            maps = [node(maps[level], maps[level + 1], maps[level - 1] if level else None) for level, node in enumerate(nodes)]
+            maps = [node(maps) for node in nodes]
             last[len(nodes) - 1] = maps[-1]
         heads = list(reversed(self.seg_layers))[: None if self.deep_supervision else 1]
         recompute = self.recompute != "none" and self.training

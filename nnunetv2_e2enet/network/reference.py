@@ -33,7 +33,8 @@ def reference_modules(network: E2ENet) -> dict[str, nn.Module]:
     for i, nodes in enumerate(network.decoder.stages, start=1):
         for j, node in enumerate(cast(Iterable[FusionNode], nodes)):
             modules |= _block_modules(f"fusion.stage{i}.level{j}", node.blocks)
-            modules[f"upsample.stage{i}.level{j}"] = node.upsample
+            if node.upsample is not None:
+                modules[f"upsample.stage{i}.level{j}"] = node.upsample
     for j, head in enumerate(reversed(network.decoder.seg_layers)):
         modules[f"head.level{j}"] = head
     return modules

@@ -37,6 +37,8 @@ _ARCHITECTURE = {
     "kernel_size": KERNEL_SIZE,
     "shift_size": None,
     "learned_shift": False,
+    "encoder_class": None,
+    "decoder_class": None,
     "feature_sparsity": None,
 }
 

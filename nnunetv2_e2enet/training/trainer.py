@@ -1,10 +1,10 @@
-"""What nnU-Net's trainers do besides, as mixins: another network than the plans say, DSFF, E2ENet."""
+"""Mixins that add another network, DSFF and E2ENet to nnU-Net trainers."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +18,8 @@ from nnunetv2_e2enet.dsff import (
     CosineSchedule,
     Distribution,
     Growth,
+    Importance,
+    KernelL1Norm,
     RandomGrowth,
     Schedule,
     StaticSchedule,
@@ -31,6 +33,7 @@ from nnunetv2_e2enet.dsff import (
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, fusion_flows, maskable_layers
 from nnunetv2_e2enet.network.blocks import KERNEL_SIZE
+from nnunetv2_e2enet.network.e2enet import located
 from nnunetv2_e2enet.network.learned_shift import hold_whole_offsets
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST
 from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture
@@ -46,6 +49,7 @@ else:
 
 
 WHOLE_SHIFT_FROM = 0.9  # of the epochs, with a learned shift
+OBSERVATIONS = 8  # batches that are tried before an update
 
 
 @contextmanager
@@ -64,7 +68,7 @@ class NetworkMixin(Overrides, TrainerBase):
     Checkpoints are written whole and checked before they are continued, and a training that diverges stops.
     """
 
-    own_hooks = ("network_architecture",)
+    own_hooks: tuple[str, ...] = ("network_architecture",)
 
     def network_architecture(self, architecture: dict[str, Any]) -> dict[str, Any]:
         """The ``architecture`` entry of the network to train.
@@ -152,6 +156,8 @@ class NetworkMixin(Overrides, TrainerBase):
 class DSFFMixin(NetworkMixin):
     """Trains a network with maskable layers with dynamic sparse feature fusion; to be put before an nnU-Net trainer."""
 
+    own_hooks = (*NetworkMixin.own_hooks, "configure_optimizers")  # whose arguments differ between nnU-Net's variants
+
     def __init__(
         self,
         plans: dict[str, Any],
@@ -164,45 +170,51 @@ class DSFFMixin(NetworkMixin):
         self.feature_sparsity = 0.8  # share of maskable connections that are off; 0 trains the dense network
         self.topology_update_period: int | None = 5  # epochs between two updates of the topology; None keeps that of the start
         self.initial_prune_fraction = 0.5  # share of active connections replaced at epoch 0; falls to 0 by a cosine
+        self.schedule: Schedule | None = None  # of the updates; None: a cosine with the two settings above
         self.distribution: Distribution = Uniform()  # connections per layer
+        self.importance: Importance = KernelL1Norm()  # which connections are kept
         self.growth: Growth = RandomGrowth()  # which connections are tried
+        self.initial_gain = 1.0  # factor of the initial weights of maskable layers
         self.block_size = 1  # output maps that share their input maps
         self.compute_active_only = False  # blocks with equally many inputs each; only active ones are stored and multiplied
         self.topology_seed = 0
+        self._is_prepared = False
 
     def initialize(self) -> None:
         with one_line_errors():
-            check_attributes(self, TRAINER_ATTRIBUTES)
-            with self._prepared_before_optimizer():
-                super().initialize()
+            super().initialize()
+            if not self._is_prepared:  # a class of the user's configures the optimizer without a call of this one's
+                self._prepare_late()
             self.topology_history = self._follow_topology()
 
-    @contextmanager
-    def _prepared_before_optimizer(self) -> Iterator[None]:
-        """Whatever configures the optimizer, a variant or a user's class, finds the weights as they will be trained."""
-        configure = self.configure_optimizers
-
-        def prepare_and_configure() -> Any:
+    def configure_optimizers(self, *args: Any, **kwargs: Any) -> Any:
+        """As nnU-Net does, after topology and weights have got the form in which they are trained."""
+        if not self._is_prepared:
             self._prepare_network()
-            return configure()
+            self._is_prepared = True
+        return super().configure_optimizers(*args, **kwargs)
 
-        self.__dict__["configure_optimizers"] = prepare_and_configure
-        try:
-            yield
-        finally:
-            del self.__dict__["configure_optimizers"]
+    def _prepare_late(self) -> None:
+        """The optimizer holds the same parameters; DistributedDataParallel has sent their old values to all processes."""
+        if self.is_ddp:
+            raise E2ENetError(
+                f"{type(self).__name__}.configure_optimizers does not call super().configure_optimizers(), which prepares the "
+                "topology: let it do so, or train on one device"
+            )
+        self._prepare_network()
+        self._is_prepared = True
 
     def _prepare_network(self) -> None:
         """Bring topology and weights into the form in which they are trained."""
         network = self.unwrapped_network
         for _, layer in maskable_layers(network):
             layer.share_inputs(self.block_size, self.compute_active_only)
-        seed = f"{self.topology_seed}/{self.fold}"  # folds that agree have learned to, and ensembles differ
-        # connections that the network was not built with start at zero, as grown ones do (docs/experiments.md)
+        seed = f"{self.topology_seed}/{self.fold}"  # one a fold, so that agreement between folds reflects learning
         random_topology(network, self.feature_sparsity, self.distribution, seed)
-        self.topology_updater = TopologyUpdater(network, self._schedule(), growth=self.growth, seed=seed)
-        if self.compute_active_only and not self.growth.needs_dense_gradients:
-            for layer in self.topology_updater.layers.values():
+        self.topology_updater = TopologyUpdater(network, self._schedule(), self.importance, self.growth, seed)
+        for layer in self.topology_updater.layers.values():
+            layer.initialize_weights(self.initial_gain)
+            if self.compute_active_only and not self.topology_updater.observes["dense_gradients"]:
                 layer.store_active_only()
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
@@ -216,11 +228,14 @@ class DSFFMixin(NetworkMixin):
 
     def _follow_topology(self) -> TopologyHistory:
         path = Path(self.output_folder) / HISTORY_FILE if self.local_rank == 0 else None
-        history = TopologyHistory(self.topology_updater.layers, fusion_flows(self.unwrapped_network), path)
+        flows = fusion_flows(self.unwrapped_network)
+        history = TopologyHistory(self.topology_updater.layers, flows, path, self.importance)
         self.logger.local_logger = DSFFLogger(history, self.logger.local_logger.verbose)
         return history
 
     def _schedule(self) -> Schedule:
+        if self.schedule is not None:
+            return self.schedule
         if self.topology_update_period is None:
             return StaticSchedule()
         return CosineSchedule(self.num_epochs, self.topology_update_period, self.initial_prune_fraction)
@@ -253,13 +268,19 @@ class DSFFMixin(NetworkMixin):
                 f"input maps, but {type(self).__name__} trains with block_size {self.block_size}: load weights in such blocks"
             )
 
-    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
-        super().on_train_epoch_end(train_outputs)
-        updater = self.topology_updater
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
         with one_line_errors():
-            update = updater.update(self.current_epoch, self.optimizer)
-            if update is not None:
-                self.topology_history.add(update)
+            self._update_topology()
+
+    def _update_topology(self) -> None:
+        """Before the first iteration, so that validation and checkpoints see networks that were trained after an update."""
+        updater = self.topology_updater
+        if updater.needs_observation(self.current_epoch):
+            self._observe()
+        update = updater.update(self.current_epoch, self.optimizer)
+        if update is not None:
+            self.topology_history.add(update)
         values = {
             "sparsity": sparsity(updater.layers),
             "prune_fraction": updater.schedule.prune_fraction(self.current_epoch),
@@ -272,6 +293,34 @@ class DSFFMixin(NetworkMixin):
             "DSFF sparsity {sparsity:.4f}, prune fraction {prune_fraction:.4f}, connections changed {connections_changed}, "
             "explored {explored:.4f}".format(**values)
         )
+
+    def _observe(self) -> None:
+        """Show one batch to the criteria of DSFF, with gradients that the optimizer never sees.
+
+        Raises:
+            E2ENetError: no batch gives finite gradients, however small the loss is scaled.
+        """
+        network, updater = self.unwrapped_network, self.topology_updater
+        scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
+        for _ in range(OBSERVATIONS):
+            self.optimizer.zero_grad(set_to_none=True)
+            batch = next(self.dataloader_train)
+            data, target = (_on_device(batch[key], self.device) for key in ("data", "target"))
+            with updater.observation():
+                with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():  # as nnU-Net's train_step
+                    loss = self.loss(network(data), target)
+                (loss * scale).backward()
+            if updater.observation_is_finite():
+                return
+            scale /= 16  # of half precision's overflows
+        raise E2ENetError(
+            f"{OBSERVATIONS} batches in a row gave gradients that are not finite before epoch {self.current_epoch}: the "
+            "training has diverged. Resume it from its last checkpoint with --c and a lower initial_lr"
+        )
+
+
+def _on_device(values: Any, device: torch.device) -> Any:
+    return [value.to(device) for value in values] if isinstance(values, list) else values.to(device)
 
 
 class E2ENetMixin(DSFFMixin):
@@ -295,6 +344,8 @@ class E2ENetMixin(DSFFMixin):
         self.kernel_size = list(KERNEL_SIZE)  # of all convolutions, depth first
         self.base_num_features = BASE_NUM_FEATURES  # channels of the finest level
         self.max_num_features = MAX_NUM_FEATURES
+        self.encoder_class: type[nn.Module] | None = None  # another backbone; None: that of the plans, Encoder by default
+        self.decoder_class: type[nn.Module] | None = None  # another fusion; None: that of the plans, FusionDecoder by default
         self.channels_last = False  # how maps lie in memory on the device, never what is computed (docs/memory.md)
         self.recompute = "blocks"  # in the backward pass; "none" is faster, "nodes" takes less memory (docs/memory.md)
 
@@ -320,11 +371,24 @@ class E2ENetMixin(DSFFMixin):
             shift_size=self.shift_size,
             kernel_size=self.kernel_size,
             learned_shift=self.learned_shift,
+            **self._classes(),
         )
         if len(result["arch_kwargs"]["strides"]) == 2:
             # A network of two levels has one head, and nnU-Net's deep supervision gives the last one no weight.
             self.enable_deep_supervision = False
         return result
+
+    def _classes(self) -> dict[str, str]:
+        """Names under which prediction will import the classes that are not E2ENet's own.
+
+        Raises:
+            E2ENetError: a class cannot be imported by its name.
+        """
+        given = {"encoder_class": self.encoder_class, "decoder_class": self.decoder_class}
+        names = {argument: f"{cls.__module__}.{cls.__qualname__}" for argument, cls in given.items() if cls is not None}
+        for argument, name in names.items():
+            located(argument, name)
+        return names
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()

@@ -40,6 +40,7 @@ def _fold(fold: Fold) -> dict[str, Any]:
         "cohorts": {str(epoch): share for epoch, share in measures.cohorts(fold).items()} if whole else None,
         "history": {
             "missing": fold.why_no_history or None,
+            "importance": fold.history.importance,
             "parts": [part._asdict() for part in fold.history.parts],
             "records": [asdict(record) for record in fold.history.records],
         },
@@ -56,7 +57,7 @@ def _node(fold: Fold, node: Node) -> dict[str, Any]:
             "active": [record.active[place] for record in records],
             "share": [node.shares(record)[flow] for record in records],
             "explored": [record.explored[place] / node.connections[flow] for record in records],
-            "norm": [record.norm[place] for record in records],
+            "importance": [record.importance[place] for record in records],
         }
     return {
         "stage": node.stage,

@@ -150,23 +150,23 @@ def _epoch_axis(axes: Axes, label: bool = True) -> None:
 
 
 def evolution(folds: Sequence[Fold]) -> Figure:
-    """Density of each flow over the epochs, and mean norm of its kernels."""
+    """Density of each flow over the epochs, and mean importance of its connections."""
     measures.fusion_network(folds)
     shown = _with_history(folds)
     _check_changed(shown)
-    figure, [[density], [norm]] = new_figure(4.2, 2)
+    figure, [[density], [importance]] = new_figure(4.2, 2)
     for fold in shown:
         records = fold.history.records
         epochs = [record.epoch for record in records]
         weight = 1.8 if len(shown) == 1 else 1.0
         _flow_lines(density, fold, epochs, [measures.densities(fold, record) for record in records], weight)
-        _flow_lines(norm, fold, epochs, [measures.norms(fold, record) for record in records], weight)
+        _flow_lines(importance, fold, epochs, [measures.importances(fold, record) for record in records], weight)
     density.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     density.set_ylabel("active connections")
-    norm.set_ylabel("mean kernel L1 norm")
-    norm.set_ylim(bottom=0)
+    importance.set_ylabel(f"mean importance:\n{shown[0].history.importance}", wrap=True)
+    importance.set_ylim(bottom=0)
     _epoch_axis(density, label=False)
-    _epoch_axis(norm)
+    _epoch_axis(importance)
     _line_legend(figure, shown[0])
     return figure
 
@@ -333,8 +333,8 @@ VIEWS: dict[str, tuple[str, str, Callable[[Sequence[Fold]], Figure]]] = {
     ),
     "evolution": (
         "Flows over the training",
-        "Above: active connections of each flow, all nodes together, over all that the flow could have. Below: mean L1 "
-        "norm of their kernels, the importance by which connections are kept. A line for each fold.",
+        "Above: active connections of each flow, all nodes together, over all that the flow could have. Below: mean "
+        "importance of the connections that stayed active, by the criterion of the training. A line for each fold.",
         evolution,
     ),
     "change": (

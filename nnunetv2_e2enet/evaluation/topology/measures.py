@@ -35,7 +35,9 @@ def fusion_network(folds: Sequence[Fold]) -> E2ENet:
     """
     network = folds[0].network
     if network is None:
-        raise MissingError("this network is not E2ENet, it has no fusion nodes whose flows could be told apart")
+        raise MissingError(
+            "this network is not E2ENet with its own encoder and decoder, so its fusion nodes and flows are not known"
+        )
     return network
 
 
@@ -114,10 +116,11 @@ def densities(fold: Fold, record: TopologyRecord) -> dict[str, float]:
     return {kind: n / possible[kind] for kind, n in totals(fold, record.active).items()}
 
 
-def norms(fold: Fold, record: TopologyRecord) -> dict[str, float]:
-    """Mean L1 norm of the kernels that stayed active, by kind."""
+def importances(fold: Fold, record: TopologyRecord) -> dict[str, float]:
+    """Mean importance of the connections that stayed active, by kind; NaN where the criterion had not seen the network."""
     stayed = [active - grown for active, grown in zip(record.active, record.grown, strict=True)]
-    sums = totals(fold, [norm * n for norm, n in zip(record.norm, stayed, strict=True)])
+    means = [math.nan if mean is None else mean for mean in record.importance]
+    sums = totals(fold, [mean * n for mean, n in zip(means, stayed, strict=True)])
     return {kind: sums[kind] / n if n else 0.0 for kind, n in totals(fold, stayed).items()}
 
 
@@ -247,4 +250,4 @@ def update_epochs(fold: Fold) -> list[int]:
     """After how many epochs the topology changed, from the history or, without one, from the log."""
     if fold.has_history:
         return [record.epoch for record in fold.history.records if any(record.grown)]
-    return [epoch + 1 for epoch, changed in enumerate(fold.logged("dsff_connections_changed")) if changed > 0]
+    return [epoch for epoch, changed in enumerate(fold.logged("dsff_connections_changed")) if changed > 0]

@@ -120,7 +120,8 @@ def _network(checkpoint: Mapping[str, Any], file: Path) -> E2ENet | None:
         arguments = checkpoint["init_args"]
         architecture = arguments["plans"]["configurations"][arguments["configuration"]]["architecture"]
         given = architecture["arch_kwargs"]
-        if not str(architecture["network_class_name"]).endswith(".E2ENet"):
+        own_classes = given.get("encoder_class") or given.get("decoder_class")
+        if own_classes or not str(architecture["network_class_name"]).endswith(".E2ENet"):
             return None
         with torch.device("meta"):
             return E2ENet(
@@ -172,13 +173,13 @@ def _take_offsets(network: E2ENet, weights: Mapping[str, Tensor], file: Path) ->
 
 def _history(folder: Path | None, connections: TopologyHistory, epoch: int) -> tuple[History, str]:
     present = connections.record(epoch)
-    alone = History(connections.parts, (present,))
+    alone = History(connections.importance_name, connections.parts, (present,))
     if folder is None:
         return alone, "a checkpoint alone does not hold the history of its topology"
     if not (folder / HISTORY_FILE).is_file():
         return alone, f"{folder / HISTORY_FILE} is not there"
     history = read_history(folder / HISTORY_FILE)
-    records = tuple(record for record in history.records if record.epoch <= epoch)
+    records = history.up_to(epoch)
     if history.parts != connections.parts or not records or records[-1].active != present.active:
         return alone, f"{folder / HISTORY_FILE} is not the history of the checkpoint beside it"
-    return History(history.parts, records), ""
+    return History(history.importance, history.parts, records), ""

@@ -1,0 +1,60 @@
+"""What criteria see of the network before an update: gradients of all connections, deviations of input maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from nnunetv2_e2enet.network.connections import MaskableLayer
+
+
+@contextmanager
+def observed(layers: Sequence[MaskableLayer], *, dense_gradients: bool, input_deviations: bool) -> Iterator[None]:
+    """Within this context, one forward and backward pass of the network shows what criteria ask for.
+
+    At its end the mean over all processes of a distributed training is taken. Layers behave as before afterwards.
+
+    Args:
+        layers: of the network, which is not wrapped.
+        dense_gradients: let ``weight.grad`` hold the gradient of inactive connections too.
+        input_deviations: set ``input_deviation`` of each layer.
+    """
+    with ExitStack() as stack:
+        for layer in layers:
+            if dense_gradients:
+                layer.dense_gradients = True
+                stack.callback(setattr, layer, "dense_gradients", False)
+            if input_deviations:
+                stack.callback(layer.register_forward_pre_hook(_measure_input).remove)
+        yield
+    if distributed.is_available() and distributed.is_initialized():
+        _average(layers, dense_gradients, input_deviations)
+
+
+def finite(layers: Sequence[MaskableLayer], *, dense_gradients: bool, input_deviations: bool) -> bool:
+    """Whether all that was observed is finite: not so after an overflow of half precision."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in _observations(layers, dense_gradients, input_deviations))
+
+
+@torch.no_grad()
+def _measure_input(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+    maps = inputs[0].detach().transpose(0, 1).flatten(1)
+    layer.input_deviation = torch.stack([m.float().std(correction=0) for m in maps])
+
+
+def _observations(layers: Sequence[MaskableLayer], dense_gradients: bool, input_deviations: bool) -> Iterator[Tensor]:
+    for layer in layers:
+        if dense_gradients and layer.weight.grad is not None:
+            yield layer.weight.grad
+        if input_deviations and layer.input_deviation is not None:
+            yield layer.input_deviation
+
+
+def _average(layers: Sequence[MaskableLayer], dense_gradients: bool, input_deviations: bool) -> None:
+    for tensor in _observations(layers, dense_gradients, input_deviations):
+        distributed.all_reduce(tensor)
+        tensor.div_(distributed.get_world_size())
