@@ -39,7 +39,7 @@ def main(rank: int, project: Path, rendezvous: Path) -> None:
 
 
 def train(trainer: Any, rank: int, compiled: bool) -> dict[str, Any]:
-    """Two epochs of one step, each with a topology update."""
+    """Two epochs of one step, with a topology update between."""
     # nnU-Net compiles the network, then wraps it; as a large network, it is split between several buckets of gradients
     distributed._DEFAULT_FIRST_BUCKET_BYTES = 2**15
     network = torch.compile(trainer.network, backend="eager") if compiled else trainer.network

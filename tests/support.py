@@ -139,6 +139,8 @@ def train_epochs(
 ) -> None:
     """nnU-Net's loop over epochs, on noise unless batches are given; two iterations an epoch and one for validation."""
     batches, held_out = (iter(batch, None) if given is None else iter(given) for given in (training, validation))
+    if training is None:
+        trainer.dataloader_train = batches
     for _ in range(n_epochs):
         trainer.on_epoch_start()
         trainer.on_train_epoch_start()

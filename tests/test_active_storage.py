@@ -169,7 +169,7 @@ def test_all_blocks_keep_the_same_number_of_inputs() -> None:
         optimizer.zero_grad()
         network(torch.randn(1, 20, 8, 8, dtype=torch.float64)).square().mean().backward()
         optimizer.step()
-        updater.update(epoch, optimizer)
+        updater.update(epoch + 1, optimizer)
         for layer, number in zip(layers_of(network), numbers, strict=True):
             assert layer.fits_blocks()
             assert {len(inputs) for inputs in layer.block_inputs(layer.block_size)} == {number}
@@ -277,7 +277,7 @@ def test_training_is_the_same_however_weights_are_stored(adam: bool) -> None:
         parameters = network.parameters()
         sgd = {"momentum": 0.99, "nesterov": True, "weight_decay": 3e-5}
         optimizer = torch.optim.AdamW(parameters, 1e-2) if adam else torch.optim.SGD(parameters, 0.01, **sgd)
-        updater = TopologyUpdater(network, CosineSchedule(5, 1, 0.5), seed=1)
+        updater = TopologyUpdater(network, CosineSchedule(6, 1, 0.5), seed=1)
         generator = torch.Generator().manual_seed(0)
         values, replaced = [], []
         for step in range(50):
@@ -292,7 +292,7 @@ def test_training_is_the_same_however_weights_are_stored(adam: bool) -> None:
             optimizer.step()
             values += [loss.item(), norm.item()]
             if step % 10 == 9:
-                update = updater.update(step // 10, optimizer)
+                update = updater.update(step // 10 + 1, optimizer)
                 replaced.append(0 if update is None else update.replaced)
         assert min(replaced[:4]) > 0
         losses.append(values)
@@ -314,7 +314,7 @@ def test_a_gradient_that_is_kept_stays_with_its_connections() -> None:
         updater = TopologyUpdater(network, CosineSchedule(6, 1, 0.5), seed=1)
         for epoch in range(2):
             network(torch.randn(1, 20, 8, 8, dtype=torch.float64)).square().mean().backward()
-            updater.update(epoch, optimizer)
+            updater.update(epoch + 1, optimizer)
         optimizer.step()
         found.append(network)
     assert_same_state(*found, lambda a, b: torch.testing.assert_close(a, b))
@@ -332,7 +332,7 @@ def test_updates_of_equal_blocks_compile_nothing() -> None:
         optimizer.zero_grad()
         compiled(torch.randn(1, 20, 8, 8)).sum().backward()
         optimizer.step()
-        update = updater.update(epoch, optimizer)
+        update = updater.update(epoch + 1, optimizer)
         assert update is not None
         assert update.replaced > 0
     assert counter.frame_count == 1
@@ -355,7 +355,7 @@ def test_copies_and_averages_of_state_dicts() -> None:
             optimizer.zero_grad()
             network(torch.randn(1, 20, 8, 8, dtype=torch.float64)).square().mean().backward()
             optimizer.step()
-            updater.update(epoch, optimizer)
+            updater.update(epoch + 1, optimizer)
             mean = average.state_dict()
             for key, value in network.state_dict().items():
                 mean[key] = torch.lerp(mean[key], value, 0.3) if value.is_floating_point() else value

@@ -70,8 +70,11 @@ def test_blocks_are_pruned_and_grown_as_connections_are(
         optimizer.zero_grad()
         network(torch.randn(1, a, 2, 4, 4)).square().mean().backward()
         optimizer.step()
+        optimizer.zero_grad()
+        with updater.observation():
+            network(torch.randn(1, a, 2, 4, 4)).square().mean().backward()
         before = [(blocks(layer), layer.weight.detach().flatten(2).abs().sum(2)) for layer in layers_of(network)]
-        update = updater.update(epoch, optimizer)
+        update = updater.update(epoch + 1, optimizer)
         for layer, (was, norms) in zip(layers_of(network), before, strict=True):
             size, n_blocks = layer.block_size, layer.n_connections // layer.block_size
             now = blocks(layer)
@@ -105,7 +108,7 @@ def test_single_maps_evolve_as_without_blocks() -> None:
         start_from_random_topology(network, 0.7, Uniform(), seed=5)
         updater = TopologyUpdater(network, CosineSchedule(9, 1), seed=5)
         for epoch in range(4):
-            updater.update(epoch, torch.optim.SGD(network.parameters(), 0.1))
+            updater.update(epoch + 1, torch.optim.SGD(network.parameters(), 0.1))
         masks.append(layer.mask.clone())
     assert torch.equal(*masks)
 

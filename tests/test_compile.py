@@ -34,7 +34,10 @@ def test_topology_updates_compile_nothing(
         outputs = compiled(x)
         sum(output.square().mean() for output in outputs).backward()
         optimizer.step()
-        update = updater.update(epoch, optimizer)
+        optimizer.zero_grad()
+        with updater.observation(), engine.disabled():  # of the network itself, as the trainer does
+            sum(output.square().mean() for output in network(x)).backward()
+        update = updater.update(epoch + 1, optimizer)
         assert update is not None
         assert update.replaced > 0
     assert counter.frame_count == 1

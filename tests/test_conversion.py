@@ -82,7 +82,7 @@ def test_topology_is_updated() -> None:
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
     network(torch.randn(1, 1, 8, 16, 16))[0].square().mean().backward()
     optimizer.step()
-    update = TopologyUpdater(network, CosineSchedule(5, 1)).update(0, optimizer)
+    update = TopologyUpdater(network, CosineSchedule(5, 1)).update(1, optimizer)
     assert update is not None
     assert update.replaced > 0
     assert all(layer.n_active == layer.connections_at(0.3) for _, layer in maskable_layers(network))

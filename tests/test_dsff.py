@@ -52,6 +52,15 @@ def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, seed: int) 
     optimizer.step()
 
 
+def observe(network: nn.Module, optimizer: torch.optim.Optimizer, updater: TopologyUpdater, seed: int) -> None:
+    """A pass of its own before an update, as the trainer makes it."""
+    optimizer.zero_grad()
+    generator = torch.Generator().manual_seed(seed)
+    width = next(layer.n_inputs for layer in layers_of(network))
+    with updater.observation():
+        network(torch.randn(1, width, 2, 4, 4, generator=generator)).square().mean().backward()
+
+
 @settings(deadline=None, max_examples=120)
 @given(st.tuples(*[st.integers(1, 7)] * 3), SPARSITIES, st.sampled_from(sorted(OPTIMIZERS)), st.booleans(), st.integers(0, 99))
 def test_long_update_sequences(
@@ -67,13 +76,15 @@ def test_long_update_sequences(
         for step in range(2):
             train_step(network, optimizer, 100 * epoch + step)
         before = [(layer.mask.clone(), layer.weight.detach().clone()) for layer in layers_of(network)]
-        update = updater.update(epoch, optimizer)
+        if by_gradient:
+            observe(network, optimizer, updater, epoch)
+        update = updater.update(epoch + 1, optimizer)
         for layer, (mask, weight) in zip(layers_of(network), before, strict=True):
             assert layer.n_active == round((1 - feature_sparsity) * layer.n_connections)
             assert bool((layer.explored >= layer.mask).all())
             grown, pruned = layer.mask & ~mask, mask & ~layer.mask
             if update is None:
-                assert epoch == n_epochs - 1
+                assert epoch + 1 >= n_epochs - 1
                 assert not grown.any()
                 continue
             restarted = layer.mask & mask & (layer.weight.flatten(2) == 0).all(2)
@@ -128,7 +139,7 @@ def test_growth_is_uniform() -> None:
     for seed in range(n):
         layer.set_topology(start)
         optimizer = torch.optim.SGD(network.parameters(), 0.1)
-        TopologyUpdater(network, CosineSchedule(10, 1, 0.5), seed=seed).update(0, optimizer)
+        TopologyUpdater(network, CosineSchedule(10, 1, 0.5), seed=seed).update(1, optimizer)
         times += layer.mask & ~start
     expected = n * 5 / 30
     chi_square = ((times[~start] - expected) ** 2 / (expected * (1 - 5 / 30))).sum().item()
@@ -150,7 +161,7 @@ def topologies(n_epochs: int, stop_at: int | None, seed: int) -> list[Tensor]:
     masks = []
     for epoch in range(n_epochs):
         train_step(network, optimizer, epoch)
-        updater.update(epoch, optimizer)
+        updater.update(epoch + 1, optimizer)
         masks.append(torch.cat([layer.mask.flatten() for layer in layers_of(network)]))
         if epoch == stop_at:
             saved, saved_optimizer = network.state_dict(), optimizer.state_dict()
@@ -190,8 +201,10 @@ def test_cosine_schedule() -> None:
     assert schedule.prune_fraction(333) == pytest.approx(0.375)
     fractions = [schedule.prune_fraction(e) for e in range(1000)]
     assert fractions == sorted(fractions, reverse=True)
-    assert [e for e in range(21) if schedule.is_update(e)] == [4, 9, 14, 19]
-    assert not schedule.is_update(999)
+    assert [e for e in range(21) if schedule.is_update(e)] == [5, 10, 15, 20]
+    assert not schedule.is_update(0)
+    assert schedule.is_update(995)
+    assert not CosineSchedule(n_epochs=1000, period=1).is_update(999)
     assert not any(CosineSchedule(1, 1).is_update(e) for e in range(3))
 
 
@@ -202,7 +215,7 @@ def test_static_schedule_and_dense_layers_change_nothing() -> None:
         optimizer = OPTIMIZERS["sgd"](network.parameters())
         train_step(network, optimizer, 0)
         before = {k: v.clone() for k, v in network.state_dict().items()}
-        update = TopologyUpdater(network, schedule).update(0, optimizer)
+        update = TopologyUpdater(network, schedule).update(1, optimizer)
         assert update is None or update.replaced == 0
         assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
@@ -214,7 +227,7 @@ def test_weights_that_are_not_finite_stop_the_update_before_anything_changes() -
     last.weight.data[last.mask] = float("nan")
     masks = [layer.mask.clone() for layer in layers_of(network)]
     with pytest.raises(E2ENetError, match="not finite"):
-        TopologyUpdater(network, CosineSchedule(10, 1)).update(0, torch.optim.SGD(network.parameters(), 0.1))
+        TopologyUpdater(network, CosineSchedule(10, 1)).update(1, torch.optim.SGD(network.parameters(), 0.1))
     assert all(torch.equal(layer.mask, m) for layer, m in zip(layers_of(network), masks, strict=True))
 
 
@@ -229,8 +242,9 @@ def test_gradient_growth_finds_the_connections_that_matter() -> None:
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     updater = TopologyUpdater(network, CosineSchedule(10, 1, 0.5), growth=GradientGrowth())
     x = torch.randn(64, 12, 1, 1)
-    (network(x)[:, 0] - x[:, 7]).square().mean().backward()
-    updater.update(0, optimizer)
+    with updater.observation():
+        (network(x)[:, 0] - x[:, 7]).square().mean().backward()
+    updater.update(1, optimizer)
     assert bool(layer.mask[0, 7])
 
 
@@ -238,8 +252,8 @@ def test_gradient_growth_without_a_gradient_says_so() -> None:
     network = tiny(3, 3, 3)
     random_topology(network, 0.5, Uniform(), 0)
     updater = TopologyUpdater(network, CosineSchedule(10, 1), growth=GradientGrowth())
-    with pytest.raises(E2ENetError, match="after a training step"):
-        updater.update(0, torch.optim.SGD(network.parameters(), 0.1))
+    with pytest.raises(E2ENetError, match=r"within TopologyUpdater\.observation"):
+        updater.update(1, torch.optim.SGD(network.parameters(), 0.1))
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=5), SPARSITIES)
@@ -262,7 +276,7 @@ def test_shares() -> None:
     assert sparsity(layers) == pytest.approx(0.8)
     assert explored_share(layers) == pytest.approx(0.2)
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
-    update = TopologyUpdater(network, CosineSchedule(10, 1, 0.5)).update(0, optimizer)
+    update = TopologyUpdater(network, CosineSchedule(10, 1, 0.5)).update(1, optimizer)
     assert update is not None
     assert update.replaced == 20
     assert sparsity(layers) == pytest.approx(0.8)

@@ -42,14 +42,14 @@ class Run:
 
     def epochs(self, first: int, last: int) -> None:
         for epoch in range(first, last):
+            update = self.updater.update(epoch, self.optimizer)
+            if update is not None:
+                self.history.add(update)
             with torch.no_grad():
                 for i, layer in enumerate(self.updater.layers.values()):
                     generator = torch.Generator().manual_seed(100 * epoch + i)
                     layer.weight += torch.randn(layer.weight.shape, generator=generator)
                     layer.clear_inactive_weights()
-            update = self.updater.update(epoch, self.optimizer)
-            if update is not None:
-                self.history.add(update)
 
 
 @pytest.fixture
@@ -72,13 +72,13 @@ def test_flows_are_the_channels_through_which_a_node_sees_its_neighbours(flow: s
     mask[:, fusion_flows(network)["decoder.stages.0.1.blocks.0.conv"][flow]] = True
     layer.set_topology(mask)
     maps = {
+        "downward": torch.randn(1, 4, 4, 8, 8),
         "forward": torch.randn(1, 6, 4, 4, 4),
         "upward": torch.randn(1, 8, 2, 2, 2),
-        "downward": torch.randn(1, 4, 4, 8, 8),
-    }
-    before = node(*maps.values())
+    }  # finest level first
+    before = node(list(maps.values()))
     for name, values in maps.items():
-        changed = node(*{**maps, name: values + torch.randn_like(values)}.values())
+        changed = node(list({**maps, name: values + torch.randn_like(values)}.values()))
         assert torch.equal(changed, before) is (name != flow)
 
 
@@ -97,17 +97,19 @@ def test_records_are_what_happened(path: Path) -> None:
         masks.append({name: layer.mask.clone() for name, layer in layers.items()})
         survivors = {name: mask & masks[-1][name] for name, mask in survivors.items()}
     history = read_history(path)
-    assert [record.epoch for record in history.records] == list(range(N_EPOCHS))  # the start, and all epochs but the last
+    assert [record.epoch for record in history.records] == list(
+        range(N_EPOCHS - 1)
+    )  # the start, and before all epochs but the first and the last
     assert [part.flow for part in history.parts if part.layer == "decoder.stages.0.1.blocks.0.conv"] == [
         "forward",
         "upward",
         "downward",
     ]
-    for record, topology in zip(history.records, masks, strict=False):
+    for record, topology in zip(history.records, masks[1:], strict=False):
         by_layer = active_by_layer(history.parts, record)
         assert by_layer == {name: int(mask.sum()) for name, mask in topology.items()}
         assert record.fraction == pytest.approx(
-            run.updater.schedule.prune_fraction(record.epoch - 1) if record.epoch else 0, abs=1e-6
+            run.updater.schedule.prune_fraction(record.epoch) if record.epoch else 0, abs=1e-6
         )
     for before, after in zip(history.records, history.records[1:], strict=False):
         changes = zip(before.active, after.pruned, after.grown, after.active, strict=True)
@@ -127,7 +129,7 @@ def active_by_layer(parts: Any, record: TopologyRecord) -> dict[str, int]:
     return result
 
 
-def test_threshold_and_norm_are_those_of_the_kernels(path: Path) -> None:
+def test_threshold_and_importance_are_those_of_the_kernels(path: Path) -> None:
     run = Run(path)
     run.history.start()
     name, layer = next(iter(run.updater.layers.items()))
@@ -136,12 +138,12 @@ def test_threshold_and_norm_are_those_of_the_kernels(path: Path) -> None:
         one = layer.mask.nonzero()[0]
         layer.weight[tuple(one)] = 0.5
     kernel = layer.weights_per_connection
-    update = run.updater.update(0, run.optimizer)
+    update = run.updater.update(1, run.optimizer)
     assert update is not None
     run.history.add(update)
     record = read_history(path).records[-1]
     assert record.threshold[0] == kernel  # half of the active ones are pruned, the small one first
-    assert record.norm[0] == kernel
+    assert record.importance[0] == kernel
 
 
 def test_resumed_history_is_that_of_an_uninterrupted_training(path: Path, tmp_path: Path) -> None:
@@ -159,13 +161,13 @@ def test_resumed_history_is_that_of_an_uninterrupted_training(path: Path, tmp_pa
     first.epochs(3, 5)  # lost with the checkpoint
     with other.open("ab") as file:
         file.write(b'{"epoch":6,"fraction":0.0')  # a crash tears the last line off
-    assert len(read_history(other).records) == 6
+    assert len(read_history(other).records) == 5
 
     second = Run(other, seed=0)
     second.network.load_state_dict(saved)
     second.history.born = born
     second.history.resume(3)
-    assert [record.epoch for record in read_history(other).records] == [0, 1, 2, 3]
+    assert [record.epoch for record in read_history(other).records] == [0, 1, 2]
     second.epochs(3, N_EPOCHS)
     assert other.read_bytes() == expected
 
@@ -174,7 +176,7 @@ def test_history_that_is_missing_begins_where_the_training_goes_on(path: Path) -
     run = Run(path)
     run.history.resume(4)
     run.epochs(4, 6)
-    assert [record.epoch for record in read_history(path).records] == [4, 5, 6]
+    assert [record.epoch for record in read_history(path).records] == [4, 4, 5]
 
 
 def test_damaged_and_foreign_histories_are_named(path: Path, tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_damaged_and_foreign_histories_are_named(path: Path, tmp_path: Path) -> 
 
 def test_training_writes_its_history(trained: Path) -> None:
     history = read_history(trained / "fold_0" / HISTORY_FILE)
-    assert [record.epoch for record in history.records] == [0, 1, 2]
+    assert [record.epoch for record in history.records] == [0, 1]
     final = read_checkpoint(trained / "fold_0" / "checkpoint_final.pth")["network_weights"]
     last = active_by_layer(history.parts, history.records[-1])
     assert last == {name: int(final[f"{name}.mask"].sum()) for name in last}
@@ -211,10 +213,10 @@ def test_checkpointed_log_has_dsffs_values(trained: Path) -> None:
     history = read_history(trained / "fold_0" / HISTORY_FILE)
     assert logged["dsff_sparsity"][:3] == pytest.approx([0.8] * 3, abs=1e-3)
     assert logged["dsff_prune_fraction"][:4] == [0.5, 0.25, 0.0, None]
-    assert logged["dsff_connections_changed"][:3] == [*(sum(record.grown) for record in history.records[1:]), 0]
+    assert logged["dsff_connections_changed"][:3] == [0, sum(history.records[1].grown), 0]
     connections = sum(part.connections for part in history.parts)
     assert logged["dsff_explored"][2] == pytest.approx(sum(history.records[-1].explored) / connections)
-    assert max(int(born.max()) for born in logged["dsff_born"] if born is not None) == 2
+    assert max(int(born.max()) for born in logged["dsff_born"] if born is not None) == 1
     assert (trained / "fold_0" / "progress.png").stat().st_size > 10_000
 
 
@@ -251,7 +253,7 @@ def test_checkpoint_from_before_there_was_a_history(in_process: Project, trained
     trainer.load_checkpoint(str(tmp_path / "checkpoint.pth"))
     trainer.topology_history.resume(trainer.current_epoch)
     train_epochs(trainer, 1)
-    assert [record.epoch for record in read_history(Path(trainer.output_folder) / HISTORY_FILE).records] == [3, 4]
+    assert [record.epoch for record in read_history(Path(trainer.output_folder) / HISTORY_FILE).records] == [3, 3]
     assert trainer.logger.get_value("dsff_prune_fraction", None)[:3] == [None] * 3
 
 
@@ -293,7 +295,7 @@ def test_size_of_a_record_for_the_papers_network(path: Path) -> None:
     updater = TopologyUpdater(network, CosineSchedule(1000))
     history = TopologyHistory(updater.layers, fusion_flows(network), path)
     history.start()
-    update = updater.update(4, torch.optim.SGD(network.parameters(), 0.01))
+    update = updater.update(5, torch.optim.SGD(network.parameters(), 0.01))
     assert update is not None
     history.add(update)
     assert len(history.parts) == 60

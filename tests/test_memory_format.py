@@ -179,7 +179,7 @@ def test_weights_stay_channels_last_through_updates_and_checkpoints(active_only:
     state = last.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     optimizer = torch.optim.SGD(last.parameters(), 0.01, momentum=0.9)
-    update = TopologyUpdater(last, CosineSchedule(10, 1), seed=0).update(0, optimizer)
+    update = TopologyUpdater(last, CosineSchedule(10, 1), seed=0).update(1, optimizer)
     assert update is not None
     assert update.replaced > 0
     network.load_state_dict(last.state_dict())

@@ -53,7 +53,7 @@ def architecture_of(plans: dict[str, Any]) -> dict[str, Any]:
 def test_shares_are_those_of_the_masks(trained: Path, numbers: dict[str, Any]) -> None:
     for index, fold in enumerate(numbers["folds"]):
         masks = state(trained, index)
-        assert [node["epochs"] for node in fold["nodes"]] == [[0, 1, 2]] * len(fold["nodes"])
+        assert [node["epochs"] for node in fold["nodes"]] == [[0, 1]] * len(fold["nodes"])
         for node in fold["nodes"]:
             flows = node["flows"]
             mask = masks[f"{node['layer']}.mask"]
@@ -63,7 +63,7 @@ def test_shares_are_those_of_the_masks(trained: Path, numbers: dict[str, Any]) -
             assert last["upward"] == int(mask[:, channels : 2 * channels].sum())
             assert last.get("downward", 0) == int(mask[:, 2 * channels :].sum())
             assert ("downward" in flows) is (node["level"] > 0)
-            for moment in range(3):
+            for moment in range(2):
                 assert sum(values["share"][moment] for values in flows.values()) == pytest.approx(1)
         levels = max(node["level"] for node in fold["nodes"]) + 2
         assert len(fold["nodes"]) == levels * (levels - 1) // 2
@@ -180,7 +180,7 @@ def test_dsff_in_another_network(in_process: Project, tmp_path: Path) -> None:
     assert agreement.kind == "all layers"
     assert agreement.overlap == pytest.approx(0.2, abs=0.05) == pytest.approx(agreement.chance, abs=0.05)
     assert main(["topology", str(tmp_path), "--report", str(tmp_path / "page.html")]) == 0
-    assert "it has no fusion nodes" in (tmp_path / "page.html").read_text()
+    assert "this network is not E2ENet" in (tmp_path / "page.html").read_text()
 
 
 def test_history_of_another_training_is_not_shown(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,11 +202,11 @@ def test_of_an_unfinished_training_the_history_goes_as_far_as_its_checkpoint(tra
     folder.mkdir()
     shutil.copy(trained / "fold_0" / CHECKPOINT, folder / "checkpoint_latest.pth")
     history = (trained / "fold_0" / HISTORY_FILE).read_text().splitlines(keepends=True)
-    later = history[-1].replace('{"epoch":2', '{"epoch":4')
+    later = history[-1].replace('{"epoch":1', '{"epoch":4')
     (folder / HISTORY_FILE).write_text("".join(history) + later)
     (fold,) = read_topologies(folder)
     assert fold.has_history
-    assert [record.epoch for record in fold.history.records] == [0, 1, 2]
+    assert [record.epoch for record in fold.history.records] == [0, 1]
 
 
 def test_nothing_that_can_be_looked_at(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

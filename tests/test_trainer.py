@@ -34,8 +34,9 @@ def test_training_log_says_what_dsff_did(trained: Path) -> None:
     lines = [[float(value) for value in match.groups()] for match in DSFF_LINE.finditer(log)]
     assert [line[0] for line in lines] == pytest.approx([0.8] * 3, abs=1e-3)  # each layer rounds to whole connections
     assert [line[1] for line in lines] == [0.5, 0.25, 0.0]
-    assert lines[0][2] > lines[1][2] > lines[2][2] == 0
-    assert 0.2 < lines[0][3] < lines[1][3] == lines[2][3]
+    assert [line[2] > 0 for line in lines] == [False, True, False]  # none before the first epoch, none before the last
+    assert lines[0][3] == pytest.approx(0.2, abs=1e-2)
+    assert lines[0][3] < lines[1][3] == lines[2][3]
 
 
 def test_checkpoint_carries_a_topology_of_exactly_that_sparsity(trained: Path) -> None:
@@ -277,12 +278,12 @@ def test_unknown_settings_are_refused(in_process: Project) -> None:
 
 @pytest.mark.parametrize("name", e2enet_combined_trainers.__all__)
 def test_combinations_with_nnunets_variants(in_process: Project, name: str) -> None:
-    """A real epoch with a topology update; pruned and grown connections are clean whatever the optimizer keeps of them."""
+    """Pruned and grown connections are clean after real epochs, whatever the optimizer keeps of them."""
     combined = getattr(e2enet_combined_trainers, name)
     small = {"base_num_features": 4, "max_num_features": 8, "topology_update_period": 1}
     trainer = make(variant(combined, "small", **small), in_process)
     trainer.initialize()
-    train_epochs(trainer, 1)
+    train_epochs(trainer, 2)
     for layer in trainer.topology_updater.layers.values():
         assert layer.n_active == round(0.2 * layer.n_connections)
         assert (layer.explored & ~layer.mask).any()

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from nnunetv2_e2enet.datasets.phantom import phantom_case
 from nnunetv2_e2enet.dsff import CosineSchedule, Schedule, StaticSchedule, TopologyUpdater, Uniform, random_topology, sparsity
 from nnunetv2_e2enet.network import E2ENet, MaskableLayer, fusion_flows
+from nnunetv2_e2enet.network.fusion import SOURCES, FusionNode
 
 N_CLASSES, SIZE, EPOCHS, ITERATIONS, WIDTH = 5, 32, 20, 5, 16
 SEEDS = range(3)
@@ -78,9 +79,11 @@ def train(batches: Batches, seed: int, schedule: Schedule, silenced: str | None 
     network = E2ENet(1, N_CLASSES, 3, WIDTH, nn.Conv2d, [[1, 1], [2, 2], [2, 2]])
     network.recompute = "none"  # so that nodes take tensors
     if silenced is not None:
-        index = FLOWS.index(silenced)
-        network.get_submodule(CENTRAL_NODE).register_forward_pre_hook(
-            lambda _node, maps: tuple(torch.zeros_like(m) if i == index else m for i, m in enumerate(maps))
+        node = network.get_submodule(CENTRAL_NODE)
+        assert isinstance(node, FusionNode)
+        source = node.level + SOURCES[silenced]
+        node.register_forward_pre_hook(
+            lambda _node, args: ([torch.zeros_like(m) if level == source else m for level, m in enumerate(args[0])],)
         )
     random_topology(network, 0.8, Uniform(), seed)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=3e-5)
@@ -96,13 +99,13 @@ def train(batches: Batches, seed: int, schedule: Schedule, silenced: str | None 
             F.cross_entropy(network(images), labels).backward()
             nn.utils.clip_grad_norm_(network.parameters(), 12)
             optimizer.step()
-        update = updater.update(epoch, optimizer)
+        update = updater.update(epoch + 1, optimizer)
         result.sparsities.append(sparsity(updater.layers))
         result.replaced.append(update.replaced if update is not None else 0)
     return result
 
 
-DSFF = CosineSchedule(EPOCHS, period=1)
+DSFF = CosineSchedule(EPOCHS + 1, period=1)
 STATIC = StaticSchedule()
 
 
