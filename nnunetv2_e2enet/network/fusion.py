@@ -12,10 +12,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from nnunetv2_e2enet.network._raw_map import FeatureMap
 from nnunetv2_e2enet.network.blocks import CONV, MAX_POOL, BlockStyle, ShiftBlock, chain
 from nnunetv2_e2enet.network.connections import MASKED_CONV_TRANSPOSE
-from nnunetv2_e2enet.network.depth_shift import activation
-from nnunetv2_e2enet.network.raw_map import FeatureMap
+from nnunetv2_e2enet.network.depth_shift import activated
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE, convolved
 
 
@@ -61,9 +61,9 @@ class FusionNode(nn.Module):
         return chain(self.blocks, *maps, flows=self._flows)
 
     def _flows(self, same: FeatureMap, coarser: FeatureMap, *finer: FeatureMap) -> list[FeatureMap]:
-        flows = [same, self.upsample(activation(coarser))]
+        flows = [same, self.upsample(activated(coarser))]
         if self.downsample is not None:
-            flows += [self.downsample(activation(m)) for m in finer]
+            flows += [self.downsample(activated(m)) for m in finer]
         return flows
 
 
@@ -127,5 +127,5 @@ class FusionDecoder(nn.Module):
             last[len(nodes) - 1] = maps[-1]
         heads = list(reversed(self.seg_layers))[: None if self.deep_supervision else 1]
         recompute = self.recompute != "none" and self.training
-        logits = [convolved(head, activation, (last[level],), recompute) for level, head in enumerate(heads)]
+        logits = [convolved(head, activated, (last[level],), recompute) for level, head in enumerate(heads)]
         return logits if self.deep_supervision else logits[0]
