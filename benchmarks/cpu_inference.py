@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import platform
 import resource
 import time
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.network import E2ENet, e2enet_features
+from nnunetv2_e2enet.settings import override
 
 Call = Callable[[], Any]
 PYTORCH, OPENVINO = "nnU-Net, PyTorch", "nnU-Net, OpenVINO"
@@ -129,8 +129,8 @@ def pytorch_call(network: E2ENet, x: Tensor) -> Call:
 
 def engine_call(network: E2ENet, x: Tensor, storage: str = "float32") -> Call:
     def call() -> object:
-        os.environ[engine.STORAGE_VARIABLE] = storage
-        return network(x)
+        with override(engine_storage=storage):
+            return network(x)
 
     call()  # packs the weights, and touches all memory for the first time
     reason = engine.why_pytorch(network)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,30 @@ if not torch.cuda.is_available():
 from integration.commands import Runner
 from support import Project, run_command
 
+from nnunetv2_e2enet import settings
+from nnunetv2_e2enet.network.acceleration import prepare_kernels
 from nnunetv2_e2enet.registration import find_nnunet, is_registered, register, unregister
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def setting() -> Iterator[Callable[..., None]]:
+    """``setting(engine="on")``: settings of the package for the rest of a test."""
+    with ExitStack() as stack:
+        yield lambda **changes: stack.enter_context(settings.override(**changes))
+
+
+@pytest.fixture
+def fused_kernels(setting: Callable[..., None]) -> Iterator[None]:
+    """Networks that are made or moved in a test compute with the Triton kernels; without a GPU in Triton's interpreter."""
+    pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    setting(kernels="on")
+    prepare_kernels(device)
+    yield
+    setting(kernels="auto")
+    prepare_kernels(device)
 
 
 @pytest.fixture(scope="session")

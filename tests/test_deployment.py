@@ -63,13 +63,13 @@ def by_nnunet(model: Path, project: Project, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def alone(monkeypatch: pytest.MonkeyPatch, setting: Callable[..., None]) -> Iterator[None]:
     """The engine and threads of ``by_nnunet``; nnU-Net finds no trainers and none of its folders."""
 
     def not_found(name: str) -> None:
         raise AssertionError(f"asked for the trainer {name}")
 
-    monkeypatch.setenv("nnUNet_e2enet_engine", "on")
+    setting(engine="on")
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("nnunetv2.inference.predict_from_raw_data.recursive_find_trainer_class_by_name", not_found)

@@ -8,6 +8,7 @@ import importlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.fusion import FusionNode
+from nnunetv2_e2enet.settings import Settings, override, variable
+from nnunetv2_e2enet.settings import settings as current_settings
 
 KERNELS = [name for name in engine.KERNELS if not isinstance(engine.load_core(name), str)]
 needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core was not built")
@@ -33,8 +36,7 @@ needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core was not b
 
 @pytest.fixture(scope="module", autouse=True)
 def on_small_networks_too() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(engine.ENGINE_VARIABLE, "on")
+    with override(engine="on"):
         yield
 
 
@@ -134,8 +136,7 @@ def test_core_was_built_where_a_compiler_is() -> None:
 @settings(max_examples=40, deadline=None)
 @given(networks_and_inputs(), st.sampled_from(KERNELS or ["none"]))
 def test_logits_are_pytorchs(case: tuple[E2ENet, Tensor], kernels: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(engine.KERNELS_VARIABLE, kernels)
+    with override(engine_kernels=kernels):
         assert_as_exact_as_pytorch(*case)
 
 
@@ -161,9 +162,9 @@ def test_logits_are_pytorchs_at_length(case: tuple[E2ENet, Tensor], kernels: str
     ],
 )
 def test_every_kind_of_kernel(
-    strides: list[list[int]], size: tuple[int, ...], kernels: str, monkeypatch: pytest.MonkeyPatch
+    strides: list[list[int]], size: tuple[int, ...], kernels: str, setting: Callable[..., None]
 ) -> None:
-    monkeypatch.setenv(engine.KERNELS_VARIABLE, kernels)
+    setting(engine_kernels=kernels)
     assert_same_logits(make_network(strides, deep_supervision=True), torch.randn(2, 1, *size))
 
 
@@ -215,10 +216,9 @@ BFLOAT16_KERNELS = [name for name in engine.KERNELS if not isinstance(engine.loa
     ],
 )
 def test_maps_in_bfloat16_are_rounded_and_nothing_else(
-    strides: list[list[int]], size: tuple[int, ...], kernels: str, monkeypatch: pytest.MonkeyPatch
+    strides: list[list[int]], size: tuple[int, ...], kernels: str, setting: Callable[..., None]
 ) -> None:
-    monkeypatch.setenv(engine.KERNELS_VARIABLE, kernels)
-    monkeypatch.setenv(engine.STORAGE_VARIABLE, "bfloat16")
+    setting(engine_kernels=kernels, engine_storage="bfloat16")
     network, x = make_network(strides, deep_supervision=True), torch.randn(2, 1, *size)
     ours, exact = both_ways(network, x)
     with torch.inference_mode():
@@ -232,13 +232,14 @@ def test_maps_in_bfloat16_are_rounded_and_nothing_else(
 
 @needs_core
 @pytest.mark.parametrize("kernels", BFLOAT16_KERNELS)
-def test_storage_in_bfloat16_is_opt_in_and_half_as_large(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(engine.KERNELS_VARIABLE, kernels)
+def test_storage_in_bfloat16_is_opt_in_and_half_as_large(kernels: str, setting: Callable[..., None]) -> None:
+    setting(engine_kernels=kernels)
     network, x = make_network(), torch.randn(1, 1, 16, 64, 64)
     x[0, 0, 3, 5, 7:9] = torch.tensor([torch.finfo(torch.float32).max, 1e-42])  # rounds to infinity; next to nothing
     bytes_of, logits = {}, {}
-    for storage in ("", "bfloat16", "float32"):
-        monkeypatch.setenv(engine.STORAGE_VARIABLE, storage)
+    for storage in (None, "bfloat16", "float32"):
+        if storage is not None:
+            setting(engine_storage=storage)
         for kind, image in {
             "finite": x.clamp(-9, 9),
             "overflow": x,
@@ -248,12 +249,12 @@ def test_storage_in_bfloat16_is_opt_in_and_half_as_large(kernels: str, monkeypat
                 logits[storage, kind] = network(image)
         bytes_of[storage] = sum(program.n_bytes for program in session_of(network).idle_programs())
     assert engine.status().storage == "float32"
-    assert torch.equal(logits["", "finite"], logits["float32", "finite"])
-    difference = rms(logits["bfloat16", "finite"] - logits["", "finite"]) / rms(logits["", "finite"])
+    assert torch.equal(logits[None, "finite"], logits["float32", "finite"])
+    difference = rms(logits["bfloat16", "finite"] - logits[None, "finite"]) / rms(logits[None, "finite"])
     assert 1e-3 < difference < 5e-2
     assert logits["bfloat16", "not a number"].isnan().all()
     assert logits["bfloat16", "overflow"].isnan().all()
-    assert bytes_of[""] == bytes_of["float32"]
+    assert bytes_of[None] == bytes_of["float32"]
     assert bytes_of["bfloat16"] < 0.8 * bytes_of["float32"]  # of which the scratch memory of each thread stays float32
 
 
@@ -495,27 +496,35 @@ def test_training_and_gradients_never_see_it() -> None:
 
 
 @needs_core
-@pytest.mark.parametrize("value", ["off", "0"])
-def test_off_switch(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(engine.ENGINE_VARIABLE, value)
+def test_off_switch(setting: Callable[..., None]) -> None:
+    setting(engine="off")
     network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
     assert not uses_engine(network, x)
     assert "off" in str(engine.why_pytorch(network))
     assert not engine.status().used
 
 
-def test_unknown_settings_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(engine.ENGINE_VARIABLE, "perhaps")
-    with pytest.raises(E2ENetError, match="perhaps"):
-        engine.status()
-    monkeypatch.setenv(engine.ENGINE_VARIABLE, "")
-    monkeypatch.setenv(engine.KERNELS_VARIABLE, "mmx")
-    with pytest.raises(E2ENetError, match="mmx"):
-        engine.status()
-    monkeypatch.setenv(engine.KERNELS_VARIABLE, "")
-    monkeypatch.setenv(engine.STORAGE_VARIABLE, "float16")
+def test_unknown_settings_are_errors() -> None:
+    wrong = {"engine": "perhaps", "engine_kernels": "mmx", "engine_storage": "float16", "kernels": "yes"}
+    for name, value in wrong.items():
+        assert Settings.from_environment({variable(name): ""}) == Settings()
+        with pytest.raises(E2ENetError, match=f"nnUNet_e2enet_{name} is '{value}': use one of "):
+            Settings.from_environment({variable(name): value})
+        with pytest.raises(E2ENetError, match=value), override(**{name: value}):
+            pass
     with pytest.raises(E2ENetError, match="use one of float32, bfloat16"):
-        engine.status()
+        load_core(storage="float16")
+    given = {"nnUNet_e2enet_engine": "0", "nnUNet_e2enet_engine_storage": "bfloat16"}
+    assert Settings.from_environment(given) == Settings(engine="off", engine_storage="bfloat16")
+
+
+def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = current_settings()
+    monkeypatch.setenv(engine.ENGINE_VARIABLE, "perhaps")
+    assert current_settings() is before
+    with override(engine="off") as changed:
+        assert current_settings() is changed == replace(before, engine="off")
+    assert current_settings() is before
 
 
 @needs_core
@@ -573,9 +582,10 @@ def test_counters_see_pytorchs_operations() -> None:
 
 @needs_core
 @pytest.mark.parametrize("storage", engine.STORAGES)
-def test_check_mode_compares_the_first_patch(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(engine.ENGINE_VARIABLE, "check")
-    monkeypatch.setenv(engine.STORAGE_VARIABLE, storage)
+def test_check_mode_compares_the_first_patch(
+    storage: str, setting: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting(engine="check", engine_storage=storage)
     network, x = make_network(deep_supervision=True), torch.randn(1, 1, 8, 32, 32)
     assert uses_engine(network, x)
     calls, tolerance = [], TOLERANCES[storage]
@@ -603,8 +613,8 @@ def test_without_a_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_core
-def test_small_networks_are_left_to_pytorch_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(engine.ENGINE_VARIABLE, "auto")
+def test_small_networks_are_left_to_pytorch_unless_asked_for(setting: Callable[..., None]) -> None:
+    setting(engine="auto")
     small, large = make_network(), make_network(features=[32, 64, 64])
     with torch.inference_mode():
         small(torch.zeros(1, 1, 4, 16, 16))

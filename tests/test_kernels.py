@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import warnings
 from typing import Any
 
 import pytest
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.network import E2ENet, acceleration, raw_map
+from nnunetv2_e2enet import registry
+from nnunetv2_e2enet.network import E2ENet, acceleration
+from nnunetv2_e2enet.network import _raw_map as raw_map
+from nnunetv2_e2enet.network._raw_map import FeatureMap, RawMap, flatten, regroup
 from nnunetv2_e2enet.network.depth_shift import join, separate
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST, is_channels_last
-from nnunetv2_e2enet.network.raw_map import FeatureMap, RawMap
+from nnunetv2_e2enet.settings import override
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MAPS = [
@@ -32,7 +34,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, tor
 @pytest.fixture(scope="module")
 def kernels() -> Any:
     pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
-    module = importlib.import_module(acceleration.KERNELS)
+    module = registry.load("kernels")
     assert DEVICE in module.DEVICES
     return module
 
@@ -114,7 +116,7 @@ def test_shift_and_concatenation_and_back(
         shape = (2, width, depth, 3, 4)
         x = in_format(random(*shape, dtype=dtype, seed=10 * seed), last)
         given_maps.append(random_raw_map(shape, dtype, 10 * seed)._replace(raw=x) if raw else x)
-    found, expected = kernels.join(given_maps, shift_size), join(given_maps, shift_size)
+    found, expected = kernels.join(*flatten(given_maps), shift_size), join(given_maps, shift_size)
     assert_same(found, expected)
     assert is_channels_last(found) == is_channels_last(raw_map.values_of(given_maps[0]))
     widths = [width for width, *_ in maps]
@@ -157,6 +159,7 @@ def test_operators_are_well_behaved(kernels: Any, last: bool) -> None:  # noqa: 
         assert strides[0] == strides[1], name
 
 
+@pytest.mark.usefixtures("fused_kernels")
 @pytest.mark.parametrize(
     ("dimension", "compiled", "last"),
     [(3, False, False), (2, False, False), (2, True, False), (2, False, True), (2, True, True)],
@@ -167,7 +170,8 @@ def test_a_training_step_with_kernels(
     torch.manual_seed(0)
     conv = nn.Conv3d if dimension == 3 else nn.Conv2d
     strides = [[1] * dimension, [2] * dimension]
-    network = E2ENet(1, 2, 2, [4, 5], conv, strides, deep_supervision=True).to(DEVICE, torch.float64)
+    with override(kernels="off"):
+        network = E2ENet(1, 2, 2, [4, 5], conv, strides, deep_supervision=True).to(DEVICE, torch.float64)
     x = random(1, 1, *[8] * dimension)
 
     def step(run: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
@@ -179,11 +183,8 @@ def test_a_training_step_with_kernels(
     expected_loss, expected = step(network)
     with torch.no_grad():
         logits = network(x)
-    if last:
-        network.to(memory_format=CHANNELS_LAST[dimension])
+    network.to(memory_format=CHANNELS_LAST[dimension] if last else torch.preserve_format)
     calls = []
-    monkeypatch.setattr(acceleration, "_kernels", kernels)
-    monkeypatch.setattr(acceleration, "_kernels_when_compiled", True)
     monkeypatch.setattr(kernels.operators.programs, "move_tiles", noted(kernels.operators.programs.move_tiles, calls))
     torch._dynamo.reset()
     loss, found = step(torch.compile(network, backend="aot_eager", fullgraph=True) if compiled else network)
@@ -211,32 +212,31 @@ def noted(program: Any, calls: list[Any]) -> Any:
 def test_kernels_that_do_not_agree_with_pytorch_are_not_used(
     kernels: Any, failure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = random(1, 3, 4, 4, 4, dtype=torch.float32)
-    monkeypatch.setattr(acceleration, "_kernels", kernels)
-    monkeypatch.setattr(acceleration, "_kernels_checked", False)
-    assert acceleration.kernels_for(x) is kernels
-    monkeypatch.setattr(acceleration, "_kernels_checked", False)
+    device = torch.device(DEVICE)
+    assert kernels.wrong_kernel(device) is None
 
-    def join_of_zeros(maps: list[FeatureMap], shift_size: int) -> Tensor:
+    def join_of_zeros(tensors: list[Tensor], slopes: list[float | None], shift_size: int) -> Tensor:
         if failure == "broken":
             raise RuntimeError("PTX assembly aborted")
-        return torch.zeros_like(join(maps, shift_size))
+        return torch.zeros_like(join(regroup(tensors, slopes), shift_size))
 
-    monkeypatch.setattr(kernels.operators, "join", join_of_zeros)
+    monkeypatch.setattr(kernels.check.operators, "join", join_of_zeros)
+    monkeypatch.setattr(kernels, "DEVICES", ("cuda",))
+    monkeypatch.setattr(kernels, "wrong_kernel", lambda _: kernels.check.wrong_kernel(device))
+    monkeypatch.setattr(acceleration, "_agrees", {})
+    monkeypatch.setattr(acceleration, "_kernels", {})
     with pytest.warns(UserWarning, match="join differs from PyTorch" if failure == "wrong" else "PTX assembly aborted"):
-        assert acceleration.kernels_for(x) is None
-    assert acceleration.kernels_for(x) is None
-
-
-def test_a_wrong_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(acceleration.KERNELS_VARIABLE, "yes")
-    with pytest.raises(E2ENetError, match="nnUNet_e2enet_kernels is 'yes': use one of auto, on, off"):
-        acceleration.load_kernels()
+        acceleration.prepare_kernels(torch.device("cuda"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once a process is enough
+        acceleration.prepare_kernels(torch.device("cuda"))
+    with FakeTensorMode():
+        assert acceleration.kernels_for(torch.empty(1, device="cuda")) is None
 
 
 def test_without_a_gpu_plain_pytorch_computes() -> None:
     if DEVICE == "cuda":
         pytest.skip("there is a GPU")
-    acceleration.load_kernels()
+    acceleration.prepare_kernels(torch.device("cpu"))
     assert acceleration.kernels_for(torch.zeros(1)) is None
     assert acceleration.kernels_status().startswith("not used: ")

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -145,8 +146,8 @@ def test_compiled_networks_are_one_graph() -> None:
 
 
 @pytest.mark.skipif(isinstance(engine.load_core(), str), reason="the compiled core was not built")
-def test_the_cpu_engine_moves_each_channel_by_its_own_offset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(engine.ENGINE_VARIABLE, "on")
+def test_the_cpu_engine_moves_each_channel_by_its_own_offset(setting: Callable[..., None]) -> None:
+    setting(engine="on")
     net = network().eval()
     x = torch.randn(1, 1, 8, 32, 32)
     for _ in range(2):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from copy import deepcopy
 from typing import Any
 
@@ -13,10 +12,12 @@ from torch import Tensor, nn
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.deployment.packing import pack
 from nnunetv2_e2enet.dsff import CosineSchedule, TopologyUpdater, Uniform, random_topology
-from nnunetv2_e2enet.network import E2ENet, acceleration, maskable_layers, raw_map
+from nnunetv2_e2enet.network import E2ENet, maskable_layers
+from nnunetv2_e2enet.network import _raw_map as raw_map
 from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.depth_shift import join, separate
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST, empty_like, is_channels_last, memory_format
+from nnunetv2_e2enet.settings import override
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -114,15 +115,14 @@ def test_a_training_step_is_the_same(dimension: int, recompute: str, active_only
         torch.testing.assert_close(found[name], gradient, atol=1e-9, rtol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_fused_kernels_keep_the_format_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
-    network = small().double()
+@pytest.mark.usefixtures("fused_kernels")
+def test_fused_kernels_keep_the_format_as_well() -> None:
+    x = image()[:1, :, :4]
+    with override(kernels="off"):
+        network = small().double()
+        outputs, expected = step(network, x)
     last = channels_last(network)
     formats = Formats(last, as_in_half_precision=True)
-    x = image()[:1, :, :4]
-    outputs, expected = step(network, x)
-    monkeypatch.setattr(acceleration, "_kernels", importlib.import_module(acceleration.KERNELS))
-    monkeypatch.setattr(acceleration, "_kernels_checked", True)
     found_outputs, found = step(last, x)
     formats.check()
     for output, found_output in zip(outputs, found_outputs, strict=True):

@@ -16,8 +16,8 @@ from training_memory import Candidate
 from nnunetv2_e2enet.dsff import CosineSchedule, GradientGrowth, TopologyUpdater
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, accounts, e2enet_features, maskable_layers
+from nnunetv2_e2enet.network._raw_map import instance_norm
 from nnunetv2_e2enet.network.depth_shift import depth_shift
-from nnunetv2_e2enet.network.raw_map import instance_norm
 
 AMOS_PATCH = (64, 160, 160)
 STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]]

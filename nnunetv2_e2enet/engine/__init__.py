@@ -1,11 +1,10 @@
 """How the network runs fast on a CPU: what is switched off is never computed.
 
-An E2ENet in eval mode, on the CPU, with gradients off, uses the engine by itself. The environment variable
-``nnUNet_e2enet_engine`` says "auto", "on", "off" or "check" (compare the first patch with PyTorch), and
-``nnUNet_e2enet_engine_storage`` "float32" or "bfloat16". See docs/engine.md.
+An E2ENet in eval mode, on the CPU, with gradients off, uses the engine by itself. The settings
+``engine``, ``engine_kernels`` and ``engine_storage`` (``nnunetv2_e2enet.settings``) say more. See docs/engine.md.
 """
 
-from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, disabled, mode, predicts
+from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, disabled, predicts
 from nnunetv2_e2enet.engine.core import KERNELS, KERNELS_VARIABLE, STORAGE_VARIABLE, STORAGES, load_core
 from nnunetv2_e2enet.engine.counts import executed_macs
 from nnunetv2_e2enet.engine.status import Status, peak_flops, profile, release, status, why_pytorch
@@ -21,7 +20,6 @@ __all__ = [
     "disabled",
     "executed_macs",
     "load_core",
-    "mode",
     "peak_flops",
     "predicts",
     "profile",

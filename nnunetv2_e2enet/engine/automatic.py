@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,27 +19,14 @@ from nnunetv2_e2enet.engine.program import Program
 from nnunetv2_e2enet.engine.weights import PackedWeights, pack
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.e2enet import E2ENet
+from nnunetv2_e2enet.settings import settings, variable
 
-ENGINE_VARIABLE = "nnUNet_e2enet_engine"
-MODES = ("auto", "on", "off", "check")
+ENGINE_VARIABLE = variable("engine")
 LEAST_WORK = 2e9  # multiply-accumulates of the dense network a patch; below, in mode "auto", there is little to save
 TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-1}  # of the largest logit, in mode "check", by how maps are stored
 IDLE_PROGRAMS = 2  # kept for the next patch; more are made while more threads predict at once
 
 _local = threading.local()
-
-
-def mode() -> str:
-    """What the environment variable ``nnUNet_e2enet_engine`` says: "auto" (also when unset), "on", "off" or "check".
-
-    Raises:
-        E2ENetError: it says something else.
-    """
-    value = os.environ.get(ENGINE_VARIABLE, "") or "auto"
-    value = {"0": "off", "false": "off", "1": "on", "true": "on"}.get(value.lower(), value.lower())
-    if value not in MODES:
-        raise E2ENetError(f"{ENGINE_VARIABLE} is {value!r}: use one of {', '.join(MODES)}")
-    return value
 
 
 @contextmanager
@@ -133,7 +119,7 @@ def session_of(network: nn.Module) -> Session:
 
 def why_not(network: E2ENet, x: Tensor) -> str | None:
     """Why this input stays with PyTorch; None if the engine takes it. Says nothing about the weights."""
-    if mode() == "off":
+    if settings().engine == "off":
         return f"the engine is switched off ({ENGINE_VARIABLE})"
     if type(x) is not Tensor or x.device.type != "cpu" or x.layout != torch.strided:
         return "the input is not an ordinary tensor on the CPU"
@@ -152,7 +138,7 @@ def why_not(network: E2ENet, x: Tensor) -> str | None:
         size = [s // t for s, t in zip(size, stride, strict=True)]
         if all(s == 1 for s in size):
             return "a level has one voxel, for which instance norm is not defined"
-    if mode() == "auto" and _work(network, list(x.shape[2:])) < LEAST_WORK:
+    if settings().engine == "auto" and _work(network, list(x.shape[2:])) < LEAST_WORK:
         return f"the network is small, a patch takes PyTorch little time ({ENGINE_VARIABLE}=on uses the engine all the same)"
     return None
 
@@ -203,7 +189,7 @@ def accelerate(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
         session.reason = str(reason)
         return None
     logits = _run(session, plan, network, x)
-    if mode() == "check" and not plan.checked:
+    if settings().engine == "check" and not plan.checked:
         _check(network, x, logits, TOLERANCES[core.storage])
         plan.checked = True
     return logits if network.decoder.deep_supervision else logits[0]

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
-import os
 import time
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
-from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.settings import CHOICES, check_choice, settings, variable
 
-KERNELS = ("avx512", "avx2", "generic")
-KERNELS_VARIABLE = "nnUNet_e2enet_engine_kernels"
+KERNELS = tuple(filter(None, CHOICES["engine_kernels"]))
+KERNELS_VARIABLE = variable("engine_kernels")
 STORAGES = {"float32": 4, "bfloat16": 2}  # bytes of a pixel
-STORAGE_VARIABLE = "nnUNet_e2enet_engine_storage"
+STORAGE_VARIABLE = variable("engine_storage")
 TIMERS = ("input transform", "products", "output transform", "upsampling", "strided convs", "pooling", "heads")
 
 _ABI = 3
@@ -250,16 +249,14 @@ def load_core(kernels: str | None = None, storage: str | None = None) -> Core | 
     """The core with the best kernels for this CPU, or with those asked for; a sentence saying why not, if there is none.
 
     Args:
-        kernels: one of ``KERNELS``; the environment variable ``nnUNet_e2enet_engine_kernels`` otherwise.
-        storage: one of ``STORAGES``; the environment variable ``nnUNet_e2enet_engine_storage`` otherwise.
+        kernels: one of ``KERNELS``; ``settings().engine_kernels`` otherwise.
+        storage: one of ``STORAGES``; ``settings().engine_storage`` otherwise.
 
     Raises:
         E2ENetError: no such kernels or storage.
     """
-    wanted = os.environ.get(KERNELS_VARIABLE, "") if kernels is None else kernels
-    if wanted and wanted not in KERNELS:
-        raise E2ENetError(f"{KERNELS_VARIABLE} is {wanted!r}: use one of {', '.join(KERNELS)}, or nothing for the best")
-    stored = (os.environ.get(STORAGE_VARIABLE, "") or "float32") if storage is None else storage
-    if stored not in STORAGES:
-        raise E2ENetError(f"{STORAGE_VARIABLE} is {stored!r}: use one of {', '.join(STORAGES)}")
+    wanted = settings().engine_kernels if kernels is None else kernels
+    stored = settings().engine_storage if storage is None else storage
+    check_choice("engine_kernels", wanted, CHOICES["engine_kernels"])
+    check_choice("engine_storage", stored, CHOICES["engine_storage"])
     return _core(wanted, stored)

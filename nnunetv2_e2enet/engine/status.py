@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, mode, session_of
+from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, session_of
 from nnunetv2_e2enet.engine.core import TIMERS, Core, load_core
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.settings import settings
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def status() -> Status:
     Raises:
         E2ENetError: an environment variable has a value that cannot be used.
     """
-    core, setting = load_core(), mode()
+    core, setting = load_core(), settings().engine
     if not isinstance(core, Core):
         return Status(False, setting, None, None, None, f"CPU prediction uses PyTorch: {core}")
     if setting == "off":

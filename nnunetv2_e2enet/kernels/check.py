@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nnunetv2_e2enet.kernels import operators
-from nnunetv2_e2enet.network import raw_map
+from nnunetv2_e2enet.network import _raw_map as raw_map
 from nnunetv2_e2enet.network.depth_shift import join, separate
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST
 
@@ -29,7 +29,7 @@ def _wrong_kernel(device: torch.device, memory_format: torch.memory_format) -> s
     results = {
         "statistics": (operators.statistics(x, 1e-5), (mean, rstd)),
         "norm_gradient": (operators.norm_gradient(*of_norm), raw_map.norm_gradient(*of_norm)),
-        "join": ([operators.join(maps, 3)], [join(maps, 3)]),
+        "join": ([operators.join(*raw_map.flatten(maps), 3)], [join(maps, 3)]),
         "separate": (operators.separate(grad, [5, 4], 3), separate(grad, [5, 4], 3)),
     }
     for name, (found, expected) in results.items():

@@ -6,8 +6,9 @@ Results lie in memory as the maps that they are made from, as the first of them 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from math import isnan, nan, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,7 +19,6 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from nnunetv2_e2enet.kernels import programs
 from nnunetv2_e2enet.network.memory_format import empty_like, is_channels_last, memory_format
-from nnunetv2_e2enet.network.raw_map import FeatureMap, RawMap, flatten, values_of
 
 DEVICES = ("cuda", "cpu") if isinstance(programs.move_tiles, InterpretedFunction) else ("cuda",)
 """Where the programs run: Triton's interpreter (TRITON_INTERPRET=1) computes with tensors on the CPU too."""
@@ -41,10 +41,15 @@ def norm_gradient(
     return grad_x, products, sums
 
 
-def join(maps: Sequence[FeatureMap], shift_size: int) -> Tensor:
-    """Norm, activation, shift and concatenation: each map is read once, each voxel of the result written once."""
-    tensors, slopes = flatten(maps)
-    out: Tensor = _join(tensors, [nan if slope is None else slope for slope in slopes], shift_size)
+def join(tensors: Sequence[Tensor], slopes: Sequence[float | None], shift_size: int) -> Tensor:
+    """Norm, activation, shift and concatenation: each map is read once, each voxel of the result written once.
+
+    Args:
+        tensors: those of each map: three where it has a norm, values, scale and offset; otherwise one, values.
+        slopes: of each map's leaky ReLU, None where it has no norm and activation.
+        shift_size: groups of the depth shift.
+    """
+    out: Tensor = _join(list(tensors), [nan if slope is None else slope for slope in slopes], shift_size)
     return out
 
 
@@ -115,15 +120,11 @@ def _(
 def _join(tensors: Sequence[Tensor], slopes: Sequence[float], shift_size: int) -> Tensor:
     maps = _regroup(tensors, slopes)
     out = _joined(tensors, slopes)
-    form = memory_format(values_of(maps[0]))
+    form = memory_format(maps[0].values)
     first = 0
-    for feature_map in maps:
-        single = values_of(feature_map).contiguous(memory_format=form)
-        norm = None
-        if isinstance(feature_map, RawMap):
-            norm = (feature_map.scale.contiguous(), feature_map.offset.contiguous(), feature_map.slope)
-        _launch(single, out, first, shift_size, norm)
-        first += single.shape[1]
+    for values, norm in maps:
+        _launch(values.contiguous(memory_format=form), out, first, shift_size, norm)
+        first += values.shape[1]
     return out
 
 
@@ -202,16 +203,23 @@ class _Tiles:
         return parts, triton.cdiv(self.channels, self.blocks["BLOCK_C"]), self.batch
 
 
-def _regroup(tensors: Sequence[Tensor], slopes: Sequence[float]) -> list[FeatureMap]:
+class _Map(NamedTuple):
+    values: Tensor
+    norm: tuple[Tensor, Tensor, float] | None
+    """Scale, offset and slope."""
+
+
+def _regroup(tensors: Sequence[Tensor], slopes: Sequence[float]) -> list[_Map]:
     rest = iter(tensors)
-    return [next(rest) if isnan(slope) else RawMap(next(rest), next(rest), next(rest), slope) for slope in slopes]
+    return [
+        _Map(next(rest), None if isnan(slope) else (next(rest).contiguous(), next(rest).contiguous(), slope))
+        for slope in slopes
+    ]
 
 
 def _joined(tensors: Sequence[Tensor], slopes: Sequence[float]) -> Tensor:
-    values = [values_of(m) for m in _regroup(tensors, slopes)]
-    dtype = values[0].dtype
-    for value in values[1:]:
-        dtype = torch.promote_types(dtype, value.dtype)
+    values = [m.values for m in _regroup(tensors, slopes)]
+    dtype = reduce(torch.promote_types, (v.dtype for v in values))
     return empty_like(values[0], sum(v.shape[1] for v in values), dtype)
 
 

@@ -2,7 +2,7 @@
 
 from nnunetv2_e2enet.network.accounts import MultiplyAccumulates, ParameterCounts
 from nnunetv2_e2enet.network.connections import MaskableLayer, maskable_layers
-from nnunetv2_e2enet.network.depth_shift import depth_shift
+from nnunetv2_e2enet.network.depth_shift import activated, depth_shift
 from nnunetv2_e2enet.network.e2enet import E2ENet, e2enet_features
 from nnunetv2_e2enet.network.fusion import fusion_flows
 
@@ -11,6 +11,7 @@ __all__ = [
     "MaskableLayer",
     "MultiplyAccumulates",
     "ParameterCounts",
+    "activated",
     "depth_shift",
     "e2enet_features",
     "fusion_flows",

@@ -1,39 +1,35 @@
-"""Where faster ways to compute are asked first: the CPU engine and the GPU kernels. The network knows their names alone."""
+"""Where faster ways to compute are asked first (``nnunetv2_e2enet.registry``): an engine for the CPU, kernels for the GPU.
+
+Every pass that they compute has its counterpart in PyTorch here in ``network``.
+"""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import os
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nnunetv2_e2enet import registry
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.settings import settings, variable
 
-if TYPE_CHECKING:
-    from nnunetv2_e2enet.network.e2enet import E2ENet
-
-ENGINE = "nnunetv2_e2enet.engine"  # imported at the first prediction that it could do
-KERNELS = "nnunetv2_e2enet.kernels"  # imported with the first network where they could be used
-KERNELS_VARIABLE = "nnUNet_e2enet_kernels"
-KERNELS_MODES = ("auto", "on", "off")
-
-_kernels: Any = None
-_kernels_when_compiled = False
-_kernels_checked = False
+_kernels: dict[str, Any] = {}
+"""By device type: the package of fused kernels, where it is used."""
+_agrees: dict[str, bool] = {}
+"""By device type: whether the kernels have been found to agree with PyTorch in this process."""
 
 
-def accelerated(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
+def accelerated(network: nn.Module, x: Tensor) -> Tensor | list[Tensor] | None:
     """The logits without PyTorch; None where PyTorch computes them: in training, with gradients, in traces, off the CPU."""
     if network.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     if x.device.type != "cpu" or _is_watched():
         return None
-    engine: Any = importlib.import_module(ENGINE)
-    logits: Tensor | list[Tensor] | None = engine.accelerate(network, x)
+    engine = registry.load("engine")
+    logits: Tensor | list[Tensor] | None = None if engine is None else engine.accelerate(network, x)
     return logits
 
 
@@ -42,70 +38,60 @@ def _is_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def kernels_mode() -> str:
-    """What ``nnUNet_e2enet_kernels`` says.
-
-    Raises:
-        E2ENetError: it says something else than it may.
-    """
-    mode = os.environ.get(KERNELS_VARIABLE, "") or "auto"
-    if mode not in KERNELS_MODES:
-        raise E2ENetError(f"{KERNELS_VARIABLE} is {mode!r}: use one of {', '.join(KERNELS_MODES)}")
-    return mode
-
-
 def kernels_status() -> str:
     """Whether the fused kernels can be used in this environment, and why not, for people."""
-    mode = kernels_mode()
+    mode = settings().kernels
     if mode == "off":
-        return f"not used: {KERNELS_VARIABLE}=off"
+        return f"not used: {variable('kernels')}=off"
     if importlib.util.find_spec("triton") is None:
         return "not used: Triton is not installed"
     if not torch.cuda.is_available():
         return "not used: no CUDA device"
-    return "used, in compiled networks too" if mode == "on" else "used where networks are not compiled, after a check"
-
-
-def load_kernels() -> None:
-    """Get the fused kernels ready, as ``nnUNet_e2enet_kernels`` says.
-
-    "auto" (also when unset): on CUDA where Triton is installed, once they have been found to agree with PyTorch there; not in
-    compiled networks, where fusion is left to the compiler. "on": in compiled networks too, and unchecked. "off": never.
-
-    Raises:
-        E2ENetError: the variable says something else, or "on" without Triton.
-    """
-    global _kernels, _kernels_when_compiled
-    mode = kernels_mode()
-    installed = importlib.util.find_spec("triton") is not None
-    if mode == "on" and not installed:
-        raise E2ENetError(f"{KERNELS_VARIABLE} is on, but Triton is not installed: pip install triton, or unset the variable")
-    wanted = mode == "on" or (mode == "auto" and installed and torch.cuda.is_available())
-    refused = _kernels_checked and _kernels is None and mode == "auto"  # in this process, by an earlier network
-    _kernels = importlib.import_module(KERNELS) if wanted and not refused else None
-    _kernels_when_compiled = mode == "on"
+    return "used" if mode == "on" else "used, after a check in each process"
 
 
 def kernels_for(x: Tensor) -> Any:
-    """The package of fused kernels if it shall compute with ``x``, else None."""
-    if _kernels is None or x.device.type not in _kernels.DEVICES:
-        return None
-    if torch.compiler.is_compiling():
-        return _kernels if _kernels_when_compiled else None
-    if not (_kernels_checked or _kernels_when_compiled):
-        _check_kernels(x.device)
-    return _kernels
+    """The package of fused kernels if it shall compute with ``x``, else None.
+
+    The setting "auto": on CUDA where Triton is installed and ``prepare_kernels`` has found them to agree with PyTorch. "on":
+    wherever they run, unchecked. "off": never.
+    """
+    return _kernels.get(x.device.type)
 
 
-def _check_kernels(device: torch.device) -> None:
+def prepare_kernels(device: torch.device) -> None:
+    """Decide whether the fused kernels compute on this kind of device, once a process: before networks compute there.
+
+    Compiled networks ask ``kernels_for`` while they are traced, when nothing can be checked any more.
+
+    Raises:
+        E2ENetError: the setting is "on" without Triton.
+    """
+    mode = settings().kernels
+    installed = importlib.util.find_spec("triton") is not None
+    if mode == "on" and not installed:
+        raise E2ENetError(
+            f"{variable('kernels')} is on, but Triton is not installed: pip install triton, or unset the variable"
+        )
+    _kernels.pop(device.type, None)
+    if mode == "off" or not installed or device.type == "meta" or (mode == "auto" and device.type != "cuda"):
+        return
+    kernels = registry.load("kernels")
+    if kernels is None or device.type not in kernels.DEVICES:
+        return
+    if mode == "auto" and device.type not in _agrees:
+        _agrees[device.type] = _agree_with_pytorch(kernels, device)
+    if mode == "on" or _agrees[device.type]:
+        _kernels[device.type] = kernels
+
+
+def _agree_with_pytorch(kernels: Any, device: torch.device) -> bool:
     """Do without the kernels, with a warning, where they fail or differ from PyTorch."""
-    global _kernels, _kernels_checked
     try:
-        wrong = _kernels.wrong_kernel(device)
+        wrong = kernels.wrong_kernel(device)
         problem = wrong and f"{wrong} differs from PyTorch"
     except Exception as error:  # noqa: BLE001 (whatever a compiler or a driver may raise)
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if problem:
         warnings.warn(f"E2ENet computes without its fused kernels on {device}: {problem}", stacklevel=2)
-        _kernels = None
-    _kernels_checked = True
+    return not problem

@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_e2enet.network._raw_map import FeatureMap, raw_map
 from nnunetv2_e2enet.network.acceleration import kernels_for
 from nnunetv2_e2enet.network.connections import MASKED_CONV
-from nnunetv2_e2enet.network.depth_shift import activation, depth_shift
+from nnunetv2_e2enet.network.depth_shift import activated, depth_shift
 from nnunetv2_e2enet.network.learned_shift import LearnedDepthShift
 from nnunetv2_e2enet.network.memory_format import is_channels_last
-from nnunetv2_e2enet.network.raw_map import FeatureMap, raw_map
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE, convolved
 
 CONV: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -101,7 +101,7 @@ class ShiftBlock(nn.Module):
 
         def read(*maps: FeatureMap) -> Tensor:
             if self.shift is not None:
-                return self.shift([activation(m) for m in flows(*maps)])
+                return self.shift([activated(m) for m in flows(*maps)])
             return depth_shift(flows(*maps), self.shift_size)
 
         x = convolved(self.conv, read, maps, recompute, random=self.dropout is not None)

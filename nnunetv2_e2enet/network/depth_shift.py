@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network._raw_map import FeatureMap, RawMap, Slopes, activate, flatten, regroup, some_channels, values_of
 from nnunetv2_e2enet.network.acceleration import kernels_for
 from nnunetv2_e2enet.network.memory_format import empty_like
-from nnunetv2_e2enet.network.raw_map import FeatureMap, RawMap, Slopes, activate, flatten, regroup, some_channels, values_of
 
 DEPTH_AXIS = 2
 
@@ -69,8 +69,12 @@ def depth_shift(maps: FeatureMap | Sequence[FeatureMap], shift_size: int) -> Ten
     return _joined(sources, shift_size)
 
 
-def activation(feature_map: FeatureMap) -> Tensor:
-    """The map itself, computed if it is raw."""
+def activated(feature_map: FeatureMap) -> Tensor:
+    """A feature map as an ordinary tensor, ``(batch, channels, *space)``: what a block's result is read with.
+
+    Blocks hand on maps whose norm and activation are still to be computed; only this function and ``depth_shift`` compute them
+    with the right gradients.
+    """
     return depth_shift(feature_map, 1)
 
 
@@ -127,7 +131,7 @@ def separate(grad: Tensor, widths: Sequence[int], shift_size: int) -> list[Tenso
 
 def _joined(maps: Sequence[FeatureMap], shift_size: int) -> Tensor:
     kernels = kernels_for(values_of(maps[0]))
-    return join(maps, shift_size) if kernels is None else kernels.join(maps, shift_size)
+    return join(maps, shift_size) if kernels is None else kernels.join(*flatten(maps), shift_size)
 
 
 def _separated(grad: Tensor, widths: list[int], shift_size: int) -> Sequence[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pydoc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import accounts
-from nnunetv2_e2enet.network.acceleration import accelerated, load_kernels
+from nnunetv2_e2enet.network.acceleration import accelerated, prepare_kernels
 from nnunetv2_e2enet.network.blocks import CONV, KERNEL_SIZE, BlockStyle, ShiftBlock
 from nnunetv2_e2enet.network.connections import MaskableLayer, check_sparsity, he_normal_, maskable_layers
 from nnunetv2_e2enet.network.depth_shift import check_shift_size
@@ -131,7 +131,6 @@ class E2ENet(nn.Module):
         self.decoder = cast(FusionDecoder, decoder(features, level_strides, num_classes, deep_supervision, style))
 
         self.recompute = "blocks"
-        load_kernels()
 
         self.key_to_encoder = "encoder.stages"
         self.key_to_stem = "encoder.stages.0"
@@ -141,6 +140,16 @@ class E2ENet(nn.Module):
         self.apply(self.initialize)
         for _, layer in maskable_layers(self):
             layer.set_random_topology(layer.connections_at(1 - feature_sparsity))
+        self._prepare_kernels()
+
+    def _prepare_kernels(self) -> None:
+        prepare_kernels(next(self.parameters()).device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> E2ENet:
+        """Of ``to`` and the like: the network may be on another device now."""
+        super()._apply(fn, recurse)
+        self._prepare_kernels()
+        return self
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """``(batch, input_channels, *patch)`` to ``(batch, num_classes, *patch)``; a list of them with deep supervision."""

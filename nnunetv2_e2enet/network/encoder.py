@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from nnunetv2_e2enet.network._raw_map import FeatureMap
 from nnunetv2_e2enet.network.blocks import BlockStyle, ShiftBlock, chain
-from nnunetv2_e2enet.network.raw_map import FeatureMap
 
 
 class Encoder(nn.Module):

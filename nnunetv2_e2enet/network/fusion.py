@@ -13,10 +13,10 @@ from typing import cast
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network._raw_map import FeatureMap
 from nnunetv2_e2enet.network.blocks import CONV, MAX_POOL, BlockStyle, ShiftBlock, chain
 from nnunetv2_e2enet.network.connections import MASKED_CONV_TRANSPOSE, MaskableLayer
-from nnunetv2_e2enet.network.depth_shift import activation
-from nnunetv2_e2enet.network.raw_map import FeatureMap
+from nnunetv2_e2enet.network.depth_shift import activated
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE, convolved
 
 SOURCES = {"forward": 0, "upward": 1, "downward": -1}
@@ -80,7 +80,7 @@ class FusionNode(nn.Module):
     def _flows(self, *maps: FeatureMap) -> list[FeatureMap]:
         passes = {"forward": None, "upward": self.upsample, "downward": self.downsample}
         resampled = zip((passes[flow] for flow in self.flows), maps, strict=True)
-        return [source if resample is None else resample(activation(source)) for resample, source in resampled]
+        return [source if resample is None else resample(activated(source)) for resample, source in resampled]
 
 
 def _checked(flows: Sequence[str], stage: int, level: int) -> list[str]:
@@ -159,5 +159,5 @@ class FusionDecoder(nn.Module):
             last[len(nodes) - 1] = maps[-1]
         heads = list(reversed(self.seg_layers))[: None if self.deep_supervision else 1]
         recompute = self.recompute != "none" and self.training
-        logits = [convolved(head, activation, (last[level],), recompute) for level, head in enumerate(heads)]
+        logits = [convolved(head, activated, (last[level],), recompute) for level, head in enumerate(heads)]
         return logits if self.deep_supervision else logits[0]

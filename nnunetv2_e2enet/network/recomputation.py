@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.network.raw_map import FeatureMap, flatten, regroup
+from nnunetv2_e2enet.network._raw_map import FeatureMap, flatten, regroup
 
 RECOMPUTE = ("none", "blocks", "nodes")
 """What is computed twice: nothing; in each block all but its convolution, so that one map a block is kept; in each node (an
