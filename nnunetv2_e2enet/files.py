@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,26 @@ from typing import Any
 from nnunetv2_e2enet.errors import E2ENetError
 
 
+def temporary_path(path: Path) -> Path:
+    """A new hidden name beside ``path``, for what will be renamed to it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write or replace ``path``; an interruption, a crash or an error (OSError) leaves what was there before."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    """Write or replace ``path``; an interruption, a crash or an error (OSError) leaves what was there before.
+
+    The umask decides who may read it, as with any new file.
+    """
+    temporary = temporary_path(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
         with suppress(OSError):
-            Path(temporary).unlink()
+            temporary.unlink()
         raise
 
 

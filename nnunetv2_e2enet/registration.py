@@ -2,6 +2,8 @@
 
 nnU-Net looks for classes by name in the modules of its own folders. Registration puts one small module into each of the two
 folders; it imports our classes and nothing else. Only files that start with our first line are ever replaced or removed.
+
+A class whose base has moved in a newer nnU-Net is missing alone: all other classes stay available.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ import importlib
 import importlib.util
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import write_atomically
@@ -21,12 +25,14 @@ OLDEST_NNUNET = (2, 8)
 NEWEST_NNUNET = (3,)
 REQUIREMENT = "nnunetv2>=2.8,<3"
 KNOWN_NNUNETS = "2.8.0 and 2.8.1"
+ADVICE = f"nnunetv2-e2enet was made for nnU-Net {KNOWN_NNUNETS}: install one of these, or update nnunetv2-e2enet"
 
 FIRST_LINE = "# Written by `e2enet register` (nnunetv2-e2enet); `e2enet unregister` removes it."
 TRAINER_FOLDER = Path("training", "nnUNetTrainer")
 PLANNER_FOLDER = Path("experiment_planning")
+TRAINER_MODULE = TRAINER_FOLDER / "nnUNetTrainerE2ENet.py"
 MODULES = {
-    TRAINER_FOLDER / "nnUNetTrainerE2ENet.py": (
+    TRAINER_MODULE: (
         "trainers.e2enet_trainers",
         "trainers.e2enet_combined_trainers",
         "trainers.e2enet_experiment_trainers",
@@ -77,33 +83,79 @@ def _content(modules: tuple[str, ...]) -> str:
     )
 
 
-def classes_of(module: str) -> dict[str, type]:
-    """The classes for nnU-Net in one of our modules (``trainers.…``, ``planners.…``), by name.
+@dataclass(frozen=True)
+class Classes:
+    """Our classes for nnU-Net.
+
+    Attributes:
+        found: classes by name.
+        missing: why a class is missing, by its name, or by the name of its module if that cannot be imported at all.
+    """
+
+    found: dict[str, type] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def class_names(module: str) -> list[str]:
+    """Names of the classes for nnU-Net in one of our modules (``trainers.…``, ``planners.…``).
 
     Raises:
-        E2ENetError: the installed nnU-Net lacks something that they are made of.
+        E2ENetError: the installed nnU-Net lacks something that all of them are made of.
     """
+    return list(_import(module).__all__)
+
+
+def find_class(name: str, modules: Iterable[str]) -> type | None:
+    """The class of that name in our modules, None if no module has it.
+
+    Raises:
+        E2ENetError: the installed nnU-Net lacks something that the class is made of.
+    """
+    for module in modules:
+        if name in class_names(module):
+            found: type = getattr(_import(module), name)
+            return found
+    return None
+
+
+def load_classes(modules: Iterable[str]) -> Classes:
+    """All classes of our modules that the installed nnU-Net has the bases of, and why the others are missing."""
+    classes = Classes()
+    for module in modules:
+        try:
+            names = class_names(module)
+        except E2ENetError as error:
+            classes.missing[module] = str(error)
+            continue
+        for name in names:
+            try:
+                classes.found[name] = getattr(_import(module), name)
+            except E2ENetError as error:
+                classes.missing[name] = str(error)
+    return classes
+
+
+def _import(module: str) -> ModuleType:
     try:
-        content = importlib.import_module(f"nnunetv2_e2enet.{module}")
+        return importlib.import_module(f"nnunetv2_e2enet.{module}")
     except ImportError as error:
         if (error.name or "").split(".")[0] != "nnunetv2":
             raise
-        raise E2ENetError(
-            f"{error}: nnunetv2-e2enet was made for nnU-Net {KNOWN_NNUNETS}: install one of these, or update nnunetv2-e2enet"
-        ) from error
-    return {name: getattr(content, name) for name in content.__all__}
+        raise E2ENetError(f"{error}: {ADVICE}") from error
 
 
 def classes_for_nnunet(*modules: str) -> dict[str, type]:
-    """What nnU-Net finds of ours: nothing, and a message on standard error, if it is not what these classes are made for.
+    """The classes that nnU-Net finds; each reason for which others are missing is one line on standard error.
 
     nnU-Net imports all modules in search of a class, so an error would end its other trainings as well.
     """
-    try:
-        return {name: cls for module in modules for name, cls in classes_of(module).items()}
-    except E2ENetError as error:
-        print(f"E2ENet is not available: {error}", file=sys.stderr)
-        return {}
+    classes = load_classes(modules)
+    names: dict[str, list[str]] = {}
+    for name, reason in classes.missing.items():
+        names.setdefault(reason, []).append(name)
+    for reason, affected in names.items():
+        print(f"E2ENet goes on without {', '.join(affected)}: {reason}", file=sys.stderr)
+    return classes.found
 
 
 def registered_files(nnunet: NnUNet) -> dict[Path, str | None]:

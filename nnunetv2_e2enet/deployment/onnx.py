@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from nnunetv2_e2enet.deployment.description import Description
 from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import temporary_path
 from nnunetv2_e2enet.network import E2ENet, maskable_layers
 from nnunetv2_e2enet.network.blocks import ShiftBlock, as_given
 from nnunetv2_e2enet.network.connections import MaskedConv2d, MaskedConv3d, MaskedConvTranspose2d, MaskedConvTranspose3d
@@ -146,8 +146,9 @@ def write_onnx(folder: Path, model: PackedModel) -> list[Path]:
     network = description.network().to_empty(device="cpu")
     patch_size = list(description.managers()[1].patch_size)
     names = [f"fold_{fold}.onnx" for fold in description.folds]
+    temporary = temporary_path(folder)
     try:
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        temporary.mkdir()
     except OSError as error:
         raise E2ENetError(f"cannot write {folder} ({error.strerror}): choose a place with write permission") from error
     try:
@@ -155,7 +156,6 @@ def write_onnx(folder: Path, model: PackedModel) -> list[Path]:
             network.load_state_dict(state)
             export_network(network, patch_size, temporary / name)
         (temporary / "model.json").write_text(json.dumps(_runtime_facts(description, names), indent=1), encoding="utf-8")
-        temporary.chmod(0o755)
         temporary.replace(folder)
     except OSError as error:
         raise E2ENetError(f"cannot write {folder} ({error.strerror}): is there room?") from error

@@ -103,10 +103,10 @@ def match_cases(sources: Sequence[Source], reference: Path, common: bool = False
 
 def _label_problems(sources: Sequence[Source]) -> list[str]:
     first = sources[0]
-    expected = {c.name: c.values for c in first.labels.classes}
+    expected = first.labels.classes
     problems = []
     for source in sources[1:]:
-        found = {c.name: c.values for c in source.labels.classes}
+        found = source.labels.classes
         differing = [
             f"{name} is {_label(expected.get(name))} in {first.name} and {_label(found.get(name))} in {source.name}"
             for name in dict.fromkeys([*expected, *found])

@@ -25,8 +25,8 @@ def as_json(comparison: Comparison, provenance: dict[str, Any]) -> dict[str, Any
         "provenance": provenance,
         "metrics": {m.key: {"unit": m.unit, "higher_is_better": m.higher_is_better} for m in METRICS},
         "classes": [
-            {"name": c.name, "values": list(c.values), "tolerance_mm": tolerance}
-            for c, tolerance in zip(comparison.labels.classes, comparison.tolerances, strict=True)
+            {"name": name, "values": list(values), "tolerance_mm": tolerance}
+            for (name, values), tolerance in zip(comparison.labels.classes.items(), comparison.tolerances, strict=True)
         ],
         "models": [_model(comparison, name) for name in comparison.names],
         "means": {

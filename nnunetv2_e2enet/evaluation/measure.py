@@ -1,27 +1,30 @@
-"""The metrics of all cases and models: cached, in parallel, with bounded memory."""
+"""The metrics of all cases and models, measured in parallel; joblib keeps what is finished."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import SimpleITK as sitk  # noqa: N813
+from joblib import Memory, Parallel, delayed, parallel_config
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.evaluation.cache import MetricsCache
 from nnunetv2_e2enet.evaluation.cases import Case
 from nnunetv2_e2enet.evaluation.labels import Labels
 from nnunetv2_e2enet.evaluation.metrics import ClassMetrics, case_metrics
 
 Progress = Callable[[int, int], None]
+VERSION = 2
+"""Of what the metrics mean: to be raised when a number would come out otherwise, so that kept numbers are not used again."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Results:
         models, classes: names.
         cases: what was compared, in the order of the arrays.
         values: by name of a field of ``ClassMetrics``, an array (models, cases, classes).
-        from_cache: how many (case, model) pairs were not computed anew.
+        from_cache: how many predictions were measured in an earlier run.
     """
 
     models: list[str]
@@ -44,6 +47,16 @@ class Results:
     @property
     def names(self) -> list[str]:
         return [case.name for case in self.cases]
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """A row for each case, model and class: ``case``, ``fold``, ``model``, ``class`` and the fields of ``ClassMetrics``."""
+        rows = [
+            (case.name, case.fold, model, label) for case in self.cases for model in self.models for label in self.classes
+        ]
+        names = pd.DataFrame(rows, columns=["case", "fold", "model", "class"], dtype=object)
+        numbers = {name: values.transpose(1, 0, 2).reshape(-1) for name, values in self.values.items()}
+        return names.assign(**numbers)
 
     def case_means(self, metric: str) -> NDArray[np.float64]:
         """Mean over the classes that are defined, (models, cases); NaN where none is."""
@@ -66,110 +79,106 @@ def nan_mean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
     return np.where(n > 0, total / np.maximum(n, 1), np.nan)
 
 
+class FileState(NamedTuple):
+    """A file as it is now: numbers that were measured on it hold as long as its path, size (bytes) and time are the same."""
+
+    path: str
+    size: int
+    time_ns: int
+
+    @classmethod
+    def of(cls, file: Path) -> FileState:
+        state = file.stat()
+        return cls(str(file.resolve()), state.st_size, state.st_mtime_ns)
+
+
+def default_cache() -> Path:
+    """Where measured cases are kept: in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "nnunetv2-e2enet" / "metrics"
+
+
 def measure(
     models: Sequence[str],
     cases: Sequence[Case],
     labels: Labels,
     tolerances: Sequence[float],
-    cache: MetricsCache,
+    cache: Path | None = None,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Results:
-    """Compute what the cache does not have.
+    """Measure the predictions that are not in the cache.
 
-    Finished cases are stored at once, so that an interrupted run goes on where it ended. Each worker holds one case.
+    A finished prediction is stored at once, so that an interrupted run goes on where it ended. Each worker holds one case.
 
     Args:
         tolerances: of the surface Dice in mm, one for each class.
+        cache: folder of what earlier runs measured, made if it is missing; None keeps nothing.
         workers: processes; 1 computes in this one.
-        progress: told the finished cases and their number.
+        progress: told the finished predictions and their number.
 
     Raises:
-        E2ENetError: a file cannot be read, or it is no label map.
+        E2ENetError: a file cannot be read, it is no label map, or the cache cannot be written.
     """
-    found: list[list[list[ClassMetrics] | None]] = []
-    entries: list[list[Path | None]] = []
-    for case in cases:
-        entries.append([cache.entry(case.reference, file) for file in case.predictions])
-        found.append([cache.load(entry) for entry in entries[-1]])
-    from_cache = sum(metrics is not None for row in found for metrics in row)
-    tasks = [
-        _Task(
-            i, case.reference, {j: f for j, f in enumerate(case.predictions) if found[i][j] is None}, labels, tuple(tolerances)
-        )
-        for i, case in enumerate(cases)
-        if None in found[i]
-    ]
-    done = len(cases) - len(tasks)
-    if progress:
-        progress(done, len(cases))
-    for index, computed in _run(tasks, workers):
-        for model, metrics in computed.items():
-            cache.store(entries[index][model], metrics)
-            found[index][model] = metrics
-        done += 1
-        if progress:
-            progress(done, len(cases))
-    complete = np.array(found, dtype=float)  # cases, models, classes, fields
-    fields = {name: complete[..., i].transpose(1, 0, 2) for i, name in enumerate(ClassMetrics._fields)}
-    return Results(list(models), labels.names, list(cases), fields, from_cache)
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One case, and the models that are to be computed."""
-
-    index: int
-    reference: Path
-    predictions: dict[int, Path]
-    labels: Labels
-    tolerances: tuple[float, ...]
-
-
-def _run(tasks: Sequence[_Task], workers: int) -> Iterator[tuple[int, dict[int, list[ClassMetrics]]]]:
-    """Results as they come, with no more than two tasks for each worker under way."""
-    workers = min(workers, len(tasks))
-    if workers <= 1:
-        for task in tasks:
-            yield _compute(task)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
-    waiting = iter(tasks)
-    running: set[Future[tuple[int, dict[int, list[ClassMetrics]]]]] = set()
     try:
-        for task in waiting:
-            running.add(pool.submit(_compute, task))
-            if len(running) >= 2 * workers:
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in finished)
-        while running:
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in finished)
-    except BrokenProcessPool as error:
-        raise E2ENetError(
-            "a worker process was ended from outside, perhaps for want of memory: use fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        kept = Memory(cache, verbose=0).cache(prediction_metrics)
+    except OSError as error:
+        raise E2ENetError(f"cannot keep results in {cache} ({error.strerror}): use --cache or --no-cache") from error
+    tasks = [
+        (FileState.of(case.reference), FileState.of(file), labels, tuple(tolerances), VERSION)
+        for case in cases
+        for file in case.predictions
+    ]
+    missing = [i for i, task in enumerate(tasks) if not kept.check_call_in_cache(*task)]
+    found = {i: kept(*task) for i, task in enumerate(tasks) if i not in set(missing)}
+    if progress:
+        progress(len(found), len(tasks))
+    from_cache = len(found)
+    with parallel_config("loky", inner_max_num_threads=1, initializer=_ignore_interrupts):
+        pool = Parallel(min(workers, max(1, len(missing))), return_as="generator_unordered", batch_size=len(models))
+        try:
+            for index, metrics in pool(delayed(_numbered)(i, kept, tasks[i]) for i in missing):
+                found[index] = metrics
+                if progress:
+                    progress(len(found), len(tasks))
+        except BrokenProcessPool as error:
+            raise E2ENetError(
+                "a worker process was ended from outside, perhaps for want of memory: use fewer --workers"
+            ) from error
+    complete = np.array([found[i] for i in range(len(tasks))]).reshape(len(cases), len(models), len(labels.names), -1)
+    values = {name: complete[..., i].transpose(1, 0, 2) for i, name in enumerate(ClassMetrics._fields)}
+    return Results(list(models), labels.names, list(cases), values, from_cache)
 
 
-def _start_worker() -> None:
-    """Ctrl-C is the parent's business; one thread for each worker."""
-    import torch
-
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches all processes of a terminal; the parent ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
 
 
-def _compute(task: _Task) -> tuple[int, dict[int, list[ClassMetrics]]]:
-    reference, spacing = read_label_map(task.reference)
-    results = {}
-    for model, file in task.predictions.items():
-        prediction, _ = read_label_map(file)
-        results[model] = case_metrics(reference, prediction, spacing, task.labels, task.tolerances)
-    return task.index, results
+_Task = tuple[FileState, FileState, Labels, tuple[float, ...], int]
+
+
+def _numbered(index: int, function: Callable[..., NDArray[np.float64]], task: _Task) -> tuple[int, NDArray[np.float64]]:
+    return index, function(*task)
+
+
+def prediction_metrics(
+    reference: FileState,
+    prediction: FileState,
+    labels: Labels,
+    tolerances: tuple[float, ...],
+    version: int,  # noqa: ARG001 (joblib's cache distinguishes the arguments)
+) -> NDArray[np.float64]:
+    """Metrics of one prediction, an array (classes, fields of ``ClassMetrics``). Its arguments are the key of the cache."""
+    expected, spacing = _read_reference(reference)
+    found, _ = read_label_map(Path(prediction.path))
+    return np.array(case_metrics(expected, found, spacing, labels, tolerances), dtype=float)
+
+
+@lru_cache(maxsize=1)
+def _read_reference(file: FileState) -> tuple[NDArray[np.integer], tuple[float, ...]]:
+    """Read once for the predictions of all models."""
+    return read_label_map(Path(file.path))
 
 
 def read_label_map(file: Path) -> tuple[NDArray[np.integer], tuple[float, ...]]:

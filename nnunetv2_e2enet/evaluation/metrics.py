@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 
-from nnunetv2_e2enet.evaluation.labels import LabelClass, Labels
+from nnunetv2_e2enet.evaluation.labels import Labels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,8 +88,8 @@ def case_metrics(
     ml = prod(spacing) / 1000
     diagonal = sqrt(sum((n * mm) ** 2 for n, mm in zip(reference.shape, spacing, strict=True)))
     results = []
-    for label, tolerance in zip(labels.classes, tolerances, strict=True):
-        rows = [labels.known.index(v) for v in label.values]
+    for members, tolerance in zip(labels.classes.values(), tolerances, strict=True):
+        rows = [labels.known.index(v) for v in members]
         in_reference = int(counts[rows].sum())
         in_prediction = int(counts[:, rows].sum())
         both = int(counts[np.ix_(rows, rows)].sum())
@@ -99,7 +99,7 @@ def case_metrics(
             continue
         dice = 2 * both / (in_reference + in_prediction)
         if in_reference and in_prediction:
-            nsd, hd95 = _surface_metrics(reference, prediction, spacing, label, labels.ignore, boxes, tolerance, diagonal)
+            nsd, hd95 = _surface_metrics(reference, prediction, spacing, members, labels.ignore, boxes, tolerance, diagonal)
         else:
             nsd, hd95 = 0.0, diagonal
         results.append(ClassMetrics(dice, nsd, hd95, abs(volumes[1] - volumes[0]), *volumes))
@@ -149,7 +149,7 @@ def _surface_metrics(
     reference: NDArray[np.integer],
     prediction: NDArray[np.integer],
     spacing: Sequence[float],
-    label: LabelClass,
+    members: Sequence[int],
     ignore: int | None,
     boxes: dict[int, list[tuple[slice, ...]]],
     tolerance: float,
@@ -161,9 +161,9 @@ def _surface_metrics(
     """
     import torch
 
-    window = _union([b for v in label.values for b in boxes.get(v, [])], reference.shape)
+    window = _union([b for v in members for b in boxes.get(v, [])], reference.shape)
     r, p = reference[window], prediction[window]
-    masks = [torch.from_numpy(np.isin(p, label.values)), torch.from_numpy(np.isin(r, label.values))]
+    masks = [torch.from_numpy(np.isin(p, members)), torch.from_numpy(np.isin(r, members))]
     valid = torch.ones(masks[0].shape, dtype=torch.bool)
     if ignore is not None:
         valid = torch.from_numpy(r != ignore)

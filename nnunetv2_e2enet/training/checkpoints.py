@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,9 @@ _ALLOWED: list[Any] = [
 
 _reading = Lock()  # what is allowed holds for all threads, and ends with the first that has read
 
+_ZIP_WRITER = ("PytorchStreamWriter", "inline_container")  # torch's writer of checkpoints; its errors are RuntimeErrors
+_ALLOCATORS = ("out of memory", "can't allocate memory")  # on a GPU; on a CPU, where torch raises a RuntimeError
+
 _KEYS = ("network_weights", "optimizer_state", "current_epoch", "init_args", "trainer_name")
 # What has to agree, with the value where plans do not name it; the rest of a network shows in the shapes of its weights.
 _ARCHITECTURE = {
@@ -41,6 +45,19 @@ _ARCHITECTURE = {
     "decoder_class": None,
     "feature_sparsity": None,
 }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the system had no memory left for a tensor or an object."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said_so = isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATORS)
+    return said_so or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def is_write_failure(error: BaseException) -> bool:
+    """Whether a file could not be written: no room, no permission, no folder."""
+    return isinstance(error, OSError) or (isinstance(error, RuntimeError) and any(name in str(error) for name in _ZIP_WRITER))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

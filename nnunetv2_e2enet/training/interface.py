@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from operator import attrgetter
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.registration import KNOWN_NNUNETS
+from nnunetv2_e2enet.registration import ADVICE
 
 TRAINER_ATTRIBUTES = (
     *("configuration_manager", "configuration_name", "plans_manager", "output_folder"),
@@ -19,13 +19,13 @@ PLANNER_ATTRIBUTES = (
     *("UNet_class", "UNet_base_num_features", "UNet_max_features_2d", "UNet_max_features_3d"),
     *("UNet_reference_val_2d", "UNet_reference_val_3d", "plans_identifier"),
 )
-ADVICE = f"nnunetv2-e2enet was made for nnU-Net {KNOWN_NNUNETS}: install one of these, or update nnunetv2-e2enet"
 
 
 class Overrides:
     """Base of a mixin for a class of nnU-Net. Each public method of the mixin must be one of nnU-Net's, and take the same.
 
     It is compared with the first definition in nnU-Net, as variants of it may take something else, which the mixin overrides.
+    Optional parameters that nnU-Net adds behind the others are accepted: nobody has to pass them.
 
     Attributes:
         own_hooks: methods of the mixin that nnU-Net does not have.
@@ -53,11 +53,24 @@ def _check_methods(mixin: type[Overrides], originals: list[type]) -> None:
         original = next((base for base in originals if name in vars(base)), None)
         if original is None:
             raise E2ENetError(f"the installed nnU-Net has no {originals[0].__name__}.{name}: {ADVICE}")
-        expected, found = (", ".join(inspect.signature(getattr(cls, name)).parameters) for cls in (mixin, original))
-        if expected != found:
+        expected, found = (list(inspect.signature(getattr(cls, name)).parameters.values()) for cls in (mixin, original))
+        if not _takes(found, expected):
             raise E2ENetError(
-                f"{original.__name__}.{name} of the installed nnU-Net takes ({found}), but ({expected}) was expected: {ADVICE}"
+                f"{original.__name__}.{name} of the installed nnU-Net takes ({_names(found)}), but ({_names(expected)}) was "
+                f"expected: {ADVICE}"
             )
+
+
+def _takes(found: list[inspect.Parameter], expected: list[inspect.Parameter]) -> bool:
+    """Whether a call with the expected parameters in their order is one that the method takes."""
+    added = found[len(expected) :]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    optional = all(p.default is not inspect.Parameter.empty or p.kind in variadic for p in added)
+    return optional and [p.name for p in found[: len(expected)]] == [p.name for p in expected]
+
+
+def _names(parameters: list[inspect.Parameter]) -> str:
+    return ", ".join(p.name for p in parameters)
 
 
 def check_attributes(instance: object, names: Iterable[str]) -> None:

@@ -37,7 +37,7 @@ from nnunetv2_e2enet.network.e2enet import located
 from nnunetv2_e2enet.network.learned_shift import hold_whole_offsets
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST
 from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture
-from nnunetv2_e2enet.training.checkpoints import check_checkpoint
+from nnunetv2_e2enet.training.checkpoints import check_checkpoint, is_out_of_memory, is_write_failure
 from nnunetv2_e2enet.training.interface import TRAINER_ATTRIBUTES, Overrides, check_attributes
 from nnunetv2_e2enet.training.logging import DSFFLogger
 
@@ -108,13 +108,21 @@ class NetworkMixin(Overrides, TrainerBase):
         try:
             super().save_checkpoint(str(temporary))
             temporary.replace(target)
-        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError when the disk is full
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
-            free = shutil.disk_usage(target.parent).free
-            raise SystemExit(
-                f"E2ENet: {target} could not be written ({str(error).splitlines()[0]}; {free / 1e9:.1f} GB are free): former "
-                "checkpoints are intact. Make room and resume with --c"
-            ) from error
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            if is_out_of_memory(error):
+                raise SystemExit(
+                    f"E2ENet: out of memory while {target} was written ({reason}): former checkpoints are intact. Free memory "
+                    "and resume with --c"
+                ) from error
+            if is_write_failure(error):
+                free = shutil.disk_usage(target.parent).free
+                raise SystemExit(
+                    f"E2ENet: {target} could not be written ({reason}; {free / 1e9:.1f} GB are free): former checkpoints are "
+                    "intact. Make room and resume with --c"
+                ) from error
+            raise
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """As nnU-Net does, after a check that the checkpoint is of this network."""

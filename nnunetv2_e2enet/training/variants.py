@@ -1,10 +1,14 @@
-"""Trainer classes that differ from another in settings alone."""
+"""Trainer classes that differ from another in settings alone, or in the class of nnU-Net that they extend."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.registration import ADVICE
 
 
 def variant(base: Any, suffix: str, **settings: Any) -> type:
@@ -43,3 +47,22 @@ def variants(base: Any, settings: dict[str, dict[str, Any]]) -> dict[str, type]:
     """Several of them, by class name. ``settings`` is by suffix."""
     classes = [variant(base, suffix, **values) for suffix, values in settings.items()]
     return {cls.__name__: cls for cls in classes}
+
+
+def combination(name: str, mixin: type, base: str) -> type:
+    """A trainer of nnU-Net, which may have moved in a newer one, with a mixin before it.
+
+    Args:
+        name: of the combination.
+        mixin: such as E2ENetMixin.
+        base: module and class of nnU-Net's trainer.
+
+    Raises:
+        E2ENetError: the installed nnU-Net has no such trainer, or the mixin does not fit it.
+    """
+    module, _, class_name = base.rpartition(".")
+    try:
+        original = getattr(importlib.import_module(module), class_name)
+    except (ImportError, AttributeError) as error:
+        raise E2ENetError(f"{error}: {ADVICE}") from error
+    return type(name, (mixin, original), {"__doc__": f"{mixin.__name__} before nnU-Net's {class_name}."})

@@ -98,9 +98,9 @@ def value_names(labels: Labels) -> dict[int, str]:
     """A name for each label value: that of the smallest class or region which has it."""
     names = {}
     for value in labels.known:
-        holders = [c for c in labels.classes if value in c.values]
+        holders = [name for name, values in labels.classes.items() if value in values]
         if value and holders:
-            names[value] = min(holders, key=lambda c: len(c.values)).name
+            names[value] = min(holders, key=lambda name: len(labels.classes[name]))
     return names
 
 
