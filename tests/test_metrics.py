@@ -160,7 +160,9 @@ def test_labels_are_understood_as_nnunet_does() -> None:
         manager = LabelManager(content, order)
         ours = labels_of(content)
         expected = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-        assert list(ours.classes.values()) == [value if manager.has_regions and isinstance(value, tuple) else (value,) for value in expected]
+        assert list(ours.classes.values()) == [
+            value if manager.has_regions and isinstance(value, tuple) else (value,) for value in expected
+        ]
     for content in ({"labels": {"a": 1}}, {}, {"labels": {"background": 0}}):
         with pytest.raises(E2ENetError, match="label"):
             read_labels(content, "x.json")

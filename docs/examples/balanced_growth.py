@@ -1,0 +1,22 @@
+"""A growth rule: output maps with few active connections get new ones first; among equals, chance decides."""
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
+
+from nnunetv2_e2enet.network import MaskableLayer
+from nnunetv2_e2enet.training.trainer import E2ENetMixin
+
+
+class BalancedGrowth:
+    def score(self, layer: MaskableLayer, generator: torch.Generator) -> Tensor:
+        """One number a connection, shaped like ``layer.mask``; the inactive ones with the highest are grown."""
+        chance = torch.rand(layer.mask.shape, generator=generator)  # the only source of randomness: trainings resume exactly
+        active = layer.mask.sum(dim=layer.input_axis, keepdim=True).cpu()
+        return chance - active
+
+
+class nnUNetTrainerE2ENet_balanced(E2ENetMixin, nnUNetTrainer):
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.growth = BalancedGrowth()
