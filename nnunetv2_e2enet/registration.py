@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import write_atomically
@@ -31,15 +32,17 @@ FIRST_LINE = "# Written by `e2enet register` (nnunetv2-e2enet); `e2enet unregist
 TRAINER_FOLDER = Path("training", "nnUNetTrainer")
 PLANNER_FOLDER = Path("experiment_planning")
 TRAINER_MODULE = TRAINER_FOLDER / "nnUNetTrainerE2ENet.py"
+PLANNER_MODULE = PLANNER_FOLDER / "nnUNetPlannerE2ENet.py"
 MODULES = {
     TRAINER_MODULE: (
         "trainers.e2enet_trainers",
         "trainers.e2enet_combined_trainers",
-        "trainers.e2enet_experiment_trainers",
         "trainers.e2enet_demo_trainers",
     ),
-    PLANNER_FOLDER / "nnUNetPlannerE2ENet.py": ("planners.e2enet_planners",),
+    PLANNER_MODULE: ("planners.e2enet_planners",),
 }
+EXPERIMENTS = "trainers.e2enet_experiment_trainers"  # registered on request
+REGISTER_EXPERIMENTS = "e2enet register --experiments"
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,12 @@ def _content(modules: tuple[str, ...]) -> str:
     return (
         f"{FIRST_LINE}\n"
         "try:\n"
-        "    from nnunetv2_e2enet.registration import classes_for_nnunet\n"
+        "    from nnunetv2_e2enet.registration import classes_for_nnunet, unregistered\n"
         "except ModuleNotFoundError:\n"
         "    pass  # nnunetv2-e2enet was uninstalled: nnU-Net goes on without it.\n"
         "else:\n"
         f"    globals().update(classes_for_nnunet({', '.join(map(repr, modules))}))\n"
+        "    __getattr__ = unregistered\n"
     )
 
 
@@ -158,6 +162,17 @@ def classes_for_nnunet(*modules: str) -> dict[str, type]:
     return classes.found
 
 
+def unregistered(name: str) -> NoReturn:
+    """``__getattr__`` of a registered module, where nnU-Net asks for what is not in it.
+
+    An experiment trainer that is not registered is named on standard error, with the command that registers it. nnU-Net's
+    search goes on, as there may be a class of that name elsewhere.
+    """
+    if name.startswith("nnUNetTrainer") and name in load_classes([EXPERIMENTS]).found:
+        print(f"E2ENet: {name} is an experiment trainer, which is not registered: {REGISTER_EXPERIMENTS}", file=sys.stderr)
+    raise AttributeError(name)
+
+
 def registered_files(nnunet: NnUNet) -> dict[Path, str | None]:
     """What stands at each place that registration writes to: the path, and the file's text or None where there is none."""
     files = {}
@@ -175,8 +190,22 @@ def is_registered(nnunet: NnUNet) -> bool:
     return all(is_ours(text) for text in registered_files(nnunet).values())
 
 
-def register(nnunet: NnUNet) -> list[Path]:
+def has_experiments(nnunet: NnUNet) -> bool:
+    """Whether the experiment trainers are registered."""
+    text = registered_files(nnunet)[nnunet.folder / TRAINER_MODULE]
+    return is_ours(text) and EXPERIMENTS in str(text)
+
+
+def registered_modules(experiments: bool) -> dict[Path, tuple[str, ...]]:
+    """Our modules by the file in nnU-Net that offers their classes, with or without the experiment trainers."""
+    return {**MODULES, TRAINER_MODULE: (*MODULES[TRAINER_MODULE], EXPERIMENTS)} if experiments else MODULES
+
+
+def register(nnunet: NnUNet, experiments: bool | None = None) -> list[Path]:
     """Write the two modules; those that are there already and up to date are left alone.
+
+    Args:
+        experiments: whether nnU-Net finds the experiment trainers; None leaves that as it is, which is no at first.
 
     Returns:
         The files that were written.
@@ -186,7 +215,8 @@ def register(nnunet: NnUNet) -> list[Path]:
     """
     files = registered_files(nnunet)
     _refuse_foreign(files)
-    wanted = {nnunet.folder / name: _content(modules) for name, modules in MODULES.items()}
+    modules = registered_modules(has_experiments(nnunet) if experiments is None else experiments)
+    wanted = {nnunet.folder / name: _content(names) for name, names in modules.items()}
     outdated = [path for path in wanted if files[path] != wanted[path]]
     written: list[Path] = []
     try:

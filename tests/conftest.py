@@ -19,7 +19,7 @@ from support import Project, run_command
 
 from nnunetv2_e2enet import settings
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
-from nnunetv2_e2enet.registration import find_nnunet, is_registered, register, unregister
+from nnunetv2_e2enet.registration import find_nnunet, has_experiments, is_registered, register, unregister
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -53,12 +53,14 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def registered() -> Iterator[None]:
-    """nnU-Net finds our classes while the tests run, and afterwards only if it did before."""
+    """nnU-Net finds all our classes while the tests run, and afterwards what it did before."""
     nnunet = find_nnunet()
-    before = is_registered(nnunet)
-    register(nnunet)
+    before, experiments = is_registered(nnunet), has_experiments(nnunet)
+    register(nnunet, experiments=True)
     yield
-    if not before:
+    if before:
+        register(nnunet, experiments)
+    else:
         unregister(nnunet)
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import resource
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ from support import AMOS_STRIDES, Project
 from torch import nn
 
 from nnunetv2_e2enet.cli.main import main
+from nnunetv2_e2enet.evaluation import memory
 from nnunetv2_e2enet.evaluation.costs import breakdown, count_costs
 from nnunetv2_e2enet.evaluation.memory import peak_bytes
 from nnunetv2_e2enet.evaluation.networks import Design, e2enet_variant, residual_encoder_variant
@@ -119,6 +124,32 @@ def test_peak_memory_is_measured() -> None:
     training = peak_bytes(larger, True, 2, "cpu", 1)
     # the outputs of the finest level's convolutions alone are 4 x 32 channels of float32 for each voxel and patch
     assert 4 * 32 * 4 * 2 * 32 * 64 * 64 < training < 4e9
+
+
+@pytest.mark.parametrize(
+    ("peaks", "expected"),
+    [
+        ([900, 1500], 1100.0),  # above the 400 that the process holds now, not above the 900 of its imports
+        ([900, 900], math.nan),  # the network took up to 500, and nobody knows how much
+        ([400, 400], 0.0),
+    ],
+)
+def test_peak_on_macos_is_above_what_the_process_holds(
+    peaks: list[int], expected: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, the peak is that of the whole life of the process, in bytes, and ``ps`` knows what it holds now, in KiB."""
+    commands = []
+
+    def ps(command: list[str], **_: Any) -> Any:
+        commands.append(command[0])
+        return SimpleNamespace(stdout="  400\n")
+
+    lifetime = iter(1024 * peak for peak in peaks)
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "nowhere")
+    monkeypatch.setattr(subprocess, "run", ps)
+    monkeypatch.setattr(resource, "getrusage", lambda _who: SimpleNamespace(ru_maxrss=next(lifetime)))
+    assert memory.peak_above_now(lambda: None) == pytest.approx(1024 * expected, nan_ok=True)
+    assert commands == ["ps"]
 
 
 def test_the_command_on_a_plans_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

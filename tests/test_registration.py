@@ -1,16 +1,19 @@
 """Registration writes into the installed nnU-Net, so all but the console commands are tried on a stand-in folder."""
 
+import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support import program, run_command, run_python
 
 from nnunetv2_e2enet import registration
+from nnunetv2_e2enet.cli.main import COMMANDS, main
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.registration import FIRST_LINE, NnUNet, find_nnunet, is_registered, register, unregister
+from nnunetv2_e2enet.registration import FIRST_LINE, NnUNet, find_nnunet, has_experiments, is_registered, register, unregister
 
 
 @pytest.fixture
@@ -42,6 +45,37 @@ def test_an_older_version_of_ours_is_replaced(nnunet: NnUNet) -> None:
     path.write_text(f"{FIRST_LINE}\nfrom nnunetv2_e2enet.old import *\n")
     assert path in register(nnunet)
     assert "old" not in path.read_text()
+
+
+def test_experiments_are_registered_on_request_and_stay(nnunet: NnUNet) -> None:
+    trainers = nnunet.folder / registration.TRAINER_MODULE
+    register(nnunet)
+    assert not has_experiments(nnunet)
+    assert register(nnunet, experiments=True) == [trainers]
+    assert has_experiments(nnunet)
+    trainers.write_text(f"{trainers.read_text()}# of an older version\n")
+    assert register(nnunet) == [trainers]
+    assert has_experiments(nnunet)
+    assert register(nnunet, experiments=False) == [trainers]
+    assert not has_experiments(nnunet)
+
+
+def test_an_experiment_that_is_not_registered_is_named(nnunet: NnUNet) -> None:
+    """nnU-Net asks a module for a class with ``hasattr``, and goes on with its search."""
+    asked = (
+        "import sys\n"
+        "here = sys.modules[__name__]\n"
+        "print([hasattr(here, f'nnUNetTrainer{n}') for n in ('E2ENet_S90', 'E2ENet_static', 'DSFF', 'DA5')])\n"
+    )
+    register(nnunet)
+    result = run_python((nnunet.folder / registration.TRAINER_MODULE).read_text() + asked)
+    assert result.stdout == "[True, False, False, False]\n"
+    note = "E2ENet: {} is an experiment trainer, which is not registered: e2enet register --experiments"
+    assert result.stderr.splitlines() == [note.format(name) for name in ("nnUNetTrainerE2ENet_static", "nnUNetTrainerDSFF")]
+    register(nnunet, experiments=True)
+    result = run_python((nnunet.folder / registration.TRAINER_MODULE).read_text() + asked)
+    assert result.stdout == "[True, True, True, False]\n"
+    assert not result.stderr
 
 
 def test_foreign_files_are_never_touched(nnunet: NnUNet) -> None:
@@ -132,13 +166,91 @@ def test_missing_nnunet_is_said_in_one_line(command: list[str]) -> None:
 
 
 def test_nnunet_finds_every_class(registered: None) -> None:  # noqa: ARG001
-    output = run_command("e2enet", "info").stdout
-    found = re.search(r"nnU-Net finds (\d+) of (\d+) trainers", output)
-    assert found is not None
-    assert int(found[1]) == int(found[2]) > 20
-    assert "nnU-Net finds 1 of 1 planners" in output
-    for name in ("nnUNetTrainerE2ENet", "nnUNetTrainerE2ENet_S90_50epochs", "nnUNetTrainerE2ENet_DA5", "nnUNetPlannerE2ENet"):
-        assert f"  {name}\n" in output
+    report = json.loads(run_command("e2enet", "info", "--json").stdout)
+    trainers = report["classes"]["trainer"]
+    assert trainers["missing"] == {}
+    assert len(trainers["found"]) == len(set(trainers["found"])) > 60
+    some = {"nnUNetTrainerE2ENet_S90_50epochs", "nnUNetTrainerE2ENet_DA5", "nnUNetTrainerE2ENet_static", "nnUNetTrainerDSFF"}
+    assert some < set(trainers["found"])
+    assert report["classes"]["planner"] == {"found": ["nnUNetPlannerE2ENet"], "missing": {}, "ended": None}
+    assert report["experiments_registered"]
+    assert set(report["registration"].values()) == {"registered"}
+    assert report["versions"]["nnunetv2"] == find_nnunet().version
+    assert report["engine"].keys() >= {"used", "kernels", "reason"}
+
+
+MAIN = ("", "_S70", "_S90", "_NoMirroring", "_onlyMirror01", "_DA5", "_CELoss", "_DiceLoss", "_Adam3en4")
+
+
+def test_info_lists_the_main_trainers_and_counts_the_others(registered: None, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: ARG001
+    nnunet = find_nnunet()
+
+    def info(*options: str) -> str:
+        assert main(["info", *options]) == 0
+        return capsys.readouterr().out
+
+    for experiments in (True, False):
+        register(nnunet, experiments)
+        brief, full = info(), info("--all")
+        names = re.findall(r"^  (nnUNetTrainer\w*)$", brief, re.MULTILINE)
+        assert names == [f"nnUNetTrainerE2ENet{suffix}" for suffix in MAIN]
+        everything = re.findall(r"^  (nnUNetTrainer\w*)$", full, re.MULTILINE)
+        assert f"nnU-Net finds {len(everything)} of {len(everything)} trainers\n" in brief
+        assert f"  and {len(everything) - len(names)} more: e2enet info --all\n" in brief
+        assert " more: " not in full
+        assert ("nnUNetTrainerE2ENet_static" in everything) == experiments
+        hint = re.search(r"(\d+) experiment trainers are not registered: e2enet register --experiments\n", brief)
+        assert (hint is None) == experiments
+    assert hint is not None
+    register(nnunet, experiments=True)
+    assert len(re.findall(r"^  nnUNetTrainer", info("--all"), re.MULTILINE)) == len(everything) + int(hint[1])
+
+
+def test_a_class_that_is_missing_is_named_with_the_reason(
+    registered: None,  # noqa: ARG001
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delitem(sys.modules, "nnunetv2_e2enet.trainers.e2enet_combined_trainers", raising=False)
+    monkeypatch.setitem(sys.modules, "nnunetv2.training.nnUNetTrainer.variants.loss.nnUNetTrainerCELoss", None)
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    counts = re.search(r"nnU-Net finds (\d+) of (\d+) trainers", output)
+    assert counts is not None
+    assert int(counts[1]) == int(counts[2]) - 1
+    assert re.search(r"^  not nnUNetTrainerE2ENet_CELoss: .* nnunetv2-e2enet was made for nnU-Net", output, re.MULTILINE)
+    assert "  nnUNetTrainerE2ENet_DiceLoss\n" in output
+
+
+def test_classes_are_imported_by_name() -> None:
+    """From the packages themselves, without nnU-Net until one is asked for."""
+    code = (
+        "import sys\n"
+        "import nnunetv2_e2enet, nnunetv2_e2enet.trainers, nnunetv2_e2enet.planners\n"
+        "assert not [n for n in sys.modules if n.split('.')[0] in ('nnunetv2', 'torch')]\n"
+        "from nnunetv2_e2enet.registration import EXPERIMENTS, class_names, registered_modules\n"
+        "for target, modules in registered_modules(experiments=True).items():\n"
+        "    package = sys.modules['nnunetv2_e2enet.planners' if 'Planner' in target.name else 'nnunetv2_e2enet.trainers']\n"
+        "    for module in modules:\n"
+        "        for name in class_names(module):\n"
+        "            assert getattr(package, name).__name__ == name\n"
+        "from nnunetv2_e2enet.trainers import nnUNetTrainerE2ENet, nnUNetTrainerE2ENet_static, nnUNetTrainerE2ENet_DA5\n"
+        "from nnunetv2_e2enet.trainers import e2enet_trainers\n"
+        "assert nnUNetTrainerE2ENet is e2enet_trainers.nnUNetTrainerE2ENet\n"
+        "try: from nnunetv2_e2enet.trainers import nnUNetTrainerE2ENet_nosuch\n"
+        "except ImportError as error: print(error)\n"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("cannot import name 'nnUNetTrainerE2ENet_nosuch' from 'nnunetv2_e2enet.trainers'")
+
+
+def test_the_command_alone_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("usage: e2enet ")
+    assert all(command in output.out for command in COMMANDS)
+    assert not output.err
 
 
 # Where torchvision's binary does not fit torch, its import asks for operators that nobody has declared. Trainers of nnU-Net
@@ -180,11 +292,12 @@ def test_external_trainer_folder_serves_the_trainers(tmp_path: Path) -> None:
 
 
 def test_console_commands_are_idempotent() -> None:
-    before = is_registered(find_nnunet())
+    before, experiments = is_registered(find_nnunet()), has_experiments(find_nnunet())
     try:
-        assert run_command("e2enet", "register").stdout
+        assert run_command("e2enet", "register", "--experiments").stdout
         assert "already registered" in run_command("e2enet", "register").stdout
         assert run_command("e2enet", "unregister").stdout.count("removed ") == 2
         assert "not registered" in run_command("e2enet", "unregister").stdout
     finally:
-        subprocess.run([program("e2enet"), "register" if before else "unregister"], check=True, stdout=subprocess.DEVNULL)
+        again = ["register", "--experiments" if experiments else "--no-experiments"] if before else ["unregister"]
+        subprocess.run([program("e2enet"), *again], check=True, stdout=subprocess.DEVNULL)

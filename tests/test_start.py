@@ -11,12 +11,12 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from support import Project, make, train_epochs
 
 from nnunetv2_e2enet.network import maskable_layers
-from nnunetv2_e2enet.registration import MODULES, TRAINER_MODULE, classes_of
+from nnunetv2_e2enet.registration import EXPERIMENTS, MODULES, TRAINER_MODULE, load_classes
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
 from nnunetv2_e2enet.training.trainer import DSFFMixin, E2ENetMixin
 from nnunetv2_e2enet.training.variants import variant
 
-FOUND = {name: cls for module in MODULES[TRAINER_MODULE] for name, cls in classes_of(module).items()}
+FOUND = load_classes([*MODULES[TRAINER_MODULE], EXPERIMENTS]).found
 TRAINERS = {name: cls for name, cls in FOUND.items() if issubclass(cls, DSFFMixin)}
 NARROW = {"base_num_features": 16, "max_num_features": 64}  # some layers have thousands of connections all the same
 

@@ -59,11 +59,10 @@ def test_an_update_comes_before_the_first_iteration_of_an_epoch(in_process: Proj
     )
     train_epochs(trainer, 5)
     steps = ["train_step", "train_step", "validation_step", "save_checkpoint"]
-    shown = [event for event in events]
     expected = [*steps, *steps, "update", *steps, *steps, "update", *steps]
     # checkpoint_best is written beside checkpoint_latest where an epoch was the best one
     collapsed = [
-        event for before, event in zip([None, *shown], shown, strict=False) if event != before or event == "train_step"
+        event for before, event in zip([None, *events], events, strict=False) if event != before or event == "train_step"
     ]
     assert collapsed == expected
 

@@ -2,25 +2,22 @@
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunetv2_e2enet.trainers.e2enet_experiment_trainers import nnUNetTrainerDSFF
 from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet
 from nnunetv2_e2enet.training.variants import variant
 
 _DEMO = {"num_epochs": 10, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 4}
-_SMOKE = {"num_epochs": 3, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
+SMOKE = {"num_epochs": 3, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
 
 nnUNetTrainer_demo = variant(nnUNetTrainer, "demo", **_DEMO)
-nnUNetTrainer_smoke = variant(nnUNetTrainer, "smoke", **_SMOKE)
+nnUNetTrainer_smoke = variant(nnUNetTrainer, "smoke", **SMOKE)
 nnUNetTrainerE2ENet_demo = variant(
     nnUNetTrainerE2ENet, "demo", **_DEMO, topology_update_period=2, base_num_features=16, max_num_features=128
 )
 nnUNetTrainerE2ENet_smoke = variant(
-    nnUNetTrainerE2ENet, "smoke", **_SMOKE, topology_update_period=1, base_num_features=8, max_num_features=32
+    nnUNetTrainerE2ENet, "smoke", **SMOKE, topology_update_period=1, base_num_features=8, max_num_features=32
 )
-nnUNetTrainerDSFF_smoke = variant(nnUNetTrainerDSFF, "smoke", **_SMOKE, topology_update_period=1)
 
 __all__ = [
-    "nnUNetTrainerDSFF_smoke",
     "nnUNetTrainerE2ENet_demo",
     "nnUNetTrainerE2ENet_smoke",
     "nnUNetTrainer_demo",

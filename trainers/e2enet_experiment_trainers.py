@@ -1,8 +1,12 @@
-"""The paper's experiments and its open questions, one `-tr` each; docs/experiments.md says which row of a table is which."""
+"""The paper's experiments and its open questions, one `-tr` each; docs/experiments.md says which row of a table is which.
+
+nnU-Net finds them after `e2enet register --experiments`.
+"""
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_e2enet.dsff import ErdosRenyiKernel, GradientGrowth
+from nnunetv2_e2enet.trainers.e2enet_demo_trainers import SMOKE
 from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet, nnUNetTrainerE2ENet_S70
 from nnunetv2_e2enet.training.stock import DepthShiftMixin, ScaledMixin, StockDSFFMixin
 from nnunetv2_e2enet.training.variants import variant, variants
@@ -47,6 +51,7 @@ _VARIANTS = {
     **variants(nnUNetTrainerE2ENet, {**_TOPOLOGY, **_BLOCKS, **_CAPACITY, **_LAYOUT}),
     **variants(nnUNetTrainerE2ENet_S70, _BLOCKS),
     "nnUNetTrainerDSFF_depthShift": variant(nnUNetTrainerDSFF, "depthShift", shift_size=3),
+    "nnUNetTrainerDSFF_smoke": variant(nnUNetTrainerDSFF, "smoke", **SMOKE, topology_update_period=1),
 }
 globals().update(_VARIANTS)
 

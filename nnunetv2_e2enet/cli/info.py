@@ -3,51 +3,189 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
+import re
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from nnunetv2_e2enet import __version__
 from nnunetv2_e2enet.registration import (
-    MODULES,
+    EXPERIMENTS,
     PLANNER_FOLDER,
-    TRAINER_FOLDER,
+    REGISTER_EXPERIMENTS,
+    TRAINER_MODULE,
     NnUNet,
     class_names,
     find_nnunet,
+    has_experiments,
     is_ours,
+    load_classes,
     registered_files,
+    registered_modules,
     trainers_folder,
 )
 
 HELP = "show versions, device, registration, and what nnU-Net finds; or what a packed model holds"
+# Shorter trainings, experiments, and what is no training for results. `--all` lists them.
+_NOT_MAIN = re.compile(r"_\d+epochs?$|_demo$|_smoke$")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="of e2enet export: show what it holds instead")
+    parser.add_argument("--all", action="store_true", help="list all trainers that nnU-Net finds, not the main ones alone")
+    parser.add_argument(
+        "--json", action="store_true", help="everything as JSON, for other programs and for reports of problems"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     nnunet = find_nnunet()
     console = Console(soft_wrap=True, highlight=False)
     if args.file is not None:
-        _print_facts(console, _model_facts(args.file))
+        facts = _model_facts(args.file)
+        print(json.dumps(facts, indent=1)) if args.json else _print_facts(console, facts)
         return 0
-    _print_facts(console, _facts(nnunet))
-    for kind, names in our_classes().items():
-        _print_found(console, kind, names)
+    report = _report(nnunet)
+    if args.json:
+        print(json.dumps(asdict(report), indent=1))
+        return 0
+    _print_facts(console, _facts(report))
+    for kind, search in report.classes.items():
+        _print_search(console, kind, search, args.all)
+    if not report.experiments_registered:
+        names = class_names(EXPERIMENTS)
+        console.print(f"\n[bold]{len(names)} experiment trainers are not registered[/]: {REGISTER_EXPERIMENTS}")
     return 0
+
+
+@dataclass(frozen=True)
+class Search:
+    """What nnU-Net finds of one kind of classes.
+
+    Attributes:
+        found: names.
+        missing: why nnU-Net does not find a class, by its name, or by the name of its module.
+        ended: the error with which nnU-Net's search ended, None without one.
+    """
+
+    found: list[str]
+    missing: dict[str, str]
+    ended: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """This environment.
+
+    Attributes:
+        versions: by package, and of Python.
+        platform: the operating system and machine.
+        nnunet: the folder of nnU-Net's package.
+        device: on which networks are trained by default.
+        engine: see ``nnunetv2_e2enet.engine.Status``.
+        gpu_kernels: whether they are used, in words.
+        registration: by file in nnU-Net's folders: "registered", "not registered" or "not written by e2enet".
+        experiments_registered: whether nnU-Net finds the experiment trainers.
+        classes: what nnU-Net finds, by kind: "trainer", "planner".
+    """
+
+    versions: dict[str, str]
+    platform: str
+    nnunet: str
+    device: str
+    engine: dict[str, Any]
+    gpu_kernels: str
+    registration: dict[str, str]
+    experiments_registered: bool
+    classes: dict[str, Search]
+
+
+def _report(nnunet: NnUNet) -> Report:
+    from nnunetv2_e2enet import engine
+    from nnunetv2_e2enet.network.acceleration import kernels_status
+
+    status = asdict(engine.status())
+    modules = registered_modules(has_experiments(nnunet))
+    kinds = {"trainer" if target == TRAINER_MODULE else "planner": names for target, names in modules.items()}
+    return Report(
+        versions={
+            "nnunetv2-e2enet": __version__,
+            "nnunetv2": nnunet.version,
+            "torch": version("torch"),
+            "python": platform.python_version(),
+        },
+        platform=platform.platform(),
+        nnunet=str(nnunet.folder),
+        device=_device(),
+        engine={**status, "library": None if status["library"] is None else str(status["library"])},
+        gpu_kernels=kernels_status(),
+        registration={str(path): _state(text) for path, text in registered_files(nnunet).items()},
+        experiments_registered=has_experiments(nnunet),
+        classes={kind: _search(kind, names) for kind, names in kinds.items()},
+    )
+
+
+def _state(text: str | None) -> str:
+    return "registered" if is_ours(text) else "not registered" if text is None else "not written by e2enet"
+
+
+def _search(kind: str, modules: tuple[str, ...]) -> Search:
+    classes = load_classes(modules)
+    try:
+        found = [name for name in classes.found if FINDERS[kind](name)]
+    except Exception as error:  # noqa: BLE001 (nnU-Net imports all its modules in search of a class; any of them may fail)
+        return Search([], classes.missing, f"{type(error).__name__}: {error}")
+    unseen = {name: "nnU-Net does not find it: e2enet register" for name in classes.found if name not in found}
+    return Search(found, {**classes.missing, **unseen})
+
+
+def _facts(report: Report) -> dict[str, str]:
+    facts = {
+        **report.versions,
+        "nnunetv2": f"{report.versions['nnunetv2']} in {report.nnunet}",
+        "device": report.device,
+        "engine": report.engine["reason"],
+        "GPU kernels": report.gpu_kernels,
+    }
+    for path, state in report.registration.items():
+        facts[Path(path).name] = f"{state} in {Path(path).parent}"
+    if set(report.registration.values()) != {"registered"}:
+        facts["to register"] = "e2enet register"
+        facts["or, for the trainers"] = f"export nnUNet_extTrainer={trainers_folder()}"
+    return facts
 
 
 def _print_facts(console: Console, facts: dict[str, str]) -> None:
     for label, value in facts.items():
         console.print(f"[bold]{label:<24}[/]{escape(value)}")
+
+
+def _print_search(console: Console, kind: str, search: Search, everything: bool) -> None:
+    if search.ended is not None:
+        console.print(f"\n[bold]nnU-Net finds no {kind}s[/]: its search ended with {escape(search.ended)}")
+        return
+    console.print(f"\n[bold]nnU-Net finds {len(search.found)} of {len(search.found) + len(search.missing)} {kind}s[/]")
+    shown = search.found if everything else _main(search.found)
+    for name in shown:
+        console.print(f"  {name}")
+    if len(shown) < len(search.found):
+        console.print(f"  and {len(search.found) - len(shown)} more: e2enet info --all")
+    for name, reason in search.missing.items():
+        console.print(f"  not {name}: {escape(reason)}")
+
+
+def _main(names: list[str]) -> list[str]:
+    experiments = class_names(EXPERIMENTS)
+    return [name for name in names if name not in experiments and not _NOT_MAIN.search(name)]
 
 
 def _model_facts(path: Path) -> dict[str, str]:
@@ -73,56 +211,12 @@ def _model_facts(path: Path) -> dict[str, str]:
     }
 
 
-def _facts(nnunet: NnUNet) -> dict[str, str]:
-    from nnunetv2_e2enet import engine
-    from nnunetv2_e2enet.network.acceleration import kernels_status
-
-    facts = {
-        "nnunetv2-e2enet": __version__,
-        "nnunetv2": f"{nnunet.version} in {nnunet.folder}",
-        "torch": version("torch"),
-        "python": platform.python_version(),
-        "device": _device(),
-        "engine": engine.status().reason,
-        "GPU kernels": kernels_status(),
-    }
-    files = registered_files(nnunet)
-    for path, text in files.items():
-        state = "registered" if is_ours(text) else "not registered" if text is None else "not written by e2enet"
-        facts[path.name] = f"{state} in {path.parent}"
-    if not all(is_ours(text) for text in files.values()):
-        facts["to register"] = "e2enet register"
-        facts["or, for the trainers"] = f"export nnUNet_extTrainer={trainers_folder()}"
-    return facts
-
-
-def _print_found(console: Console, kind: str, names: list[str]) -> None:
-    try:
-        found = [name for name in names if FINDERS[kind](name)]
-    except Exception as error:  # noqa: BLE001 (nnU-Net imports all its modules in search of a class; any of them may fail)
-        console.print(f"\n[bold]nnU-Net finds no {kind}s[/]: its search ended with {type(error).__name__}: {error}")
-        return
-    console.print(f"\n[bold]nnU-Net finds {len(found)} of {len(names)} {kind}s[/]")
-    for name in found:
-        console.print(f"  {name}")
-
-
 def _device() -> str:
     import torch
 
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} (cuda)"
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-def our_classes() -> dict[str, list[str]]:
-    """Names of our trainers and planners, by kind."""
-    classes: dict[str, list[str]] = {kind: [] for kind in FINDERS}
-    for target, modules in MODULES.items():
-        kind = "trainer" if target.parent == TRAINER_FOLDER else "planner"
-        for module in modules:
-            classes[kind] += class_names(module)
-    return {kind: sorted(names) for kind, names in classes.items()}
 
 
 def _finds_trainer(name: str) -> bool:

@@ -45,7 +45,7 @@ COMMANDS: dict[str, ModuleType] = {
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="e2enet", description="E2ENet for nnU-Net v2.")
     parser.add_argument("--version", action="version", version=f"nnunetv2-e2enet {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, module in COMMANDS.items():
         subparser = subparsers.add_parser(
             name, help=module.HELP, description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -55,12 +55,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand.
+    """Run one subcommand; without one, show the help.
 
     Returns:
         0 if all went well, 1 for bad input (said in one message on standard error), 130 after Ctrl-C.
     """
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        return 0
     try:
         return COMMANDS[args.command].run(args)
     except E2ENetError as error:

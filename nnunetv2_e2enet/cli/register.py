@@ -11,11 +11,16 @@ HELP = "make nnU-Net's commands find the E2ENet trainers and planners"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Writes one small module into each of two folders of the installed nnU-Net. Run it again at any time."
+    parser.add_argument(
+        "--experiments",
+        action=argparse.BooleanOptionalAction,
+        help="also the trainers of the paper's experiments (default: as before, not at first)",
+    )
 
 
-def run(_args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     nnunet = registration.find_nnunet()
-    written = registration.register(nnunet)
+    written = registration.register(nnunet, args.experiments)
     for path in written:
         print(f"wrote {path}")
     if not written:

@@ -32,8 +32,8 @@ def observed(layers: Sequence[MaskableLayer], *, dense_gradients: bool, input_de
             if dense_gradients:
                 if layer.stores_active_only:
                     raise E2ENetError(
-                        "a layer that stores its active weights alone has no gradients of all connections: use RandomGrowth, or "
-                        "leave out store_active_only"
+                        "a layer that stores its active weights alone has no gradients of all connections: use RandomGrowth, "
+                        "or leave out store_active_only"
                     )
                 layer.dense_gradients = True
                 stack.callback(setattr, layer, "dense_gradients", False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +19,8 @@ from nnunetv2_e2enet.evaluation.networks import Design
 
 BYTES_PER_PARAMETER = 16
 """In training, float32: weight, gradient, momentum, and one more while they are updated."""
+STATUS = Path("/proc/self/status")
+"""Where Linux tells the resident set of a process; macOS has no such file."""
 SPARE = 0.9
 """Share of the free memory that a measurement may be expected to take."""
 
@@ -41,7 +44,7 @@ def peak_bytes(design: Design, training: bool, batch_size: int, device: str, thr
         batch_size: patches in the batch.
 
     Returns:
-        Bytes; NaN if the process was ended from outside, for want of memory as a rule.
+        Bytes; NaN if the process was ended from outside, for want of memory as a rule, or as ``peak_above_now`` says.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
@@ -58,10 +61,7 @@ def _measure(design: Design, training: bool, batch_size: int, device: str, threa
     step = _training_step if training else _prediction
     if device == "cpu":
         nn.Conv3d(1, 1, 3)(torch.zeros(1, 1, 8, 8, 8)).sum().backward()
-        _reset_peak()
-        before = _resident("VmRSS")
-        step(design, batch_size, device)()
-        return _resident("VmHWM") - before
+        return peak_above_now(step(design, batch_size, device))
     torch.zeros(1, device=device)
     torch.cuda.reset_peak_memory_stats()
     step(design, batch_size, device)()
@@ -104,18 +104,42 @@ def _training_step(design: Design, batch_size: int, device: str) -> Callable[[],
 
 def can_measure(device: str) -> bool:
     """Whether this system tells a process's peak."""
-    return device == "cuda" or Path("/proc/self/status").is_file() or sys.platform == "darwin"
+    return device == "cuda" or STATUS.is_file() or sys.platform == "darwin"
 
 
-def _resident(field: str) -> float:
-    """Bytes of the resident set: ``VmRSS`` now, ``VmHWM`` at its highest."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
-        return float(fields[field].split()[0]) * 1024
+def peak_above_now(run: Callable[[], None]) -> float:
+    """Bytes by which ``run`` raises this process's resident set at its highest.
+
+    NaN if an earlier peak was higher, where the system does not forget it (macOS).
+    """
+    _reset_peak()
+    before, earlier_peak = _resident(), _peak()
+    run()
+    peak = _peak()
+    hidden = earlier_peak > before and peak == earlier_peak
+    return math.nan if hidden else peak - before
+
+
+def _resident() -> float:
+    """Bytes of the resident set now."""
+    if STATUS.is_file():
+        return _status_bytes("VmRSS")
+    kibibytes = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], check=True, capture_output=True, text=True).stdout
+    return float(kibibytes) * 1024
+
+
+def _peak() -> float:
+    """Bytes of the resident set at its highest: since ``_reset_peak`` on Linux, in the life of the process on macOS."""
+    if STATUS.is_file():
+        return _status_bytes("VmHWM")
     import resource
 
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
+
+
+def _status_bytes(field: str) -> float:
+    fields = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8").splitlines())
+    return float(fields[field].split()[0]) * 1024
 
 
 def _reset_peak() -> None:
