@@ -253,7 +253,7 @@ def test_growth_by_gradient_needs_all_weights() -> None:
         layer(torch.randn(1, 20, 8, 8, dtype=torch.float64)).sum().backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad[~layer.mask].abs().min() > 0
-    active_only(network)
+    layer.store_active_only()
     with pytest.raises(E2ENetError, match="no gradients of all connections"), updater.observation():
         pytest.fail("a layer without these gradients was observed")
 

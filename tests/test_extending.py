@@ -34,7 +34,7 @@ def example(module: str) -> Any:
 
 
 def start(module: str, project: Project, **settings: Any) -> Any:
-    trainer = make(variant(example(module), "small", **SMALL, **settings), project)
+    trainer = make(variant(example(module), "small", **{**SMALL, **settings}), project)
     trainer.initialize()
     return trainer
 
@@ -110,10 +110,8 @@ def test_the_criterion_is_named_where_topologies_are_shown(in_process: Project, 
 def test_growth_balances_the_output_maps(in_process: Project) -> None:
     def spread(module: str | None) -> float:
         """Of the number of active connections of an output map, mean over layers."""
-        trainer = start(module or "largest_weight", in_process)
-        trainer.dataloader_train = None
-        for epoch in range(1, 3):
-            trainer.current_epoch = epoch
+        trainer = start(module or "largest_weight", in_process, num_epochs=20)
+        for epoch in range(1, 8):
             trainer.topology_updater.update(epoch, trainer.optimizer)
         layers: list[MaskableLayer] = [layer for _, layer in maskable_layers(trainer.network)]
         return sum(float(layer.mask.sum(layer.input_axis).float().std()) for layer in layers) / len(layers)
@@ -136,9 +134,9 @@ def test_the_wiring_has_no_downward_flow(in_process: Project, tmp_path: Path) ->
 def test_export_says_what_it_cannot_hold(in_process: Project, module: str, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = start(module, in_process)
     trainer.on_train_start()
-    train_epochs(trainer, 1)
     for loader in (trainer.dataloader_train, trainer.dataloader_val):
         loader._finish()
+    train_epochs(trainer, 1)
     trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
     folder = str(Path(trainer.output_folder).parent)
     assert main(["export", folder, str(Path(folder) / "model.e2enet"), "-f", "0"]) == 1

@@ -82,23 +82,26 @@ def test_checkpoints_hold_networks_that_were_trained_after_an_update(in_process:
 @pytest.mark.parametrize("stop", range(1, 5))
 def test_resuming_at_any_epoch_gives_the_same_topologies(in_process: Project, growth: str, stop: int) -> None:
     fixed = batch()
-    straight = started(in_process, growth)
-    interrupted = started(in_process, growth)
-    for trainer in (straight, interrupted):
-        trainer.topology_history.start()
+
+    def train(trainer: Any, epochs: int) -> None:
         trainer.dataloader_train = iter(lambda: fixed, None)
-    loader = straight.dataloader_train
-    train_epochs(straight, 5, training=loader)
-    train_epochs(interrupted, stop, training=interrupted.dataloader_train)
+        train_epochs(trainer, epochs, training=trainer.dataloader_train)
+
+    straight = started(in_process, growth)
+    straight.topology_history.start()
+    train(straight, 5)
+    expected = history_of(straight)
+    interrupted = started(in_process, growth)
+    interrupted.topology_history.start()  # in the same folder
+    train(interrupted, stop)
     checkpoint = str(Path(interrupted.output_folder) / "checkpoint_latest.pth")
     interrupted.on_train_epoch_start()  # an update, perhaps, that a kill loses before the next checkpoint
     resumed = started(in_process, growth)
     resumed.load_checkpoint(checkpoint)
     resumed.topology_history.resume(resumed.current_epoch)
-    resumed.dataloader_train = iter(lambda: fixed, None)
-    train_epochs(resumed, 5 - stop, training=resumed.dataloader_train)
+    train(resumed, 5 - stop)
     assert same(masks(straight), masks(resumed))
-    assert [r.epoch for r in history_of(resumed)] == [r.epoch for r in history_of(straight)] == [0, 2, 4]
+    assert [record.epoch for record in history_of(resumed)] == [record.epoch for record in expected] == [0, 2, 4]
 
 
 def history_of(trainer: Any) -> Any:
