@@ -75,8 +75,10 @@ class Moved:
 
 
 OURS: dict[str, Callable[[int, Any], tuple[int, int]]] = {
-    "statistics": lambda count, _: (count, 13),  # and what finishes them, in float64
-    "norm_gradient": lambda count, _: (count * 5 // 3, 4),  # two passes, of which both read the map and the gradient
+    "statistics": lambda count, _: (count, 2),
+    "norm_gradient": lambda count, _: (count * 5 // 3, 3),  # two passes over both maps, a sum between them
+    "pool": lambda count, _: (count, 1),
+    "pool_gradient": lambda count, _: (count, 1),
     "join": lambda count, node: (count, len(node.inputs)),
     "separate": lambda count, node: (count, len(node.inputs)),
 }
@@ -150,7 +152,11 @@ def as_on_cuda() -> Iterator[None]:
         (torch.cuda, "current_device", lambda: 0),
         (torch._inductor.codecache.CacheBase, "get_system", lambda *_: {}),
         (torch._inductor.scheduler, "has_triton", lambda *_: True),
-        (Tensor, "copy_", lambda self, other, *_: torch.ops.aten.copy_.default(self, other)),  # whose binding asks for a driver
+        (
+            Tensor,
+            "copy_",
+            lambda self, other, *_: torch.ops.aten.copy_.default(self, other),
+        ),  # whose binding asks for a driver
         (torch._C, "_conv_determine_backend_memory_format", conv_format),
     ]
     with ExitStack() as stack:
