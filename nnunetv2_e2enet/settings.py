@@ -1,7 +1,6 @@
 """How the package computes: one object, whose defaults are environment variables, read once a process.
 
-``nnUNet_e2enet_engine``, ``nnUNet_e2enet_engine_kernels``, ``nnUNet_e2enet_engine_storage`` and ``nnUNet_e2enet_kernels`` name
-the fields below. What is computed does not depend on a setting.
+The variables are called ``nnUNet_e2enet_`` and a field below. What is computed does not depend on a setting.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine_kernels": ("", "avx512", "avx2", "generic"),
     "engine_storage": ("float32", "bfloat16"),
     "kernels": ("auto", "on", "off"),
+    "plane_convolutions": ("off", "on"),
 }
 _SWITCHES = {"0": "off", "false": "off", "1": "on", "true": "on"}
 
@@ -32,6 +32,7 @@ class Settings:
         engine_kernels: instruction set of the engine; the best of the CPU if empty.
         engine_storage: dtype of the engine's feature maps.
         kernels: whether the fused GPU kernels are used; see docs/memory.md.
+        plane_convolutions: whether convolutions without depth, of channels-last maps, are computed in 2D over all slices.
 
     Raises:
         E2ENetError: a value is none of ``CHOICES``.
@@ -41,6 +42,7 @@ class Settings:
     engine_kernels: str = ""
     engine_storage: str = "float32"
     kernels: str = "auto"
+    plane_convolutions: str = "off"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

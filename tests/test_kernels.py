@@ -127,6 +127,49 @@ def test_shift_and_concatenation_and_back(
         assert torch.equal(part, e)
 
 
+@settings(deadline=None, max_examples=10)
+@given(
+    st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 2)),
+    st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)),
+    st.sampled_from([1, 5, 70]),
+    st.sampled_from([2, 3]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(list(TOLERANCE)),
+)
+def test_norm_activation_and_pooling_and_back(
+    kernels: Any,
+    stride: tuple[int, ...],
+    rest: tuple[int, ...],
+    channels: int,
+    dimension: int,
+    raw: bool,
+    last: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Also of sizes that the stride does not divide, whose last voxels are in no pool."""
+    stride = stride[:dimension]
+    size = [s * n + min(r, s - 1) for s, n, r in zip(stride, (2, 3, 2), rest, strict=False)]
+    x = in_format(random(2, channels, *size, dtype=dtype), last)
+    feature_map = random_raw_map(tuple(x.shape), dtype, 3)._replace(raw=x) if raw else x
+    found, index = kernels.pool(*(lambda tensors, slopes: (tensors, slopes[0]))(*flatten([feature_map])), stride)
+    activation = join([feature_map], 1).requires_grad_()
+    pool = getattr(nn.functional, f"max_pool{dimension}d")
+    expected = pool(activation, stride)
+    assert_same(found, expected.detach())
+    assert index.dtype == torch.uint8
+    if not raw:  # or voxels that only rounding makes the same may change places
+        (gradient,) = torch.autograd.grad(expected, activation, found)
+        assert torch.equal(kernels.pool_gradient(found, index, size, stride), gradient)
+
+
+def test_pools_hand_on_what_is_not_a_number(kernels: Any) -> None:
+    x = random(1, 1, 2, 2, 4)
+    x[0, 0, 0, 1, 1] = torch.nan
+    found, _ = kernels.pool([x], None, [2, 2, 2])
+    assert found.isnan().flatten().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_a_gradient_in_another_format_is_converted_to_that_of_the_map(kernels: Any, last: bool) -> None:
     x, grad = in_format(random(2, 3, 4, 3, 2), last), random(2, 8, 4, 3, 2, seed=2)
@@ -149,6 +192,13 @@ def test_operators_are_well_behaved(kernels: Any, last: bool) -> None:  # noqa: 
         "norm_gradient": (x, raw.raw, mean, rstd, raw.scale, raw.offset, 0.1),
         "join": ([x, *raw[:3]], [float("nan"), 0.1], 3),
         "separate": (grad, [2, 4], 3),
+        "pool": ([raw.raw, *raw[1:3]], 0.1, [2, 1, 2]),
+        "pool_gradient": (
+            x[:, :, :2, :, :1].contiguous(),
+            torch.zeros(2, 3, 2, 3, 1, dtype=torch.uint8),
+            [4, 3, 2],
+            [2, 1, 2],
+        ),
     }
     for name, arguments in calls.items():
         operator = getattr(torch.ops.e2enet, name).default

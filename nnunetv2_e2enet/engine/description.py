@@ -12,12 +12,13 @@ from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.connections import MaskableLayer, MaskedConv2d, MaskedConv3d, maskable_layers
 from nnunetv2_e2enet.network.connections import MaskedConvTranspose2d as UpConv2d
 from nnunetv2_e2enet.network.connections import MaskedConvTranspose3d as UpConv3d
+from nnunetv2_e2enet.network.convolution import CONV
 from nnunetv2_e2enet.network.depth_shift import shift_groups
 from nnunetv2_e2enet.network.e2enet import E2ENet
 from nnunetv2_e2enet.network.encoder import Encoder
 from nnunetv2_e2enet.network.fusion import FusionDecoder, FusionNode
 
-_CONVS = (nn.Conv2d, nn.Conv3d, MaskedConv2d, MaskedConv3d)
+_CONVS = (nn.Conv2d, nn.Conv3d, *CONV.values(), MaskedConv2d, MaskedConv3d)
 _NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 

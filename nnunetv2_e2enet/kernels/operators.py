@@ -62,21 +62,23 @@ def separate(grad: Tensor, widths: Sequence[int], shift_size: int) -> list[Tenso
 @custom_op("e2enet::statistics", mutates_args=(), schema="(Tensor x, float eps) -> (Tensor, Tensor)")
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x = x.contiguous(memory_format=memory_format(x))
-    tiles, wide = _Tiles(x, is_channels_last(x)), _wide(x.dtype)
+    tiles, wide = Tiles(x, is_channels_last(x)), wide_dtype(x.dtype)
     sums, squares = (x.new_empty((*x.shape[:2], tiles.chunks), dtype=wide) for _ in range(2))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         programs.sums_around_first[tiles.grid(tiles.chunks)](
-            x, sums, squares, *tiles.sizes, *tiles.strides, tiles.chunk, **tiles.blocks, WIDE=_triton_dtype(wide)
+            x, sums, squares, *tiles.sizes, *tiles.strides, tiles.chunk, **tiles.blocks, WIDE=triton_dtype(wide)
         )
-    distance, square = (t.double().sum(2) / tiles.elements for t in (sums, squares))
-    mean = x.flatten(2)[:, :, 0].double() + distance
-    rstd = ((square - distance.square()).clamp(min=0) + eps).rsqrt()
-    return mean.to(wide), rstd.to(wide)
+        mean, rstd = (x.new_empty(x.shape[:2], dtype=wide) for _ in range(2))
+        rows, channel_stride = mean.numel(), tiles.strides[1]
+        programs.finish_statistics[rows,](
+            x, sums, squares, mean, rstd, *tiles.sizes, channel_stride, tiles.chunks, eps, BLOCK=_block_of(tiles.chunks)
+        )
+    return mean, rstd
 
 
 @_statistics.register_fake
 def _(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    shape, wide = x.shape[:2], _wide(x.dtype)
+    shape, wide = x.shape[:2], wide_dtype(x.dtype)
     return x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)
 
 
@@ -90,15 +92,17 @@ def _norm_gradient(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, offset: Tensor, slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, x = (t.contiguous(memory_format=memory_format(x)) for t in (grad, x))
-    out, tiles = empty_like(x, x.shape[1]), _Tiles(x, is_channels_last(x))
+    out, tiles = empty_like(x, x.shape[1]), Tiles(x, is_channels_last(x))
     sums, products = (x.new_empty((*x.shape[:2], tiles.chunks), dtype=mean.dtype) for _ in range(2))
     given = (grad, x, *(t.contiguous() for t in (mean, rstd, scale, offset)))
-    constants = {"SLOPE": slope, **tiles.blocks, "WIDE": _triton_dtype(mean.dtype)}
+    constants = {"SLOPE": slope, **tiles.blocks, "WIDE": triton_dtype(mean.dtype)}
     with torch.cuda.device_of(x):
         programs.gradient_sums[tiles.grid(tiles.chunks)](
             *given, sums, products, *tiles.sizes, *tiles.strides, tiles.chunk, **constants
         )
-        sums, products = sums.sum(2), products.sum(2)
+        parts = sums, products
+        sums, products = (x.new_empty(x.shape[:2], dtype=mean.dtype) for _ in range(2))
+        programs.finish_sums[sums.numel(),](*parts, sums, products, tiles.chunks, BLOCK=_block_of(tiles.chunks))
         programs.gradient_of_norm[tiles.grid()](*given, sums, products, out, *tiles.sizes, *tiles.strides, **constants)
     return out, products, sums
 
@@ -118,7 +122,7 @@ def _(
 
 @custom_op("e2enet::join", mutates_args=(), schema="(Tensor[] tensors, float[] slopes, int shift_size) -> Tensor")
 def _join(tensors: Sequence[Tensor], slopes: Sequence[float], shift_size: int) -> Tensor:
-    maps = _regroup(tensors, slopes)
+    maps = regroup(tensors, slopes)
     out = _joined(tensors, slopes)
     form = memory_format(maps[0].values)
     first = 0
@@ -160,7 +164,7 @@ def _launch(
     channels, joined_channels, depth = single.shape[1], joined.shape[1], single.shape[2]
     group_size, larger = divmod(joined_channels, shift_size)
     last = is_channels_last(joined)  # a map of a single channel lies as any
-    tiles = _Tiles(single, last)
+    tiles = Tiles(single, last)
     voxel_stride, channel_stride = tiles.strides
     joined_voxel_stride = joined_channels if last else voxel_stride
     scale, offset, slope = norm or (single, single, 1.0)  # without a norm nothing is read there
@@ -173,11 +177,11 @@ def _launch(
             NORM=norm is not None,
             MOVE=joined_channels >= shift_size > 1,
             **tiles.blocks,
-            WIDE=_triton_dtype(_wide(single.dtype)),
+            WIDE=triton_dtype(wide_dtype(single.dtype)),
         )
 
 
-class _Tiles:
+class Tiles:
     """How programs share a map; see ``programs``.
 
     Attributes:
@@ -209,7 +213,7 @@ class _Map(NamedTuple):
     """Scale, offset and slope."""
 
 
-def _regroup(tensors: Sequence[Tensor], slopes: Sequence[float]) -> list[_Map]:
+def regroup(tensors: Sequence[Tensor], slopes: Sequence[float]) -> list[_Map]:
     rest = iter(tensors)
     return [
         _Map(next(rest), None if isnan(slope) else (next(rest).contiguous(), next(rest).contiguous(), slope))
@@ -218,7 +222,7 @@ def _regroup(tensors: Sequence[Tensor], slopes: Sequence[float]) -> list[_Map]:
 
 
 def _joined(tensors: Sequence[Tensor], slopes: Sequence[float]) -> Tensor:
-    values = [m.values for m in _regroup(tensors, slopes)]
+    values = [m.values for m in regroup(tensors, slopes)]
     dtype = reduce(torch.promote_types, (v.dtype for v in values))
     return empty_like(values[0], sum(v.shape[1] for v in values), dtype)
 
@@ -227,10 +231,14 @@ def _parts(grad: Tensor, widths: Sequence[int]) -> list[Tensor]:
     return [empty_like(grad, width) for width in widths]
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _block_of(parts: int) -> int:
+    return min(1024, int(triton.next_power_of_2(parts)))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which numbers of this dtype are summed and normalised."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def _triton_dtype(dtype: torch.dtype) -> Any:
+def triton_dtype(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32

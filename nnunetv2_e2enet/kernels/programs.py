@@ -63,6 +63,49 @@ def sums_around_first(
 
 
 @triton.jit
+def sum_of_parts(parts, count, BLOCK: tl.constexpr):  # noqa: N803
+    """Of the program's row, in float64."""
+    part = tl.arange(0, BLOCK)
+    parts += tl.program_id(0).to(tl.int64) * count
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, count, BLOCK):
+        total += tl.load(parts + start + part, start + part < count, other=0).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def finish_statistics(
+    x,
+    sums,
+    squares,
+    mean,
+    rstd,
+    channels,
+    elements,
+    channel_stride,
+    count,
+    eps,
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """Mean and ``1 / sqrt(variance + eps)`` of a row from what ``sums_around_first`` found in its parts."""
+    row = tl.program_id(0)
+    distance = sum_of_parts(sums, count, BLOCK) / elements
+    square = sum_of_parts(squares, count, BLOCK) / elements
+    variance = tl.maximum(square - distance * distance, 0.0)
+    x += (row // channels).to(tl.int64) * channels * elements + (row % channels).to(tl.int64) * channel_stride
+    tl.store(mean + row, (tl.load(x).to(tl.float64) + distance).to(mean.dtype.element_ty))
+    tl.store(rstd + row, (1 / tl.sqrt(variance + eps)).to(rstd.dtype.element_ty))
+
+
+@triton.jit
+def finish_sums(first_parts, second_parts, first, second, count, BLOCK: tl.constexpr):  # noqa: N803
+    """Two sums of a row over its parts."""
+    row = tl.program_id(0)
+    tl.store(first + row, sum_of_parts(first_parts, count, BLOCK).to(first.dtype.element_ty))
+    tl.store(second + row, sum_of_parts(second_parts, count, BLOCK).to(second.dtype.element_ty))
+
+
+@triton.jit
 def slices_moved(channel, group_size, larger, middle):
     """How far a channel of the concatenation moves: groups as ``torch.tensor_split`` makes them, the larger ones first."""
     boundary = larger * (group_size + 1)

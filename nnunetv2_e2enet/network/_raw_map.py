@@ -69,19 +69,30 @@ def regroup(tensors: Sequence[Tensor], slopes: Slopes) -> list[FeatureMap]:
     return [next(rest) if slope is None else RawMap(next(rest), next(rest), next(rest), slope) for slope in slopes]
 
 
-def raw_map(x: Tensor, norm: nn.Module, nonlin: nn.Module) -> RawMap | None:
-    """``nonlin(norm(x))``, or None where that is more than statistics of ``x`` and a leaky ReLU can say."""
-    if type(norm) not in INSTANCE_NORMS or type(nonlin) is not nn.LeakyReLU:
-        return None
+def raw_map(x: Tensor, norm: nn.Module, nonlin: nn.Module, conv_bias: Tensor | None) -> RawMap:
+    """``nonlin(norm(x))`` for a pair that ``can_stay_raw``; see ``instance_norm``."""
     assert isinstance(norm, INSTANCE_NORMS)
-    if norm.track_running_stats or prod(x.shape[2:]) == 1:  # the latter is an error of the norm's
-        return None
-    return instance_norm(x, norm.weight, norm.bias, norm.eps, nonlin.negative_slope)
+    assert isinstance(nonlin, nn.LeakyReLU)
+    if prod(x.shape[2:]) == 1:
+        norm(x)  # raises what it has to say of a single voxel
+    return instance_norm(x, norm.weight, norm.bias, norm.eps, nonlin.negative_slope, conv_bias)
 
 
-def instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float) -> RawMap:
-    """``leaky_relu(instance_norm(x, weight, bias, eps), slope)``, of which only the statistics are computed here."""
-    raw, scale, offset = _InstanceNorm.apply(x, weight, bias, eps, slope)
+def can_stay_raw(norm: nn.Module, nonlin: nn.Module) -> bool:
+    """Whether a norm and an activation are no more than statistics of a map and a leaky ReLU."""
+    return type(norm) in INSTANCE_NORMS and not norm.track_running_stats and type(nonlin) is nn.LeakyReLU
+
+
+def instance_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, conv_bias: Tensor | None = None
+) -> RawMap:
+    """``leaky_relu(instance_norm(x, weight, bias, eps), slope)``, of which only the statistics are computed here.
+
+    Args:
+        conv_bias: of the convolution that made ``x`` without it. The norm takes away what it would have added, so that its
+            gradient, which is returned to it, is zero.
+    """
+    raw, scale, offset = _InstanceNorm.apply(x, weight, bias, eps, slope, conv_bias)
     return RawMap(raw, scale, offset, slope)
 
 
@@ -166,7 +177,7 @@ class _InstanceNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, conv_bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernels = kernels_for(x)
         mean, rstd = (statistics if kernels is None else kernels.statistics)(x, eps)
@@ -174,7 +185,7 @@ class _InstanceNorm(torch.autograd.Function):
         offset = -mean * scale if bias is None else bias - mean * scale
         shape = [*x.shape[:2], *[1] * (x.dim() - 2)]
         scale, offset = scale.reshape(shape), offset.reshape(shape)
-        ctx.slope, ctx.affine = slope, weight is not None
+        ctx.slope, ctx.affine, ctx.of_conv = slope, weight is not None, None if conv_bias is None else conv_bias.shape
         ctx.save_for_backward(x, mean, rstd, scale, offset)
         ctx.mark_non_differentiable(scale, offset)
         return x.view_as(x), scale, offset
@@ -186,6 +197,6 @@ class _InstanceNorm(torch.autograd.Function):
         kernels = kernels_for(x)
         compute = norm_gradient if kernels is None else kernels.norm_gradient
         grad_x, products, sums = compute(grad, x, mean, rstd, scale, offset, ctx.slope)
-        if not ctx.affine:
-            return grad_x, None, None, None, None
-        return grad_x, products.sum(0), sums.sum(0), None, None
+        of_conv = None if ctx.of_conv is None else mean.new_zeros(ctx.of_conv)
+        of_norm = (products.sum(0), sums.sum(0)) if ctx.affine else (None, None)
+        return grad_x, *of_norm, None, None, of_conv

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_e2enet.network._raw_map import FeatureMap, raw_map
+from nnunetv2_e2enet.network._raw_map import FeatureMap, can_stay_raw, raw_map, values_of
 from nnunetv2_e2enet.network.acceleration import kernels_for
 from nnunetv2_e2enet.network.connections import MASKED_CONV
+from nnunetv2_e2enet.network.convolution import CONV as BLOCK_CONV
 from nnunetv2_e2enet.network.depth_shift import activated, depth_shift
 from nnunetv2_e2enet.network.learned_shift import LearnedDepthShift
 from nnunetv2_e2enet.network.memory_format import is_channels_last
@@ -76,7 +78,7 @@ class ShiftBlock(nn.Module):
         maskable: bool = False,
     ) -> None:
         super().__init__()
-        conv: Callable[..., nn.Module] = MASKED_CONV[style.dimension] if maskable else CONV[style.dimension]
+        conv: Callable[..., nn.Module] = (MASKED_CONV if maskable else BLOCK_CONV)[style.dimension]
         kernel_size = style.kernel_size[-style.dimension :]
         self.recompute = RECOMPUTE[0]
         self.shift_size = style.shift_size if style.dimension == 3 else 1
@@ -104,13 +106,17 @@ class ShiftBlock(nn.Module):
                 return self.shift([activated(m) for m in flows(*maps)])
             return depth_shift(flows(*maps), self.shift_size)
 
-        x = convolved(self.conv, read, maps, recompute, random=self.dropout is not None)
+        fused = kernels_for(values_of(maps[0])) is not None and not torch.is_grad_enabled()  # readers normalise in passing
+        stays_raw = (recompute or fused) and can_stay_raw(self.norm, self.nonlin)
+        aside = stays_raw and self.dropout is None  # the norm takes away what a bias adds: a pass over the map less
+        conv = partial(self.conv, with_bias=False) if aside else self.conv
+        x = convolved(conv, read, maps, recompute, random=self.dropout is not None)
         if self.dropout is not None:
             x = self.dropout(x)
-        fused = kernels_for(x) is not None and not torch.is_grad_enabled()  # whose readers normalise in passing
         # PyTorch's instance norm writes channel after channel, whatever it reads
-        raw = raw_map(x, self.norm, self.nonlin) if recompute or fused or is_channels_last(x) else None
-        return self.nonlin(self.norm(x)) if raw is None else raw
+        if stays_raw or (is_channels_last(x) and can_stay_raw(self.norm, self.nonlin)):
+            return raw_map(x, self.norm, self.nonlin, cast(Tensor | None, self.conv.bias) if aside else None)
+        return self.nonlin(self.norm(x))
 
 
 def chain(blocks: Iterable[nn.Module], *maps: FeatureMap, flows: Callable[..., Sequence[FeatureMap]] = as_given) -> FeatureMap:

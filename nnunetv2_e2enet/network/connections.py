@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network.convolution import conv3d
 from nnunetv2_e2enet.network.memory_format import is_channels_last
 
 NEGATIVE_SLOPE = 1e-2  # of the leaky ReLU after each convolution
@@ -351,19 +352,18 @@ class MaskableLayer(nn.Module):
 
 
 class MaskedConv2d(MaskableLayer, nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        bias = self.bias if with_bias else None
         if self.computes_active_only:
             x, weight, groups = self.gather_active(x)
-            return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, groups)
-        return self._conv_forward(x, self.masked_weight(), self.bias)
+            return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+        return self._conv_forward(x, self.masked_weight(), bias)
 
 
 class MaskedConv3d(MaskableLayer, nn.Conv3d):
-    def forward(self, x: Tensor) -> Tensor:
-        if self.computes_active_only:
-            x, weight, groups = self.gather_active(x)
-            return F.conv3d(x, weight, self.bias, self.stride, self.padding, self.dilation, groups)
-        return self._conv_forward(x, self.masked_weight(), self.bias)
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        x, weight, groups = self.gather_active(x) if self.computes_active_only else (x, self.masked_weight(), self.groups)
+        return conv3d(self, x, weight, self.bias if with_bias else None, groups)
 
 
 class MaskedConvTranspose2d(MaskableLayer, nn.ConvTranspose2d):

@@ -17,6 +17,7 @@ from nnunetv2_e2enet.network._raw_map import FeatureMap
 from nnunetv2_e2enet.network.blocks import CONV, MAX_POOL, BlockStyle, ShiftBlock, chain
 from nnunetv2_e2enet.network.connections import MASKED_CONV_TRANSPOSE, MaskableLayer
 from nnunetv2_e2enet.network.depth_shift import activated
+from nnunetv2_e2enet.network.pooling import pooled
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE, convolved
 
 SOURCES = {"forward": 0, "upward": 1, "downward": -1}
@@ -78,9 +79,14 @@ class FusionNode(nn.Module):
         return chain(self.blocks, *sources, flows=self._flows)
 
     def _flows(self, *maps: FeatureMap) -> list[FeatureMap]:
-        passes = {"forward": None, "upward": self.upsample, "downward": self.downsample}
-        resampled = zip((passes[flow] for flow in self.flows), maps, strict=True)
-        return [source if resample is None else resample(activated(source)) for resample, source in resampled]
+        return [self._flow(flow, source) for flow, source in zip(self.flows, maps, strict=True)]
+
+    def _flow(self, flow: str, source: FeatureMap) -> FeatureMap:
+        if flow == "upward" and self.upsample is not None:
+            return cast(Tensor, self.upsample(activated(source)))
+        if flow == "downward" and self.downsample is not None:
+            return pooled(source, self.downsample)
+        return source
 
 
 def _checked(flows: Sequence[str], stage: int, level: int) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nnunetv2_e2enet.errors import E2ENetError
@@ -24,7 +24,11 @@ def check_recompute(value: str) -> None:
 
 
 def convolved(
-    conv: nn.Module, read: Callable[..., Tensor], maps: Sequence[FeatureMap], recompute: bool, random: bool = False
+    conv: Callable[[Tensor], Tensor],
+    read: Callable[..., Tensor],
+    maps: Sequence[FeatureMap],
+    recompute: bool,
+    random: bool = False,
 ) -> Tensor:
     """``conv(read(*maps))``; with ``recompute``, autograd keeps the maps alone and reads them again in the backward pass.
 
@@ -34,16 +38,16 @@ def convolved(
         random: whether ``read`` draws random numbers, which are then drawn again.
     """
     if not (recompute and torch.is_grad_enabled()):
-        return cast(Tensor, conv(read(*maps)))
+        return conv(read(*maps))
     tensors, slopes = flatten(maps)
 
     def read_again(*tensors: Tensor) -> Tensor:
         return read(*regroup(tensors, slopes))
 
     if torch.compiler.is_compiling():  # the compiler computes no convolution again unless it is told to
-        return cast(Tensor, conv(checkpoint(read_again, *tensors, use_reentrant=False, preserve_rng_state=random)))
+        return conv(checkpoint(read_again, *tensors, use_reentrant=False, preserve_rng_state=random))
 
     def convolve(*tensors: Tensor) -> Tensor:
-        return cast(Tensor, conv(read_again(*tensors)))
+        return conv(read_again(*tensors))
 
     return cast(Tensor, checkpoint(convolve, *tensors, use_reentrant=False, preserve_rng_state=random))

@@ -40,6 +40,7 @@ from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEA
 from nnunetv2_e2enet.training.checkpoints import check_checkpoint, is_out_of_memory, is_write_failure
 from nnunetv2_e2enet.training.interface import TRAINER_ATTRIBUTES, Overrides, check_attributes
 from nnunetv2_e2enet.training.logging import DSFFLogger
+from nnunetv2_e2enet.training.parallel import share_topology
 
 if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as TrainerBase
@@ -219,6 +220,7 @@ class DSFFMixin(NetworkMixin):
             layer.share_inputs(self.block_size, self.compute_active_only)
         seed = f"{self.topology_seed}/{self.fold}"  # one a fold, so that agreement between folds reflects learning
         random_topology(network, self.feature_sparsity, self.distribution, seed)
+        share_topology(network)
         self.topology_updater = TopologyUpdater(network, self._schedule(), self.importance, self.growth, seed)
         for layer in self.topology_updater.layers.values():
             layer.initialize_weights(self.initial_gain)

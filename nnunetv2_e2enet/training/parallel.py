@@ -1,0 +1,28 @@
+"""Topologies under DistributedDataParallel: sent once at the start and with each update, not with each step."""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_e2enet.network import maskable_layers
+
+
+def share_topology(network: nn.Module) -> None:
+    """Give all processes the topology of the first one, and keep DistributedDataParallel from sending it again.
+
+    It would send all masks before each forward pass. Updates are the same on all ranks anyway (``TopologyUpdater``). To be
+    called before DistributedDataParallel wraps the network, or what ``torch.compile`` made of it.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    names = []
+    for name, layer in maskable_layers(network):
+        for kind, flags in (("mask", layer.mask), ("explored", layer.explored)):
+            names += [f"{name}.{kind}", f"_orig_mod.{name}.{kind}"]
+            sent = flags.to(torch.uint8)  # gloo sends no bool
+            distributed.broadcast(sent, src=0)
+            flags.copy_(sent.bool())
+        layer.clear_inactive_weights()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
