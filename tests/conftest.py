@@ -14,7 +14,7 @@ os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent)  # also of the commands;
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for tests/test_kernels.py; before anything imports Triton, which reads it then
 
-from integration.commands import Runner
+from integration.commands import ForkingRunner, Runner
 from support import Project, run_command
 
 from nnunetv2_e2enet import settings
@@ -67,7 +67,7 @@ def registered() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def runner(registered: None) -> Iterator[Runner]:  # noqa: ARG001
     """Runs nnU-Net's commands without their imports, in one process and one thread each."""
-    with Runner() as runner:
+    with ForkingRunner() as runner:
         yield runner
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from integration.commands import Runner
@@ -129,6 +131,24 @@ def make(cls: Any, project: Project, plans: dict[str, Any] | None = None, config
 def weights(model: Path, fold: int = 0) -> dict[str, torch.Tensor]:
     file = model / f"fold_{fold}" / "checkpoint_final.pth"
     return torch.load(file, map_location="cpu", weights_only=False)["network_weights"]
+
+
+def assert_dice_is_that_of_the_files(summary: dict[str, Any]) -> None:
+    """nnU-Net's summary of an evaluation says of each case and label what its segmentations overlap, counted here again."""
+    for case in summary["metric_per_case"]:
+        predicted, reference = (
+            sitk.GetArrayFromImage(sitk.ReadImage(case[key])) for key in ("prediction_file", "reference_file")
+        )
+        assert predicted.shape == reference.shape
+        for label, metrics in case["metrics"].items():
+            ours, theirs = predicted == int(label), reference == int(label)
+            size = int(ours.sum()) + int(theirs.sum())
+            expected = 2 * int((ours & theirs).sum()) / size if size else np.nan
+            np.testing.assert_allclose(metrics["Dice"], expected, rtol=1e-9)
+    dice = [metrics["Dice"] for case in summary["metric_per_case"] for metrics in case["metrics"].values()]
+    labels = summary["metric_per_case"][0]["metrics"]
+    by_label = np.nanmean(np.reshape(dice, (-1, len(labels))), axis=0)
+    np.testing.assert_allclose(summary["foreground_mean"]["Dice"], np.mean(by_label), rtol=1e-9)
 
 
 def train_epochs(

@@ -2,11 +2,13 @@
 
 import ast
 import re
+import subprocess
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
+from integration import table
 from integration.compatibility import PAGE, named_tests, outcomes, page
 from integration.features import FEATURES
 from integration.workflow import STEP_NAMES
@@ -41,11 +43,12 @@ def test_every_step_and_every_command_of_nnunet_is_a_feature() -> None:
     assert commands - set(re.findall(r"nnUNetv2_\w+", " ".join(FEATURE_NAMES))) == set()
 
 
-def workflow(outcome: str) -> dict[str, Any]:
+def workflow(outcome: str, harness: str = "processes") -> dict[str, Any]:
     cell = {"scheme": "plain", "configuration": "2d"}
     results = [{**cell, "step": step, "outcome": outcome if step == "--c" else "passed"} for step in STEP_NAMES]
     versions = {"nnunetv2": "2.8.1", "torch": "2.13.0", "python": "3.11.7", "nnunetv2-e2enet": "0.1.0"}
-    return {"versions": versions, "data": "phantoms", "seconds": 90, "results": results}
+    origin = {"versions": versions, "commit": "0123456789", "harness": harness}
+    return {**origin, "data": "phantoms", "seconds": 90, "results": results}
 
 
 def row(text: str, name: str) -> str:
@@ -64,7 +67,7 @@ def test_the_page_says_what_the_results_say(tmp_path: Path) -> None:
     }
     content = "".join(f"<testcase classname={case}>{outcome}</testcase>" for case, outcome in cases.items())
     junit.write_text(f"<testsuites><testsuite>{content}</testsuite></testsuites>")
-    text = page(workflow("failed"), outcomes([junit]))
+    text = page(workflow("failed"), outcomes([junit]), "abc")
     assert f"| plain | {len(STEP_NAMES) - 1} of {len(STEP_NAMES)} steps |\n" in text
     assert "| NO, 1 of 2 |" in row(text, "2 and 3 levels")
     assert "| yes |" in row(text, "`torch.compile`: topology updates compile nothing")
@@ -73,13 +76,41 @@ def test_the_page_says_what_the_results_say(tmp_path: Path) -> None:
     assert "| NO |" in row(text, "`--c` after the training was killed")
     assert f"| NO, {len(STEP_NAMES) - 1} of {len(STEP_NAMES)} |" in row(text, "`2d`")
     assert "| not run |" in row(text, "`3d_fullres`")
-    assert "| yes |" in row(page(workflow("passed"), {}), "`--c` after the training was killed")
+    assert "| yes |" in row(page(workflow("passed"), {}, "abc"), "`--c` after the training was killed")
 
 
 def test_skipped_steps_do_not_count_as_working() -> None:
-    assert "| NO |" in row(page(workflow("skipped"), {}), "`--c` after the training was killed")
+    assert "| NO |" in row(page(workflow("skipped"), {}, "abc"), "`--c` after the training was killed")
 
 
 @pytest.mark.parametrize("title", FEATURES)
 def test_sections(title: str) -> None:
     assert f"\n## {title}\n" in PAGE.read_text()
+
+
+def test_the_page_says_on_what_it_ran_and_how() -> None:
+    """Forks are not what a user runs, and the page does not claim so."""
+    own, forks = (page(workflow("passed", harness), {}, "abcdef") for harness in ("processes", "forks"))
+    for text in (own, forks):
+        assert "the workflow ran on 0123456789, the tests on abcdef." in text
+    assert "in a process of its own, as a user runs it" in own
+    assert "they do not run as a user runs them" in forks
+    for difference in ("fork", "spawn", "cpu_count", "10^6 intensities instead of 10^8"):
+        assert difference in forks
+
+
+def test_the_commit_is_that_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        settings = ("-c", "user.name=tests", "-c", "user.email=tests@localhost")
+        command = ["git", *settings, *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(table, "REPOSITORY", tmp_path)
+    assert table.commit() == "unknown (no git repository)"
+    git("init", "-q")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-qm", "first")
+    assert git("rev-parse", "HEAD").startswith(table.commit())
+    (tmp_path / "file").write_text("two")
+    assert table.commit() == f"{git('rev-parse', '--short=10', 'HEAD')} with changes"

@@ -4,17 +4,24 @@ import json
 import shutil
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
 from integration.cell import PLANNING, Workspace
 from integration.checks import expect_trained
 from integration.commands import Runner
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.datasets import LABELS, phantom_case
+from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
 from nnunetv2_e2enet.training.checkpoints import read_checkpoint
 
 DATASET, TRAINER = "Dataset994_Thin", "nnUNetTrainerE2ENet_smoke"
@@ -123,5 +130,41 @@ def test_train_and_predict(
 
     output = thin.folder / "predictions" / name
     folders = ("-i", thin.images, "-o", output)
-    thin.run("nnUNetv2_predict", "-d", "994", "-c", "3d_fullres", "-f", "0", *model, *folders, "-npp", "1", "-nps", "1")
-    assert sitk.ReadImage(str(output / "case_0.nii.gz")).GetSize() == tuple(PATCH[::-1])
+    options = ("-npp", "1", "-nps", "1", "--save_probabilities")
+    thin.run("nnUNetv2_predict", "-d", "994", "-c", "3d_fullres", "-f", "0", *model, *folders, *options)
+    with np.load(output / "case_0.npz") as file:
+        found = file["probabilities"]
+    segmentation = sitk.GetArrayFromImage(sitk.ReadImage(str(output / "case_0.nii.gz")))
+    assert segmentation.shape == found.shape[1:] == tuple(PATCH)
+    assert np.array_equal(segmentation, found.argmax(axis=0))
+    expected = probabilities(thin, fold.parent, checkpoint)
+    assert np.ptp(expected, axis=(1, 2, 3)).max() > 0.01  # not blind
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.02)  # nnU-Net sums logits in half precision
+
+
+def probabilities(thin: Thin, model: Path, checkpoint: dict[str, Any]) -> np.ndarray:
+    """What the trained network says of the test image, mirrored in all ways, without nnU-Net's prediction and the engine.
+
+    The images have the spacing of the plans and no border to crop, so preprocessing normalizes each channel and nothing else;
+    the windows of a thinner patch are averaged with nnU-Net's weights.
+    """
+    plans = PlansManager(load_json(str(model / "plans.json")))
+    configuration = plans.get_configuration("3d_fullres")
+    names = sorted(thin.images.glob("case_0_*.nii.gz"))
+    channels = [sitk.GetArrayFromImage(sitk.ReadImage(str(name))).astype(np.float64) for name in names]
+    image = torch.from_numpy(np.stack([(c - c.mean()) / c.std() for c in channels])).float()[None]
+    network = nnUNetTrainerE2ENet_smoke.build_network_architecture(plans, configuration, N_CHANNELS, len(LABELS), False)
+    network.load_state_dict(checkpoint["network_weights"])
+    network.eval()
+    patch = configuration.patch_size
+    weight = torch.from_numpy(np.asarray(compute_gaussian(tuple(patch)))).double()
+    total, weights = torch.zeros(len(LABELS), *PATCH).double(), torch.zeros(PATCH).double()
+    step = max(1, patch[0] // 2)
+    axes = [axes for n in range(4) for axes in combinations((2, 3, 4), n)]
+    with torch.inference_mode(), engine.disabled():
+        for begin in range(0, N_SLICES - patch[0] + 1, step):
+            window = slice(begin, begin + patch[0])
+            logits = sum(network(image[:, :, window].flip(a)).flip(a)[0] for a in axes) / len(axes)
+            total[:, window] += weight * logits
+            weights[window] += weight
+    return torch.softmax(total / weights, dim=0).numpy()

@@ -1,10 +1,11 @@
 """`e2enet crossval` on folds in every state, through its console command, with nnU-Net's in processes of their own."""
 
 import shutil
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import submitit
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from integration.commands import Runner
 from support import Project, run_command
@@ -78,15 +79,29 @@ def test_a_failing_fold_is_named(project: Project, model: Path) -> None:
     assert not (model / "crossval_results_folds_0").exists()
 
 
-def test_jobs_are_submitted_for_what_is_not_done(project: Project, model: Path) -> None:
-    """submitit's local executor stands for the cluster."""
-    output = crossval(project, model, "--folds", "0", "2", "--slurm", "cluster=local", "timeout_min=10")
-    assert output.count("job ") == 1
-    deadline = time.monotonic() + 240
-    while fold(model, 2).state() is not FoldState.DONE and time.monotonic() < deadline:
-        time.sleep(1)
+def test_jobs_are_submitted_for_what_is_not_done(
+    project: Project, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """submitit's local executor stands for the cluster. The test waits for the job to end, well or not."""
+    submitted: list[submitit.Job[int]] = []
+    submit = submitit.AutoExecutor.submit
+
+    def recorded(executor: submitit.AutoExecutor, *task: Any) -> submitit.Job[int]:
+        submitted.append(submit(executor, *task))
+        return submitted[-1]
+
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", recorded)
+    for name, value in folders(project, model).items():
+        monkeypatch.setenv(name, value)
+    command = [*COMMAND, "--folds", "0", "2", "--slurm", "cluster=local"]
+    assert main([*command, "timeout_min=10"]) == 0
+    (job,) = submitted
+    assert f"fold 2: job {job.job_id}, submitted" in capsys.readouterr().out
+    assert job.result() == 0, fold(model, 2).log.read_text()[-4000:]
     assert fold(model, 2).state() is FoldState.DONE
-    assert "all folds are done" in crossval(project, model, "--folds", "0", "2", "--slurm", "cluster=local")
+    assert main(command) == 0
+    assert "all folds are done" in capsys.readouterr().out
+    assert submitted == [job]
 
 
 @pytest.mark.parametrize(

@@ -220,16 +220,16 @@ def test_bytes_kept_at_the_amos_plan() -> None:
         ratio[recompute] = network.saved_bytes(AMOS_PATCH, batch_size=2) / of_stock
     assert ratio["blocks"] < 1.3
     assert ratio["nodes"] < 1.0
-    assert ratio["none"] > 4
+    assert ratio["nodes"] < ratio["blocks"] < ratio["none"]
 
 
 def test_bytes_alive_at_once_at_the_amos_plan() -> None:
     """What a training step needs, not only between the passes: 1.3 times stock nnU-Net at most."""
     stock, *ours = (Candidate(kind, "AMOS", AMOS_PATCH).peak(2) for kind in ("nnU-Net", "none", "blocks", "nodes"))
     none, blocks, nodes = (peak / stock for peak in ours)
-    assert nodes < blocks < 1.3
+    assert nodes < blocks < none
+    assert blocks < 1.3
     assert nodes < 1.1
-    assert none > 3
 
 
 @pytest.mark.parametrize("recompute", ["blocks", "nodes"])

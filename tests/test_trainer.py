@@ -12,11 +12,14 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from support import Project, make, train_epochs, weights
+from support import Project, assert_dice_is_that_of_the_files, make, train_epochs, weights
 
+from nnunetv2_e2enet import trainers
 from nnunetv2_e2enet.network import E2ENet, e2enet_features, maskable_layers
 from nnunetv2_e2enet.trainers import e2enet_combined_trainers
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
@@ -72,7 +75,9 @@ def test_prediction_and_evaluation(project: Project, trained: Path, tmp_path: Pa
         assert set(np.unique(sitk.GetArrayFromImage(prediction))) <= set(range(5))
     description = ["-djfile", str(trained / "dataset.json"), "-pfile", str(trained / "plans.json")]
     project.run("nnUNetv2_evaluate_folder", str(labels), str(tmp_path), *description)
-    assert 0 <= load_json(str(tmp_path / "summary.json"))["foreground_mean"]["Dice"] <= 1
+    summary = load_json(str(tmp_path / "summary.json"))
+    assert len(summary["metric_per_case"]) == len(list(labels.glob("*.nii.gz"))) > 0
+    assert_dice_is_that_of_the_files(summary)
 
 
 def test_stock_trainer_trains_the_dense_network_of_e2enet_plans(project: Project) -> None:
@@ -292,13 +297,61 @@ def test_combinations_with_nnunets_variants(in_process: Project, name: str) -> N
         assert all(value[~layer.mask].abs().sum() == 0 for value in states)
 
 
-def test_combinations_keep_what_the_variants_do(in_process: Project) -> None:
-    def initialized(name: str) -> Any:
-        trainer = make(getattr(e2enet_combined_trainers, f"nnUNetTrainerE2ENet_{name}"), in_process)
-        trainer.initialize()
-        return trainer
+def names_of(transforms: Any) -> set[str]:
+    """Of all transforms in a pipeline of nnU-Net's data augmentation, nested ones too."""
+    parts = [*getattr(transforms, "transforms", getattr(transforms, "list_of_transforms", []))]
+    parts += [transforms.transform] if hasattr(transforms, "transform") else []
+    return {type(transforms).__name__}.union(*map(names_of, parts))
 
-    assert isinstance(initialized("Adam3en4").optimizer, torch.optim.AdamW)
-    assert isinstance(initialized("CELoss").loss.loss, RobustCrossEntropyLoss)
-    mirrored = initialized("NoMirroring").configure_rotation_dummyDA_mirroring_and_inital_patch_size()[-1]
-    assert mirrored is None
+
+def mirroring(trainer: Any) -> tuple[Any, Any]:
+    """Axes in training and in prediction."""
+    in_training = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[-1]
+    return in_training, trainer.inference_allowed_mirroring_axes
+
+
+def augmentation(trainer: Any) -> set[str]:
+    patch, scales = trainer.configuration_manager.patch_size, trainer._get_deep_supervision_scales()
+    return names_of(trainer.get_training_transforms(patch, (-0.5, 0.5), scales, (0, 1, 2), False))
+
+
+# What each variant is about, as nnU-Net documents it; of stock nnU-Net, which all others have to leave as it is.
+STOCK_MIRRORING = ((0, 1, 2), (0, 1, 2))
+OF_DA5 = {"Rot90Transform", "MedianFilterTransform", "LocalGammaTransform", "SharpeningTransform", "BlankRectangleTransform"}
+CHANGES: dict[str, dict[str, Any]] = {
+    "": {},
+    "_NoMirroring": {"mirroring": (None, None)},
+    "_onlyMirror01": {"mirroring": ((0, 1), (0, 1))},
+    "_DA5": {"strong augmentation": True},
+    "_CELoss": {"loss": RobustCrossEntropyLoss},
+    "_DiceLoss": {"loss": MemoryEfficientSoftDiceLoss},
+    "_Adam3en4": {"optimizer": (torch.optim.AdamW, 3e-4)},
+}
+
+
+def test_all_combinations_are_looked_at() -> None:
+    assert {f"nnUNetTrainerE2ENet{suffix}" for suffix in CHANGES} == {"nnUNetTrainerE2ENet", *e2enet_combined_trainers.__all__}
+
+
+@pytest.mark.parametrize("suffix", CHANGES)
+def test_combinations_keep_what_the_variants_do(in_process: Project, suffix: str) -> None:
+    """And change nothing else."""
+    base = getattr(trainers, f"nnUNetTrainerE2ENet{suffix}")
+    trainer = make(variant(base, "small", base_num_features=4, max_num_features=8), in_process)
+    trainer.initialize()
+    strong = OF_DA5 & augmentation(trainer)
+    assert strong in (set(), OF_DA5)
+    found = {
+        "mirroring": mirroring(trainer),
+        "strong augmentation": bool(strong),
+        "loss": type(trainer.loss.loss),
+        "optimizer": (type(trainer.optimizer), trainer.optimizer.param_groups[0]["initial_lr"]),
+    }
+    stock = {
+        "mirroring": STOCK_MIRRORING,
+        "strong augmentation": False,
+        "loss": DC_and_CE_loss,
+        "optimizer": (torch.optim.SGD, 1e-2),
+    }
+    assert found == {**stock, **CHANGES[suffix]}
+    assert isinstance(trainer.network, E2ENet)

@@ -1,6 +1,9 @@
 """The part of `make test-integration` that is fast: its most demanding labels, in one configuration, on phantoms."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import pytest
 from integration import __main__ as command
 from integration import workflow
 from integration.cell import Cell, Workspace
-from integration.commands import Runner, StepError
+from integration.commands import HARNESSES, Runner, StepError
 from integration.schemes import SCHEMES, phantoms
 from integration.steps import Step
 from integration.workflow import STEP_NAMES, Result, SchemeRun, Selection
@@ -74,7 +77,7 @@ STEPS = (
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workflow, "Runner", Pretended)
+    monkeypatch.setitem(workflow.HARNESSES, "processes", Pretended)
     monkeypatch.setattr(workflow, "add_configurations", lambda _path: None)
     monkeypatch.setattr(workflow, "STEPS", STEPS)
     names = (workflow.PREPARE, *(step.name for step in STEPS))
@@ -103,12 +106,38 @@ def test_a_failed_step_is_shown_and_stops_only_what_needs_it(
     assert "17 passed, 5 failed, 2 skipped" in output
 
 
-def test_commands_have_their_environment_and_log_and_fail_visibly(runner: Runner, tmp_path: Path) -> None:
+PHANTOM = ("e2enet", "phantom", "1", "--cases", "1", "--test-cases", "0", "--size", "18", "52", "52")
+
+
+@pytest.mark.parametrize("harness", HARNESSES)
+def test_commands_have_their_environment_and_log_and_fail_visibly(harness: str, runner: Runner, tmp_path: Path) -> None:
     log, raw = tmp_path / "folder" / "command.log", tmp_path / "raw"
-    phantom = ("e2enet", "phantom", "1", "--cases", "1", "--test-cases", "0", "--size", "18", "52", "52")
-    runner.run(log, *phantom, environment={"nnUNet_raw": str(raw)})
+    runner = runner if isinstance(runner, HARNESSES[harness]) and harness != "processes" else Runner()
+    runner.run(log, *PHANTOM, environment={"nnUNet_raw": str(raw)})
     assert (raw / "Dataset001_Phantom" / "dataset.json").is_file()
     with pytest.raises(StepError, match="e2enet ended with exit code 1, but 0 was expected"):
-        runner.run(log, *phantom, environment={"nnUNet_raw": str(raw)})
+        runner.run(log, *PHANTOM, environment={"nnUNet_raw": str(raw)})
     assert log.read_text().count("$ e2enet phantom 1") == 2
     assert "is not empty" in log.read_text()
+
+
+def test_a_process_is_killed_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the harness that runs each command in a process of its own; one that ends before that is no killed one."""
+    script = tmp_path / "command"
+    script.write_text(
+        f"#!/bin/sh\nsleep 600 &\necho $! > {tmp_path}/child\ntouch {tmp_path}/$1\n[ $1 = early ] && wait\nexit 0\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    log = tmp_path / "log.txt"
+    Runner().run(log, "command", "early", environment={}, killed_by=tmp_path / "early")
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 30
+    while (
+        Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text() and time.monotonic() < deadline
+    ):
+        time.sleep(0.01)
+    assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text()
+    with pytest.raises(StepError, match="exit code 0, but -9 was expected"):
+        Runner().run(log, "command", "other", environment={}, killed_by=tmp_path / "never")
+    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)

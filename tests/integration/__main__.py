@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from integration.cell import Workspace
+from integration.commands import HARNESSES
 from integration.plans import CONFIGURATIONS
 from integration.schemes import HIPPOCAMPUS, SCHEMES, hippocampus, phantoms
 from integration.table import print_results, write_results
@@ -22,6 +23,12 @@ def main() -> int:
     parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=CONFIGURATIONS)
     parser.add_argument("--data", choices=["hippocampus", "phantoms"], help="default: hippocampus where it is there")
     parser.add_argument("--workers", type=int, default=2, help="schemes at the same time, one thread each (default: 2)")
+    parser.add_argument(
+        "--harness",
+        choices=HARNESSES,
+        default="processes",
+        help="forks: fast, and not quite as a user does (default: %(default)s)",
+    )
     args = parser.parse_args()
     if not is_registered(find_nnunet()):
         parser.error("nnU-Net does not find E2ENet: run `e2enet register` first")
@@ -44,9 +51,9 @@ def main() -> int:
         [scheme for scheme in SCHEMES if scheme.name in args.schemes],
         [name for name in CONFIGURATIONS if name in args.configurations],
     )
-    results = run_workflow(work, source, selection, args.workers, report)
+    results = run_workflow(work, source, selection, args.workers, report, args.harness)
     seconds = time.monotonic() - start
-    write_results(folder / "results.json", results, source.name, seconds)
+    write_results(folder / "results.json", results, source.name, seconds, args.harness)
     print_results(console, results, folder)
     console.print(f"{source.name}, {seconds / 60:.1f} minutes")
     return int(any(result.outcome != "passed" for result in results))

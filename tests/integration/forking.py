@@ -3,6 +3,10 @@
 A console command of nnU-Net spends most of a short run on imports, and so does each process of its pools. Here, libraries are
 imported once. nnU-Net is among them: it looks up its folders in the environment when it needs them.
 
+It differs from nnU-Net's console commands in processes of their own (``commands.Runner``) in three ways: the fingerprint of a
+data set draws a hundredth of the intensities, ``multiprocessing.cpu_count`` says 1, and what nnU-Net spawns is forked.
+docs/compatibility.md says so where its results come from this.
+
 Requests are lines of JSON on standard input, see ``commands.py``; the answers on standard output are exit codes.
 """
 

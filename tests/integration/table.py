@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from integration.workflow import STEP_NAMES, Result
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
@@ -23,9 +25,28 @@ def versions() -> dict[str, str]:
     return {**packages, "python": platform.python_version()}
 
 
-def write_results(path: Path, results: Sequence[Result], source: str, seconds: float) -> None:
+def commit() -> str:
+    """The commit of this repository, with a note if files differ from it; where git cannot tell, that."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            return subprocess.run(
+                ["git", *arguments], cwd=REPOSITORY, check=True, capture_output=True, text=True
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    name = git("rev-parse", "--short=10", "HEAD")
+    if name is None:
+        return "unknown (no git repository)"
+    return f"{name} with changes" if git("status", "--porcelain", "--untracked-files=no") else name
+
+
+def write_results(path: Path, results: Sequence[Result], source: str, seconds: float, harness: str) -> None:
     content = {
         "versions": versions(),
+        "commit": commit(),
+        "harness": harness,
         "data": source,
         "seconds": round(seconds),
         "results": [{**asdict(result), "seconds": round(result.seconds, 1), "log": str(result.log)} for result in results],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from integration.cell import FIVE_FOLDS, PLANNING, PLANS, Cell, Workspace
-from integration.commands import Runner, StepError
+from integration.commands import HARNESSES, Runner, StepError
 from integration.plans import CONFIGURATIONS, add_configurations
 from integration.schemes import Scheme, Source, write_dataset
 from integration.steps import STEPS, Step
@@ -58,17 +58,23 @@ class Selection:
 
 
 def run_workflow(
-    work: Workspace, source: Source, selection: Selection, n_workers: int, report: Callable[[Result], None]
+    work: Workspace,
+    source: Source,
+    selection: Selection,
+    n_workers: int,
+    report: Callable[[Result], None],
+    harness: str = "processes",
 ) -> list[Result]:
     """All steps of all cells; a step that fails stops those that need it and no other.
 
     Args:
         n_workers: schemes that are worked on at the same time, each with one thread.
         report: called with each result as it comes, also from other threads.
+        harness: how commands are run, see ``commands.HARNESSES``.
     """
 
     def run(scheme: Scheme) -> list[Result]:
-        with Runner() as runner:
+        with HARNESSES[harness]() as runner:
             return SchemeRun(work, source, scheme, selection, runner, report).results()
 
     with ThreadPoolExecutor(n_workers) as pool:
