@@ -181,9 +181,9 @@ def _progress(console: Console, title: str) -> Iterator[Callable[[int, int], Non
 
 
 def _write(args: argparse.Namespace, comparison: Comparison, console: Console) -> None:
+    from nnunetv2_e2enet.evaluation.comparison_tables import print_comparison
     from nnunetv2_e2enet.evaluation.export import as_csv, as_json
     from nnunetv2_e2enet.evaluation.provenance import command_line, provenance
-    from nnunetv2_e2enet.evaluation.tables import print_comparison
     from nnunetv2_e2enet.files import write_text
 
     facts = provenance(command_line("compare", args.results))
@@ -209,7 +209,7 @@ def _write(args: argparse.Namespace, comparison: Comparison, console: Console) -
 
 
 def _report(args: argparse.Namespace, comparison: Comparison, facts: dict[str, Any]) -> str:
-    from nnunetv2_e2enet.evaluation.report import report_html
+    from nnunetv2_e2enet.evaluation.report.page import report_html
     from nnunetv2_e2enet.evaluation.report.pictures import pictures
     from nnunetv2_e2enet.evaluation.sources import find_images
 

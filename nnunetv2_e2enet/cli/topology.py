@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from nnunetv2_e2enet.errors import E2ENetError
 
@@ -47,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from nnunetv2_e2enet.evaluation.topology.export import print_topology
     from nnunetv2_e2enet.evaluation.topology.sources import read_topologies
 
     for file in (args.report, None if args.json in (None, "-") else Path(args.json)):
@@ -56,35 +56,10 @@ def run(args: argparse.Namespace) -> int:
     with console.status("Reading checkpoints …"):
         folds = read_topologies(args.folder, args.folds)
     if args.json != "-":
-        _print(console, folds)
+        print_topology(console, folds)
     for file in _write(args, folds, console):
         console.print(f"Wrote {file}", soft_wrap=True)
     return 0
-
-
-def _print(console: Console, folds: Sequence[Fold]) -> None:
-    from nnunetv2_e2enet.evaluation.topology.export import fold_rows, share_rows
-
-    head, rows = fold_rows(folds)
-    counts = head.index("explored") + 1  # two tables, for 80 columns
-    console.print(_table("Connections", head[:counts], [row[:counts] for row in rows]))
-    flows = [[row[0], *row[counts:]] for row in rows]
-    head_of_nodes, nodes = share_rows(folds)
-    if nodes:
-        console.print(_table("Active connections of each flow", ["fold", *head[counts:]], flows))
-        console.print(_table("Active connections of each node, by direction", head_of_nodes, nodes))
-    for fold in folds:
-        if not fold.has_history:
-            console.print(f"{fold.name}: no history, {fold.why_no_history}.", soft_wrap=True)
-
-
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in head:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _write(args: argparse.Namespace, folds: Sequence[Fold], console: Console) -> list[Path]:
@@ -109,9 +84,9 @@ def _write(args: argparse.Namespace, folds: Sequence[Fold], console: Console) ->
 
 
 def _draw(args: argparse.Namespace, folds: Sequence[Fold], facts: dict[str, Any]) -> list[Path]:
+    from nnunetv2_e2enet.evaluation.report.drawing import png, svg
     from nnunetv2_e2enet.evaluation.topology.figures import views
     from nnunetv2_e2enet.evaluation.topology.page import topology_html
-    from nnunetv2_e2enet.evaluation.topology.style import png, svg
     from nnunetv2_e2enet.files import write_bytes, write_text
 
     drawn = views(folds)
