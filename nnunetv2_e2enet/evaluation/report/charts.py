@@ -36,7 +36,7 @@ def legend(index: int) -> str:
     """The mark of a model as a small ``svg`` element."""
     colour, marker = model_style(index)
     with style():
-        figure = Figure(figsize=(0.2, 0.2))
+        figure = Figure(figsize=(0.2, 0.2), facecolor="none")
         figure.add_artist(Line2D([0.5], [0.5], marker=marker, color=colour, markersize=8, linestyle="none"))
         return inline_svg(figure, f"legend-{index}", "").replace('role="img" aria-label=""', 'aria-hidden="true"')
 
@@ -112,7 +112,9 @@ def box_plots(comparison: Comparison, metric: Metric) -> Chart:
     }
     figure, [[axes]] = new_figure(0.75 + len(results.classes) * (0.14 * len(results.models) + 0.12))
     end = 1.0 if metric.higher_is_better else 1.25 * max([box["whishi"] for box in boxes.values()], default=0.0) or 1.0
-    axes.set(xlim=(0, end), ylim=(len(results.classes) - 0.5, -0.5))  # what lies beyond would squeeze all boxes
+    axes.set(
+        xlim=(-0.02 * end, 1.02 * end), ylim=(len(results.classes) - 0.5, -0.5)
+    )  # what lies beyond would squeeze all boxes
     for (i, k), box in boxes.items():
         y = k + (i - (len(results.models) - 1) / 2) * step
         _draw_box(axes, box, y, 0.8 * step, i, f"{results.classes[k]}, {results.models[i]}")
@@ -234,18 +236,20 @@ def critical_differences(comparison: Comparison, metric: Metric) -> Chart:
     drawn = critical_difference_diagram(
         pd.Series(test.mean_ranks, names),
         pd.DataFrame(test.p_nemenyi, names, names),
-        cd=test.critical_difference,
         ax=axes,
         label_fmt_left="{label} ({rank:.2f})",
         label_fmt_right="{label} ({rank:.2f})",
-        label_props={"fontsize": 8.5},
+        label_props={"fontsize": 9},
+        text_h_margin=0.08,
         crossbar_props={"color": INK, "linewidth": 3},
         marker_props={"s": 25},
         color_palette={name: model_style(i)[0] for i, name in enumerate(names)},
     )
     for label in drawn["labels"]:
         label.set_color(INK)
+    axes.spines["top"].set_visible(True)
+    axes.set(xlim=(0.8, len(names) + 0.2), xticks=range(1, len(names) + 1))
     listed = sorted(zip(test.mean_ranks, names, strict=True))
     words = f"Mean ranks: {', '.join(f'{name} {rank:.2f}' for rank, name in listed)}. "
-    words += f"Critical difference {test.critical_difference:.2f}"
-    return Chart(f"ranks-{metric.key}", f"Critical difference diagram, {metric.title}", "", figure, words)
+    caption = f"Critical difference {test.critical_difference:.2f}"
+    return Chart(f"ranks-{metric.key}", f"Critical difference diagram, {metric.title}", f"{caption}.", figure, words + caption)

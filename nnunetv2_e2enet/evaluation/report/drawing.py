@@ -40,7 +40,7 @@ _SETTINGS: Any = {
     "font.size": 9,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
-    "axes.labelsize": 9,
+    "axes.labelsize": 9.5,
     "axes.linewidth": 0.8,
     "axes.axisbelow": True,
     "axes.spines.top": False,
@@ -48,8 +48,8 @@ _SETTINGS: Any = {
     "text.color": INK,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "legend.frameon": False,
@@ -57,7 +57,6 @@ _SETTINGS: Any = {
     "lines.linewidth": 1.6,
     "figure.facecolor": PAPER,
     "axes.facecolor": "none",
-    "savefig.facecolor": PAPER,
     "svg.fonttype": "none",
     "svg.hashsalt": "e2enet",
 }
@@ -117,7 +116,7 @@ def png(figure: Figure) -> bytes:
 
 def svg(figure: Figure) -> str:
     with style(), io.StringIO() as buffer:
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="auto")
         return buffer.getvalue()
 
 
