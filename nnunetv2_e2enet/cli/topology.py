@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from nnunetv2_e2enet.cli.output import add_json_argument, check_folders, console_for, say_written, write_json
 from nnunetv2_e2enet.errors import E2ENetError
 
 if TYPE_CHECKING:
@@ -36,51 +36,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folds", nargs="+", default=[], metavar="F", help="of a model folder (default: all)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write one HTML page that needs nothing else")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="write each figure as PNG and SVG")
-    parser.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="write everything as JSON; without FILE, print it and nothing else",
-    )
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from nnunetv2_e2enet.evaluation.topology.export import print_topology
     from nnunetv2_e2enet.evaluation.topology.sources import read_topologies
 
-    for file in (args.report, None if args.json in (None, "-") else Path(args.json)):
-        if file is not None and not file.resolve().parent.is_dir():
-            raise E2ENetError(f"cannot write {file}: the folder {file.parent} is missing; make it, or choose another place")
-    console = Console(highlight=False, stderr=args.json == "-")
+    check_folders(args, "report")
+    console = console_for(args)
     with console.status("Reading checkpoints …"):
         folds = read_topologies(args.folder, args.folds)
     if args.json != "-":
         print_topology(console, folds)
-    for file in _write(args, folds, console):
-        console.print(f"Wrote {file}", soft_wrap=True)
+    say_written(console, _write(args, folds, console))
     return 0
 
 
 def _write(args: argparse.Namespace, folds: Sequence[Fold], console: Console) -> list[Path]:
-    from nnunetv2_e2enet.evaluation.export import plain
     from nnunetv2_e2enet.evaluation.provenance import command_line, provenance
     from nnunetv2_e2enet.evaluation.topology.export import as_json
-    from nnunetv2_e2enet.files import write_text
 
     facts = provenance(command_line("topology", [str(args.folder)]))
     written: list[Path] = []
     if args.report is not None or args.figures is not None:
         with console.status("Drawing …"):
             written += _draw(args, folds, facts)
-    if args.json is not None:
-        text = json.dumps(plain(as_json(folds, facts)), indent=1, allow_nan=False)
-        if args.json == "-":
-            print(text)
-        else:
-            write_text(Path(args.json), text + "\n")
-            written.append(Path(args.json))
-    return written
+    return written + write_json(args, as_json(folds, facts))
 
 
 def _draw(args: argparse.Namespace, folds: Sequence[Fold], facts: dict[str, Any]) -> list[Path]:

@@ -17,10 +17,10 @@ FORMAT = 1
 
 
 def as_json(comparison: Comparison, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Plain data; a number that is not defined is null."""
+    """Everything as data, for ``plain``; a number that is not defined is NaN."""
     cases = comparison.results.frame
     metrics = nested(cases.drop(columns="fold"), "case", "model", "class")
-    content: dict[str, Any] = {
+    return {
         "format": FORMAT,
         "provenance": provenance,
         "metrics": {m.key: {"unit": m.unit, "higher_is_better": m.higher_is_better} for m in METRICS},
@@ -38,7 +38,6 @@ def as_json(comparison: Comparison, provenance: dict[str, Any]) -> dict[str, Any
         "failures": comparison.failures.to_dict("records"),
         "cases": [{"case": c.name, "fold": c.fold, "models": metrics[c.name]} for c in comparison.results.cases],
     }
-    return {key: plain(value) for key, value in content.items()}
 
 
 def as_csv(comparison: Comparison) -> str:
