@@ -208,7 +208,7 @@ def _evolve(network: torch.nn.Module, file: Path, fold: int) -> dict[str, Any]:
 
 
 class Tables(HTMLParser):
-    """The cells of all tables of a page, row by row; a second line of a cell follows after a space."""
+    """The cells of all tables of a page, row by row, without heads; a second line of a cell follows after a space."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -219,14 +219,14 @@ class Tables(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:  # noqa: ARG002
         if tag == "tr":
             self.rows.append([])
-        elif tag in ("td", "th"):
+        elif tag == "td":
             self._in_cell = True
             self.rows[-1].append("")
         elif self._in_cell:
             self.rows[-1][-1] += " "
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th"):
+        if tag == "td":
             self._in_cell = False
             self.rows[-1][-1] = " ".join(self.rows[-1][-1].split())
 
@@ -279,7 +279,7 @@ def _written(study: Study, command: list[str], *options: str) -> Numbers:
 
 
 def _without_paths(rows: list[list[str]]) -> list[list[str]]:
-    return [row for row in rows if not any("STUDY" in cell for cell in row)]
+    return [row for row in rows if row and not any("STUDY" in cell for cell in row)]
 
 
 def main_program() -> None:

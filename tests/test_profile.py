@@ -213,7 +213,9 @@ def test_data_set_and_model_folder(
 
 def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
     for shell in ("bash", "zsh"):
-        assert main(["completion", shell]) == 0
+        with pytest.raises(SystemExit) as ended:
+            main(["completion", shell])
+        assert ended.value.code == 0
         script = capsys.readouterr().out
         assert "--report" in script
         assert "profile" in script

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nnunetv2_e2enet.cli.output import add_json_argument, check_folders, console_for, say_written, write_json
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.requirements import check_evaluation_extra
 
@@ -77,13 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--report", type=Path, metavar="FILE", help="write one HTML page that needs nothing else")
     output.add_argument("--images", type=Path, metavar="DIR", help="images for the report (default: imagesTr of the data set)")
     output.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each case, model and class")
-    output.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="write everything as JSON; without FILE, print it and nothing else",
-    )
+    add_json_argument(output)
     work = parser.add_argument_group("work")
     work.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
     work.add_argument("--cache", type=Path, metavar="DIR", help="of measured cases (default: in the user's cache folder)")
@@ -93,15 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_evaluation_extra()
     _check(args)
-    console = Console(highlight=False, stderr=args.json == "-")
+    console = console_for(args)
     _write(args, _compare(args, console), console)
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    for file in (args.report, args.csv, None if args.json in (None, "-") else Path(args.json)):
-        if file is not None and not file.resolve().parent.is_dir():
-            raise E2ENetError(f"cannot write {file}: the folder {file.parent} is missing; make it, or choose another place")
+    check_folders(args, "report", "csv")
     if args.workers is not None and args.workers < 1:
         raise E2ENetError(f"--workers {args.workers}: at least one is needed")
     if min(args.weights) < 0:
@@ -181,9 +173,9 @@ def _progress(console: Console, title: str) -> Iterator[Callable[[int, int], Non
 
 
 def _write(args: argparse.Namespace, comparison: Comparison, console: Console) -> None:
+    from nnunetv2_e2enet.evaluation.comparison_tables import print_comparison
     from nnunetv2_e2enet.evaluation.export import as_csv, as_json
     from nnunetv2_e2enet.evaluation.provenance import command_line, provenance
-    from nnunetv2_e2enet.evaluation.tables import print_comparison
     from nnunetv2_e2enet.files import write_text
 
     facts = provenance(command_line("compare", args.results))
@@ -197,19 +189,12 @@ def _write(args: argparse.Namespace, comparison: Comparison, console: Console) -
     if args.csv is not None:
         write_text(args.csv, as_csv(comparison))
         written.append(args.csv)
-    if args.json is not None:
-        text = json.dumps(as_json(comparison, facts), indent=1, allow_nan=False)
-        if args.json == "-":
-            print(text)
-        else:
-            write_text(Path(args.json), text + "\n")
-            written.append(Path(args.json))
-    for file in written:
-        console.print(f"Wrote {file}", soft_wrap=True)
+    written += write_json(args, as_json(comparison, facts))
+    say_written(console, written)
 
 
 def _report(args: argparse.Namespace, comparison: Comparison, facts: dict[str, Any]) -> str:
-    from nnunetv2_e2enet.evaluation.report import report_html
+    from nnunetv2_e2enet.evaluation.report.page import report_html
     from nnunetv2_e2enet.evaluation.report.pictures import pictures
     from nnunetv2_e2enet.evaluation.sources import find_images
 

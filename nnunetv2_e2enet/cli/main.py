@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+import shtab
+
 from nnunetv2_e2enet import __version__
 from nnunetv2_e2enet.cli import (
     compare,
-    completion,
     crossval,
     demo,
     export,
@@ -25,6 +26,12 @@ from nnunetv2_e2enet.cli import (
 )
 from nnunetv2_e2enet.errors import E2ENetError
 
+COMPLETION = "print what makes your shell complete e2enet's commands and options"
+COMPLETION_EXAMPLES = """\
+examples:
+  e2enet completion bash > ~/.local/share/bash-completion/completions/e2enet
+  e2enet completion zsh > FOLDER_IN_FPATH/_e2enet
+"""
 COMMANDS: dict[str, ModuleType] = {
     "register": register,
     "unregister": unregister,
@@ -38,7 +45,6 @@ COMMANDS: dict[str, ModuleType] = {
     "compare": compare,
     "topology": topology,
     "demo": demo,
-    "completion": completion,
 }
 
 
@@ -51,6 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=module.HELP, description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         module.add_arguments(subparser)
+    completion = subparsers.add_parser(
+        "completion",
+        help=COMPLETION,
+        description=COMPLETION,
+        epilog=COMPLETION_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shtab.add_argument_to(completion, "shell", help="bash unless given", parent=parser)
     return parser
 
 

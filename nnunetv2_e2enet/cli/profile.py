@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nnunetv2_e2enet.cli.output import add_json_argument, check_folders, console_for, say_written, write_json
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.choices import BESIDE, SPARSITIES
 
@@ -62,20 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measure.add_argument("--batch-size", type=int, metavar="N", help="of the training step (default: that of the plans)")
     measure.add_argument("--no-memory", action="store_true", help="do not measure memory")
     measure.add_argument("--no-time", action="store_true", help="do not measure time")
-    parser.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="write everything as JSON; without FILE, print it and nothing else",
-    )
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from nnunetv2_e2enet.evaluation.profile import profile, steps
     from nnunetv2_e2enet.evaluation.subjects import Request, designs
 
-    console = Console(highlight=False, stderr=args.json == "-")
+    check_folders(args)
+    console = console_for(args)
     settings = _settings(args)
     request = Request(args.subjects, args.configuration, args.trainer, args.dataset_json, args.beside, args.sparsity)
     with console.status("Looking at the plans …"):
@@ -114,27 +109,18 @@ def _write(args: argparse.Namespace, console: Console, profiles: list[Profile], 
     from dataclasses import asdict
 
     from nnunetv2_e2enet.engine.status import status
-    from nnunetv2_e2enet.evaluation.export import plain
     from nnunetv2_e2enet.evaluation.profile_tables import print_profiles
     from nnunetv2_e2enet.evaluation.provenance import command_line, provenance
-    from nnunetv2_e2enet.files import write_text
 
     engine = status().reason if settings.device == "cpu" else "the CPU engine is not used on CUDA"
     if args.json != "-":
         print_profiles(console, profiles, settings, args.levels, args.flows)
         if settings.with_time or settings.with_memory:
             console.print(f"E2ENet: {engine}.", soft_wrap=True)
-    if args.json is None:
-        return
     content = {
         "format": 1,
         "provenance": provenance(command_line("profile", args.subjects)),
         "settings": {**asdict(settings), "engine": engine},
         "profiles": [p.as_json() for p in profiles],
     }
-    text = json.dumps(plain(content), indent=1, allow_nan=False)
-    if args.json == "-":
-        print(text)
-        return
-    write_text(Path(args.json), text + "\n")
-    console.print(f"Wrote {args.json}", soft_wrap=True)
+    say_written(console, write_json(args, content))

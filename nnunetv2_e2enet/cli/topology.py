@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
+from nnunetv2_e2enet.cli.output import add_json_argument, check_folders, console_for, say_written, write_json
 from nnunetv2_e2enet.errors import E2ENetError
 
 if TYPE_CHECKING:
@@ -37,81 +36,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folds", nargs="+", default=[], metavar="F", help="of a model folder (default: all)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write one HTML page that needs nothing else")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="write each figure as PNG and SVG")
-    parser.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="write everything as JSON; without FILE, print it and nothing else",
-    )
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from nnunetv2_e2enet.evaluation.topology.export import print_topology
     from nnunetv2_e2enet.evaluation.topology.sources import read_topologies
 
-    for file in (args.report, None if args.json in (None, "-") else Path(args.json)):
-        if file is not None and not file.resolve().parent.is_dir():
-            raise E2ENetError(f"cannot write {file}: the folder {file.parent} is missing; make it, or choose another place")
-    console = Console(highlight=False, stderr=args.json == "-")
+    check_folders(args, "report")
+    console = console_for(args)
     with console.status("Reading checkpoints …"):
         folds = read_topologies(args.folder, args.folds)
     if args.json != "-":
-        _print(console, folds)
-    for file in _write(args, folds, console):
-        console.print(f"Wrote {file}", soft_wrap=True)
+        print_topology(console, folds)
+    say_written(console, _write(args, folds, console))
     return 0
 
 
-def _print(console: Console, folds: Sequence[Fold]) -> None:
-    from nnunetv2_e2enet.evaluation.topology.export import fold_rows, share_rows
-
-    head, rows = fold_rows(folds)
-    counts = head.index("explored") + 1  # two tables, for 80 columns
-    console.print(_table("Connections", head[:counts], [row[:counts] for row in rows]))
-    flows = [[row[0], *row[counts:]] for row in rows]
-    head_of_nodes, nodes = share_rows(folds)
-    if nodes:
-        console.print(_table("Active connections of each flow", ["fold", *head[counts:]], flows))
-        console.print(_table("Active connections of each node, by direction", head_of_nodes, nodes))
-    for fold in folds:
-        if not fold.has_history:
-            console.print(f"{fold.name}: no history, {fold.why_no_history}.", soft_wrap=True)
-
-
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in head:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def _write(args: argparse.Namespace, folds: Sequence[Fold], console: Console) -> list[Path]:
-    from nnunetv2_e2enet.evaluation.export import plain
     from nnunetv2_e2enet.evaluation.provenance import command_line, provenance
     from nnunetv2_e2enet.evaluation.topology.export import as_json
-    from nnunetv2_e2enet.files import write_text
 
     facts = provenance(command_line("topology", [str(args.folder)]))
     written: list[Path] = []
     if args.report is not None or args.figures is not None:
         with console.status("Drawing …"):
             written += _draw(args, folds, facts)
-    if args.json is not None:
-        text = json.dumps(plain(as_json(folds, facts)), indent=1, allow_nan=False)
-        if args.json == "-":
-            print(text)
-        else:
-            write_text(Path(args.json), text + "\n")
-            written.append(Path(args.json))
-    return written
+    return written + write_json(args, as_json(folds, facts))
 
 
 def _draw(args: argparse.Namespace, folds: Sequence[Fold], facts: dict[str, Any]) -> list[Path]:
+    from nnunetv2_e2enet.evaluation.report.drawing import png, svg
     from nnunetv2_e2enet.evaluation.topology.figures import views
     from nnunetv2_e2enet.evaluation.topology.page import topology_html
-    from nnunetv2_e2enet.evaluation.topology.style import png, svg
     from nnunetv2_e2enet.files import write_bytes, write_text
 
     drawn = views(folds)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
+import pandas as pd
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.costs import Costs, count_costs
@@ -17,6 +18,7 @@ from nnunetv2_e2enet.evaluation.networks import Training, model_design, read_tra
 from nnunetv2_e2enet.evaluation.profile import Profile, Settings
 from nnunetv2_e2enet.evaluation.sources import Source
 from nnunetv2_e2enet.evaluation.statistics import (
+    MEAN,
     Interval,
     PairedTest,
     RankTest,
@@ -27,23 +29,6 @@ from nnunetv2_e2enet.evaluation.statistics import (
 )
 
 FAILURE_DICE = 0.5
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A class of a case on which a model failed.
-
-    Attributes:
-        kind: ``missed`` (in the reference alone), ``invented`` (in the prediction alone) or ``low Dice``.
-    """
-
-    model: str
-    case: str
-    label: str
-    kind: str
-    dice: float
-    reference_ml: float
-    prediction_ml: float
 
 
 @dataclass(frozen=True)
@@ -77,10 +62,14 @@ class Comparison:
 
     Attributes:
         tolerances: of the surface Dice in mm, by class.
-        intervals: by metric, model, and class or ``mean``.
+        results: the metrics of each case; its ``frame`` has a row for each case, model and class.
+        means: by metric, model and scope (class or ``mean``), the columns ``mean``, ``low``, ``high``, ``n`` of ``Interval``.
         fold_means: foreground mean of each metric, by model and fold; empty where there are no folds.
         paired: tests by metric, of two models.
         ranked: tests by metric, of three or more.
+        failures: classes of cases on which a model failed, worst first: ``model``, ``case``, ``label``, ``kind`` (``missed``,
+            in the reference alone; ``invented``, in the prediction alone; ``low Dice``), ``dice``, ``reference_ml``,
+            ``prediction_ml``.
         scores: performance trade-off by model, with active and with executed arithmetic; empty where costs are unknown.
         weights: ``a1`` and ``a2`` of the scores.
         profiles, settings: measurements of the models' memory and time, where they were asked for.
@@ -90,11 +79,11 @@ class Comparison:
     labels: Labels
     tolerances: list[float]
     results: Results
-    intervals: dict[str, dict[str, dict[str, Interval]]]
+    means: pd.DataFrame
     fold_means: dict[str, dict[str, dict[str, float]]]
     paired: dict[str, list[PairedTest]]
     ranked: dict[str, list[RankTest]]
-    failures: list[Failure]
+    failures: pd.DataFrame
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     weights: tuple[float, float] = (1.0, 1.0)
     profiles: list[Profile] = field(default_factory=list)
@@ -103,6 +92,15 @@ class Comparison:
     @property
     def names(self) -> list[str]:
         return [model.name for model in self.models]
+
+    def interval(self, metric: str, model: str, scope: str = MEAN) -> Interval:
+        """A mean of one model, of a class or over the classes."""
+        row = self.means.loc[(metric, model, scope)]
+        return Interval(float(row["mean"]), float(row["low"]), float(row["high"]), int(row["n"]))
+
+    def overall(self, metric: str) -> RankTest:
+        """The test of three or more models on the mean over classes."""
+        return next(test for test in self.ranked[metric] if test.scope == MEAN)
 
 
 def compare(
@@ -115,13 +113,6 @@ def compare(
     seed: int = 0,
 ) -> Comparison:
     """The statistics of finished measurements. ``seed`` is that of the bootstrap; the same seed gives the same intervals."""
-    intervals = {
-        metric.key: {
-            name: class_intervals(results.values[metric.key][i], results.classes, seed)
-            for i, name in enumerate(results.models)
-        }
-        for metric in METRICS
-    }
     two = len(results.models) == 2
     tests = results.values
     comparison = Comparison(
@@ -129,7 +120,7 @@ def compare(
         labels,
         list(tolerances),
         results,
-        intervals,
+        _means(results, seed),
         _fold_means(results),
         {m.key: paired_tests(tests[m.key], results.classes, seed) for m in METRICS} if two else {},
         {m.key: rank_tests(tests[m.key], results.classes, m.higher_is_better) for m in METRICS} if not two else {},
@@ -169,17 +160,25 @@ def _fold_means(results: Results) -> dict[str, dict[str, dict[str, float]]]:
     return means
 
 
-def _failures(results: Results, failure_dice: float) -> list[Failure]:
+def _means(results: Results, seed: int) -> pd.DataFrame:
+    rows = [
+        {"metric": metric.key, "model": model, "scope": scope, **asdict(interval)}
+        for metric in METRICS
+        for model, values in zip(results.models, results.values[metric.key], strict=True)
+        for scope, interval in class_intervals(values, results.classes, seed).items()
+    ]
+    return pd.DataFrame(rows).set_index(["metric", "model", "scope"])
+
+
+def _failures(results: Results, failure_dice: float) -> pd.DataFrame:
     """Worst first: by Dice, then by how much of the reference is concerned."""
-    dice, reference, prediction = (results.values[key] for key in ("dice", "reference_ml", "prediction_ml"))
-    failures = []
-    for i, j, k in np.argwhere(dice < failure_dice):
-        volumes = float(reference[i, j, k]), float(prediction[i, j, k])
-        kind = "missed" if volumes[1] == 0 else "invented" if volumes[0] == 0 else "low Dice"
-        failures.append(
-            Failure(results.models[i], results.cases[j].name, results.classes[k], kind, float(dice[i, j, k]), *volumes)
-        )
-    return sorted(failures, key=lambda f: (f.dice, -max(f.reference_ml, f.prediction_ml)))
+    frame = results.frame
+    failed = frame[frame["dice"] < failure_dice]
+    kinds = np.select([failed["prediction_ml"] == 0, failed["reference_ml"] == 0], ["missed", "invented"], "low Dice")
+    volumes = ["reference_ml", "prediction_ml"]
+    ranks = failed["model"].map(results.models.index)
+    ordered = failed.assign(kind=kinds, size=-failed[volumes].max(axis=1), rank=ranks).sort_values(["dice", "size", "rank"])
+    return ordered.rename(columns={"class": "label"})[["model", "case", "label", "kind", "dice", *volumes]]
 
 
 def _scores(comparison: Comparison) -> dict[str, dict[str, float]]:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from nnunetv2_e2enet.evaluation.comparison import Comparison
-from nnunetv2_e2enet.evaluation.metrics import METRICS, ClassMetrics
+from nnunetv2_e2enet.evaluation.comparison import Comparison, ModelFacts
+from nnunetv2_e2enet.evaluation.metrics import METRICS
 
 FORMAT = 1
 """Of the JSON; raised when a key changes its meaning."""
 
 
 def as_json(comparison: Comparison, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Plain data; what is not defined is null."""
-    results = comparison.results
-    content: dict[str, Any] = {
+    """Everything as data, for ``plain``; a number that is not defined is NaN."""
+    cases = comparison.results.frame
+    metrics = nested(cases.drop(columns="fold"), "case", "model", "class")
+    return {
         "format": FORMAT,
         "provenance": provenance,
         "metrics": {m.key: {"unit": m.unit, "higher_is_better": m.higher_is_better} for m in METRICS},
@@ -28,54 +28,38 @@ def as_json(comparison: Comparison, provenance: dict[str, Any]) -> dict[str, Any
             {"name": name, "values": list(values), "tolerance_mm": tolerance}
             for (name, values), tolerance in zip(comparison.labels.classes.items(), comparison.tolerances, strict=True)
         ],
-        "models": [_model(comparison, name) for name in comparison.names],
-        "means": {
-            metric: {model: {scope: asdict(i) for scope, i in scopes.items()} for model, scopes in models.items()}
-            for metric, models in comparison.intervals.items()
-        },
+        "models": [_model(model) for model in comparison.models],
+        "means": nested(comparison.means.reset_index(), "metric", "model", "scope"),
         "fold_means": comparison.fold_means,
         "paired_tests": {metric: [asdict(test) for test in tests] for metric, tests in comparison.paired.items()},
         "rank_tests": {metric: [asdict(test) for test in tests] for metric, tests in comparison.ranked.items()},
         "trade_off": {"a1": comparison.weights[0], "a2": comparison.weights[1], "scores": comparison.scores},
         "profiles": {"settings": asdict(comparison.settings), "models": [p.as_json() for p in comparison.profiles]},
-        "failures": [asdict(failure) for failure in comparison.failures],
-        "cases": [
-            {
-                "case": case.name,
-                "fold": case.fold,
-                "models": {
-                    model: {
-                        label: {name: results.values[name][i, j, k] for name in ClassMetrics._fields}
-                        for k, label in enumerate(results.classes)
-                    }
-                    for i, model in enumerate(results.models)
-                },
-            }
-            for j, case in enumerate(results.cases)
-        ],
+        "failures": comparison.failures.to_dict("records"),
+        "cases": [{"case": c.name, "fold": c.fold, "models": metrics[c.name]} for c in comparison.results.cases],
     }
-    return {key: plain(value) for key, value in content.items()}
 
 
 def as_csv(comparison: Comparison) -> str:
     """Columns: case, fold, model, class, and the fields of ``ClassMetrics``; empty where a number is not defined."""
-    results = comparison.results
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["case", "fold", "model", "class", *ClassMetrics._fields])
-    for j, case in enumerate(results.cases):
-        for i, model in enumerate(results.models):
-            for k, label in enumerate(results.classes):
-                numbers = [float(results.values[name][i, j, k]) for name in ClassMetrics._fields]
-                cells = ["" if math.isnan(n) else repr(n) for n in numbers]
-                writer.writerow([case.name, case.fold if case.fold is not None else "", model, label, *cells])
-    return text.getvalue()
+    text: str = comparison.results.frame.to_csv(index=False, lineterminator="\n")
+    return text
 
 
-def _model(comparison: Comparison, name: str) -> dict[str, Any]:
-    facts = next(model for model in comparison.models if model.name == name)
+def nested(frame: pd.DataFrame, *keys: str) -> dict[str, Any]:
+    """Rows as dictionaries in dictionaries, by the values of the columns ``keys``."""
+    content: dict[str, Any] = {}
+    for record in frame.to_dict("records"):
+        place = content
+        for key in keys:
+            place = place.setdefault(record.pop(key), {})
+        place.update(record)
+    return content
+
+
+def _model(facts: ModelFacts) -> dict[str, Any]:
     return {
-        "name": name,
+        "name": facts.name,
         "folder": str(facts.source.folder),
         "model_folder": None if facts.source.model is None else str(facts.source.model),
         "architecture": facts.architecture,

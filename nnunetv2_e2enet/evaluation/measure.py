@@ -50,7 +50,7 @@ class Results:
 
     @property
     def frame(self) -> pd.DataFrame:
-        """A row for each case, model and class: ``case``, ``fold``, ``model``, ``class`` and the fields of ``ClassMetrics``."""
+        """A row for each case, model and class: the columns ``case``, ``fold``, ``model``, ``class`` and the metrics."""
         rows = [(case.name, case.fold, model, label) for case in self.cases for model in self.models for label in self.classes]
         names = pd.DataFrame(rows, columns=["case", "fold", "model", "class"], dtype=object)
         numbers = {name: values.transpose(1, 0, 2).reshape(-1) for name, values in self.values.items()}

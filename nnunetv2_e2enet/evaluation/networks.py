@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from copy import deepcopy
@@ -225,8 +224,11 @@ def residual_encoder_variant(design: Design) -> Design:
 
 def dataset_folder(name: str) -> Path | None:
     """The folder of a data set, by name or number, in ``nnUNet_preprocessed``; None where there is none."""
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
     root = os.environ.get("nnUNet_preprocessed")
-    if not root or not re.fullmatch(r"\d{1,3}|Dataset\d{3}_.+", name):
+    try:
+        folder = Path(root or "") / maybe_convert_to_dataset_name(name)
+    except (ValueError, RuntimeError):  # neither a name nor a number; or a number that none or several data sets have
         return None
-    pattern = f"Dataset{int(name):03d}_*" if name.isdigit() else name
-    return next((folder for folder in sorted(Path(root).glob(pattern)) if folder.is_dir()), None)
+    return folder if root and folder.is_dir() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from nnunetv2_e2enet.evaluation.metrics import Metric
 from nnunetv2_e2enet.evaluation.statistics import Interval
@@ -47,3 +48,8 @@ def giga(number: float) -> str:
 
 def gib(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.2f} GiB"
+
+
+def sizes(voxels: Iterable[int]) -> str:
+    """Of a patch: ``64 × 160 × 160``."""  # noqa: RUF002
+    return " × ".join(map(str, voxels))  # noqa: RUF001

@@ -1,16 +1,17 @@
-"""Profiles in the terminal."""
+"""Profiles in tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 
-from rich import box
+import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
-from nnunetv2_e2enet.evaluation.numbers import NOTHING, gib, giga, millions
+from nnunetv2_e2enet.evaluation.numbers import NOTHING, gib, giga, millions, sizes
 from nnunetv2_e2enet.evaluation.profile import Profile, Settings
+from nnunetv2_e2enet.evaluation.tables import Table
 
 COLUMNS = (
     "Stored: in memory and checkpoints. Dense: all connections. Active: those that the sparse topology leaves, and the dense "
@@ -20,52 +21,50 @@ COLUMNS = (
 
 
 def print_profiles(console: Console, profiles: list[Profile], settings: Settings, levels: bool, flows: bool) -> None:
-    console.print(_counts(profiles))
+    """Counts, measurements, and the costs of levels or flows where they are asked for."""
+    _counts(profiles).print(console)
     console.print(COLUMNS)
     if len({p.patch_size for p in profiles}) > 1:
         console.print("The patches differ, so multiply-accumulates, memory and time are not of the same amount of image.")
     if settings.with_memory or settings.with_time:
         console.print()
-        console.print(measured(profiles, settings))
+        measurements(profiles, settings).print(console)
         console.print(how_measured(settings))
     for p in profiles:
         if p.note:
             console.print(f"{p.name}: {p.note}")
         if levels or flows:
-            console.print(_parts(p, flows))
+            _parts(p, flows).print(console)
 
 
 def _counts(profiles: list[Profile]) -> Table:
-    table = _table("Parameters, and multiply-accumulates (MAC) of one patch")
-    table.add_column("network", overflow="fold")
-    table.add_column("patch", no_wrap=True)
-    for title in ("stored\nparam.", "active\nparam.", "dense\nMAC", "active\nMAC", "executed\nMAC"):
-        table.add_column(title, justify="right")
+    head = ["network", "patch", "stored\nparam.", "active\nparam.", "dense\nMAC", "active\nMAC", "executed\nMAC"]
+    rows = []
     for p in profiles:
         c = p.costs
-        table.add_row(
-            p.name,
-            "x".join(map(str, p.patch_size)),
-            *(millions(n) for n in (c.parameters_stored, c.parameters_active)),
-            *(giga(n) for n in (c.macs_dense, c.macs_active, c.macs_executed)),
-        )
-    return table
+        counted = [millions(n) for n in (c.parameters_stored, c.parameters_active)]
+        counted += [giga(n) for n in (c.macs_dense, c.macs_active, c.macs_executed)]
+        rows.append([p.name, sizes(p.patch_size), *counted])
+    return Table.of("Parameters, and multiply-accumulates (MAC) of one patch", head, rows, words=2)
 
 
-def measured(profiles: Sequence[Profile], settings: Settings) -> Table:
-    table = _table(f"Measured on {settings.device}, {settings.threads} threads, {settings.dtype}")
-    table.add_column("network", overflow="fold")
-    for title in ("training\npeak", "prediction\npeak", "patch\nmedian", "quartiles", "Mvoxel/s"):
-        table.add_column(title, justify="right")
+def measurements(profiles: Sequence[Profile], settings: Settings, with_patch: bool = False) -> Table:
+    """Peaks of memory, and time."""
+    head = ["network", "training\npeak", "prediction\npeak", "patch\nmedian", "quartiles", "Mvoxel/s", "batch", "patch"]
+    rows = []
     for p in profiles:
         peaks = [NOTHING if math.isnan(n) else gib(n) for n in (p.training_bytes, p.prediction_bytes)]
         low, median, high = p.latency
         times = [f"{median:.3f} s", f"{low:.3f} to {high:.3f}", f"{p.voxels_per_second / 1e6:.2f}"]
-        table.add_row(p.name, *peaks, *([NOTHING] * 3 if math.isnan(median) else times))
-    return table
+        times = [NOTHING] * 3 if math.isnan(median) else times
+        rows.append([p.name, *peaks, *times, str(p.batch_size), sizes(p.patch_size)])
+    title = f"Measured on {settings.device}, {settings.threads} threads, {settings.dtype}"
+    table = Table.of(title, head, rows)
+    return table if with_patch else Table(title, table.frame.drop(columns=["batch", "patch"]))
 
 
 def how_measured(settings: Settings) -> str:
+    """The measurements in words."""
     batch = "the plans' batch" if settings.batch_size is None else f"a batch of {settings.batch_size}"
     parts = []
     if settings.with_memory:
@@ -77,21 +76,15 @@ def how_measured(settings: Settings) -> str:
 
 
 def _parts(p: Profile, flows: bool) -> Table:
-    table = _table(f"{p.name}: costs by level (0 is the finest)" + (" and flow" if flows else ""))
-    table.add_column("level")
-    if flows:
-        table.add_column("flow")
-    for title in ("stored\nparam.", "active\nparam.", "dense\nMAC", "active\nMAC"):
-        table.add_column(title, justify="right")
-    rows: dict[tuple[str, ...], list[int]] = {}
-    for share in p.shares:
-        key: tuple[str, ...] = (str(share.level), share.flow) if flows else (str(share.level),)
-        numbers = (share.parameters_stored, share.parameters_active, share.macs_dense, share.macs_active)
-        rows[key] = [a + b for a, b in zip(rows.get(key, [0] * 4), numbers, strict=True)]
-    for place, (stored, active, dense, left) in rows.items():
-        table.add_row(*place, millions(stored), millions(active), giga(dense), giga(left))
-    return table
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    keys = ["level", "flow"] if flows else ["level"]
+    sums = pd.DataFrame([asdict(share) for share in p.shares]).groupby(keys, sort=False).sum(numeric_only=True)
+    text = pd.DataFrame(
+        {
+            "stored\nparam.": sums["parameters_stored"].map(millions),
+            "active\nparam.": sums["parameters_active"].map(millions),
+            "dense\nMAC": sums["macs_dense"].map(giga),
+            "active\nMAC": sums["macs_active"].map(giga),
+        }
+    ).reset_index()
+    title = f"{p.name}: costs by level (0 is the finest)" + (" and flow" if flows else "")
+    return Table(title, text.astype({"level": str}), words=len(keys))

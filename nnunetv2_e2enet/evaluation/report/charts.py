@@ -4,56 +4,81 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from math import ceil
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cbook import boxplot_stats
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet.evaluation.comparison import Comparison
-from nnunetv2_e2enet.evaluation.measure import nan_mean
 from nnunetv2_e2enet.evaluation.metrics import Metric
-from nnunetv2_e2enet.evaluation.report.svg import CHARACTER, WIDTH, Axis, Chart, fitting_axis, model_style, shortened
-from nnunetv2_e2enet.evaluation.statistics import MEAN, RankTest
+from nnunetv2_e2enet.evaluation.report.drawing import COLOURS, INK, MUTED, Chart, inline_svg, new_figure, style, tip
 
-LEFT, RIGHT, TOP, BOTTOM = 64, WIDTH - 14, 14, 46
+MODEL_COLOURS = [COLOURS[name] for name in ("blue", "vermillion", "green", "purple", "sky", "orange", "yellow")]
+MODEL_MARKERS = "os^D"
 DOTS_PER_MODEL = 400
-BOX = 9
+CLASS_CHARACTERS = 18
+"""Longer names of classes are cut on the axis; tables have them whole."""
+
+
+def model_style(index: int) -> tuple[str, str]:
+    """Colour and marker of a model; both differ, so that neither is needed alone."""
+    return MODEL_COLOURS[index % len(MODEL_COLOURS)], MODEL_MARKERS[index % len(MODEL_MARKERS)]
+
+
+def legend(index: int) -> str:
+    """The mark of a model as a small ``svg`` element."""
+    colour, marker = model_style(index)
+    with style():
+        figure = Figure(figsize=(0.2, 0.2), facecolor="none")
+        figure.add_artist(Line2D([0.5], [0.5], marker=marker, color=colour, markersize=8, linestyle="none"))
+        return inline_svg(figure, f"legend-{index}", "").replace('role="img" aria-label=""', 'aria-hidden="true"')
 
 
 def pareto(
-    comparison: Comparison, values: Sequence[Sequence[float]], title: str, unit: str, kinds: Sequence[str] = ("",)
+    comparison: Comparison, key: str, cost: str, unit: str, caption: str, values: pd.Series, hollow: pd.Series | None = None
 ) -> Chart:
-    """Mean Dice over a cost: filled marks for the first of ``kinds``, hollow ones for the second.
+    """Mean Dice over a cost, with the models that no other beats in both.
 
     Args:
-        values: for each kind, the cost of each model; NaN is not drawn.
+        cost: its name, for the title.
+        values: by model; NaN is not drawn.
+        hollow: a second cost of each model, drawn as a hollow mark.
     """
-    models = comparison.names
-    intervals = [comparison.intervals["dice"][name][MEAN] for name in models]
-    heights = [h for i in intervals for h in (i.mean, i.low, i.high)]
-    x = fitting_axis([v for kind in values for v in kind], LEFT, RIGHT, logarithmic=True, margin=0.15)
-    y = fitting_axis(heights, 240 - BOTTOM, TOP, margin=0.1)
-    listed = "; ".join(
-        f"{name}: Dice {i.mean:.4f}, {cost:.4g} {unit}" for name, i, cost in zip(models, intervals, values[0], strict=True)
-    )
-    chart = Chart(f"Mean Dice over {title}", listed, 240)
-    chart.frame(x, y, f"{title} ({unit}), log scale", "mean Dice")
-    front = _front([(v, i.mean) for v, i in zip(values[0], intervals, strict=True)])
+    figure, [[axes]] = new_figure(2.7)
+    axes.set_xscale("log")
+    intervals = {name: comparison.interval("dice", name) for name in comparison.names}
+    front = _front([(float(values[name]), interval.mean) for name, interval in intervals.items()])
     if len(front) > 1:
-        chart.path([(x(v), y(d)) for v, d in front], "var(--muted)", "front")
-    for kind, costs in zip(kinds, values, strict=False):
-        for index, (name, cost, interval) in enumerate(zip(models, costs, intervals, strict=True)):
-            if not (math.isfinite(cost) and math.isfinite(interval.mean)):
-                continue
-            colour, marker = model_style(index)
-            first = kind == kinds[0]
-            tip = f"{name}{', ' + kind if kind else ''}: {cost:.4g} {unit}, Dice {interval.mean:.4f}"
-            if first and math.isfinite(interval.low):
-                chart.line(x(cost), y(interval.low), x(cost), y(interval.high), "whisker", colour)
-            chart.mark(x(cost), y(interval.mean), colour, marker, 5.5, "mark" if first else "hollow", tip)
-            if first:
-                left = x(cost) < (LEFT + RIGHT) / 2
-                chart.text(x(cost) + (9 if left else -9), y(interval.mean) - 7, name, "start" if left else "end", "tick")
-    return chart
+        axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=1, linestyle="--")
+    known = [float(x) for x in pd.concat([values, hollow if hollow is not None else values]) if x > 0]
+    middle = math.sqrt(min(known) * max(known)) if known else 1.0
+    for index, (name, interval) in enumerate(intervals.items()):
+        colour, marker = model_style(index)
+        x = float(values[name])
+        if hollow is not None:
+            axes.plot(hollow[name], interval.mean, marker, color=colour, markersize=8, markerfacecolor="none")
+        if not (math.isfinite(x) and math.isfinite(interval.mean)):
+            continue
+        if math.isfinite(interval.low):
+            axes.vlines(x, interval.low, interval.high, color=colour, linewidth=1.4)
+        (mark,) = axes.plot(x, interval.mean, marker, color=colour, markersize=8)
+        tip(mark, f"{name}: {x:.4g} {unit}, Dice {interval.mean:.4f}")
+        left = x <= middle
+        place: Any = {"xytext": (8 if left else -8, 5), "textcoords": "offset points", "ha": "left" if left else "right"}
+        axes.annotate(name, (x, interval.mean), color=MUTED, fontsize=8.5, **place)
+    _log_axis(axes)
+    axes.margins(x=0.15, y=0.12)
+    axes.grid(visible=True)
+    axes.set(xlabel=f"{cost} ({unit}), log scale", ylabel="mean Dice")
+    listed = "; ".join(f"{name}: Dice {i.mean:.4f}, {values[name]:.4g} {unit}" for name, i in intervals.items())
+    return Chart(key, f"Mean Dice over {cost}", caption, figure, listed)
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -65,189 +90,166 @@ def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
+def _log_axis(axes: Axes) -> None:
+    """Plain numbers, and enough of them within one power of ten."""
+    low, high = axes.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def box_plots(comparison: Comparison, metric: Metric) -> Chart:
     """A box for each class and model: quartiles, median, whiskers to the last value within 1.5 box lengths, outliers."""
     results = comparison.results
     values = results.values[metric.key]
-    row = len(results.models) * (BOX + 3) + 12
-    height = TOP + row * len(results.classes) + BOTTOM
-    label_width = min(120.0, 12 + 6.2 * max(len(name) for name in results.classes))
-    x = Axis(0.0, 1.0 if metric.higher_is_better else _widest_whisker(values), label_width, RIGHT - 6)
+    step = 1 / (len(results.models) + 0.7)
+    boxes = {
+        (i, k): {**boxplot_stats(numbers)[0], "n": numbers.size}
+        for i in range(len(results.models))
+        for k in range(len(results.classes))
+        if (numbers := _defined(values[i, :, k])).size
+    }
+    figure, [[axes]] = new_figure(0.75 + len(results.classes) * (0.14 * len(results.models) + 0.12))
+    end = 1.0 if metric.higher_is_better else 1.25 * max([box["whishi"] for box in boxes.values()], default=0.0) or 1.0
+    axes.set(
+        xlim=(-0.02 * end, 1.02 * end), ylim=(len(results.classes) - 0.5, -0.5)
+    )  # what lies beyond would squeeze all boxes
+    for (i, k), box in boxes.items():
+        y = k + (i - (len(results.models) - 1) / 2) * step
+        _draw_box(axes, box, y, 0.8 * step, i, f"{results.classes[k]}, {results.models[i]}")
+    axes.set_yticks(range(len(results.classes)), [_shortened(name) for name in results.classes])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=True, axis="x")
     unit = f" ({metric.unit})" if metric.unit else ""
+    axes.set_xlabel(f"{metric.title}{unit}")
     medians = "; ".join(
-        f"{label}: " + ", ".join(f"{m} {_median(values[i, :, k]):.3g}" for i, m in enumerate(results.models))
+        f"{label}: " + ", ".join(f"{m} {boxes[i, k]['med']:.3g}" for i, m in enumerate(results.models) if (i, k) in boxes)
         for k, label in enumerate(results.classes)
     )
-    chart = Chart(f"{metric.title} of each class{unit}", f"Medians: {medians}", height)
-    bottom = height - BOTTOM
-    for tick in x.ticks:
-        chart.line(x(tick), TOP, x(tick), bottom, "grid")
-        chart.text(x(tick), bottom + 15, f"{tick:g}", kind="tick")
-    for k, label in enumerate(results.classes):
-        top = TOP + k * row
-        chart.text(label_width - 6, top + row / 2 + 3, shortened(label, label_width - 8), "end", "tick")
-        for i, model in enumerate(results.models):
-            numbers = values[i, :, k]
-            _draw_box(chart, x, top + 6 + i * (BOX + 3), numbers[np.isfinite(numbers)], i, f"{label}, {model}")
-    chart.line(label_width, bottom, RIGHT, bottom)
-    chart.text((label_width + RIGHT) / 2, bottom + 34, f"{metric.title}{unit}", kind="label")
-    return chart
+    caption = "" if metric.higher_is_better else "Triangles at the edge stand for values beyond it."
+    return Chart(f"boxes-{metric.key}", f"{metric.title} of each class{unit}", caption, figure, f"Medians: {medians}")
 
 
-def _draw_box(chart: Chart, x: Axis, top: float, numbers: NDArray[np.float64], model: int, name: str) -> None:
-    if not numbers.size:
-        return
+def _draw_box(axes: Axes, box: dict[str, Any], y: float, height: float, model: int, name: str) -> None:
     colour, _ = model_style(model)
-    q1, median, q3 = (float(q) for q in np.percentile(numbers, [25, 50, 75]))
-    inside = numbers[(numbers >= q1 - 1.5 * (q3 - q1)) & (numbers <= q3 + 1.5 * (q3 - q1))]
-    middle = top + BOX / 2
-    chart.line(x(float(inside.min())), middle, x(float(inside.max())), middle, "whisker", colour)
-    tip = f"{name}: median {median:.4g}, quartiles {q1:.4g} and {q3:.4g}, n = {numbers.size}"
-    chart.box(x(q1), top, x(q3) - x(q1), BOX, colour, tip=tip)
-    chart.line(x(median), top, x(median), top + BOX, "median", colour)
-    outliers = numbers[(numbers < inside.min()) | (numbers > inside.max())]
-    for outlier in outliers[outliers <= x.high]:
-        chart.mark(x(float(outlier)), middle, colour, "circle", 1.6, "dot")
-    beyond = outliers[outliers > x.high]
+    low, median, high = float(box["q1"]), float(box["med"]), float(box["q3"])
+    axes.hlines(y, box["whislo"], box["whishi"], color=colour, linewidth=1.2)
+    (bar,) = axes.barh(y, high - low, height, low, facecolor=colour, alpha=0.3)
+    axes.barh(y, high - low, height, low, facecolor="none", edgecolor=colour, linewidth=1)
+    axes.vlines(median, y - height / 2, y + height / 2, color=colour, linewidth=2)
+    tip(bar, f"{name}: median {median:.4g}, quartiles {low:.4g} and {high:.4g}, n = {box['n']}")
+    end = axes.get_xlim()[1]
+    outliers, beyond = (box["fliers"][choice] for choice in (box["fliers"] <= end, box["fliers"] > end))
+    axes.plot(outliers, np.full(outliers.shape, y), ".", color=colour, markersize=3, alpha=0.6)
     if beyond.size:
-        tip = f"{name}: {beyond.size} of {numbers.size} beyond {x.high:.3g}, up to {beyond.max():.4g}"
-        chart.mark(x.end + 7, middle, colour, "right", 3.2, "mark", tip)
+        (mark,) = axes.plot(end, y, ">", color=colour, markersize=5, clip_on=False)
+        tip(mark, f"{name}: {beyond.size} of {box['n']} beyond {end:.3g}, up to {beyond.max():.4g}")
 
 
-def _widest_whisker(values: NDArray[np.float64]) -> float:
-    """A little more than the end of the longest whisker: what lies beyond would squeeze all boxes."""
-    ends = [0.0]
-    for numbers in values.transpose(0, 2, 1).reshape(-1, values.shape[1]):
-        defined = numbers[np.isfinite(numbers)]
-        if defined.size:
-            q1, q3 = np.percentile(defined, [25, 75])
-            ends.append(float(defined[defined <= q3 + 1.5 * (q3 - q1)].max()))
-    return 1.25 * max(ends) or 1.0
+def _shortened(name: str) -> str:
+    return name if len(name) <= CLASS_CHARACTERS else name[: CLASS_CHARACTERS - 1] + "…"
+
+
+def _defined(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return values[np.isfinite(values)]
 
 
 def volume_and_dice(comparison: Comparison, seed: int = 0) -> Chart:
     """Dice over the volume of a class in the reference: small dots are cases, large marks the means of the classes."""
-    results = comparison.results
-    volumes, dice = results.values["reference_ml"], results.values["dice"]
-    shown = np.isfinite(dice) & (volumes > 0)
-    x = fitting_axis(volumes[shown].tolist(), LEFT, RIGHT, logarithmic=True)
-    y = Axis(-0.02, 1.02, 260 - BOTTOM, TOP)
-    chart = Chart("Dice over the volume of the organ in the reference", _volume_words(comparison), 260)
-    chart.frame(x, y, "volume in the reference (ml), log scale", "Dice")
-    random = np.random.default_rng(seed)
-    for i, model in enumerate(results.models):
+    figure, [[axes]] = new_figure(3.0)
+    axes.set_xscale("log")
+    frame = comparison.results.frame
+    frame = frame[(frame["reference_ml"] > 0) & frame["dice"].notna()]
+    for i, model in enumerate(comparison.names):
         colour, marker = model_style(i)
-        places = np.argwhere(shown[i])
-        if len(places) > DOTS_PER_MODEL:
-            places = places[random.choice(len(places), DOTS_PER_MODEL, replace=False)]
-        for j, k in places:
-            chart.mark(x(float(volumes[i, j, k])), y(float(dice[i, j, k])), colour, marker, 1.8, "dot")
-        for k, label in enumerate(results.classes):
-            if shown[i, :, k].any():
-                means = (float(values[i, shown[i, :, k], k].mean()) for values in (volumes, dice))
-                volume, mean = means
-                tip = f"{label}, {model}: mean volume {volume:.3g} ml, mean Dice {mean:.4f}"
-                chart.mark(x(volume), y(mean), colour, marker, 5.5, "mark", tip)
-    return chart
-
-
-def _volume_words(comparison: Comparison) -> str:
-    reference = comparison.results.values["reference_ml"][0]
-    volumes = nan_mean(np.where(reference > 0, reference, np.nan), axis=0)
-    sized = sorted((volume, name) for volume, name in zip(volumes, comparison.results.classes, strict=True) if volume > 0)
-    return "Classes by mean volume: " + ", ".join(f"{name} {volume:.3g} ml" for volume, name in sized)
+        own = frame[frame["model"] == model]
+        dots = own.sample(min(len(own), DOTS_PER_MODEL), random_state=seed)
+        axes.plot(dots["reference_ml"], dots["dice"], marker, color=colour, markersize=2.5, alpha=0.5, markeredgewidth=0)
+        for label, mean in own.groupby("class", sort=False)[["reference_ml", "dice"]].mean().iterrows():
+            (mark,) = axes.plot(mean["reference_ml"], mean["dice"], marker, color=colour, markersize=8)
+            tip(mark, f"{label}, {model}: mean volume {mean['reference_ml']:.3g} ml, mean Dice {mean['dice']:.4f}")
+    if not frame.empty:
+        _log_axis(axes)
+    axes.grid(visible=True)
+    axes.set(ylim=(-0.02, 1.02), xlabel="volume in the reference (ml), log scale", ylabel="Dice")
+    volumes = frame[frame["model"] == comparison.names[0]].groupby("class")["reference_ml"].mean().sort_values()
+    words = "Classes by mean volume: " + ", ".join(f"{label} {volume:.3g} ml" for label, volume in volumes.items())
+    caption = f"Small dots are cases (at most {DOTS_PER_MODEL} a model, drawn at random), large marks the means of classes."
+    return Chart("volume", "Dice over the volume of the organ in the reference", caption, figure, words)
 
 
 def case_differences(comparison: Comparison, first: int, second: int, metric: Metric) -> Chart:
     """First model minus second, a bar for each case, in order of size; coloured by the model that is better."""
     results = comparison.results
     means = results.case_means(metric.key)
-    difference = means[first] - means[second]
-    order = [int(i) for i in np.argsort(difference, kind="stable") if math.isfinite(difference[i])]
+    difference = pd.Series(means[first] - means[second], index=results.names).dropna().sort_values(kind="stable")
     names = results.models[first], results.models[second]
-    better = sum((difference[i] > 0) == metric.higher_is_better and difference[i] != 0 for i in order)
-    worse = sum((difference[i] < 0) == metric.higher_is_better and difference[i] != 0 for i in order)
-    words = f"{names[0]} is better in {better} of {len(order)} cases, {names[1]} in {worse}"
-    chart = Chart(f"{metric.title} by case, {names[0]} minus {names[1]}", words, 220)
-    y = fitting_axis([0.0, *(float(difference[i]) for i in order)], 220 - 34, TOP)
-    x = Axis(0, max(len(order), 1), LEFT, RIGHT)
-    for tick in y.ticks:
-        chart.line(LEFT, y(tick), RIGHT, y(tick), "grid")
-        chart.text(LEFT - 6, y(tick) + 4, f"{tick:+g}" if tick else "0", "end", "tick")
-    for place, index in enumerate(order):
-        value = float(difference[index])
-        colour, _ = model_style(first if (value > 0) == metric.higher_is_better else second)
-        top, bottom = sorted((y(value), y(0)))
-        tip = f"{results.cases[index].name}: {value:+.4f}"
-        chart.box(x(place) + 0.5, top, x(place + 1) - x(place) - 1, bottom - top, colour, "bar", tip)
-    chart.line(LEFT, y(0), RIGHT, y(0))
-    chart.text((LEFT + RIGHT) / 2, 220 - 10, f"{len(order)} cases, in order of the difference", kind="label")
-    chart.vertical_text(13, (y.start + y.end) / 2, "difference" + (f" ({metric.unit})" if metric.unit else ""))
-    return chart
+    gain = difference if metric.higher_is_better else -difference
+    figure, [[axes]] = new_figure(2.5)
+    colours = [model_style(first if value > 0 else second)[0] for value in gain]
+    for bar, (case, value) in zip(
+        axes.bar(range(len(difference)), difference, color=colours), difference.items(), strict=True
+    ):
+        tip(bar, f"{case}: {value:+.4f}")
+    axes.axhline(0, color=MUTED, linewidth=0.8)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:+g}" if y else "0"))
+    axes.grid(visible=True, axis="y")
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+    unit = f" ({metric.unit})" if metric.unit else ""
+    axes.set(xlabel=f"{len(difference)} cases, in order of the difference", ylabel=f"difference{unit}")
+    words = f"{names[0]} is better in {(gain > 0).sum()} of {len(gain)} cases, {names[1]} in {(gain < 0).sum()}"
+    title = f"{metric.title} by case, {names[0]} minus {names[1]}"
+    return Chart(f"cases-{second}-{metric.key}", title, f"{words}. The colour is that of the better model.", figure, words)
 
 
 def training_curves(comparison: Comparison, key: str, title: str) -> Chart | None:
     """One line for each fold, in the colour of its model; None where no training is known."""
-    curves = [
-        (i, training.fold, training.curves.get(key, []))
-        for i, model in enumerate(comparison.models)
-        for training in model.trainings
-    ]
-    curves = [(i, fold, [v for v in values if math.isfinite(v)]) for i, fold, values in curves if len(values) > 1]
-    if not curves:
+    figure, [[axes]] = new_figure(2.5)
+    ends = []
+    for i, model in enumerate(comparison.models):
+        for training in model.trainings:
+            values = [v for v in training.curves.get(key, []) if math.isfinite(v)]
+            if len(values) < 2:
+                continue
+            step = max(1, len(values) // 400)
+            kept = [*range(0, len(values), step), len(values) - 1]
+            axes.plot(kept, [values[epoch] for epoch in kept], color=model_style(i)[0], linewidth=1.4)
+            ends.append(f"{model.name} fold {training.fold} ends at {values[-1]:.3f}")
+    if not ends:
         return None
-    last = "; ".join(f"{comparison.names[i]} fold {fold} ends at {values[-1]:.3f}" for i, fold, values in curves if values)
-    chart = Chart(f"{title} by epoch", last, 220)
-    x = Axis(0, max(len(values) for _, _, values in curves) - 1, LEFT, RIGHT)
-    y = fitting_axis([v for _, _, values in curves for v in values], 220 - BOTTOM, TOP)
-    chart.frame(x, y, "epoch", title)
-    for i, _, values in curves:
-        step = max(1, len(values) // 400)
-        kept = [*range(0, len(values), step), len(values) - 1]
-        chart.path([(x(e), y(values[e])) for e in kept], model_style(i)[0])
-    return chart
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(visible=True)
+    axes.set(xlabel="epoch", ylabel=title)
+    caption = "A line for each fold, in the colour of its model."
+    return Chart(f"training-{key}", f"{title} by epoch", caption, figure, "; ".join(ends))
 
 
-def critical_difference_diagram(comparison: Comparison, test: RankTest, metric: Metric) -> Chart:
-    """Mean ranks on a line, 1 is best; a bar joins models that Nemenyi's test does not tell apart."""
-    models = sorted(zip(test.mean_ranks, range(len(comparison.names)), strict=True))
-    groups = _cliques([rank for rank, _ in models], test.critical_difference)
-    top = 46 + 9 * len(groups)
-    height = top + 22 * len(models) + 10
-    words = ", ".join(f"{comparison.names[i]} {rank:.2f}" for rank, i in models)
-    chart = Chart(
-        f"Critical difference diagram, {metric.title}",
-        f"Mean ranks: {words}. Critical difference {test.critical_difference:.2f}",
-        height,
+def critical_differences(comparison: Comparison, metric: Metric) -> Chart:
+    """Mean ranks on a line, 1 is best; a bar joins models that Nemenyi's test does not tell apart (Demšar, 2006)."""
+    from scikit_posthocs import critical_difference_diagram
+
+    test = comparison.overall(metric.key)
+    names = comparison.names
+    figure, [[axes]] = new_figure(0.9 + 0.3 * ceil(len(names) / 2))
+    drawn = critical_difference_diagram(
+        pd.Series(test.mean_ranks, names),
+        pd.DataFrame(test.p_nemenyi, names, names),
+        ax=axes,
+        label_fmt_left="{label} ({rank:.2f})",
+        label_fmt_right="{label} ({rank:.2f})",
+        label_props={"fontsize": 9},
+        text_h_margin=0.08,
+        crossbar_props={"color": INK, "linewidth": 3},
+        marker_props={"s": 25},
+        color_palette={name: model_style(i)[0] for i, name in enumerate(names)},
     )
-    x = Axis(1, len(models), 24, WIDTH - 24)
-    chart.line(x.start, 30, x.end, 30)
-    for tick in range(1, len(models) + 1):
-        chart.line(x(tick), 26, x(tick), 30)
-        chart.text(x(tick), 20, str(tick), kind="tick")
-    for row, (low, high) in enumerate(groups):
-        chart.line(x(low) - 3, 38 + 9 * row, x(high) + 3, 38 + 9 * row, "clique")
-    for row, (rank, i) in enumerate(reversed(models)):  # the best has the longest line, so that labels cross none
-        colour, marker = model_style(i)
-        y = top + 22 * row + 8
-        words = f"{comparison.names[i]} ({rank:.2f})"
-        fits = x(rank) + 8 + CHARACTER * len(words) < WIDTH
-        chart.line(x(rank), 30, x(rank), y, "whisker", colour)
-        chart.mark(x(rank), 30, colour, marker, 4)
-        chart.text(x(rank) + (8 if fits else -8), y + 4, words, "start" if fits else "end", "tick halo")
-    return chart
-
-
-def _cliques(ranks: Sequence[float], critical: float) -> list[tuple[float, float]]:
-    """Largest groups of sorted ranks that lie within the critical difference, of two or more."""
-    groups: list[tuple[float, float]] = []
-    for start, low in enumerate(ranks):
-        high = [rank for rank in ranks[start:] if rank - low <= critical][-1]
-        if high > low and (not groups or high > groups[-1][1]):
-            groups.append((low, high))
-    return groups
-
-
-def _median(values: NDArray[np.float64]) -> float:
-    defined = values[np.isfinite(values)]
-    return float(np.median(defined)) if defined.size else math.nan
+    for label in drawn["labels"]:
+        label.set_color(INK)
+    axes.spines["top"].set_visible(True)
+    axes.set(xlim=(0.8, len(names) + 0.2), xticks=range(1, len(names) + 1))
+    listed = sorted(zip(test.mean_ranks, names, strict=True))
+    words = f"Mean ranks: {', '.join(f'{name} {rank:.2f}' for rank, name in listed)}. "
+    caption = f"Critical difference {test.critical_difference:.2f}"
+    return Chart(f"ranks-{metric.key}", f"Critical difference diagram, {metric.title}", f"{caption}.", figure, words + caption)

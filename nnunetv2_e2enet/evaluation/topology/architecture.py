@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 
+from nnunetv2_e2enet.evaluation.report.drawing import INK, MUTED, PAPER, WIDTH_INCHES, legend_above, new_figure
 from nnunetv2_e2enet.evaluation.topology import measures
 from nnunetv2_e2enet.evaluation.topology.sources import Fold
-from nnunetv2_e2enet.evaluation.topology.style import FLOW_COLOURS, INK, MUTED, PAPER, WIDTH_INCHES, flow_legend, new_figure
+from nnunetv2_e2enet.evaluation.topology.style import FLOW_COLOURS
 
 THICKEST = 7.0
 """Points, of the densest flow."""
@@ -67,7 +68,7 @@ def _circle(axes: Axes, stage: int, level: int, channels: int, encoder: bool = F
 
 
 def _legend(figure: Figure, flows: Sequence[str], widest: float) -> None:
-    flow_legend(figure, {flow: Line2D([], [], color=FLOW_COLOURS[flow], linewidth=4) for flow in flows})
+    legend_above(figure, {flow: Line2D([], [], color=FLOW_COLOURS[flow], linewidth=4) for flow in flows})
     shares = [widest / 8, widest / 2, widest]
     widths = [Line2D([], [], color=MUTED, linewidth=THICKEST * share / widest) for share in shares]
     labels = [f"{share:.0%}" if share >= 0.1 else f"{share:.1%}" for share in shares]

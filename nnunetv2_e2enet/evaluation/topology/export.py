@@ -1,4 +1,4 @@
-"""A topology for machines, and as lines of a table."""
+"""A topology for machines, and in tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich.console import Console
+
 from nnunetv2_e2enet.evaluation.numbers import NOTHING
+from nnunetv2_e2enet.evaluation.tables import Table
 from nnunetv2_e2enet.evaluation.topology import measures
 from nnunetv2_e2enet.evaluation.topology.measures import FLOWS, Node
 from nnunetv2_e2enet.evaluation.topology.sources import Fold
@@ -69,8 +72,8 @@ def _node(fold: Fold, node: Node) -> dict[str, Any]:
     }
 
 
-def fold_rows(folds: Sequence[Fold]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table: what became of the connections of each fold, and the active ones of each flow."""
+def fold_table(folds: Sequence[Fold]) -> Table:
+    """What became of the connections of each fold, and the active ones of each flow."""
     rows = []
     for fold in folds:
         layers = fold.connections.layers.values()
@@ -81,11 +84,11 @@ def fold_rows(folds: Sequence[Fold]) -> tuple[list[str], list[list[str]]]:
         cells = [fold.name, f"{fold.epoch}", f"{len(measures.update_epochs(fold))}", f"{active:,}"]
         cells += [f"{1 - active / connections:.4f}", f"{explored / connections:.1%}"]
         rows.append([*cells, *_flow_cells(first if len(fold.history.records) > 1 else None, last)])
-    return ["fold", "epochs", "updates", "active", "sparsity", "explored", *FLOWS], rows
+    return Table.of("Connections", ["fold", "epochs", "updates", "active", "sparsity", "explored", *FLOWS], rows)
 
 
-def share_rows(folds: Sequence[Fold]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table: shares of the flows of each node, means over folds, first and last record."""
+def node_table(folds: Sequence[Fold]) -> Table:
+    """Shares of the flows of each node, means over folds, first and last record; without rows where there are no nodes."""
     epochs = measures.common_epochs(folds)
     rows = []
     for node in measures.nodes(folds[0]):
@@ -96,7 +99,20 @@ def share_rows(folds: Sequence[Fold]) -> tuple[list[str], list[list[str]]]:
         shown = [{flow: share for flow, share in shares.items() if flow in node.parts} for shares in (first, last)]
         cells = _flow_cells(shown[0] if len(epochs) > 1 else None, shown[1])
         rows.append([f"{node.stage}", f"{node.level}", f"{node.channels}", *cells])
-    return ["stage", "level", "channels", *FLOWS], rows
+    return Table.of("Active connections of each node, by direction", ["stage", "level", "channels", *FLOWS], rows)
+
+
+def print_topology(console: Console, folds: Sequence[Fold]) -> None:
+    """Readable from 80 columns."""
+    whole, nodes = fold_table(folds), node_table(folds)
+    flows = list(FLOWS)
+    Table(whole.title, whole.frame.drop(columns=flows)).print(console)
+    if nodes.rows:
+        Table("Active connections of each flow", whole.frame[["fold", *flows]]).print(console)
+        Table(nodes.title, nodes.frame, words=0).print(console)
+    for fold in folds:
+        if not fold.has_history:
+            console.print(f"{fold.name}: no history, {fold.why_no_history}.", soft_wrap=True)
 
 
 def _flow_cells(first: Mapping[str, float] | None, last: Mapping[str, float]) -> list[str]:

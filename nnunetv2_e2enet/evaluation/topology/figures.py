@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import ceil
 
 from matplotlib.axes import Axes
@@ -13,54 +12,27 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from nnunetv2_e2enet.evaluation.report.drawing import INK, MUTED, PAPER, Chart, legend_above, new_figure, style
 from nnunetv2_e2enet.evaluation.topology import measures
 from nnunetv2_e2enet.evaluation.topology.architecture import architecture
 from nnunetv2_e2enet.evaluation.topology.measures import FLOWS, MissingError
 from nnunetv2_e2enet.evaluation.topology.sources import Fold
-from nnunetv2_e2enet.evaluation.topology.style import (
-    FIRST,
-    FLOW_COLOURS,
-    FLOW_LINES,
-    FLOW_MARKERS,
-    INK,
-    MUTED,
-    PAPER,
-    SECOND,
-    flow_legend,
-    new_figure,
-    style,
-)
+from nnunetv2_e2enet.evaluation.topology.style import FIRST, FLOW_COLOURS, FLOW_LINES, FLOW_MARKERS, SECOND
 
 OFFSET_COLOURS = {-1: FLOW_COLOURS["forward"], 0: FLOW_COLOURS["upward"], 1: FLOW_COLOURS["downward"]}
 
 
-@dataclass(frozen=True)
-class View:
-    """One way to look at a topology.
-
-    Attributes:
-        key: name of its files.
-        title, caption: for people.
-        figure: None where the data are missing; ``caption`` says which then.
-    """
-
-    key: str
-    title: str
-    caption: str
-    figure: Figure | None
-
-
-def views(folds: Sequence[Fold]) -> list[View]:
+def views(folds: Sequence[Fold]) -> list[Chart]:
     """All of them, in the order of the page."""
     with style():
         return [_view(key, title, caption, draw, folds) for key, (title, caption, draw) in VIEWS.items()]
 
 
-def _view(key: str, title: str, caption: str, draw: Callable[[Sequence[Fold]], Figure], folds: Sequence[Fold]) -> View:
+def _view(key: str, title: str, caption: str, draw: Callable[[Sequence[Fold]], Figure], folds: Sequence[Fold]) -> Chart:
     try:
-        return View(key, title, caption, draw(folds))
+        return Chart(key, title, caption, draw(folds))
     except MissingError as missing:
-        return View(key, title, f"Not shown: {missing}.", None)
+        return Chart(key, title, f"Not shown: {missing}.", None)
 
 
 def _with_history(folds: Sequence[Fold]) -> list[Fold]:
@@ -106,7 +78,7 @@ def flow_shares(folds: Sequence[Fold]) -> Figure:
             axes.set_ylabel(f"level {node.level}")
     figure.supylabel("share (%)", fontsize=9)
     figure.supxlabel("epoch", fontsize=9)
-    flow_legend(figure, {flow: Patch(color=FLOW_COLOURS[flow]) for flow in _present(folds[0])})
+    legend_above(figure, {flow: Patch(color=FLOW_COLOURS[flow]) for flow in _present(folds[0])})
     return figure
 
 
@@ -138,7 +110,7 @@ def _line_legend(figure: Figure, fold: Fold) -> None:
     def handle(flow: str) -> Line2D:
         return Line2D([], [], color=FLOW_COLOURS[flow], linestyle=FLOW_LINES[flow], marker=FLOW_MARKERS[flow], markersize=4)
 
-    flow_legend(figure, {flow: handle(flow) for flow in _present(fold)})
+    legend_above(figure, {flow: handle(flow) for flow in _present(fold)})
 
 
 def _epoch_axis(axes: Axes, label: bool = True) -> None:

@@ -1,0 +1,56 @@
+"""What the commands that report numbers have in common: ``--json``, and files that are checked first and written last."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from nnunetv2_e2enet.errors import E2ENetError
+
+
+def add_json_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write everything as JSON; without FILE, print it and nothing else",
+    )
+
+
+def console_for(args: argparse.Namespace) -> Console:
+    """Standard output for people; standard error where JSON is printed."""
+    return Console(highlight=False, stderr=args.json == "-")
+
+
+def check_folders(args: argparse.Namespace, *options: str) -> None:
+    """Raises E2ENetError unless the folders of ``--json`` and of the files that other options name are there."""
+    given = [getattr(args, option) for option in options] + ([] if args.json in (None, "-") else [Path(args.json)])
+    for file in given:
+        if file is not None and not file.resolve().parent.is_dir():
+            raise E2ENetError(f"cannot write {file}: the folder {file.parent} is missing; make it, or choose another place")
+
+
+def write_json(args: argparse.Namespace, content: Mapping[str, Any]) -> list[Path]:
+    """Print or write a result; returns the file that was written, if any."""
+    from nnunetv2_e2enet.evaluation.export import plain
+    from nnunetv2_e2enet.files import write_text
+
+    if args.json is None:
+        return []
+    text = json.dumps(plain(content), indent=1, allow_nan=False)
+    if args.json == "-":
+        print(text)
+        return []
+    write_text(Path(args.json), text + "\n")
+    return [Path(args.json)]
+
+
+def say_written(console: Console, files: list[Path]) -> None:
+    for file in files:
+        console.print(f"Wrote {file}", soft_wrap=True)

@@ -1,0 +1,153 @@
+"""How figures look, on paper and on a page. All are matplotlib's; on a page they take their colours from its style."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nnunetv2_e2enet.evaluation.overlay import OKABE_ITO
+
+WIDTH_INCHES = 4.3
+DOTS_PER_INCH = 200
+INK, MUTED, GRID, PAPER = "#1c2127", "#5b6570", "#e6e9ed", "#ffffff"
+COLOURS = dict(zip(("orange", "sky", "green", "purple", "yellow", "blue", "vermillion"), OKABE_ITO, strict=True))
+_IN_THE_DARK = {**COLOURS, "orange": "#f2b632", "sky": COLOURS["blue"], "green": "#2cc295", "blue": COLOURS["sky"]}
+_VARIABLES = {
+    **{colour: f"figure-{name}" for name, colour in COLOURS.items()},
+    INK: "text",
+    MUTED: "muted",
+    GRID: "grid",
+    PAPER: "card",
+    "#000000": "text",
+}
+"""Names of the page's variables for the colours of figures."""
+_TIP = "tip:"
+
+_SETTINGS: Any = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9.5,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.6,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "e2enet",
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure of a page.
+
+    Attributes:
+        key: name of its files, unlike that of any other figure of the page.
+        title, caption: for people.
+        figure: None where the data are missing; ``caption`` says which then.
+        words: what a screen reader says in the place of the caption.
+    """
+
+    key: str
+    title: str
+    caption: str
+    figure: Figure | None
+    words: str = ""
+
+    @property
+    def svg(self) -> str:
+        """An ``svg`` element; empty without a figure."""
+        if self.figure is None:
+            return ""
+        return inline_svg(self.figure, self.key, f"{self.title}. {self.words or self.caption}")
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Figures that are drawn and saved within have this look, whatever the user's own settings are."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+def new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of the common width and its axes, row by row."""
+    figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+
+
+def tip(artist: Artist, words: str) -> None:
+    """Words that a page shows where the pointer rests on a part of a figure."""
+    artist.set_gid(_TIP + words)
+
+
+def png(figure: Figure) -> bytes:
+    with style(), io.BytesIO() as buffer:
+        figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
+        return buffer.getvalue()
+
+
+def svg(figure: Figure) -> str:
+    with style(), io.StringIO() as buffer:
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="auto")
+        return buffer.getvalue()
+
+
+def inline_svg(figure: Figure, key: str, words: str) -> str:
+    """An ``svg`` element for a page: its colours are the page's, so that it is dark in the dark.
+
+    Args:
+        key: unlike that of any other figure of the page.
+        words: what a screen reader says.
+    """
+    text = svg(figure)
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(rf'<g id="{_TIP}([^"]*)">', r"<g><title>\1</title>", text)
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', text)
+    text = re.sub(r'(url\(#|href="#)', rf"\1{key}-", text)
+    for colour, variable in _VARIABLES.items():
+        text = re.sub(rf"(fill|stroke): {colour}\b", rf"\1: var(--{variable})", text, flags=re.IGNORECASE)
+    opening = re.match(r"<svg[^>]*viewBox=\"([^\"]+)\"[^>]*>", text, flags=re.DOTALL)
+    assert opening is not None
+    return f'<svg viewBox="{opening[1]}" role="img" aria-label="{escape(words)}">{text[opening.end() :]}'.strip()
+
+
+def colour_variables() -> str:
+    """The style that says what the figures' colours are, in the light and in the dark."""
+    bright, dim = (
+        "".join(f"--figure-{name}: {colour}; " for name, colour in colours.items()) for colours in (COLOURS, _IN_THE_DARK)
+    )
+    return f":root {{ {bright}}} @media screen and (prefers-color-scheme: dark) {{ :root {{ {dim}}} }}"
+
+
+def legend_above(figure: Figure, handles: Mapping[str, Artist]) -> None:
+    """Above everything else, side by side."""
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), handlelength=2.4)
