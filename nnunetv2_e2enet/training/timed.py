@@ -22,8 +22,8 @@ FIRST_ITERATIONS = 5  # of the first epoch, in which the speed is not known yet
 class TimedMixin(Overrides, TrainerBase):
     """Trains for ``training_seconds`` in ``num_epochs`` epochs; to be put before an nnU-Net trainer.
 
-    After the first epoch, the iterations of each epoch follow from the seconds that are left and from those that an iteration of
-    the former epoch took. Validation does not count. ``training_time.json`` in the output folder says what came out.
+    After the first epoch, the iterations of each epoch follow from the seconds that are left and from those that an iteration
+    of the former epoch took. Validation does not count. ``training_time.json`` in the output folder says what came out.
 
     Attributes:
         training_seconds: of all training iterations together.
