@@ -80,7 +80,7 @@ def describe(network: E2ENet) -> Description:
     Raises:
         NotSupportedError: with the reason.
     """
-    _check_modules(network)
+    check_modules(network)
     encoder, decoder = network.encoder, network.decoder
     strides = [_stride3(s) for s in encoder.strides]
     return Description(
@@ -94,7 +94,12 @@ def describe(network: E2ENet) -> Description:
     )
 
 
-def _check_modules(network: E2ENet) -> None:
+def check_modules(network: E2ENet) -> None:
+    """That these are the classes that are described here, without hooks, in float32 on the CPU.
+
+    Raises:
+        NotSupportedError: with the reason.
+    """
     if type(network) is not E2ENet or type(network.encoder) is not Encoder or type(network.decoder) is not FusionDecoder:
         raise NotSupportedError("it is a variant of E2ENet")
     check_hooks(network)

@@ -27,13 +27,13 @@ _kernels_checked = False
 
 
 def accelerated(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
-    """The logits without PyTorch; None where PyTorch computes them: in training, with gradients, in traces, off the CPU."""
-    if network.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """The logits from the engine; None where PyTorch computes them: in traces, off the CPU, in one of training and gradients."""
+    if network.training != torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     if x.device.type != "cpu" or _is_watched():
         return None
     engine: Any = importlib.import_module(ENGINE)
-    logits: Tensor | list[Tensor] | None = engine.accelerate(network, x)
+    logits: Tensor | list[Tensor] | None = (engine.train if network.training else engine.accelerate)(network, x)
     return logits
 
 
