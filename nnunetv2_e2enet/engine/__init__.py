@@ -8,6 +8,7 @@ from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, disabl
 from nnunetv2_e2enet.engine.core import KERNELS, KERNELS_VARIABLE, STORAGE_VARIABLE, STORAGES, load_core
 from nnunetv2_e2enet.engine.counts import executed_macs
 from nnunetv2_e2enet.engine.status import Status, peak_flops, profile, release, status, why_pytorch
+from nnunetv2_e2enet.engine.training import train, trains
 
 __all__ = [
     "ENGINE_VARIABLE",
@@ -25,5 +26,7 @@ __all__ = [
     "profile",
     "release",
     "status",
+    "train",
+    "trains",
     "why_pytorch",
 ]

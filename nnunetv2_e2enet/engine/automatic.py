@@ -40,6 +40,11 @@ def disabled() -> Iterator[None]:
         _local.disabled = before
 
 
+def is_disabled() -> bool:
+    """Whether this is within ``disabled()``."""
+    return getattr(_local, "disabled", False)
+
+
 @dataclass
 class Plan:
     """One state of the weights, ready to run.
@@ -173,7 +178,7 @@ def accelerate(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
     Raises:
         E2ENetError: a setting cannot be used, or mode "check" found a difference.
     """
-    if getattr(_local, "disabled", False):
+    if is_disabled():
         return None
     session = session_of(network)
     session.reason = why_not(network, x)

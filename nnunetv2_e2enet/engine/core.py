@@ -19,9 +19,13 @@ KERNELS = tuple(filter(None, CHOICES["engine_kernels"]))
 KERNELS_VARIABLE = variable("engine_kernels")
 STORAGES = {"float32": 4, "bfloat16": 2}  # bytes of a pixel
 STORAGE_VARIABLE = variable("engine_storage")
-TIMERS = ("input transform", "products", "output transform", "upsampling", "strided convs", "pooling", "heads")
+TIMERS = (
+    *("input transform", "products", "output transform", "upsampling", "strided convs", "pooling", "heads"),
+    *("gradients of norms", "gradients transformed", "gradient products", "gradients of flows", "gradients of kernels"),
+    *("gradients of upsampling", "gradients of strided convs", "gradients of heads"),
+)
 
-_ABI = 3
+_ABI = 4
 _FLOATS = POINTER(c_float)
 _INTS = POINTER(c_int32)
 
@@ -51,7 +55,15 @@ class Map(Structure):
 
 
 class Norm(Structure):
-    _fields_ = (("gamma", c_void_p), ("beta", c_void_p), ("scale", c_void_p), ("offset", c_void_p), ("eps", c_double))
+    _fields_ = (
+        ("gamma", c_void_p),
+        ("beta", c_void_p),
+        ("scale", c_void_p),
+        ("offset", c_void_p),
+        ("mean", c_void_p),
+        ("rstd", c_void_p),
+        ("eps", c_double),
+    )
 
 
 class WinogradWeights(Structure):
@@ -124,7 +136,104 @@ class HeadJob(Structure):
     _fields_ = (("input", Map), ("weight", c_void_p), ("bias", c_void_p), ("classes", c_int32), ("seconds", c_void_p))
 
 
-Job = ConvJob | StridedJob | PoolJob | HeadJob
+class NormGradientJob(Structure):
+    _fields_ = (
+        ("raw", Map),
+        ("gradient", c_void_p),
+        ("mean", c_void_p),
+        ("rstd", c_void_p),
+        ("pooled", Map),
+        ("pooled_gradient", c_void_p),
+        ("stride", c_int32 * 3),
+        ("apply", c_int32),
+        ("by_raw", c_void_p),
+        ("constant", c_void_p),
+        ("weight_gradient", c_void_p),
+        ("bias_gradient", c_void_p),
+        ("seconds", c_void_p),
+    )
+
+
+class ConvGradientJob(Structure):
+    _fields_ = (
+        ("flows", Map * 3),
+        ("n_flows", c_int32),
+        ("upward", c_int32),
+        ("shift", c_void_p),
+        ("upsample", Upsample),
+        ("weights", WinogradWeights),
+        ("turned", WinogradWeights),
+        ("raw", Map),
+        ("gradient", c_void_p),
+        ("mean", c_void_p),
+        ("by_raw", c_void_p),
+        ("constant", c_void_p),
+        ("into", Map * 3),
+        ("add", c_int32 * 3),
+        ("places", c_void_p),
+        ("weight_gradient", c_void_p),
+        ("seconds", c_void_p),
+    )
+
+
+class StridedGradientJob(Structure):
+    _fields_ = (
+        ("input", Map),
+        ("shift", c_void_p),
+        ("stride", c_int32 * 3),
+        ("gradient", Map),
+        ("into", c_void_p),
+        ("turned", c_void_p),
+        ("places", c_void_p),
+        ("weight_gradient", c_void_p),
+        ("seconds", c_void_p),
+    )
+
+
+class UpsampleGradientJob(Structure):
+    _fields_ = (
+        ("upsample", Upsample),
+        ("gradient", Map),
+        ("turned", c_void_p),
+        ("turned_start", c_void_p),
+        ("turned_output", c_void_p),
+        ("turned_index", c_void_p),
+        ("into", c_void_p),
+        ("add", c_int32),
+        ("places", c_void_p),
+        ("weight_gradient", c_void_p),
+        ("seconds", c_void_p),
+    )
+
+
+class HeadGradientJob(Structure):
+    _fields_ = (
+        ("input", Map),
+        ("into", c_void_p),
+        ("add", c_int32),
+        ("classes", c_int32),
+        ("turned", c_void_p),
+        ("places", c_void_p),
+        ("logits", c_void_p),
+        ("weight_gradient", c_void_p),
+        ("bias_gradient", c_void_p),
+        ("seconds", c_void_p),
+    )
+
+
+GradientJob = NormGradientJob | ConvGradientJob | StridedGradientJob | UpsampleGradientJob | HeadGradientJob
+Job = ConvJob | StridedJob | PoolJob | HeadJob | GradientJob
+
+_GRADIENT_JOBS = (NormGradientJob, ConvGradientJob, StridedGradientJob, UpsampleGradientJob, HeadGradientJob)
+_CALLS: dict[type[Structure], str] = {
+    ConvJob: "e2e_conv",
+    StridedJob: "e2e_strided",
+    NormGradientJob: "e2e_norm_gradient",
+    ConvGradientJob: "e2e_conv_gradient",
+    StridedGradientJob: "e2e_strided_gradient",
+    UpsampleGradientJob: "e2e_upsample_gradient",
+    HeadGradientJob: "e2e_head_gradient",
+}
 
 
 class Core:
@@ -149,25 +258,39 @@ class Core:
 
     def scratch_floats(self, job: Job, threads: int) -> int:
         """Floats of scratch memory that ``run`` needs for this job with this number of threads."""
-        if isinstance(job, PoolJob):
+        if isinstance(job, (PoolJob, NormGradientJob)):
             return 0
         if isinstance(job, HeadJob):
             return int(self._library.e2e_head(self._handle, ctypes.byref(job), None, None, threads))
-        call = self._library.e2e_conv if isinstance(job, ConvJob) else self._library.e2e_strided
-        return int(call(self._handle, ctypes.byref(job), None, threads))
+        return int(getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), None, threads))
 
-    def run(self, job: ConvJob | StridedJob | PoolJob, scratch: int, threads: int) -> None:
+    def run(self, job: Job, scratch: int, threads: int) -> None:
+        """Any job but that of a head."""
         if isinstance(job, PoolJob):
             self._library.e2e_pool(self._handle, ctypes.byref(job), threads)
         else:
-            call = self._library.e2e_conv if isinstance(job, ConvJob) else self._library.e2e_strided
-            call(self._handle, ctypes.byref(job), scratch, threads)
+            getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), scratch, threads)
 
     def run_head(self, job: HeadJob, logits: int, scratch: int, threads: int) -> None:
         self._library.e2e_head(self._handle, ctypes.byref(job), logits, scratch, threads)
 
     def import_image(self, image: int, target: Map, threads: int) -> None:
         self._library.e2e_import(self._handle, image, ctypes.byref(target), threads)
+
+    @property
+    def dot_shape(self) -> tuple[int, int]:
+        """Rows and columns that dense sums over tiles are made of together."""
+        shape = (c_int32 * 2)()
+        self._library.e2e_dot_shape(self._handle, shape)
+        return shape[0], shape[1]
+
+    def pack_kernels(self, weight: int, places: int, n: int, turned: bool, target: int, threads: int) -> None:
+        """3 x 3 kernels to the Winograd domain, ``[36][n]``; by half a turn if ``turned``. Zeros where a place is negative."""
+        self._library.e2e_pack_kernels(weight, places, n, turned, target, threads)
+
+    def pack_weights(self, weight: int, places: int, n: int, target: int, threads: int) -> None:
+        """Single weights in another order, zeros where a place is negative."""
+        self._library.e2e_pack_weights(weight, places, n, target, threads)
 
     def peak_flops(self, threads: int) -> float:
         """Floating-point operations a second in a loop of multiply-adds, at best of a few tries."""
@@ -192,9 +315,11 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer = c_void_p
     signatures: dict[str, tuple[type | None, list[type]]] = {
         "e2e_kernels": (pointer, [ctypes.c_char_p, ctypes.c_int]),
-        "e2e_conv": (c_int64, [pointer, pointer, pointer, ctypes.c_int]),
-        "e2e_strided": (c_int64, [pointer, pointer, pointer, ctypes.c_int]),
         "e2e_head": (c_int64, [pointer, pointer, pointer, pointer, ctypes.c_int]),
+        **dict.fromkeys(_CALLS.values(), (c_int64, [pointer, pointer, pointer, ctypes.c_int])),
+        "e2e_pack_kernels": (None, [pointer, pointer, c_int64, ctypes.c_int, pointer, ctypes.c_int]),
+        "e2e_pack_weights": (None, [pointer, pointer, c_int64, pointer, ctypes.c_int]),
+        "e2e_dot_shape": (None, [pointer, pointer]),
         "e2e_pool": (None, [pointer, pointer, ctypes.c_int]),
         "e2e_import": (None, [pointer, pointer, pointer, ctypes.c_int]),
         "e2e_checksum": (ctypes.c_uint64, [pointer, c_int64, ctypes.c_int]),
@@ -210,9 +335,10 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def _same_structs(library: ctypes.CDLL) -> bool:
-    sizes = (c_int64 * 6)()
+    structs = (Grid, Map, ConvJob, StridedJob, PoolJob, HeadJob, *_GRADIENT_JOBS)
+    sizes = (c_int64 * len(structs))()
     library.e2e_struct_sizes(sizes)
-    return list(sizes) == [ctypes.sizeof(s) for s in (Grid, Map, ConvJob, StridedJob, PoolJob, HeadJob)]
+    return list(sizes) == [ctypes.sizeof(s) for s in structs]
 
 
 @lru_cache(maxsize=1)

@@ -81,8 +81,7 @@ def describe(network: E2ENet) -> Description:
     Raises:
         NotSupportedError: with the reason.
     """
-    check_classes(network)
-    _check_tensors(network)
+    check_modules(network)
     encoder, decoder = network.encoder, network.decoder
     strides = [_stride3(s) for s in encoder.strides]
     return Description(
@@ -108,7 +107,13 @@ def check_classes(network: nn.Module) -> None:
             raise NotSupportedError(f"{type(part).__name__} is not {known.__name__} itself")
 
 
-def _check_tensors(network: E2ENet) -> None:
+def check_modules(network: E2ENet) -> None:
+    """That these are the classes that are described here, without hooks, in float32 on the CPU.
+
+    Raises:
+        NotSupportedError: with the reason.
+    """
+    check_classes(network)
     check_hooks(network)
     for name, tensor in tensors(network):
         if tensor.device.type != "cpu" or tensor.layout != torch.strided or type(tensor) not in (Tensor, nn.Parameter):

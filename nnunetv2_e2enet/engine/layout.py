@@ -37,7 +37,10 @@ def pages(floats: int) -> Floats:
 
     From an allocator that keeps what was freed, patches of many sizes would leave pieces that fit none of them.
     """
-    memory = mmap.mmap(-1, max(1, floats) * np.float32().itemsize)
+    n_bytes = max(1, floats) * np.float32().itemsize
+    # Memory that processes share, the default, gets no huge pages, and a forked child would write into it
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, n_bytes, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -73,6 +76,8 @@ class StoredNorm:
     def __init__(self, channels: int, slope: float) -> None:
         self.scale = np.empty(channels, np.float32)
         self.offset = np.empty(channels, np.float32)
+        self.mean = np.empty(channels, np.float32)
+        self.rstd = np.empty(channels, np.float32)
         self.slope = slope
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from nnunetv2_e2enet.engine import core as abi
 from nnunetv2_e2enet.engine.arena import Lifetime, place
-from nnunetv2_e2enet.engine.core import ConvJob, Core, HeadJob, PoolJob, StridedJob
+from nnunetv2_e2enet.engine.core import ConvJob, Core, GradientJob, HeadJob, PoolJob, StridedJob
 from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, StoredNorm, pages
 from nnunetv2_e2enet.engine.weights import ConvWeights, NormWeights, PackedBlock, PackedNode, PackedWeights
 
-Job = ConvJob | StridedJob | PoolJob
+Job = ConvJob | StridedJob | PoolJob | GradientJob
 Make = Callable[[], Job | tuple[int, HeadJob]]
 
 
@@ -227,6 +227,8 @@ class Program:
             self._pointer(weights.beta),
             self._pointer(out.norm.scale),
             self._pointer(out.norm.offset),
+            self._pointer(out.norm.mean),
+            self._pointer(out.norm.rstd),
             weights.eps,
         )
 

@@ -139,18 +139,45 @@ def _grouped(weight: Tensor) -> Tensor:
     return padded.unflatten(0, (groups, DENSE_ROWS)).movedim(1, -1)
 
 
-def pack_conv(weight: Tensor, mask: Tensor) -> ConvWeights:
-    """``weight`` is ``(out, in, 3, 3)``, ``mask`` bool ``(out, in)``."""
+@dataclass(frozen=True)
+class ConvLayout:
+    """Where the kernels of a conv at stride 1 go, whatever their values; the fields are those of ConvWeights.
+
+    Attributes:
+        places: for each kernel that is stored, its place in a tensor ``(out, in)``; -1: zeros.
+    """
+
+    places: Tensor
+    start: Ints
+    output: Ints
+    index: Places
+    chunk_first: Ints
+    inputs: int
+    outputs: int
+    dense: bool
+
+    def holding(self, weight: Floats) -> ConvWeights:
+        return ConvWeights(
+            weight, self.start, self.output, self.index, self.chunk_first, self.inputs, self.outputs, self.dense
+        )
+
+
+def grouped_places(places: Tensor) -> Tensor:
+    """As ``_grouped``, of places, -1 where a group is not full."""
+    return _grouped(places + 1) - 1
+
+
+def lay_out_conv(mask: Tensor) -> ConvLayout:
+    """``mask`` is bool ``(out, in)``."""
     outputs, inputs = mask.shape
-    transform = torch.kron(_G, _G)
+    places = torch.arange(mask.numel()).reshape(mask.shape)
     if mask.double().mean() >= DENSE_FROM:
-        kernels = torch.where(mask[..., None], weight.flatten(2), 0).double() @ transform.T
-        dense = torch.stack([_grouped(kernels[..., p]) for p in range(len(transform))])
         none = np.zeros(0, np.int32)
-        return ConvWeights(_floats(dense), none, none, none.astype(np.uint16), np.zeros(1, np.int32), inputs, outputs, True)
+        dense = grouped_places(torch.where(mask, places, -1)).flatten()
+        return ConvLayout(dense, none, none, none.astype(np.uint16), np.zeros(1, np.int32), inputs, outputs, True)
     chunks = -(-inputs // CHUNK)
     first = torch.linspace(0, inputs, chunks + 1).round().long()
-    starts, orders, indices, kernel_rows = [], [], [], []
+    starts, orders, indices, stored = [], [], [], []
     seen = 0
     for begin, end in zip(first[:-1].tolist(), first[1:].tolist(), strict=True):
         part = mask[:, begin:end]
@@ -160,11 +187,10 @@ def pack_conv(weight: Tensor, mask: Tensor) -> ConvWeights:
         starts.append(torch.cat([torch.zeros(1, dtype=torch.long), counts[order].cumsum(0)]) + seen)
         orders.append(order)
         indices.append(column)
-        kernel_rows.append(weight[order[row], begin + column].flatten(1))
+        stored.append(places[order[row], begin + column])
         seen += len(row)
-    transformed = torch.cat(kernel_rows).double() @ transform.T
-    return ConvWeights(
-        weight=_floats(transformed.T),
+    return ConvLayout(
+        places=torch.cat(stored),
         start=_ints(torch.cat(starts)),
         output=_ints(torch.cat(orders)),
         index=_places(torch.cat(indices)),
@@ -173,6 +199,14 @@ def pack_conv(weight: Tensor, mask: Tensor) -> ConvWeights:
         outputs=outputs,
         dense=False,
     )
+
+
+def pack_conv(weight: Tensor, mask: Tensor) -> ConvWeights:
+    """``weight`` is ``(out, in, 3, 3)``, ``mask`` bool ``(out, in)``."""
+    layout = lay_out_conv(mask)
+    kernels = weight.flatten(2).flatten(0, 1).double()[layout.places.clamp(min=0)]
+    kernels[layout.places < 0] = 0
+    return layout.holding(_floats((kernels @ torch.kron(_G, _G).T).T))
 
 
 def pack_upsample(weight: Tensor, mask: Tensor) -> UpsampleWeights:

@@ -23,13 +23,15 @@ _agrees: dict[str, bool] = {}
 
 
 def accelerated(network: nn.Module, x: Tensor) -> Tensor | list[Tensor] | None:
-    """The logits without PyTorch; None where PyTorch computes them: in training, with gradients, in traces, off the CPU."""
-    if network.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """The logits from the engine; None where PyTorch computes them: in traces, off the CPU, in one of training and gradients."""
+    if network.training != torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     if x.device.type != "cpu" or _is_watched():
         return None
     engine = registry.load("engine")
-    logits: Tensor | list[Tensor] | None = None if engine is None else engine.accelerate(network, x)
+    if engine is None:
+        return None
+    logits: Tensor | list[Tensor] | None = (engine.train if network.training else engine.accelerate)(network, x)
     return logits
 
 

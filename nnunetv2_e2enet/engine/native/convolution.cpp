@@ -2,38 +2,24 @@
 #include <algorithm>
 
 #include "driver.h"
+#include "flows.h"
 
 namespace e2e {
 namespace {
 
-constexpr int64_t kUpsampledBytes = 12 << 20;  // of an upward flow to hold at a time, at least one round of slices
 constexpr int64_t kPrivateFloats = 3 << 19;    // of transformed tiles up to which each thread works on blocks of its own
 constexpr int64_t kSharedFloats = 3 << 20;     // of transformed tiles that threads hold together otherwise
 constexpr int64_t kStreamBytes = 32 << 20;     // a map that will not stay in any cache is written past them
 
-int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
-
 struct Schedule {
-    int64_t slices;     // of the output in one round
     int vectors;        // in a block
     int64_t v_pitch, m_pitch;
     bool shared;        // threads work together on `blocks` blocks at a time
     int64_t blocks;
-    int64_t up_floats, up_scratch;
 
-    Schedule(const Kernels& kernels, const ConvJob& job, int threads) {
+    Schedule(const Kernels& kernels, const ConvJob& job, int64_t slices, int threads) {
         const Grid& grid = job.out.grid;
         const WinogradWeights& w = job.weights;
-        slices = grid.depth;
-        up_floats = up_scratch = 0;
-        if (job.upward >= 0) {
-            const int64_t whole = kCacheLine / gcd(grid.slice, kCacheLine);  // slices until rounds start on a vector
-            const int64_t fit = kUpsampledBytes / (job.upsample.outputs * kPhases * grid.slice * kernels.pixel_bytes);
-            slices = std::min<int64_t>(grid.depth, std::max<int64_t>(whole, fit / whole * whole));
-            const int64_t chunks = divide_up(slices * grid.slice, kChunk) + 2 * guard_chunks(grid);
-            up_floats = divide_up(chunks * kChannel * job.upsample.outputs * kernels.pixel_bytes, sizeof(float));
-            up_scratch = upsample_scratch(kernels, job.upsample);
-        }
         const int64_t total = divide_up(slices * grid.slice, kernels.lanes);
         const int64_t per_vector = (kPoints * int64_t{kernels.lanes}) * (w.inputs + w.outputs);
         const int most = kernels.lanes == 16 ? 4 : kMaxVectors - 1;
@@ -48,38 +34,12 @@ struct Schedule {
     }
 };
 
-std::vector<Channel> describe_channels(const Kernels& kernels, const ConvJob& job) {
-    std::vector<Channel> channels;
-    channels.reserve(static_cast<size_t>(job.weights.inputs));
-    for (int flow = 0; flow < job.n_flows; ++flow) {
-        const Map& map = job.flows[flow];
-        for (int64_t c = 0; c < map.channels; ++c) {
-            const int64_t moved = job.shift[channels.size()], depth = map.grid.depth, slice = map.grid.slice;
-            Channel channel{};
-            channel.lo = std::max<int64_t>(0, moved) * slice;
-            channel.hi = std::min<int64_t>(depth, depth + moved) * slice;
-            channel.slope = 1.0f;
-            channel.scale = 1.0f;
-            if (flow != job.upward) {
-                channel.data = channel_of(kernels, map, c);
-                channel.chunk = map.grid.chunk;
-                channel.move = -moved * slice;
-                channel.scale = scale_of(map, c);
-                channel.offset = offset_of(map, c);
-                channel.slope = slope_of(map);
-            }
-            channels.push_back(channel);
-        }
-    }
-    return channels;
-}
-
 class Convolution {
   public:
     Convolution(const Kernels& kernels, const ConvJob& job, int threads)
-        : kernels_(kernels), job_(job), schedule_(kernels, job, threads), threads_(threads) {
+        : kernels_(kernels), job_(job), flows_(kernels, job.flows, job.n_flows, job.upward, job.shift, job.upsample, job.out.grid),
+          schedule_(kernels, job, flows_.slices(), threads), threads_(threads) {
         const Grid& grid = job.out.grid;
-        for (int flow = 0; flow < job.upward; ++flow) first_up_ += job.flows[flow].channels;
         halved_ = {job.halved, job.norm.gamma, kHalvedChannel * job.out.channels};
         stream_ = job.out.channels * kPhases * grid.tiles * kernels.pixel_bytes > kStreamBytes;
     }
@@ -92,24 +52,23 @@ class Convolution {
         } else {
             v_ = scratch.take(threads_ * (kPoints + 1) * schedule_.v_pitch);
         }
-        up_ = scratch.take(schedule_.up_floats);
-        up_scratch_ = scratch.take(schedule_.up_scratch * threads_);
+        flows_.reserve(scratch, threads_);
         return scratch.used();
     }
 
     void run() {
         std::vector<Statistics> statistics(static_cast<size_t>(threads_ * job_.out.channels), Statistics{});
-        const std::vector<Channel> described = describe_channels(kernels_, job_);
+        const std::vector<Channel> described = flows_.channels();
         #pragma omp parallel num_threads(threads_)
         {
             const int thread = omp_get_thread_num(), team = omp_get_num_threads();
             std::vector<Channel> channels = described;
             Statistics* own = statistics.data() + thread * job_.out.channels;
             StopWatch watch(job_.seconds, thread);
-            for (int64_t first = 0; first < job_.out.grid.depth; first += schedule_.slices) {
-                const int64_t last = std::min<int64_t>(job_.out.grid.depth, first + schedule_.slices);
+            for (int64_t first = 0; first < job_.out.grid.depth; first += flows_.slices()) {
+                const int64_t last = std::min<int64_t>(job_.out.grid.depth, first + flows_.slices());
                 if (job_.upward >= 0) {
-                    upsample(channels.data() + first_up_, first, last, thread, team);
+                    flows_.upsample(channels.data(), first, last, thread, team);
                     #pragma omp barrier
                     watch.lap(kUpsample);
                 }
@@ -125,19 +84,6 @@ class Convolution {
     }
 
   private:
-    void upsample(Channel* channels, int64_t first, int64_t last, int thread, int team) {
-        const Grid& grid = job_.out.grid;
-        const int64_t chunk = int64_t{kChannel} * job_.upsample.outputs;
-        const UpsampleTarget target{at(kernels_, up_, guard_chunks(grid) * chunk), chunk, first, last};
-        for (int32_t c = 0; c < job_.upsample.outputs; ++c) {
-            channels[c].data = at(kernels_, target.data, c * kChannel);
-            channels[c].chunk = chunk;
-            channels[c].move = -first * grid.slice;
-        }
-        upsample_slices(kernels_, job_.upsample, grid, job_.shift + first_up_, target,
-                        up_scratch_ + thread * schedule_.up_scratch, thread, team);
-    }
-
     int vectors_at(int64_t vector, int64_t end) const {
         return static_cast<int>(std::min<int64_t>(schedule_.vectors, end - vector));
     }
@@ -221,12 +167,12 @@ class Convolution {
 
     const Kernels& kernels_;
     const ConvJob& job_;
+    Flows flows_;
     const Schedule schedule_;
     const int threads_;
-    int64_t first_up_ = 0;
     bool stream_ = false;
     Halved halved_{};
-    float *v_ = nullptr, *m_ = nullptr, *up_ = nullptr, *up_scratch_ = nullptr;
+    float *v_ = nullptr, *m_ = nullptr;
 };
 
 }  // namespace

@@ -35,7 +35,7 @@ uint64_t checksum_sample(const unsigned char* bytes, int64_t n, int64_t place) {
 #define E2E_EXPORT extern "C"
 #endif
 
-E2E_EXPORT int e2e_abi() { return 3; }
+E2E_EXPORT int e2e_abi() { return 4; }
 
 // Sizes of the structs that Python mirrors, to notice when the two differ.
 E2E_EXPORT void e2e_struct_sizes(int64_t* sizes) {
@@ -45,6 +45,11 @@ E2E_EXPORT void e2e_struct_sizes(int64_t* sizes) {
     sizes[3] = sizeof(e2e::StridedJob);
     sizes[4] = sizeof(e2e::PoolJob);
     sizes[5] = sizeof(e2e::HeadJob);
+    sizes[6] = sizeof(e2e::NormGradientJob);
+    sizes[7] = sizeof(e2e::ConvGradientJob);
+    sizes[8] = sizeof(e2e::StridedGradientJob);
+    sizes[9] = sizeof(e2e::UpsampleGradientJob);
+    sizes[10] = sizeof(e2e::HeadGradientJob);
 }
 
 // The kernels of that name, for maps in float or in bfloat16, or null if this CPU or this build does not have them.
@@ -81,6 +86,43 @@ E2E_EXPORT void e2e_pool(const void* kernels, const e2e::PoolJob* job, int threa
 
 E2E_EXPORT void e2e_import(const void* kernels, const float* image, const e2e::Map* out, int threads) {
     e2e::run_import(*static_cast<const e2e::Kernels*>(kernels), image, *out, threads);
+}
+
+E2E_EXPORT int64_t e2e_conv_gradient(const void* kernels, const e2e::ConvGradientJob* job, float* scratch, int threads) {
+    return e2e::run_conv_gradient(*static_cast<const e2e::Kernels*>(kernels), *job, scratch, threads);
+}
+
+E2E_EXPORT int64_t e2e_strided_gradient(const void* kernels, const e2e::StridedGradientJob* job, float* scratch, int threads) {
+    return e2e::run_strided_gradient(*static_cast<const e2e::Kernels*>(kernels), *job, scratch, threads);
+}
+
+E2E_EXPORT int64_t e2e_upsample_gradient(const void* kernels, const e2e::UpsampleGradientJob* job, float* scratch, int threads) {
+    return e2e::run_upsample_gradient(*static_cast<const e2e::Kernels*>(kernels), *job, scratch, threads);
+}
+
+E2E_EXPORT int64_t e2e_head_gradient(const void* kernels, const e2e::HeadGradientJob* job, float* scratch, int threads) {
+    return e2e::run_head_gradient(*static_cast<const e2e::Kernels*>(kernels), *job, scratch, threads);
+}
+
+E2E_EXPORT int64_t e2e_norm_gradient(const void* kernels, const e2e::NormGradientJob* job, float*, int threads) {
+    e2e::run_norm_gradient(*static_cast<const e2e::Kernels*>(kernels), *job, threads);
+    return 0;
+}
+
+E2E_EXPORT void e2e_dot_shape(const void* kernels, int32_t* shape) {
+    shape[0] = static_cast<const e2e::Kernels*>(kernels)->dot_rows;
+    shape[1] = static_cast<const e2e::Kernels*>(kernels)->dot_columns;
+}
+
+// 3 x 3 kernels of a weight tensor to the Winograd domain: to[point][k] of kernel places[k], zeros where that is negative.
+E2E_EXPORT void e2e_pack_kernels(const float* weight, const int32_t* places, int64_t n, int turned, float* to, int threads) {
+    e2e::pack_kernels(weight, places, n, turned, to, threads);
+}
+
+// to[k] = weight[places[k]], zeros where that is negative.
+E2E_EXPORT void e2e_pack_weights(const float* weight, const int32_t* places, int64_t n, float* to, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static) if (n > 1 << 16)
+    for (int64_t k = 0; k < n; ++k) to[k] = places[k] < 0 ? 0.0f : weight[places[k]];
 }
 
 // A number that changes when any of the bytes does: to notice weights that were written in place.

@@ -53,6 +53,34 @@ struct Channel {
     int64_t move;
     int64_t lo, hi;
     float scale, offset, slope;
+    // Where the input is the gradient of a conv's output: `data` is that of the map after norm and activation, `raw` the output
+    // itself. scale * (data past the activation) + by_raw * (raw - mean) + constant.
+    const Pixels* raw;
+    float mean, by_raw, constant;
+};
+
+// One channel of a gradient that is written or added to: tile f goes to f + move of `data` for lo <= f < hi, nowhere else.
+struct Target {
+    Pixels* data;
+    int64_t chunk;
+    int64_t move;
+    int64_t lo, hi;
+    int32_t add;
+};
+
+// Maps of a coarser level that were pooled from a finer one: the pixels of the window of each tile of a chunk of the finer.
+struct Unpooled {
+    const Pixels* pooled;    // largest (or smallest) raw values, channel 0
+    const Pixels* gradient;  // of the pooled map, channel 0
+    const int64_t* places;   // [window of the tile][kChunk]: of each tile in a coarse map
+    const uint32_t* later;   // [vector]: tiles in the second slice of their windows
+    int depth, height, width;
+};
+
+// What the backward pass of norm and activation has to know of a conv's output, one number a channel.
+struct NormChannels {
+    const float *scale, *offset, *mean;
+    float slope;
 };
 
 // Sums around a value of the channel's own, so that nothing cancels when the mean is large.
@@ -136,6 +164,32 @@ struct Kernels {
     int64_t (*multiply_add_only)(int64_t rounds);
     // out[4 * k + i] = in[i][k]
     void (*pixels_row)(const float* in, int64_t in_stride, int64_t tiles, int64_t pixels, float* out);
+
+    // The backward pass, for maps in float alone; null in the kernels for bfloat16.
+    int dot_rows, dot_columns;  // dense_dots sums so many rows and columns together
+    // V[point][channel][tile] of the convolution's gradient as an input, unless v is null, and M[point][channel][tile] = A y A^T
+    void (*gradient_transform)(const Channel* channels, int n, const Grid& grid, int64_t first, int vectors, float* v,
+                               int64_t v_pitch, float* m, int64_t m_pitch);
+    // Pixels of gradients from M[point][channel][tile], written or added
+    void (*gradient_output)(const float* m, int64_t m_pitch, const Target* targets, int n, const Grid& grid, int64_t first,
+                            int vectors);
+    // sums[connection] += sum over tiles of all segments of m[output][tile] * v[index][tile]
+    void (*sparse_dots)(const float* const* v, const float* const* m, int segments, const SparseRows& rows, float* sums,
+                        int vectors);
+    // sums[row block][column block][row][column] += sum over tiles of all segments of a[row][tile] * b[column][tile]
+    void (*dense_dots)(const float* const* a, int rows, const float* const* b, int columns, int segments, float* sums,
+                       int vectors);
+    // Adds what was pooled, if unpooled is not null, to the gradient of a chunk of all channels; then adds to sums[channel][2] the
+    // gradient past the activation, and its product with raw - mean.
+    void (*norm_sums)(Pixels* gradient, const Pixels* raw, int channels, const NormChannels& norm, const Grid& grid,
+                      int64_t first, const Unpooled* unpooled, double* sums);
+    // The gradient of n pixels of the convolution's output, written over that of the activation.
+    void (*norm_gradient)(const Channel& channel, int64_t n, Pixels* gradient);
+    // to[k] = (or +=) from[k]
+    void (*accumulate)(const float* from, int64_t n, float* to, bool add);
+    // Pixels of fine tiles, those of `ways` coarse tiles' halves in turn, added where the pieces say.
+    void (*add_pieces)(const float* const* m, int ways, int first_channel, int last_channel, int vectors, const Piece* pieces,
+                       const int* first_piece, Pixels* out);
 };
 
 const Kernels* kernels_avx512();

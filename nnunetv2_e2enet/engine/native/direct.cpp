@@ -3,102 +3,18 @@
 #include <cstring>
 
 #include "driver.h"
+#include "window.h"
 
 namespace e2e {
 namespace {
 
-constexpr int kTaps = 9;
 constexpr int64_t kWindowFloats = 1 << 18;  // of inputs under a block of output tiles that a thread holds, if it can be
-
-// Tiles of a block that lie in one row of the grid.
-struct Segment {
-    int64_t lane, count, slice, row, column;
-};
-
-std::vector<Segment> cut_rows(const Grid& grid, int64_t first, int64_t tiles) {
-    std::vector<Segment> segments;
-    const int64_t end = std::min(first + tiles, grid.tiles);
-    for (int64_t f = first; f < end;) {
-        const int64_t column = f % grid.tiles_x, count = std::min(end - f, grid.tiles_x - column);
-        segments.push_back({f - first, count, f / grid.slice, f % grid.slice / grid.tiles_x, column});
-        f += count;
-    }
-    return segments;
-}
-
-// All that output tiles need: window[row * columns + column][channel][tile], normalised, zero outside.
-class Window {
-  public:
-    const int rows, columns;
-
-    Window(const Kernels& kernels, const StridedJob& job)
-        : rows(3 * job.stride[1] + 3), columns(3 * job.stride[2] + 3), kernels_(kernels), job_(job) {}
-
-    void fill(const std::vector<Segment>& segments, int64_t tiles, int64_t first_channel, int64_t last_channel, float* window) {
-        for (int64_t c = first_channel; c < last_channel; ++c) {
-            if (c == first_channel || job_.shift[c] != job_.shift[c - 1]) plan(segments, job_.shift[c], job_.in.channels * tiles);
-            if (c + 1 < last_channel) prefetch_channel(segments, c + 1);
-            kernels_.gather(channel_of(kernels_, job_.in, c), spans_.data(), static_cast<int64_t>(spans_.size()), job_.stride[2],
-                            scale_of(job_.in, c), offset_of(job_.in, c), slope_of(job_.in), window + c * tiles);
-        }
-    }
-
-    void taps(const float* window, int64_t channel_floats, int phase, const float* bases[kTaps]) const {
-        for (int t = 0; t < kTaps; ++t) {
-            const int row = job_.stride[1] * (phase / kTile) + t / 3, column = job_.stride[2] * (phase % kTile) + t % 3;
-            bases[t] = window + (row * columns + column) * channel_floats;
-        }
-    }
-
-  private:
-    // The same for all channels that move alike.
-    void plan(const std::vector<Segment>& segments, int64_t shift, int64_t channel_floats) {
-        spans_.clear();
-        for (int w = 0; w < rows * columns; ++w)
-            for (const Segment& s : segments) plan_row(s, shift, w / columns - 1, w % columns - 1, w * channel_floats + s.lane);
-    }
-
-    void plan_row(const Segment& s, int64_t shift, int row, int column, int64_t to) {
-        const Grid& fine = job_.in.grid;
-        const int sh = job_.stride[1], sw = job_.stride[2];
-        const int64_t d = s.slice * job_.stride[0] - shift, y = kTile * sh * s.row + row;
-        // Tile t of the segment needs pixel x = kTile * sw * (s.column + t) + column.
-        const int64_t step = kTile * sw, x = step * s.column + column;
-        int64_t lo = x < 0 ? 1 : 0, hi = x >= fine.width ? 0 : std::min(s.count, (fine.width - 1 - x) / step + 1);
-        if (d < 0 || d >= fine.depth || y < 0 || y >= fine.height || lo >= hi) lo = hi = 0;
-        if (lo > 0) spans_.push_back({-1, to, static_cast<int32_t>(lo)});
-        const int64_t first = x + lo * step, phase = y % kTile * kTile + first % kTile;
-        const int64_t tile = d * fine.slice + y / kTile * fine.tiles_x + first / kTile;
-        for (int64_t t = lo, n; t < hi; t += n) {
-            const int64_t at = tile + sw * (t - lo);
-            n = std::min(hi - t, tiles_in_chunk(at, sw));
-            spans_.push_back({place(at, fine.chunk) + phase * kChunk, to + t, static_cast<int32_t>(n)});
-        }
-        if (hi < s.count) spans_.push_back({-1, to + hi, static_cast<int32_t>(s.count - hi)});
-    }
-
-    inline __attribute__((always_inline)) void prefetch_channel(const std::vector<Segment>& segments, int64_t c) const {
-        const Grid& fine = job_.in.grid;
-        for (const Segment& s : segments) {
-            const int64_t shifted = s.slice * job_.stride[0] - job_.shift[c];
-            const int64_t d = std::min<int64_t>(std::max<int64_t>(shifted, 0), fine.depth - 1);
-            const int64_t tile = d * fine.slice + s.row * job_.stride[1] * fine.tiles_x + s.column * job_.stride[2];
-            const int64_t end = tile + (job_.stride[1] - 1) * fine.tiles_x + s.count * job_.stride[2];
-            for (int64_t t = tile & ~int64_t{kChunk - 1}; t < std::min(end, fine.tiles); t += kChunk)
-                prefetch_chunk(kernels_, channel_of(kernels_, job_.in, c), fine.chunk, t);
-        }
-    }
-
-    const Kernels& kernels_;
-    const StridedJob& job_;
-    std::vector<Span> spans_;
-};
 
 }  // namespace
 
 int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratch, int threads) {
     const Grid& grid = job.out.grid;
-    const Window shape(kernels, job);
+    const Window shape(kernels, job.in, job.shift, job.stride);
     const int64_t outputs = job.out.channels, inputs = job.in.channels;
     const int groups = static_cast<int>(divide_up(outputs, kDenseRows));
     const int64_t total = divide_up(grid.tiles, kernels.lanes);
@@ -120,7 +36,7 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
     {
         const int thread = omp_get_thread_num(), team = omp_get_num_threads();
         StopWatch watch(job.seconds, thread);
-        Window window(kernels, job);
+        Window window(kernels, job.in, job.shift, job.stride);
         float* own = windows + (shared ? 0 : thread * window_floats);
         float* m = products + thread * round_up(product_floats, kCacheLine);
         const Share share = shared ? Share(blocks, 0, 1) : Share(blocks, thread, team);

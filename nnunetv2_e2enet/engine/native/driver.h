@@ -123,6 +123,9 @@ inline void finish_norm(const Norm& norm, const std::vector<Statistics>& statist
         const double scale = norm.gamma[c] / std::sqrt(variance + norm.eps);
         norm.scale[c] = static_cast<float>(scale);
         norm.offset[c] = static_cast<float>(norm.beta[c] - mean * scale);
+        if (!norm.mean) continue;
+        norm.mean[c] = static_cast<float>(mean);
+        norm.rstd[c] = static_cast<float>(1 / std::sqrt(variance + norm.eps));
     }
 }
 
@@ -155,6 +158,13 @@ int64_t run_conv(const Kernels& kernels, const ConvJob& job, float* scratch, int
 int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratch, int threads);
 int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, float* scratch, int threads);
 void run_pool(const Kernels& kernels, const PoolJob& job, int threads);
+
+int64_t run_conv_gradient(const Kernels& kernels, const ConvGradientJob& job, float* scratch, int threads);
+int64_t run_strided_gradient(const Kernels& kernels, const StridedGradientJob& job, float* scratch, int threads);
+int64_t run_upsample_gradient(const Kernels& kernels, const UpsampleGradientJob& job, float* scratch, int threads);
+int64_t run_head_gradient(const Kernels& kernels, const HeadGradientJob& job, float* scratch, int threads);
+void run_norm_gradient(const Kernels& kernels, const NormGradientJob& job, int threads);
+void pack_kernels(const float* weight, const int32_t* places, int64_t n, int turned, float* to, int threads);
 void run_import(const Kernels& kernels, const float* image, const Map& out, int threads);
 
 }  // namespace e2e

@@ -24,6 +24,8 @@ struct Norm {
     const float* beta;
     float* scale;
     float* offset;
+    float* mean;  // null, or what the backward pass needs
+    float* rstd;
     double eps;
 };
 
@@ -93,6 +95,86 @@ struct HeadJob {
     double* seconds;
 };
 
-enum Timer { kInput, kProduct, kOutput, kUpsample, kStrided, kPool, kHead, kTimers };
+// ---- the backward pass; gradients of weights are added to ------------------------------------------------------------
+
+// Norm and activation of a conv's output: what turns the gradient past the activation, `gradient`, into that of the output.
+struct NormGradientJob {
+    Map raw;
+    Pixels* gradient;
+    const float* mean;
+    const float* rstd;
+    Map pooled;  // the downward flow of this map, data null: none; its gradient is added to `gradient`
+    const Pixels* pooled_gradient;
+    int32_t stride[3];
+    int32_t apply;  // write the gradient of the output over `gradient`
+    float* by_raw;  // see Channel
+    float* constant;
+    float* weight_gradient;
+    float* bias_gradient;
+    double* seconds;
+};
+
+// A shift block at stride 1.
+struct ConvGradientJob {
+    Map flows[3];  // as in ConvJob
+    int32_t n_flows, upward;
+    const int32_t* shift;
+    Upsample upsample;
+    WinogradWeights weights;  // of which only the connections are read
+    WinogradWeights turned;   // by half a turn, from outputs to inputs
+    Map raw;                  // the output
+    const Pixels* gradient;   // past its activation
+    const float *mean, *by_raw, *constant;
+    Map into[3];         // gradients of the flows, of maps like these; data null: not wanted
+    int32_t add[3];      // to what is there, instead of writing it
+    const int32_t* places;  // of each sum over tiles: kernel in the weights, -1: of no connection
+    float* weight_gradient;
+    double* seconds;
+};
+
+// Any other conv of an encoder, whose output's gradient is `gradient` itself.
+struct StridedGradientJob {
+    Map in;
+    const int32_t* shift;
+    int32_t stride[3];
+    Map gradient;
+    Pixels* into;  // of a map like `in`, added to; null: not wanted
+    const float* turned;    // see direct_gradient.cpp
+    const int32_t* places;  // of each sum: weight
+    float* weight_gradient;
+    double* seconds;
+};
+
+struct UpsampleGradientJob {
+    Upsample upsample;
+    Map gradient;  // of the upward flow, fine
+    const float* turned;  // [depth position * row position * column position][connection], from outputs to inputs
+    const int32_t* turned_start;
+    const int32_t* turned_output;
+    const uint16_t* turned_index;
+    Pixels* into;  // of the coarse map
+    int32_t add;
+    const int32_t* places;  // [depth, row and column position][connection]
+    float* weight_gradient;
+    double* seconds;
+};
+
+struct HeadGradientJob {
+    Map in;
+    Pixels* into;
+    int32_t add, classes;
+    const float* turned;  // [group of inputs][class][kDenseRows]
+    const int32_t* places;
+    const float* logits;  // their gradient, (class, depth, height, width)
+    float* weight_gradient;
+    float* bias_gradient;  // or null
+    double* seconds;
+};
+
+enum Timer {
+    kInput, kProduct, kOutput, kUpsample, kStrided, kPool, kHead,
+    kNormGradient, kGradientInput, kGradientProduct, kGradientOutput, kDots, kUpsampleGradient, kStridedGradient, kHeadGradient,
+    kTimers
+};
 
 }  // namespace e2e

@@ -2,24 +2,10 @@
 #include <algorithm>
 
 #include "driver.h"
+#include "window.h"
 
 namespace e2e {
 namespace {
-
-// Output channels that move together.
-struct Group {
-    int32_t first, last;
-    int64_t shift;
-};
-
-std::vector<Group> cut_groups(const int32_t* shift, int32_t channels) {
-    std::vector<Group> groups;
-    for (int32_t c = 0; c < channels; ++c) {
-        if (groups.empty() || groups.back().shift != shift[c]) groups.push_back({c, c, shift[c]});
-        groups.back().last = c + 1;
-    }
-    return groups;
-}
 
 // Strides of 1 or 2 in the plane: a coarse tile becomes whole fine tiles. Vectors run over coarse tiles, whatever rows and slices
 // they lie in; only what is stored is cut into the rows of fine tiles.
@@ -41,31 +27,22 @@ class Upsampler {
         for (int64_t c = 0; c < coarse.channels; ++c)
             kernels_.activate_block(at(kernels_, coarse.data, c * kChannel + there), scale_of(coarse, c), offset_of(coarse, c),
                                     slope_of(coarse), pixels_ + c * kernels_.upsample_tiles, pitch_);
-        rows_.clear();
-        const int64_t end = std::min<int64_t>(first + kernels_.upsample_tiles, coarse.grid.tiles);
-        for (int64_t tile = first; tile < end;) {
-            const int64_t column = tile % coarse.grid.tiles_x, count = std::min(end - tile, coarse.grid.tiles_x - column);
-            rows_.push_back({tile - first, count, tile / coarse.grid.slice, tile % coarse.grid.slice / coarse.grid.tiles_x, column});
-            tile += count;
-        }
+        rows_ = cut_rows(coarse.grid, first, kernels_.upsample_tiles);
     }
 
     // Output channels of the block that was loaded, at one position of the stride in depth.
     void multiply(int position, const Group& group) {
         const int sh = job_.stride[1], sw = job_.stride[2];
         for (int below = 0; below < sh; ++below) {
-            cut_pieces(position, group.shift, below);
-            if (pieces_.empty()) continue;
+            pieces_.cut(rows_, fine_, job_.stride, position + group.shift, below, target_.first_slice, target_.last_slice,
+                        target_.chunk, kernels_.lanes, kernels_.upsample_tiles);
+            if (pieces_.pieces.empty()) continue;
             for (int row = below * kTile / sh; row < (below + 1) * kTile / sh; ++row)
                 for (int column = 0; column < kTile / sw; ++column) multiply_pixel(position, group, row, column);
         }
     }
 
   private:
-    struct Row {
-        int64_t lane, count, slice, row, column;
-    };
-
     void multiply_pixel(int position, const Group& group, int row, int column) const {
         const int sh = job_.stride[1], sw = job_.stride[2];
         UpsampleTask task{};
@@ -77,32 +54,9 @@ class Upsampler {
         task.last_row = group.last;
         for (int s = 0; s < task.subs; ++s)
             task.out[s] = at(kernels_, target_.data, ((sh * row + s / sw) % kTile * kTile + sw * column + s % sw) * kChunk);
-        task.pieces = pieces_.data();
-        task.first_piece = first_piece_.data();
+        task.pieces = pieces_.pieces.data();
+        task.first_piece = pieces_.first.data();
         kernels_.upsample_product(task, {job_.start, job_.output, job_.index, job_.outputs});
-    }
-
-    // Where the fine tiles go, those of the coarse tiles' upper or lower half.
-    void cut_pieces(int position, int64_t shift, int below) {
-        const int sw = job_.stride[2];
-        pieces_.clear();
-        first_piece_.clear();
-        for (const Row& r : rows_) {
-            const int64_t slice = r.slice * job_.stride[0] + position + shift, row = r.row * job_.stride[1] + below;
-            if (slice < target_.first_slice || slice >= target_.last_slice || row >= fine_.tiles_y) continue;
-            const int64_t tile = (slice - target_.first_slice) * fine_.slice + row * fine_.tiles_x + r.column * sw;
-            const int64_t count = std::min(r.count * sw, fine_.tiles_x - r.column * sw);
-            for (int64_t done = 0; done < count;) {
-                const int64_t lane = r.lane * sw + done, in_vector = lane % kernels_.lanes;
-                const int64_t n = std::min({count - done, kernels_.lanes - in_vector, tiles_in_chunk(tile + done, 1)});
-                first_piece_.resize(static_cast<size_t>(lane / kernels_.lanes + 1), static_cast<int>(pieces_.size()));
-                pieces_.push_back({place(tile + done, target_.chunk) - in_vector,
-                                   static_cast<uint32_t>(((int64_t{1} << n) - 1) << in_vector)});
-                done += n;
-            }
-        }
-        first_piece_.resize(static_cast<size_t>(kernels_.upsample_tiles * sw / kernels_.lanes + 1),
-                            static_cast<int>(pieces_.size()));
     }
 
     const Kernels& kernels_;
@@ -111,9 +65,8 @@ class Upsampler {
     const UpsampleTarget& target_;
     float* pixels_;
     const int64_t pitch_;
-    std::vector<Row> rows_;
-    std::vector<Piece> pieces_;
-    std::vector<int> first_piece_;
+    std::vector<Segment> rows_;
+    Pieces pieces_;
 };
 
 // Other strides: pixel by pixel.

@@ -36,6 +36,13 @@ static inline Vec load_where(Mask m, const float* p) { return _mm512_maskz_loadu
 static inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 static inline void store_first(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, mask_of((1u << n) - 1), v); }
 static inline void store_lanes(float* p, Vec v, uint32_t lanes) { _mm512_mask_storeu_ps(p, mask_of(lanes), v); }
+static inline Vec load_lanes(const float* p, uint32_t lanes) { return _mm512_maskz_loadu_ps(mask_of(lanes), p); }
+static inline Mask above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+static inline Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+static inline Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_blend_ps(m, no, yes); }
+static inline Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
+static inline Mask both(Mask a, Mask b) { return static_cast<Mask>(a & b); }
+static inline Mask without(Mask a, Mask b) { return static_cast<Mask>(a & ~b); }
 // a0 b0 a1 b1 ...: of the first half of the lanes, and of the second.
 static inline Vec interleave_low(Vec a, Vec b) {
     const __m512i i = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -85,6 +92,15 @@ static inline __m256i first_lanes(int64_t n) {
 }
 static inline void store_first(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
 static inline void store_lanes(float* p, Vec v, uint32_t lanes) { _mm256_maskstore_ps(p, _mm256_castps_si256(mask_of(lanes)), v); }
+static inline Vec load_lanes(const float* p, uint32_t lanes) {
+    return _mm256_maskload_ps(p, _mm256_castps_si256(mask_of(lanes)));
+}
+static inline Mask above(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+static inline Mask equal(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+static inline Vec select(Mask m, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, m); }
+static inline Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
+static inline Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+static inline Mask without(Mask a, Mask b) { return _mm256_andnot_ps(b, a); }
 static inline Vec interleave_low(Vec a, Vec b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
 }
@@ -143,6 +159,18 @@ static inline void store_lanes(float* p, Vec v, uint32_t lanes) {
     for (int i = 0; i < kLanes; ++i)
         if (lanes >> i & 1) p[i] = v[i];
 }
+static inline Vec load_lanes(const float* p, uint32_t lanes) {
+    Vec v = {0, 0, 0, 0};
+    for (int i = 0; i < kLanes; ++i)
+        if (lanes >> i & 1) v[i] = p[i];
+    return v;
+}
+static inline Mask above(Vec a, Vec b) { return a > b; }
+static inline Mask equal(Vec a, Vec b) { return a == b; }
+static inline Vec select(Mask m, Vec yes, Vec no) { return m ? yes : no; }
+static inline Mask either(Mask a, Mask b) { return a | b; }
+static inline Mask both(Mask a, Mask b) { return a & b; }
+static inline Mask without(Mask a, Mask b) { return a & ~b; }
 static inline Vec interleave_low(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
 static inline Vec interleave_high(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
 static inline Vec even_lanes(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }

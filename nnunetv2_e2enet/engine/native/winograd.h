@@ -75,6 +75,21 @@ constexpr int kWindowVectors = e2e::kMaxVectors + 2;
 // tiles below), and in each the pixels by their column in the tile, a tile a lane. Activated; zero outside the plane.
 using Window = float[6][e2e::kTile][kWindowVectors * kLanes];
 
+// What is left to do with stored pixels: nothing, norm and activation, or the backward pass of both.
+enum class Source { kFinal, kRaw, kGradient };
+
+// The gradient of a conv's output from that of its activation.
+struct GradientOf {
+    const Vec scale, offset, slope, mean, by_raw, constant;
+    explicit GradientOf(const e2e::Channel& c)
+        : scale(splat(c.scale)), offset(splat(c.offset)), slope(splat(c.slope)), mean(splat(c.mean)), by_raw(splat(c.by_raw)),
+          constant(splat(c.constant)) {}
+    Vec operator()(Vec gradient, Vec raw) const {
+        const Vec before = select(above(fma(raw, scale, offset), zero()), gradient, gradient * slope);
+        return fma(before, scale, fma(raw - mean, by_raw, constant));
+    }
+};
+
 // Where the pixels of a window lie, and which of them count; the same for all channels that move alike.
 class Reach {
   public:
@@ -97,7 +112,7 @@ class Reach {
             any = any || (g == 1 && (begin < hi && end > lo));
             for (int i = 0; i < counts_[g]; ++i) {
                 const int64_t tile = base + i * kLanes;
-                Source& s = sources_[g][i];
+                Vector& s = sources_[g][i];
                 s.place = e2e::place(tile, channel.chunk);
                 if (whole_[g]) continue;
                 const uint32_t lanes = bits_between(tile, lo, hi);
@@ -109,30 +124,34 @@ class Reach {
         }
     }
 
-    template <bool Final>  // no norm is left to apply
+    template <Source Kind>
     void fetch(const e2e::Channel& channel, Window& window) const {
-        fetch_rows<3, 4, Final>(channel, 0, window);
-        fetch_rows<0, 4, Final>(channel, 1, window + 1);
-        fetch_rows<0, 1, Final>(channel, 2, window + 5);
+        fetch_rows<3, 4, Kind>(channel, 0, window);
+        fetch_rows<0, 4, Kind>(channel, 1, window + 1);
+        fetch_rows<0, 1, Kind>(channel, 2, window + 5);
     }
 
   private:
-    struct Source {  // a vector of tiles as it lies in memory
+    struct Vector {  // of tiles as they lie in memory
         int64_t place;
         bool some;  // of its tiles exist
         Mask valid[e2e::kPhases];
     };
 
-    template <int First, int Last, bool Final>
+    template <int First, int Last, Source Kind>
     void fetch_rows(const e2e::Channel& channel, int g, float (*rows)[e2e::kTile][kWindowVectors * kLanes]) const {
         const Vec scale = splat(channel.scale), offset = splat(channel.offset), slope = splat(channel.slope);
+        const GradientOf gradient_of(channel);
         for (int i = 0; i < counts_[g]; ++i) {
-            const Source& s = sources_[g][i];
+            const Vector& s = sources_[g][i];
             const Pixel* from = static_cast<const Pixel*>(channel.data) + s.place;
+            const Pixel* other = Kind == Source::kGradient ? static_cast<const Pixel*>(channel.raw) + s.place : nullptr;
             const auto put = [&](int row, int column, Vec pixel) { store(&rows[row - First][column][i * kLanes], pixel); };
             const auto get = [&](int row, int column) {
-                const Vec raw = load(from + (row * e2e::kTile + column) * e2e::kChunk);
-                return Final ? raw : activate(raw, scale, offset, slope);
+                const int64_t phase = (row * e2e::kTile + column) * e2e::kChunk;
+                const Vec stored = load(from + phase);
+                if (Kind == Source::kGradient) return gradient_of(stored, load(other + phase));
+                return Kind == Source::kFinal ? stored : activate(stored, scale, offset, slope);
             };
             if (!whole_[g]) {
                 for (int row = First; row < Last; ++row)
@@ -149,7 +168,7 @@ class Reach {
         }
     }
 
-    Source sources_[3][kWindowVectors];
+    Vector sources_[3][kWindowVectors];
     int counts_[3], own_[3], own_end_[3];  // vectors; of them those with tiles of the block, the others neighbours alone
     bool whole_[3];                        // every pixel of every vector exists
 };
@@ -210,17 +229,46 @@ static inline void transform_window(const Window& window, const int skip[3], int
     for (int i = 0; i < 6; i += 5) store_row(half[i], v + i * 6 * v_pitch, v_pitch);
 }
 
+// A^T's transpose, column by column: where the gradient of an output tile goes in the Winograd domain.
+static inline void transform_back(const Vec d[4], Vec o[6]) {
+    const Vec even = d[0] + d[2], odd = d[1] + d[3];
+    const Vec even2 = fma(splat(4.0f), d[2], d[0]), odd2 = fma(splat(8.0f), d[3], d[1] + d[1]);
+    o[0] = d[0];
+    o[1] = even + odd;
+    o[2] = even - odd;
+    o[3] = even2 + odd2;
+    o[4] = even2 - odd2;
+    o[5] = d[3];
+}
+
+static inline void transform_gradient(const Window& window, int lane, float* m, int64_t m_pitch) {
+    Vec half[6][4];
+    for (int j = 0; j < e2e::kTile; ++j) {
+        Vec d[4], o[6];
+        for (int i = 0; i < e2e::kTile; ++i) d[i] = load(window[i + 1][j] + lane);
+        transform_back(d, o);
+        for (int i = 0; i < 6; ++i) half[i][j] = o[i];
+    }
+    for (int i = 0; i < 6; ++i) {
+        Vec o[6];
+        transform_back(half[i], o);
+        for (int j = 0; j < 6; ++j) store(m + (i * 6 + j) * m_pitch, o[j]);
+    }
+}
+
 // Memory is far away, and what a block needs of it is read in an order of its own: ask for the chunk after it line by line, a part
 // with each vector of tiles.
 // (Always inline: GCC takes a function that only prefetches for one without effect, and drops the call.)
+template <bool Gradient>
 static inline __attribute__((always_inline)) void prefetch_ahead(const e2e::Channel& channel, const e2e::Grid& grid,
                                                                  int64_t first, int part) {
     const int64_t chunks_ahead = (grid.tiles_x + e2e::kChunk - 1) / e2e::kChunk;  // the row of tiles below lies there
     const int64_t tile = first + channel.move + chunks_ahead * e2e::kChunk;
     if (tile - channel.move + e2e::kChunk <= channel.lo || tile - channel.move >= channel.hi) return;
     const int64_t lane = tile & (e2e::kChunk - 1);
-    const Pixel* chunk = static_cast<const Pixel*>(channel.data) + e2e::place(tile - lane, channel.chunk);
-    prefetch(chunk + (lane + part * kLanes) * e2e::kPhases, kLanes * e2e::kPhases);
+    const int64_t from = e2e::place(tile - lane, channel.chunk) + (lane + part * kLanes) * e2e::kPhases;
+    prefetch(static_cast<const Pixel*>(channel.data) + from, kLanes * e2e::kPhases);
+    if (Gradient) prefetch(static_cast<const Pixel*>(channel.raw) + from, kLanes * e2e::kPhases);
 }
 
 constexpr int kSoon = 4;  // channels between asking for memory and reading it
@@ -229,8 +277,10 @@ static inline bool same_reach(const e2e::Channel& a, const e2e::Channel& b) {
     return a.lo == b.lo && a.hi == b.hi && a.move == b.move && a.chunk == b.chunk;
 }
 
-static void input_transform(const e2e::Channel* channels, int n, const e2e::Grid& grid, int64_t first, int vectors, float* v,
-                            int64_t v_pitch) {
+// Transformed inputs of a block, or with Gradient those of a conv's gradient (unless v is null) and A y A^T besides.
+template <bool Gradient>
+static inline void transform_block(const e2e::Channel* channels, int n, const e2e::Grid& grid, int64_t first, int vectors,
+                                   float* v, int64_t v_pitch, float* m, int64_t m_pitch) {
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
     Neighbours neighbours[e2e::kMaxVectors];
     for (int i = 0; i < vectors; ++i) neighbours[i].look(grid, first + i * kLanes);
@@ -246,24 +296,33 @@ static void input_transform(const e2e::Channel* channels, int n, const e2e::Grid
                 other.look(grid, first, tiles, channel);
                 its = &other;
             }
-            if (channel.slope == 1.0f && channel.scale == 1.0f && channel.offset == 0.0f) {
-                its->fetch<true>(channel, windows[c % 2]);
+            if (Gradient) {
+                its->fetch<Source::kGradient>(channel, windows[c % 2]);
+            } else if (channel.slope == 1.0f && channel.scale == 1.0f && channel.offset == 0.0f) {
+                its->fetch<Source::kFinal>(channel, windows[c % 2]);
             } else {
-                its->fetch<false>(channel, windows[c % 2]);
+                its->fetch<Source::kRaw>(channel, windows[c % 2]);
             }
         }
         if (c == 0) continue;
-        float* target = v + (c - 1) * tiles;
         const int soon = c - 1 + kSoon;
-        for (int i = 0; i < vectors; ++i, target += kLanes) {
-            prefetch_ahead(channels[soon % n], grid, first + soon / n * tiles, i);
+        for (int i = 0; i < vectors; ++i) {
+            const int64_t at = (c - 1) * tiles + i * kLanes;
+            prefetch_ahead<Gradient>(channels[soon % n], grid, first + soon / n * tiles, i);
+            if (Gradient) transform_gradient(windows[(c - 1) % 2], last->skip[1] + i * kLanes, m + at, m_pitch);
+            if (Gradient && !v) continue;
             if (last->any) {
-                transform_window(windows[(c - 1) % 2], last->skip, i * kLanes, neighbours[i], target, v_pitch);
+                transform_window(windows[(c - 1) % 2], last->skip, i * kLanes, neighbours[i], v + at, v_pitch);
             } else {
-                for (int p = 0; p < e2e::kPoints; ++p) store(target + p * v_pitch, zero());
+                for (int p = 0; p < e2e::kPoints; ++p) store(v + at + p * v_pitch, zero());
             }
         }
     }
+}
+
+static void input_transform(const e2e::Channel* channels, int n, const e2e::Grid& grid, int64_t first, int vectors, float* v,
+                            int64_t v_pitch) {
+    transform_block<false>(channels, n, grid, first, vectors, v, v_pitch, nullptr, 0);
 }
 
 static inline void start_statistics(e2e::Statistics& s, const float* pixel) {

@@ -1,0 +1,338 @@
+// The backward pass of shift blocks at stride 1: Winograd's F(4 x 4, 3 x 3) for the gradients of flows and weights.
+//
+// The gradient of the flows is a convolution of the output's gradient, with kernels turned by half a turn and connections from
+// outputs to inputs, stored where the depth shift came from. That of a kernel is G^T s G, where s is the sum over all tiles of
+// (B^T d B) * (A y A^T), with the tile d of its input map and y of the output's gradient: 36 products a tile.
+#include <algorithm>
+
+#include "driver.h"
+#include "flows.h"
+
+namespace e2e {
+namespace {
+
+constexpr int64_t kPrivateFloats = 3 << 20;  // of transformed tiles up to which each thread works on blocks of its own
+constexpr int64_t kSharedFloats = 3 << 20;   // of transformed tiles that threads hold together otherwise
+constexpr int kTaps = 9;
+
+// Of F(4 x 4, 3 x 3), as in engine/weights.py.
+constexpr double kG[6][3] = {{1 / 4., 0, 0},          {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.},
+                             {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}};
+
+// Sums over tiles of one point: one a connection, or of all connections in the blocks of dense_dots.
+int64_t count_sums(const Kernels& kernels, const WinogradWeights& w) {
+    const int64_t sums = w.dense ? divide_up(w.outputs, kernels.dot_rows) * divide_up(w.inputs, kernels.dot_columns) * kernels.lanes
+                                 : w.connections;
+    return round_up(sums, kCacheLine);
+}
+
+struct Schedule {
+    int vectors;
+    bool shared;
+    int64_t blocks, wide, narrow;  // floats of one point of the flows or the output, and of the output alone
+
+    Schedule(const Kernels& kernels, const ConvGradientJob& job, int64_t slices, int threads) {
+        const WinogradWeights& w = job.weights;
+        const int64_t total = divide_up(slices * job.raw.grid.slice, kernels.lanes);
+        const int64_t per_vector = kPoints * int64_t{kernels.lanes} * (std::max(w.inputs, w.outputs) + w.outputs);
+        vectors = 4;
+        shared = per_vector * vectors > kPrivateFloats || total < 4 * int64_t{threads} * vectors;
+        if (shared) vectors = static_cast<int>(std::min<int64_t>(vectors, total));
+        blocks = 1;
+        if (shared) blocks = std::max<int64_t>(1, std::min(divide_up(total, vectors), kSharedFloats / (per_vector * vectors)));
+        narrow = odd_lines(int64_t{w.outputs} * vectors * kernels.lanes);
+        wide = std::max(narrow, odd_lines(int64_t{w.inputs} * vectors * kernels.lanes));
+    }
+};
+
+class ConvolutionGradient {
+  public:
+    ConvolutionGradient(const Kernels& kernels, const ConvGradientJob& job, int threads)
+        : kernels_(kernels), job_(job), flows_(kernels, job.flows, job.n_flows, job.upward, job.shift, job.upsample, job.raw.grid),
+          schedule_(kernels, job, flows_.slices(), threads), threads_(threads), sums_(count_sums(kernels, job.weights)) {
+        for (int flow = 0; flow < job.n_flows; ++flow) wanted_ = wanted_ || job.into[flow].data;
+    }
+
+    int64_t reserve(float* base) {
+        Scratch scratch(base);
+        const int64_t copies = schedule_.shared ? schedule_.blocks : threads_;
+        flows_input_ = scratch.take(copies * (kPoints + 1) * schedule_.wide);
+        output_ = scratch.take(copies * kPoints * schedule_.narrow);
+        if (schedule_.shared) turned_ = scratch.take(copies * kPoints * schedule_.narrow);
+        totals_ = scratch.take((schedule_.shared ? 1 : threads_) * kPoints * sums_);
+        flows_.reserve(scratch, threads_);
+        return scratch.used();
+    }
+
+    void run() {
+        const std::vector<Channel> gradient = describe_gradient(), described = flows_.channels();
+        const std::vector<Target> targets = describe_targets();
+        #pragma omp parallel num_threads(threads_)
+        {
+            const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+            std::vector<Channel> channels = described;
+            StopWatch watch(job_.seconds, thread);
+            clear_edges(targets, thread, team);
+            clear_totals(thread, team);
+            #pragma omp barrier
+            for (int64_t first = 0; first < job_.raw.grid.depth; first += flows_.slices()) {
+                const int64_t last = std::min<int64_t>(job_.raw.grid.depth, first + flows_.slices());
+                if (job_.upward >= 0) {
+                    flows_.upsample(channels.data(), first, last, thread, team);
+                    #pragma omp barrier
+                    watch.lap(kUpsample);
+                }
+                if (schedule_.shared) {
+                    together(channels.data(), gradient.data(), targets.data(), first, last, watch, thread, team);
+                } else {
+                    alone(channels.data(), gradient.data(), targets.data(), first, last, watch, thread, team);
+                }
+                #pragma omp barrier
+            }
+            finish(thread, team);
+            watch.lap(kDots);
+        }
+    }
+
+  private:
+    std::vector<Channel> describe_gradient() const {
+        std::vector<Channel> channels;
+        const Map& raw = job_.raw;
+        for (int64_t c = 0; c < raw.channels; ++c) {
+            Channel channel{};
+            channel.data = at(kernels_, const_cast<Pixels*>(job_.gradient), c * kChannel);
+            channel.raw = channel_of(kernels_, raw, c);
+            channel.chunk = raw.grid.chunk;
+            channel.hi = raw.grid.tiles;
+            channel.scale = scale_of(raw, c);
+            channel.offset = offset_of(raw, c);
+            channel.slope = slope_of(raw);
+            channel.mean = job_.mean[c];
+            channel.by_raw = job_.by_raw[c];
+            channel.constant = job_.constant[c];
+            channels.push_back(channel);
+        }
+        return channels;
+    }
+
+    // What moved by some slices on its way in moves back.
+    std::vector<Target> describe_targets() const {
+        std::vector<Target> targets;
+        for (int flow = 0; flow < job_.n_flows; ++flow) {
+            const Map& into = job_.into[flow];
+            for (int64_t c = 0; c < job_.flows[flow].channels; ++c) {
+                const int64_t moved = job_.shift[targets.size()], depth = job_.raw.grid.depth, slice = job_.raw.grid.slice;
+                Target target{};
+                target.data = into.data ? channel_of(kernels_, into, c) : nullptr;
+                target.chunk = into.grid.chunk;
+                target.move = -moved * slice;
+                target.lo = std::max<int64_t>(0, moved) * slice;
+                target.hi = std::min<int64_t>(depth, depth + moved) * slice;
+                target.add = job_.add[flow];
+                targets.push_back(target);
+            }
+        }
+        return targets;
+    }
+
+    // Slices of a gradient that nothing comes to.
+    void clear_edges(const std::vector<Target>& targets, int thread, int team) const {
+        const Share share(static_cast<int64_t>(targets.size()), thread, team);
+        for (int64_t c = share.first; c < share.last; ++c) {
+            const Target& target = targets[static_cast<size_t>(c)];
+            if (!target.data || target.add) continue;
+            const int64_t tiles = job_.raw.grid.tiles;
+            const bool some = target.lo < target.hi;
+            clear_tiles(target, 0, some ? target.lo + target.move : tiles);
+            clear_tiles(target, some ? target.hi + target.move : tiles, tiles);
+        }
+    }
+
+    static void clear_tiles(const Target& target, int64_t first, int64_t last) {
+        float* data = static_cast<float*>(target.data);
+        for (int64_t tile = first, n; tile < last; tile += n) {
+            n = std::min(last - tile, kChunk - (tile & (kChunk - 1)));
+            for (int q = 0; q < kPhases; ++q) {
+                float* at = data + place(tile, target.chunk) + q * kChunk;
+                std::fill(at, at + n, 0.0f);
+            }
+        }
+    }
+
+    void clear_totals(int thread, int team) {
+        const int64_t all = (schedule_.shared ? 1 : team) * kPoints * sums_;
+        const Share share(all, thread, team);
+        std::fill(totals_ + share.first, totals_ + share.last, 0.0f);
+    }
+
+    int vectors_at(int64_t vector, int64_t end) const {
+        return static_cast<int>(std::min<int64_t>(schedule_.vectors, end - vector));
+    }
+
+    void multiply(const float* v, float* m, int point, int vectors) const {
+        const WinogradWeights& w = job_.turned;
+        if (w.dense) {
+            const int64_t groups = divide_up(w.outputs, kDenseRows);
+            const float* weight = w.weight + point * groups * kDenseRows * w.inputs;
+            kernels_.dense_product(&v, 1, w.inputs, weight, 0, static_cast<int>(groups), w.outputs, m, vectors);
+            return;
+        }
+        for (int32_t chunk = 0; chunk < w.chunks; ++chunk) {
+            const SparseRows rows{w.start + chunk * (w.outputs + 1), w.output + chunk * w.outputs, w.index, w.outputs};
+            const float* part = v + int64_t{w.chunk_first[chunk]} * vectors * kernels_.lanes;
+            kernels_.sparse_product(part, m, rows, w.weight + point * w.connections, vectors, chunk > 0);
+        }
+    }
+
+    void sum_up(const float* v, const float* m, float* sums, int vectors) const {
+        const WinogradWeights& w = job_.weights;
+        if (w.dense) return kernels_.dense_dots(&m, w.outputs, &v, w.inputs, 1, sums, vectors);
+        for (int32_t chunk = 0; chunk < w.chunks; ++chunk) {
+            const SparseRows rows{w.start + chunk * (w.outputs + 1), w.output + chunk * w.outputs, w.index, w.outputs};
+            const float* part = v + int64_t{w.chunk_first[chunk]} * vectors * kernels_.lanes;
+            kernels_.sparse_dots(&part, &m, 1, rows, sums, vectors);
+        }
+    }
+
+    // Each thread takes blocks of tiles through all steps. What a point becomes lies where the point before it lay.
+    void alone(const Channel* channels, const Channel* gradient, const Target* targets, int64_t first, int64_t last,
+               StopWatch& watch, int thread, int team) {
+        const Grid& grid = job_.raw.grid;
+        const int32_t inputs = job_.weights.inputs, outputs = job_.weights.outputs;
+        const int64_t wide = schedule_.wide, narrow = schedule_.narrow;
+        const int64_t begin = first * grid.slice / kernels_.lanes, end = divide_up(last * grid.slice, kernels_.lanes);
+        const Share share(divide_up(end - begin, schedule_.vectors), thread, team);
+        float* own = flows_input_ + thread * (kPoints + 1) * wide;
+        float* output = output_ + thread * kPoints * narrow;
+        float* totals = totals_ + thread * kPoints * sums_;
+        for (int64_t block = share.first; block < share.last; ++block) {
+            const int64_t vector = begin + block * schedule_.vectors, tile = vector * kernels_.lanes;
+            const int n = vectors_at(vector, end);
+            kernels_.gradient_transform(gradient, outputs, grid, tile, n, wanted_ ? own + wide : nullptr, wide, output, narrow);
+            watch.lap(kGradientInput);
+            if (wanted_) {
+                for (int p = 0; p < kPoints; ++p) multiply(own + (p + 1) * wide, own + p * wide, p, n);
+                watch.lap(kGradientProduct);
+                kernels_.gradient_output(own, wide, targets, inputs, grid, tile, n);
+                watch.lap(kGradientOutput);
+            }
+            kernels_.input_transform(channels, inputs, grid, tile, n, own, wide);
+            watch.lap(kInput);
+            for (int p = 0; p < kPoints; ++p) sum_up(own + p * wide, output + p * narrow, totals + p * sums_, n);
+            watch.lap(kDots);
+        }
+    }
+
+    // All threads work on the same few blocks; each point is one thread's, whose sums nobody else touches.
+    void together(const Channel* channels, const Channel* gradient, const Target* targets, int64_t first, int64_t last,
+                  StopWatch& watch, int thread, int team) {
+        const Grid& grid = job_.raw.grid;
+        const int64_t wide = schedule_.wide, narrow = schedule_.narrow, lanes = kernels_.lanes;
+        const int64_t begin = first * grid.slice / lanes, end = divide_up(last * grid.slice, lanes);
+        const int64_t step = schedule_.blocks * schedule_.vectors;
+        const Share inputs(job_.weights.inputs, thread, team), outputs(job_.weights.outputs, thread, team);
+        const Share points(kPoints, thread, team);
+        const int n_in = static_cast<int>(inputs.last - inputs.first), n_out = static_cast<int>(outputs.last - outputs.first);
+        for (int64_t vector = begin; vector < end; vector += step) {
+            const int64_t blocks = divide_up(std::min(end - vector, step), schedule_.vectors);
+            const auto vector_of = [&](int64_t b) { return vector + b * schedule_.vectors; };
+            for (int64_t b = 0; b < blocks && n_out; ++b) {
+                const int n = vectors_at(vector_of(b), end);
+                const int64_t at = outputs.first * n * lanes;
+                kernels_.gradient_transform(gradient + outputs.first, n_out, grid, vector_of(b) * lanes, n,
+                                            wanted_ ? turned_of(b) + at : nullptr, narrow, output_of(b) + at, narrow);
+            }
+            #pragma omp barrier
+            watch.lap(kGradientInput);
+            if (wanted_) {
+                for (int64_t p = points.first; p < points.last; ++p)
+                    for (int64_t b = 0; b < blocks; ++b)
+                        multiply(turned_of(b) + p * narrow, input_of(b) + p * wide, static_cast<int>(p), vectors_at(vector_of(b), end));
+                #pragma omp barrier
+                watch.lap(kGradientProduct);
+                for (int64_t b = 0; b < blocks; ++b) {
+                    const int n = vectors_at(vector_of(b), end);
+                    kernels_.gradient_output(input_of(b) + inputs.first * n * lanes, wide, targets + inputs.first, n_in, grid,
+                                             vector_of(b) * lanes, n);
+                }
+                #pragma omp barrier
+                watch.lap(kGradientOutput);
+            }
+            for (int64_t b = 0; b < blocks && n_in; ++b) {
+                const int n = vectors_at(vector_of(b), end);
+                kernels_.input_transform(channels + inputs.first, n_in, grid, vector_of(b) * lanes, n,
+                                         input_of(b) + inputs.first * n * lanes, wide);
+            }
+            #pragma omp barrier
+            watch.lap(kInput);
+            for (int64_t p = points.first; p < points.last; ++p)
+                for (int64_t b = 0; b < blocks; ++b)
+                    sum_up(input_of(b) + p * wide, output_of(b) + p * narrow, totals_ + p * sums_, vectors_at(vector_of(b), end));
+            #pragma omp barrier
+            watch.lap(kDots);
+        }
+    }
+
+    // Sums of all threads to gradients of kernels: G^T s G.
+    void finish(int thread, int team) {
+        const int copies = schedule_.shared ? 1 : team;
+        const int64_t sums = job_.weights.dense ? sums_ : job_.weights.connections;
+        const Share share(sums, thread, team);
+        for (int64_t e = share.first; e < share.last; ++e) {
+            if (job_.places[e] < 0) continue;
+            double s[kPoints] = {}, half[3][6] = {};
+            for (int p = 0; p < kPoints; ++p)
+                for (int t = 0; t < copies; ++t) s[p] += totals_[(t * kPoints + p) * sums_ + e];
+            for (int i = 0; i < 6; ++i)
+                for (int k = 0; k < 3; ++k)
+                    for (int j = 0; j < 6; ++j) half[k][j] += kG[i][k] * s[6 * i + j];
+            float* to = job_.weight_gradient + int64_t{job_.places[e]} * kTaps;
+            for (int k = 0; k < 3; ++k) {
+                double row[3] = {};
+                for (int j = 0; j < 6; ++j)
+                    for (int l = 0; l < 3; ++l) row[l] += half[k][j] * kG[j][l];
+                for (int l = 0; l < 3; ++l) to[3 * k + l] += static_cast<float>(row[l]);
+            }
+        }
+    }
+
+    float* input_of(int64_t block) const { return flows_input_ + block * (kPoints + 1) * schedule_.wide; }
+    float* output_of(int64_t block) const { return output_ + block * kPoints * schedule_.narrow; }
+    float* turned_of(int64_t block) const { return turned_ + block * kPoints * schedule_.narrow; }
+
+    const Kernels& kernels_;
+    const ConvGradientJob& job_;
+    Flows flows_;
+    const Schedule schedule_;
+    const int threads_;
+    const int64_t sums_;
+    bool wanted_ = false;
+    float *flows_input_ = nullptr, *output_ = nullptr, *turned_ = nullptr, *totals_ = nullptr;
+};
+
+}  // namespace
+
+void pack_kernels(const float* weight, const int32_t* places, int64_t n, int turned, float* to, int threads) {
+    #pragma omp parallel for num_threads(threads) schedule(static) if (n > 1 << 10)
+    for (int64_t e = 0; e < n; ++e) {
+        double half[6][3] = {}, kernel[kTaps] = {};
+        for (int k = 0; places[e] >= 0 && k < kTaps; ++k)
+            kernel[turned ? kTaps - 1 - k : k] = static_cast<double>(weight[int64_t{places[e]} * kTaps + k]);
+        for (int i = 0; i < 6; ++i)
+            for (int l = 0; l < 3; ++l)
+                half[i][l] = kG[i][0] * kernel[l] + kG[i][1] * kernel[3 + l] + kG[i][2] * kernel[6 + l];
+        for (int i = 0; i < 6; ++i)
+            for (int j = 0; j < 6; ++j)
+                to[(6 * i + j) * n + e] =
+                    static_cast<float>(half[i][0] * kG[j][0] + half[i][1] * kG[j][1] + half[i][2] * kG[j][2]);
+    }
+}
+
+int64_t run_conv_gradient(const Kernels& kernels, const ConvGradientJob& job, float* scratch, int threads) {
+    ConvolutionGradient gradient(kernels, job, threads);
+    const int64_t floats = gradient.reserve(scratch);
+    if (scratch) gradient.run();
+    return floats;
+}
+
+}  // namespace e2e

@@ -1,0 +1,204 @@
+"""The engine behind ``E2ENet.forward`` in training: one autograd function for the whole network."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nnunetv2_e2enet.engine.automatic import is_disabled, why_not
+from nnunetv2_e2enet.engine.core import Core, load_core
+from nnunetv2_e2enet.engine.description import NotSupportedError, check_modules, describe
+from nnunetv2_e2enet.engine.training_program import TrainingProgram
+from nnunetv2_e2enet.engine.training_weights import TrainingWeights
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network.blocks import ShiftBlock
+from nnunetv2_e2enet.network.connections import MaskableLayer
+from nnunetv2_e2enet.network.e2enet import E2ENet
+
+IDLE_BATCHES = 1  # of programs kept for the next iteration
+
+
+class TrainingSession:
+    """The engine's side of one network in training.
+
+    Attributes:
+        reason: why the last forward pass went through PyTorch, None if it did not.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._lock = threading.Lock()
+        self._weights: TrainingWeights | None = None
+        self._idle: list[list[TrainingProgram]] = []  # one list a batch
+
+    def weights(self, network: E2ENet, core: Core) -> TrainingWeights:
+        """Places of all weights, new ones if the topology is another.
+
+        Raises:
+            NotSupportedError: the network has to stay with PyTorch.
+        """
+        with self._lock:
+            if self._weights is None or not self._weights.fits(network):
+                self._idle.clear()
+                self._weights = TrainingWeights(network, core)
+            return self._weights
+
+    def take_programs(self, weights: TrainingWeights, core: Core, patch_size: tuple[int, ...], n: int) -> list[TrainingProgram]:
+        with self._lock:
+            for index, programs in enumerate(self._idle):
+                if len(programs) == n and programs[0].patch_size == patch_size:
+                    return self._idle.pop(index)
+            self._idle.clear()  # free its memory first
+        first = TrainingProgram(weights, patch_size, core, n)
+        return [first, *(TrainingProgram(weights, patch_size, core, n, first) for _ in range(n - 1))]
+
+    def give_back(self, weights: TrainingWeights, programs: list[TrainingProgram]) -> None:
+        with self._lock:
+            if weights is self._weights:
+                self._idle.append(programs)
+                del self._idle[:-IDLE_BATCHES]
+
+    def idle_programs(self) -> list[TrainingProgram]:
+        with self._lock:
+            return [program for programs in self._idle for program in programs]
+
+    def release(self) -> None:
+        with self._lock:
+            self._weights = None
+            self._idle.clear()
+
+
+_sessions: WeakKeyDictionary[nn.Module, TrainingSession] = WeakKeyDictionary()
+_sessions_lock = threading.Lock()
+
+
+def training_session_of(network: nn.Module) -> TrainingSession:
+    with _sessions_lock:
+        return _sessions.setdefault(network, TrainingSession())
+
+
+def why_not_train(network: E2ENet, x: Tensor) -> str | None:
+    """Why a training iteration with this input stays with PyTorch, None if the engine takes it."""
+    reason = why_not(network, x)
+    if reason is not None:
+        return reason
+    if x.requires_grad:
+        return "the gradient of the input is wanted"
+    if any(max(stride) > 2 for stride in network.encoder.strides):
+        return "a stride is larger than 2"
+    for name, module in network.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            return f"{name or 'the network'} has backward hooks, which would not be called"
+        if isinstance(module, MaskableLayer) and (module.dense_gradients or module.stores_active_only):
+            wanted = "gradients of connections that are off are wanted" if module.dense_gradients else "active weights alone are stored"
+            return f"{wanted} ({name})"
+        if isinstance(module, ShiftBlock) and module.shift is not None:
+            return f"{name} learns its depth shift"
+        if isinstance(module, ShiftBlock) and module.dropout is not None and getattr(module.dropout, "p", 1) > 0:
+            return f"{name} has dropout"
+    return None
+
+
+def train(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
+    """The logits of ``network(x)`` with their place in autograd's graph, or None where PyTorch has to compute them.
+
+    The caller made sure that the network is in training mode and gradients are on. ``status`` says why None was returned.
+
+    Raises:
+        E2ENetError: a setting cannot be used.
+    """
+    if is_disabled():
+        return None
+    session = training_session_of(network)
+    session.reason = why_not_train(network, x)
+    if session.reason is not None:
+        return None
+    core = load_core(storage="float32")
+    if isinstance(core, str):
+        session.reason = core
+        return None
+    try:
+        check_modules(network)
+        weights = session.weights(network, core)
+    except NotSupportedError as reason:
+        session.reason = str(reason)
+        return None
+    wanted = len(weights.heads) if network.decoder.deep_supervision else 1
+    logits: tuple[Tensor, ...] = _Network.apply(session, weights, core, wanted, x, *network.parameters())
+    return list(logits) if network.decoder.deep_supervision else logits[0]
+
+
+def trains(network: E2ENet, input_shape: Sequence[int]) -> bool:
+    """Whether the engine computes training iterations with a float32 input of this shape on the CPU."""
+    x = torch.empty(tuple(input_shape), device="cpu")
+    if not isinstance(load_core(storage="float32"), Core) or why_not_train(network, x) is not None:
+        return False
+    try:
+        describe(network)
+    except NotSupportedError:
+        return False
+    return True
+
+
+def _logit_shapes(weights: TrainingWeights, x: Tensor) -> list[tuple[int, ...]]:
+    """Of all heads, finest first."""
+    shapes, size = [], list(x.shape[2:])
+    for (_, _, classes), stride in zip(weights.packed.heads, weights.packed.strides, strict=False):
+        size = [s // t for s, t in zip(size, stride[-len(size) :], strict=True)]
+        shapes.append((x.shape[0], classes, *size))
+    return shapes
+
+
+class _Network(torch.autograd.Function):
+    """All logits from the image and all parameters; gradients of all parameters at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        session: TrainingSession,
+        weights: TrainingWeights,
+        core: Core,
+        heads: int,
+        x: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        threads = torch.get_num_threads()
+        weights.refresh(parameters, threads)
+        shapes = _logit_shapes(weights, x)
+        logits = [torch.empty(shape, dtype=torch.float32) for shape in shapes[:heads]]
+        programs = session.take_programs(weights, core, tuple(x.shape[2:]), x.shape[0])
+        samples = x.detach().contiguous()
+        for n, program in enumerate(programs):
+            program.run(samples[n], [level[n] for level in logits], threads)
+        ctx.save_for_backward(*parameters)  # so that a change before the backward pass is an error, as always
+        ctx.set_materialize_grads(False)
+        ctx.session, ctx.weights, ctx.programs = session, weights, programs
+        ctx.shapes = shapes
+        return tuple(logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        parameters = ctx.saved_tensors
+        if ctx.programs is None:
+            raise E2ENetError(
+                "the backward pass of this iteration was computed before, and what it needs is gone: call backward once, or "
+                "set nnUNet_e2enet_engine=off for retain_graph"
+            )
+        programs, ctx.programs = ctx.programs, None
+        weights: TrainingWeights = ctx.weights
+        gradients = [torch.zeros(shape, dtype=torch.float32) for shape in weights.shapes]
+        given = [*grads, *[None] * (len(ctx.shapes) - len(grads))]
+        logits = [torch.zeros(s) if g is None else g.contiguous() for s, g in zip(ctx.shapes, given, strict=True)]
+        for n, program in enumerate(programs):
+            program.run_backward([level[n] for level in logits], gradients, torch.get_num_threads())
+        ctx.session.give_back(weights, programs)
+        wanted = ctx.needs_input_grad[5:]
+        assert len(parameters) == len(gradients)
+        return (None, None, None, None, None, *(g if w else None for g, w in zip(gradients, wanted, strict=True)))
