@@ -519,7 +519,7 @@ def test_segmentations_of_real_scans_are_the_same(
 
 
 @needs_core
-def test_training_and_gradients_never_see_it() -> None:
+def test_gradients_in_eval_mode_and_training_mode_without_gradients_never_see_it() -> None:
     network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
     network(x).sum().backward()
     assert network.decoder.seg_layers[-1].weight.grad is not None

@@ -9,13 +9,14 @@ from torch import nn
 
 from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, session_of
 from nnunetv2_e2enet.engine.core import TIMERS, Core, load_core
+from nnunetv2_e2enet.engine.training import training_session_of
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.settings import settings
 
 
 @dataclass(frozen=True)
 class Status:
-    """Whether CPU prediction uses the engine in this environment.
+    """Whether CPU prediction and training use the engine in this environment.
 
     Attributes:
         used: whether it does, for networks that it supports.
@@ -42,11 +43,11 @@ def status() -> Status:
     """
     core, setting = load_core(), settings().engine
     if not isinstance(core, Core):
-        return Status(False, setting, None, None, None, f"CPU prediction uses PyTorch: {core}")
+        return Status(False, setting, None, None, None, f"CPU prediction and training use PyTorch: {core}")
     if setting == "off":
-        reason = f"CPU prediction uses PyTorch: {ENGINE_VARIABLE} switches the engine off"
+        reason = f"CPU prediction and training use PyTorch: {ENGINE_VARIABLE} switches the engine off"
         return Status(False, setting, core.kernels, core.storage, core.path, reason)
-    reason = f"CPU prediction uses the sparse engine with {core.kernels} kernels and maps in {core.storage}"
+    reason = f"CPU prediction and training use the sparse engine with {core.kernels} kernels and maps in {core.storage}"
     return Status(True, setting, core.kernels, core.storage, core.path, reason)
 
 
@@ -63,16 +64,17 @@ def peak_flops(threads: int) -> float:
 
 
 def why_pytorch(network: nn.Module) -> str | None:
-    """Why the last prediction of this network that could have used the engine did not; None if it did."""
-    return session_of(network).reason
+    """Why the last prediction that could have used the engine did not, or the last training iteration; None if it did."""
+    return (training_session_of if network.training else session_of)(network).reason
 
 
 def profile(network: nn.Module) -> dict[str, float]:
-    """Seconds that the first thread spent by kind of work, over all patches since the weights were last packed."""
-    programs = session_of(network).idle_programs()
+    """Seconds that the first thread spent by kind of work, over all patches of the programs that are at hand."""
+    programs = [*session_of(network).idle_programs(), *training_session_of(network).idle_programs()]
     return {name: sum(float(p.seconds[i]) for p in programs) for i, name in enumerate(TIMERS)}
 
 
 def release(network: nn.Module) -> None:
-    """Give back the memory that the engine holds for this network; the next prediction takes it again."""
+    """Give back the memory that the engine holds for this network; the next prediction or iteration takes it again."""
     session_of(network).release()
+    training_session_of(network).release()

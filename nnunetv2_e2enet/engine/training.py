@@ -199,6 +199,10 @@ class _Network(torch.autograd.Function):
         for n, program in enumerate(programs):
             program.run_backward([level[n] for level in logits], gradients, torch.get_num_threads())
         ctx.session.give_back(weights, programs)
-        wanted = ctx.needs_input_grad[5:]
-        assert len(parameters) == len(gradients)
+        wanted = list(ctx.needs_input_grad[-len(parameters) :])
+        for head, grad in zip(weights.heads, given, strict=True):
+            if grad is None:  # as in PyTorch, a head whose logits are not used has no gradient
+                wanted[head.parameter] = False
+                if head.bias is not None:
+                    wanted[head.bias] = False
         return (None, None, None, None, None, *(g if w else None for g, w in zip(gradients, wanted, strict=True)))

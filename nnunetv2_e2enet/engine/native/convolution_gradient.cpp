@@ -313,18 +313,27 @@ class ConvolutionGradient {
 }  // namespace
 
 void pack_kernels(const float* weight, const int32_t* places, int64_t n, int turned, float* to, int threads) {
+    constexpr int kBlock = 16;  // kernels that are transformed side by side
     #pragma omp parallel for num_threads(threads) schedule(static) if (n > 1 << 10)
-    for (int64_t e = 0; e < n; ++e) {
-        double half[6][3] = {}, kernel[kTaps] = {};
-        for (int k = 0; places[e] >= 0 && k < kTaps; ++k)
-            kernel[turned ? kTaps - 1 - k : k] = static_cast<double>(weight[int64_t{places[e]} * kTaps + k]);
+    for (int64_t block = 0; block < divide_up(n, kBlock); ++block) {
+        const int64_t first = block * kBlock, count = std::min<int64_t>(kBlock, n - first);
+        double kernel[kTaps][kBlock] = {}, half[6][3][kBlock];
+        for (int64_t e = 0; e < count; ++e) {
+            if (places[first + e] < 0) continue;
+            const float* from = weight + int64_t{places[first + e]} * kTaps;
+            for (int k = 0; k < kTaps; ++k) kernel[turned ? kTaps - 1 - k : k][e] = static_cast<double>(from[k]);
+        }
         for (int i = 0; i < 6; ++i)
             for (int l = 0; l < 3; ++l)
-                half[i][l] = kG[i][0] * kernel[l] + kG[i][1] * kernel[3 + l] + kG[i][2] * kernel[6 + l];
+                for (int e = 0; e < kBlock; ++e)
+                    half[i][l][e] = kG[i][0] * kernel[l][e] + kG[i][1] * kernel[3 + l][e] + kG[i][2] * kernel[6 + l][e];
         for (int i = 0; i < 6; ++i)
-            for (int j = 0; j < 6; ++j)
-                to[(6 * i + j) * n + e] =
-                    static_cast<float>(half[i][0] * kG[j][0] + half[i][1] * kG[j][1] + half[i][2] * kG[j][2]);
+            for (int j = 0; j < 6; ++j) {
+                float row[kBlock];
+                for (int e = 0; e < kBlock; ++e)
+                    row[e] = static_cast<float>(half[i][0][e] * kG[j][0] + half[i][1][e] * kG[j][1] + half[i][2][e] * kG[j][2]);
+                std::copy(row, row + count, to + (6 * i + j) * n + first);
+            }
     }
 }
 

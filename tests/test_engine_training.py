@@ -1,0 +1,407 @@
+"""Training on the CPU engine: PyTorch's gradients from active connections alone, and PyTorch wherever it does not fit."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from nnunetv2_e2enet import engine
+from nnunetv2_e2enet.engine.training import training_session_of
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network import E2ENet, maskable_layers
+
+KERNELS = [name for name in engine.KERNELS if not isinstance(engine.load_core(name), str)]
+pytestmark = pytest.mark.skipif(not KERNELS, reason="the compiled core was not built")
+
+TOLERANCE = 1e-4  # of the largest gradient of a tensor
+WORKER = Path(__file__).with_name("engine_training_worker.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_small_networks_too() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(engine.ENGINE_VARIABLE, "on")
+        yield
+
+
+def make_network(
+    strides: list[list[int]] | None = None, features: list[int] | None = None, seed: int = 0, **options: object
+) -> E2ENet:
+    strides = strides or [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
+    features = features or [5 + 3 * level for level in range(len(strides))]
+    torch.manual_seed(seed)
+    arguments = {"input_channels": 1, "num_classes": 3, "deep_supervision": True, **options}
+    conv_op = nn.Conv3d if len(strides[0]) == 3 else nn.Conv2d
+    network = E2ENet(n_stages=len(strides), features_per_stage=features, conv_op=conv_op, strides=strides, **arguments)
+    for module in network.modules():
+        if isinstance(module, (nn.InstanceNorm2d, nn.InstanceNorm3d)) and module.weight is not None:
+            nn.init.normal_(module.weight)  # either sign: the pooled flow has to know
+            nn.init.normal_(module.bias)
+    return network.train()
+
+
+def image(network: E2ENet, *size: int, batch: int = 1) -> Tensor:
+    return torch.randn(batch, network.input_channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+def as_list(logits: Tensor | list[Tensor]) -> list[Tensor]:
+    return logits if isinstance(logits, list) else [logits]
+
+
+def gradients(network: E2ENet, x: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Logits, and gradients of a weighted sum of them."""
+    network.zero_grad()
+    logits = as_list(network(x))
+    generator = torch.Generator().manual_seed(2)
+    loss = sum((level * torch.randn(level.shape, generator=generator)).sum() for level in logits)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    return [level.detach() for level in logits], {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+
+
+class Kinks:
+    """How near a forward pass came to where the gradient jumps: activations of zero, and two largest values in a window."""
+
+    def __init__(self, network: E2ENet) -> None:
+        self.nearest = float("inf")
+        for module in network.modules():
+            if isinstance(module, (nn.InstanceNorm2d, nn.InstanceNorm3d)):
+                module.register_forward_hook(lambda _module, _inputs, y: self._see(y.abs().min() / y.abs().max()))
+            if isinstance(module, (nn.MaxPool2d, nn.MaxPool3d)):
+                module.register_forward_pre_hook(self._see_windows)
+
+    def _see(self, distance: Tensor) -> None:
+        self.nearest = min(self.nearest, distance.item())
+
+    def _see_windows(self, pool: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        windows = inputs[0].detach()
+        for axis, size in enumerate(pool.kernel_size):
+            windows = windows.unfold(2 + axis, size, size)
+        windows = windows.flatten(inputs[0].dim())
+        if windows.shape[-1] > 1:
+            best, second = windows.topk(2).values.unbind(-1)
+            self._see((best - second).min() / windows.abs().max())
+
+
+def away_from_kinks(network: E2ENet) -> E2ENet:
+    """Norms whose channels are almost all positive or almost all negative, some either way."""
+    for module in network.modules():
+        if isinstance(module, (nn.InstanceNorm2d, nn.InstanceNorm3d)):
+            nn.init.uniform_(module.weight, 0.1, 0.3)
+            nn.init.uniform_(module.bias, 1.5, 2.5)
+            for values in (module.weight, module.bias):
+                values.data *= torch.randint(0, 2, values.shape) * 2 - 1
+    return network
+
+
+def errors(network: E2ENet, x: Tensor) -> tuple[dict[str, float], float]:
+    """Of the gradient of each parameter, as a share of its largest; and the distance to the nearest kink."""
+    _, ours = gradients(network, x)
+    assert engine.why_pytorch(network) is None
+    with engine.disabled():
+        _, single = gradients(network, x)
+        reference = copy.deepcopy(network).double()
+        reference.recompute = "none"
+        kinks = Kinks(reference)
+        _, exact = gradients(reference, x.double())
+    assert ours.keys() == exact.keys()
+    found = {}
+    of_all = max(g.abs().max().item() for g in exact.values())
+    for name, expected in exact.items():
+        largest = max(expected.abs().max().item(), 1e-3 * of_all)  # what is next to nothing of that is left of larger sums
+        error, of_float32 = ((g[name] - expected).abs().max().item() for g in (ours, single))
+        if name.endswith("conv.bias"):  # which the norm removes again: zero
+            largest = exact[f"{name.removesuffix('bias')}weight"].abs().max().item()
+        # Where all but a small part of a sum cancels, float32 itself is no more exact than that
+        found[name] = max(0.0, error - 30 * of_float32) / largest
+    return found, kinks.nearest
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[E2ENet, Tensor]:
+    dimension = draw(st.sampled_from([2, 3, 3]))
+    levels = draw(st.integers(2, 4))
+    axis_strides = st.lists(st.sampled_from([1, 2, 2]), min_size=dimension, max_size=dimension)
+    strides = [[1] * dimension, *(draw(axis_strides) for _ in range(levels - 1))]
+    network = make_network(
+        strides,
+        [draw(st.integers(1, 21)) for _ in range(levels)],
+        seed=draw(st.integers(0, 9)),
+        input_channels=draw(st.integers(1, 4)),
+        num_classes=draw(st.integers(2, 7)),
+        n_conv_per_stage=draw(st.integers(1, 3)),
+        feature_sparsity=draw(st.sampled_from([0.0, 0.3, 0.5, 0.8, 0.9])),
+        shift_size=draw(st.sampled_from([1, 3, 5])),
+        deep_supervision=draw(st.booleans()),
+        conv_bias=draw(st.booleans()),
+    )
+    divisor = [1] * dimension
+    for stride in strides:
+        divisor = [d * s for d, s in zip(divisor, stride, strict=True)]
+    most = 40 if dimension == 2 else 20
+    size = [d * draw(st.integers(1, max(1, most // d))) for d in divisor]
+    if all(s <= 2 * d for s, d in zip(size, divisor, strict=True)):
+        size[-1] += 3 * divisor[-1]  # what is left of few voxels after their norm is as small as rounding
+    return away_from_kinks(network), image(network, *size, batch=draw(st.integers(1, 3)))
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=25)
+@given(cases(), st.sampled_from(KERNELS or ["none"]))
+def test_gradients_are_pytorchs(case: tuple[E2ENet, Tensor], kernels: str) -> None:
+    """Over shapes, strides, sparsities, batch sizes, and every kind of kernel."""
+    network, x = case
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_e2enet_engine_kernels", kernels)
+        found, nearest_kink = errors(network, x)
+    # Next to a kink the two may be on different sides, and one pixel's gradient differs
+    assert max(found.values()) <= (TOLERANCE if nearest_kink > 1e-5 else 10 * TOLERANCE), max(found, key=found.__getitem__)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=400)
+@given(cases(), st.sampled_from(KERNELS or ["none"]))
+def test_gradients_are_pytorchs_at_length(case: tuple[E2ENet, Tensor], kernels: str) -> None:
+    test_gradients_are_pytorchs.hypothesis.inner_test(case, kernels)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.8])
+def test_wide_layers(sparsity: float) -> None:
+    """Threads work on the same blocks of tiles, and connections are visited in several chunks of input maps."""
+    network = away_from_kinks(make_network([[1, 1, 1], [1, 2, 2]], [48, 150], feature_sparsity=sparsity))
+    found, _ = errors(network, image(network, 3, 20, 36))
+    assert max(found.values()) <= TOLERANCE
+
+
+def test_an_ordinary_network() -> None:
+    """With kinks: a few pixels on the other side of zero, in gradients that are otherwise the same."""
+    network = make_network(features=[12, 24, 40])
+    _, ours = gradients(network, image(network, 16, 32, 32, batch=2))
+    with engine.disabled():
+        _, theirs = gradients(network, image(network, 16, 32, 32, batch=2))
+    for name, expected in theirs.items():
+        if not name.endswith("conv.bias"):
+            assert (ours[name] - expected).norm() <= 2e-3 * expected.norm(), name
+
+
+def test_equal_values_in_a_window_have_the_gradient_of_the_first() -> None:
+    network = make_network([[1, 1, 1], [2, 2, 2]], [4, 6], feature_sparsity=0.0)
+    x = torch.zeros(1, 1, 4, 8, 8)  # all activations of a map are the same, but at the border
+    _, ours = gradients(network, x)
+    with engine.disabled():
+        _, theirs = gradients(network, x)
+    weight = "decoder.stages.0.0.blocks.0.norm.bias"
+    assert torch.allclose(ours[weight], theirs[weight], rtol=1e-3, atol=1e-3)
+
+
+def test_inactive_connections_have_no_gradient() -> None:
+    network = make_network()
+    _, ours = gradients(network, image(network, 4, 16, 16))
+    for name, layer in maskable_layers(network):
+        weight = ours[f"{name}.weight"]
+        assert (weight[~layer.mask] == 0).all()
+        assert weight[layer.mask].any()
+
+
+def test_threads_change_rounding_alone_and_results_repeat() -> None:
+    network = make_network(features=[12, 24, 40])
+    x = image(network, 8, 32, 48)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        (_, one), (_, again) = gradients(network, x), gradients(network, x)
+        torch.set_num_threads(2)
+        _, two = gradients(network, x)
+    finally:
+        torch.set_num_threads(before)
+    for name, gradient in one.items():
+        assert torch.equal(gradient, again[name])
+        assert (gradient - two[name]).abs().max() <= 1e-4 * gradient.abs().max().clamp(min=1e-6)
+
+
+def test_gradients_add_up_over_iterations() -> None:
+    network = make_network()
+    first, second = image(network, 4, 16, 16), image(network, 8, 16, 32)
+    parts = [gradients(network, x)[1] for x in (first, second)]
+    network.zero_grad()
+    losses = []
+    for x in (first, second):  # two forward passes before the backward pass, of two patch sizes
+        generator = torch.Generator().manual_seed(2)
+        losses.append(sum((level * torch.randn(level.shape, generator=generator)).sum() for level in network(x)))
+    sum(losses).backward()
+    for name, parameter in network.named_parameters():
+        assert torch.allclose(parameter.grad, parts[0][name] + parts[1][name], rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_without_gradient_and_heads_that_are_not_used() -> None:
+    network = make_network([[1, 1, 1], *[[1, 2, 2]] * 3])
+    network.encoder.requires_grad_(False)
+    logits = network(image(network, 3, 32, 32))
+    assert len(logits) == 2
+    logits[0].sum().backward()
+    assert engine.why_pytorch(network) is None
+    assert all(p.grad is None for p in network.encoder.parameters())
+    coarse, fine = network.decoder.seg_layers
+    assert coarse.weight.grad is None
+    assert fine.weight.grad.any()
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def replace_some(network: E2ENet, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """A fifth of the connections of each layer, as an update of the topology does."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in maskable_layers(network):
+        scores = torch.rand(layer.mask.shape, generator=generator) + layer.mask
+        scores[torch.rand(layer.mask.shape, generator=generator) < 0.2] = 0.5
+        mask = torch.zeros_like(layer.mask).flatten()
+        mask[scores.flatten().topk(layer.n_active).indices] = True
+        mask = mask.reshape(layer.mask.shape)
+        states = [state for state in optimizer.state.get(layer.weight, {}).values() if isinstance(state, Tensor)]
+        layer.change_topology(mask, mask & ~layer.mask, states)
+
+
+def losses(steps: int) -> list[float]:
+    network = make_network(features=[8, 16, 24], feature_sparsity=0.7)
+    for module in network.modules():
+        if isinstance(module, nn.InstanceNorm3d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=3e-5)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for step in range(steps):
+        if step % 10 == 9:
+            replace_some(network, optimizer, step)
+        x = torch.randn(2, 1, 8, 16, 16, generator=generator)
+        target = (x[:, 0] > 0.5).long() + (x[:, 0].roll(1, 1) > 0.5)
+        optimizer.zero_grad()
+        (logits,) = network(x)
+        loss = nn.functional.cross_entropy(logits, target)
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def test_fifty_steps_with_updates_of_the_topology_have_pytorchs_losses() -> None:
+    ours = losses(50)
+    with engine.disabled():
+        theirs = losses(50)
+    assert ours[-1] < 0.9 * ours[0]
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1e-3 * max(theirs)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """DistributedDataParallel averages what two processes found with their halves of a batch."""
+    commands = [[sys.executable, str(WORKER), str(rank), str(tmp_path)] for rank in range(2)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
+    outputs = [worker.communicate(timeout=120)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, (_, averaged) in first.items():
+        assert torch.equal(averaged, second[name][1])
+        assert torch.allclose(averaged, (first[name][0] + second[name][0]) / 2, rtol=1e-5, atol=1e-6)
+
+
+# ---- autograd's rules, and where PyTorch stays -----------------------------------------------------------------------
+
+
+def test_weights_that_change_before_the_backward_pass_are_an_error() -> None:
+    network = make_network()
+    (logits,) = network(image(network, 4, 16, 16))
+    with torch.no_grad():
+        network.decoder.seg_layers[-1].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
+
+
+def test_a_second_backward_pass_is_an_error() -> None:
+    network = make_network()
+    (logits,) = network(image(network, 4, 16, 16))
+    logits.sum().backward(retain_graph=True)
+    with pytest.raises(E2ENetError, match="call backward once"):
+        logits.sum().backward()
+
+
+def test_memory_is_used_again_and_goes_on_release() -> None:
+    network = make_network()
+    x = image(network, 4, 16, 16)
+    session = training_session_of(network)
+    gradients(network, x)
+    (before,) = session.idle_programs()
+    gradients(network, x)
+    (after,) = session.idle_programs()
+    assert before is after
+    network(x)  # whose graph is never used
+    assert sum(engine.profile(network).values()) == 0
+    gradients(network, x)
+    assert sum(engine.profile(network).values()) > 0
+    engine.release(network)
+    assert session.idle_programs() == []
+
+
+def stays_with_pytorch(network: E2ENet, x: Tensor) -> str:
+    for level in as_list(network(x)):
+        level.sum().backward(retain_graph=True)
+    assert any(p.grad is not None and p.grad.any() for p in network.parameters())
+    reason = engine.why_pytorch(network)
+    assert reason is not None
+    return reason
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dropout_op": nn.Dropout3d, "dropout_op_kwargs": {"p": 0.1}}, "dropout"),
+        ({"learned_shift": True}, "learns its depth shift"),
+        ({"kernel_size": (3, 3, 3)}, "kernel"),
+        ({"norm_op": nn.BatchNorm3d}, "BatchNorm3d"),
+        ({"nonlin": nn.ReLU}, "activation"),
+        ({"strides": [[1, 1, 1], [1, 4, 4]]}, "stride"),
+    ],
+)
+def test_other_configurations_stay_with_pytorch(options: dict[str, object], reason: str) -> None:
+    network = make_network(**options)  # type: ignore[arg-type]
+    assert reason in stays_with_pytorch(network, image(network, 4, 16, 16))
+    assert not engine.trains(network, (1, 1, 4, 16, 16))
+
+
+def test_hooks_and_wanted_gradients_stay_with_pytorch() -> None:
+    network = make_network()
+    x = image(network, 4, 16, 16)
+    assert engine.trains(network, x.shape)
+    handle = network.encoder.stages[0].register_full_backward_hook(lambda *_: None)
+    assert "backward hooks" in stays_with_pytorch(network, x)
+    handle.remove()
+    assert "gradient of the input" in stays_with_pytorch(network, x.clone().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in stays_with_pytorch(network, x)
+    _, layer = next(maskable_layers(network))
+    layer.dense_gradients = True
+    assert "connections that are off" in stays_with_pytorch(network, x)
+    assert layer.weight.grad is not None
+    assert layer.weight.grad[~layer.mask].any()
+    layer.dense_gradients = False
+    gradients(network, x)
+    assert engine.why_pytorch(network) is None
+
+
+def test_off_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(engine.ENGINE_VARIABLE, "off")
+    network = make_network()
+    assert "switched off" in stays_with_pytorch(network, image(network, 4, 16, 16))
