@@ -49,7 +49,9 @@ class TrainingSession:
                 self._weights = TrainingWeights(network, core)
             return self._weights
 
-    def take_programs(self, weights: TrainingWeights, core: Core, patch_size: tuple[int, ...], n: int) -> list[TrainingProgram]:
+    def take_programs(
+        self, weights: TrainingWeights, core: Core, patch_size: tuple[int, ...], n: int
+    ) -> list[TrainingProgram]:
         with self._lock:
             for index, programs in enumerate(self._idle):
                 if len(programs) == n and programs[0].patch_size == patch_size:
@@ -96,7 +98,11 @@ def why_not_train(network: E2ENet, x: Tensor) -> str | None:
         if module._backward_hooks or module._backward_pre_hooks:
             return f"{name or 'the network'} has backward hooks, which would not be called"
         if isinstance(module, MaskableLayer) and (module.dense_gradients or module.stores_active_only):
-            wanted = "gradients of connections that are off are wanted" if module.dense_gradients else "active weights alone are stored"
+            wanted = (
+                "gradients of connections that are off are wanted"
+                if module.dense_gradients
+                else "active weights alone are stored"
+            )
             return f"{wanted} ({name})"
         if isinstance(module, ShiftBlock) and module.shift is not None:
             return f"{name} learns its depth shift"

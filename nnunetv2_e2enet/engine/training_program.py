@@ -62,8 +62,8 @@ class TrainingProgram(Program):
             threads: how many to use.
         """
         self._fit_scratch(threads)
-        for job, field, parameter in self._bindings:
-            setattr(job, field, gradients[parameter].data_ptr())
+        for bound, field, parameter in self._bindings:
+            setattr(bound, field, gradients[parameter].data_ptr())
         for level, head in self._head_jobs:
             head.logits = logits[level].data_ptr()
         for job in self._backward_jobs:
@@ -196,7 +196,9 @@ class TrainingProgram(Program):
             into, add = self._gradient(flows[1])
             upward = targets[1]
             assert upward is not None
-            self._add(partial(self._upsample_gradient_job, node, flows[1], upward[0], into, add), flows[1].buffer, upward[0], into)
+            self._add(
+                partial(self._upsample_gradient_job, node, flows[1], upward[0], into, add), flows[1].buffer, upward[0], into
+            )
 
     # ---- jobs -------------------------------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ def conv3d(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None, gro
     flat = weight.shape[2] == 1 and stride[0] == 1 and not isinstance(padding, str) and padding[0] == 0
     if flat and settings().plane_convolutions == "on" and is_channels_last(x):
         return over_slices(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
-    return F.conv3d(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    return F.conv3d(x, weight, bias, stride, padding, dilation, groups)
 
 
 def over_slices(
