@@ -23,7 +23,7 @@ _agrees: dict[str, bool] = {}
 
 
 def accelerated(network: nn.Module, x: Tensor) -> Tensor | list[Tensor] | None:
-    """The logits from the engine; None where PyTorch computes: in traces, off the CPU, with one of training mode and gradients."""
+    """The logits from the engine; None where PyTorch computes: in traces, off the CPU, in one of training and gradients."""
     if network.training != torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     if x.device.type != "cpu" or _is_watched():
