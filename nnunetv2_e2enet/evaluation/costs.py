@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_e2enet import engine
-from nnunetv2_e2enet.network import E2ENet, MaskableLayer, accounts
+from nnunetv2_e2enet.network import E2ENet, MaskableLayer, accounts, fusion_flows, fusion_nodes
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,9 @@ class Share:
 
 
 FLOWS = ("encoder", "forward", "upward", "downward", "second block", "decoder", "upsampling", "head", "norm, bias")
-_PLACES = (
+_PLACES = (  # of modules outside fusion nodes
     (re.compile(r"encoder\.stages\.(?P<level>\d+)\."), "encoder"),
     (re.compile(r"encoder\.(?P<stem>stem)\."), "encoder"),
-    (re.compile(r"decoder\.stages\.\d+\.(?P<level>\d+)\.upsample$"), "upward"),
-    (re.compile(r"decoder\.stages\.\d+\.(?P<level>\d+)\.blocks\.0\."), "node"),
-    (re.compile(r"decoder\.stages\.\d+\.(?P<level>\d+)\.blocks\.[1-9]\."), "second block"),
     (re.compile(r"decoder\.stages\.(?P<reversed>\d+)\."), "decoder"),
     (re.compile(r"decoder\.transpconvs\.(?P<reversed>\d+)$"), "upsampling"),
     (re.compile(r"decoder\.seg_layers\.(?P<reversed>\d+)$"), "head"),
@@ -83,6 +80,7 @@ def breakdown(network: nn.Module, input_shape: Sequence[int]) -> list[Share]:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         accounts.run_on_meta(network, input_shape)
     macs_of = _macs_by_module(network, counter)
+    flows_of = fusion_flows(network)
     totals: dict[tuple[int, str], list[int]] = {}
 
     def add(level: int, flow: str, numbers: Sequence[int]) -> None:
@@ -101,7 +99,7 @@ def breakdown(network: nn.Module, input_shape: Sequence[int]) -> list[Share]:
         bias = 0 if module.bias is None else module.bias.numel()
         add(level, "norm, bias", (bias, bias, 0, 0))
         macs = macs_of.get(module, 0)
-        parts = _parts(module, flow)
+        parts = _parts(module, flow, flows_of.get(name, {}))
         per_connection = module.weight[0, 0].numel()
         macs_per_connection = macs // sum(connections for _, connections, _ in parts)
         for part, connections, active in parts:
@@ -132,6 +130,10 @@ def _macs_by_module(network: nn.Module, counter: FlopCounterMode) -> dict[nn.Mod
 
 
 def _place(name: str, network: nn.Module) -> tuple[int, str]:
+    for prefix, node in fusion_nodes(network).items():
+        if name.startswith(f"{prefix}."):
+            part = name.removeprefix(f"{prefix}.")
+            return node.level, "upward" if part == "upsample" else "node" if part.startswith("blocks.0.") else "second block"
     encoder = getattr(network, "encoder", None)
     levels = len(getattr(encoder, "stages", ()))
     for pattern, flow in _PLACES:
@@ -148,17 +150,12 @@ def _place(name: str, network: nn.Module) -> tuple[int, str]:
     return -1, "other"
 
 
-def _parts(module: _ConvNd, flow: str) -> list[tuple[str, int, int]]:
+def _parts(module: _ConvNd, flow: str, flows: Mapping[str, slice]) -> list[tuple[str, int, int]]:
     """Flow, connections, active connections of a convolution."""
     if not isinstance(module, MaskableLayer):
         n = module.weight.shape[:2].numel()
         return [(flow, n, n)]
-    if flow != "node":
+    if not flows:
         return [(flow, module.n_connections, module.n_active)]
-    same = module.out_channels
-    pieces = {
-        "forward": module.mask[:, :same],
-        "upward": module.mask[:, same : 2 * same],
-        "downward": module.mask[:, 2 * same :],
-    }
-    return [(name, mask.numel(), int(mask.sum())) for name, mask in pieces.items() if mask.numel()]
+    pieces = {name: module.mask[:, channels] for name, channels in flows.items()}
+    return [(name, mask.numel(), int(mask.sum())) for name, mask in pieces.items()]

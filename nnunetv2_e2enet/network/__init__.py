@@ -4,7 +4,7 @@ from nnunetv2_e2enet.network.accounts import MultiplyAccumulates, ParameterCount
 from nnunetv2_e2enet.network.connections import MaskableLayer, maskable_layers
 from nnunetv2_e2enet.network.depth_shift import activated, depth_shift
 from nnunetv2_e2enet.network.e2enet import E2ENet, e2enet_features
-from nnunetv2_e2enet.network.fusion import fusion_flows
+from nnunetv2_e2enet.network.fusion import fusion_flows, fusion_nodes
 
 __all__ = [
     "E2ENet",
@@ -15,5 +15,6 @@ __all__ = [
     "depth_shift",
     "e2enet_features",
     "fusion_flows",
+    "fusion_nodes",
     "maskable_layers",
 ]

@@ -99,9 +99,14 @@ def _checked(flows: Sequence[str], stage: int, level: int) -> list[str]:
     return known
 
 
+def fusion_nodes(network: nn.Module) -> dict[str, FusionNode]:
+    """All fusion nodes in ``network``, by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, FusionNode)}
+
+
 def fusion_flows(network: nn.Module) -> dict[str, dict[str, slice]]:
     """Input channels of each flow, for every convolution in ``network`` that fuses flows, by its name."""
-    return {f"{name}.blocks.0.conv": node.flows for name, node in network.named_modules() if isinstance(node, FusionNode)}
+    return {f"{name}.blocks.0.conv": node.flows for name, node in fusion_nodes(network).items()}
 
 
 class FusionDecoder(nn.Module):

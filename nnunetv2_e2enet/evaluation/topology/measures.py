@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -18,9 +17,9 @@ from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.connections import MaskableLayer
 from nnunetv2_e2enet.network.depth_shift import shift_groups
+from nnunetv2_e2enet.network.fusion import FusionNode
 
 FLOWS = ("forward", "upward", "downward")
-_NODE = re.compile(r"decoder\.stages\.(\d+)\.(\d+)\.")
 
 
 class MissingError(Exception):
@@ -73,13 +72,6 @@ class Node:
         return {flow: active / self.connections[flow] for flow, active in self.active(record).items()}
 
 
-def place(layer: str) -> tuple[int, int]:
-    """Stage and level of the node that a layer is in."""
-    match = _NODE.match(layer)
-    assert match is not None, layer
-    return int(match[1]) + 1, int(match[2])
-
-
 def nodes(fold: Fold) -> list[Node]:
     """All fusion nodes, stage by stage, finest level first; none in networks other than E2ENet."""
     by_layer: dict[str, dict[str, int]] = {}
@@ -89,15 +81,17 @@ def nodes(fold: Fold) -> list[Node]:
     result = []
     for layer, parts in by_layer.items():
         connections = {flow: fold.history.parts[index].connections for flow, index in parts.items()}
-        result.append(Node(*place(layer), layer, fold.connections.layers[layer].mask.shape[0], parts, connections))
+        node = fusion_network([fold]).get_submodule(layer.removesuffix(".blocks.0.conv"))
+        assert isinstance(node, FusionNode)
+        result.append(Node(node.stage, node.level, layer, fold.connections.layers[layer].mask.shape[0], parts, connections))
     return result
 
 
-def kind_of(part: Part) -> str:
+def kind_of(fold: Fold, part: Part) -> str:
     """The flow, or what else a part of a network is."""
     if part.flow:
         return part.flow
-    if _NODE.match(part.layer):
+    if fold.network is not None:
         return "upsampling" if part.layer.endswith("upsample") else "second block"
     return "all layers"
 
@@ -106,7 +100,8 @@ def totals(fold: Fold, values: Sequence[float]) -> dict[str, float]:
     """Sums of values of the parts over the network, by kind; flows first."""
     result: dict[str, float] = {}
     for part, value in zip(fold.history.parts, values, strict=True):
-        result[kind_of(part)] = result.get(kind_of(part), 0) + value
+        kind = kind_of(fold, part)
+        result[kind] = result.get(kind, 0) + value
     return {kind: result[kind] for kind in sorted(result, key=lambda kind: [*FLOWS, kind].index(kind))}
 
 

@@ -1,0 +1,178 @@
+"""How a training starts, and what becomes of the three flows: initial weights, importance and updates, on any data set.
+
+Each variant trains E2ENet from several seeds with nnU-Net's own loop. The record holds the losses, nnU-Net's mean pseudo Dice
+of the last epochs, and for each flow the amplitude at the input of the fusion nodes (standard deviation over a batch) and the
+density of its connections, means over all nodes, at the start, at each quarter and at the end.
+
+    e2enet phantom 990 --size 20 56 56
+    nnUNetv2_plan_and_preprocess -d 990 -c 3d_fullres
+    python benchmarks/starts.py 990 --epochs 20 --iterations 100 --seeds 0 1 2 --output starts.json
+
+The program goes on where it stopped. ``--table starts.json`` prints the table of docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import contestants
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_e2enet.dsff import InputScaledL1Norm
+from nnunetv2_e2enet.network import maskable_layers
+from nnunetv2_e2enet.network.fusion import FusionNode
+from nnunetv2_e2enet.training.trainer import E2ENetMixin
+
+FLOWS = ("forward", "upward", "downward")
+METHOD = "the method"
+
+
+def keep_by_chance(trainer: Any) -> None:
+    """The start of trainings before November 2026: an active connection had a weight with the probability of the density."""
+    for _, layer in maskable_layers(trainer.unwrapped_network):
+        kept = torch.rand(layer.mask.shape) < 1 - trainer.feature_sparsity
+        with torch.no_grad():
+            layer.weight.mul_(layer.over_kernel(kept))
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    METHOD: {},
+    "as it was": {"after_start": keep_by_chance},
+    "gain 0.7": {"initial_gain": 0.7},
+    "gain 0.5": {"initial_gain": 0.5},
+    "gain 0.25": {"initial_gain": 0.25},
+    "gain 1/sqrt(density)": {"initial_gain": 5**0.5},
+    "input-scaled importance": {"importance": InputScaledL1Norm()},
+    "static": {"topology_update_period": None},
+}
+
+
+class StartTrainer(E2ENetMixin, nnUNetTrainer):
+    """Looks at the flows at the start, at each quarter and at the end."""
+
+    after_start: Callable[[Any], None] | None = None
+
+    def __init__(self, plans, configuration, fold, dataset_json, device):  # type: ignore[no-untyped-def]  # nnU-Net's own
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.disable_checkpointing = True
+        self.seen: list[dict[str, dict[str, float]]] = []
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.after_start is not None:
+            self.after_start(self)
+        self.seen.append(flows(self))
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        if (self.current_epoch + 1) % max(1, self.num_epochs // 4) == 0:
+            self.seen.append(flows(self))
+
+
+def flows(trainer: Any) -> dict[str, dict[str, float]]:
+    """``amplitude`` and ``density`` of each flow, means over all fusion nodes."""
+    found: dict[str, list[tuple[float, float]]] = {flow: [] for flow in FLOWS}
+
+    def look(node: FusionNode, x: torch.Tensor) -> None:
+        for flow, channels in node.flows.items():
+            density = float(node.blocks[0].conv.mask[:, channels].float().mean())
+            found[flow].append((float(x[:, channels].std()), density))
+
+    nodes = [module for module in trainer.unwrapped_network.modules() if isinstance(module, FusionNode)]
+    hooks = [
+        node.blocks[0].conv.register_forward_pre_hook(lambda _conv, inputs, node=node: look(node, inputs[0])) for node in nodes
+    ]
+    with torch.no_grad():
+        trainer.unwrapped_network(next(trainer.dataloader_train)["data"].to(trainer.device))
+    for hook in hooks:
+        hook.remove()
+    means = {flow: [statistics.fmean(values) for values in zip(*pairs, strict=True)] for flow, pairs in found.items() if pairs}
+    return {flow: {"amplitude": amplitude, "density": density} for flow, (amplitude, density) in means.items()}
+
+
+def train(variant: dict[str, Any], seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    plans, dataset = contestants.load_plans(args.dataset, args.plans)
+    for source in (torch.manual_seed, np.random.seed, random.seed):
+        source(seed)
+    trainer = StartTrainer({**plans, "continue_training": False}, args.configuration, 0, dataset, torch.device(args.device))
+    settings = {
+        "num_epochs": args.epochs,
+        "num_iterations_per_epoch": args.iterations,
+        "num_val_iterations_per_epoch": args.validation_iterations,
+        "topology_update_period": args.period,
+        "base_num_features": args.base,
+        "max_num_features": args.maximum,
+        "topology_seed": seed,
+        **variant,
+    }
+    for name, value in settings.items():
+        setattr(trainer, name, value)
+    trainer.run_training()
+    log = trainer.logger.local_logger.my_fantastic_logging
+    return {
+        "losses": [float(loss) for loss in log["train_losses"]],
+        "dice": statistics.fmean(float(dice) for dice in log["mean_fg_dice"][-3:]),
+        "flows": trainer.seen,
+    }
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: means over seeds, with the range of the Dice."""
+    rows = [
+        "| start | pseudo Dice (least to most) | upward: amplitude at the start, density at the end | forward | downward |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for variant in dict.fromkeys(name.split(" | ")[0] for name in results):
+        runs = [result for name, result in results.items() if name.split(" | ")[0] == variant]
+        dice = [run["dice"] for run in runs]
+        cells = [f"{statistics.fmean(dice):.3f} ({min(dice):.3f} to {max(dice):.3f})"]
+        for flow in ("upward", "forward", "downward"):
+            amplitude = statistics.fmean(run["flows"][0][flow]["amplitude"] for run in runs)
+            density = statistics.fmean(run["flows"][-1][flow]["density"] for run in runs)
+            cells.append(f"{amplitude:.2f}, {density:.2f}")
+        rows.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", nargs="?", help="number or name of a preprocessed data set")
+    parser.add_argument("--plans", default="nnUNetPlans")
+    parser.add_argument("--configuration", default="3d_fullres")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=100, help="of an epoch")
+    parser.add_argument("--validation-iterations", type=int, default=10, help="of an epoch")
+    parser.add_argument("--period", type=int, default=2, help="epochs between two updates of the topology")
+    parser.add_argument("--base", type=int, default=12, help="channels of the finest level")
+    parser.add_argument("--maximum", type=int, default=80, help="most channels of a level")
+    parser.add_argument("--output", type=Path, default=Path("starts.json"))
+    parser.add_argument("--table", action="store_true", help="print the table of --output and train nothing")
+    args = parser.parse_args(arguments)
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "table", "variants", "seeds")}
+    if args.table:
+        print(table(contestants.Record(args.output, {}).results))
+        return
+    contestants.check_device(args.device)
+    os.environ.setdefault("nnUNet_n_proc_DA", "0")
+    record = contestants.Record(args.output, {**settings, "machine": contestants.machine(args.device)})
+    for seed in args.seeds:
+        for name in args.variants:
+            if f"{name} | seed {seed}" not in record.results:
+                with contestants.temporary_results():
+                    record.add(f"{name} | seed {seed}", train(VARIANTS[name], seed, args))
+    print(table(record.results))
+
+
+if __name__ == "__main__":
+    main()
