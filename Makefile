@@ -8,7 +8,7 @@ INTEGRATION ?= integration
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 BIN = $(VENV)/bin
 
-.PHONY: help install register demo test test-slow sanitize test-integration test-versions compatibility lint clean
+.PHONY: help install register demo test test-slow sanitize test-integration test-versions compatibility lint docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
@@ -56,5 +56,8 @@ lint: install  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: install  ## the documentation site in site/, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+
 clean:  ## everything that is built
-	rm -rf $(VENV) $(DEMO) $(INTEGRATION) test-results build dist *.egg-info
+	rm -rf $(VENV) $(DEMO) $(INTEGRATION) test-results site build dist *.egg-info

@@ -1,0 +1,139 @@
+"""The documentation: links lead somewhere, commands and their options exist, the site builds without a warning."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from support import program
+
+from nnunetv2_e2enet.cli.main import build_parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+SHELL = {"export", "cd", "mkdir", "ls", "jq", "pip", "#"}
+"""First words of lines that are not the project's business."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://|mailto:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """As MkDocs and GitHub make them of headings in English."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_exist_with_their_options(page: Path) -> None:
+    for line in commands(page.read_text()):
+        check(line, f"{page.name}: {line}")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "e2enet compare A B --bogus",
+        "e2enet bogus",
+        "nnUNetv2_train 4 3d_fullres 0 --bogus",
+        "make bogus",
+        "python benchmarks/bogus.py",
+        "bogus",
+    ],
+)
+def test_a_command_that_is_not_there_is_found(line: str) -> None:
+    with pytest.raises(AssertionError):
+        check(line, line)
+
+
+def commands(text: str) -> Iterator[str]:
+    """Of the blocks for a shell, without what follows a pipe or a redirection; lines that ``\\`` continues are joined."""
+    for block in re.findall(r"^```(?:bash|sh|shell)[^\n]*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            for part in re.sub(r"(^|\s)#.*", "", line).split(" && "):
+                command = re.split(r"\s(?:\||>>?|2>)\s", part)[0].strip()
+                if command:
+                    yield command
+
+
+def check(line: str, where: str) -> None:
+    """Options are looked at, values are not: many are placeholders. Settings of variables before the command are left out."""
+    words = shlex.split(line)
+    while words and re.fullmatch(r"[A-Za-z_]\w*=.*", words[0]):
+        words.pop(0)
+    if not words:
+        return
+    name = Path(words[0]).name
+    if name == "e2enet":
+        parses(["--help"] if words[1:] == [] else words[1:], where)
+    elif name.startswith("nnUNetv2_"):
+        source = source_of(name)
+        missing = [word for word in words[1:] if re.match(r"--?[a-zA-Z]", word) and f"'{word}'" not in source]
+        assert not missing, where
+    elif name == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        assert all(word in targets for word in words[1:] if re.fullmatch(r"[a-z-]+", word)), where
+    elif name in ("python", "python3", "pytest"):
+        assert all(
+            (ROOT / word).exists() for word in words[1:] if re.fullmatch(r"(tests|benchmarks|docs)/[\w/]+\.py", word)
+        ), where
+    else:
+        assert name in SHELL or (ROOT / words[0]).exists() or name in ("pre-commit", "accelerate"), f"{where}: {name}"
+
+
+def parses(arguments: list[str], where: str) -> None:
+    """The subcommand is there, and each option is one of its own."""
+    subparsers = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    if arguments[0].startswith("-"):
+        return
+    assert arguments[0] in subparsers.choices, where
+    known = subparsers.choices[arguments[0]]._option_string_actions
+    unknown = [word for word in arguments[1:] if re.match(r"--?[a-zA-Z]", word) and word.split("=")[0] not in known]
+    assert not unknown, f"{where}: {unknown}"
+
+
+@lru_cache
+def source_of(command: str) -> str:
+    """The program of one of nnU-Net's commands."""
+    (point,) = entry_points(group="console_scripts", name=command)
+    spec = find_spec(point.module)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).read_text().replace('"', "'")
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the site needs the extra docs")
+    site = tmp_path / "site"
+    command = [program("mkdocs"), "build", "--strict", "--quiet", "--site-dir", str(site)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # an announcement, not a warning about these pages
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "WARNING" not in result.stderr
+    assert "score" in (site / "api" / "dsff" / "index.html").read_text()
+    for page in site.rglob("*.html"):
+        loaded = re.findall(
+            r'<(?:script|img|iframe)[^>]* src="(https?:[^"]+)"|<link[^>]*stylesheet[^>]* href="(https?:[^"]+)"',
+            page.read_text(),
+        )
+        assert not loaded, f"{page} loads {loaded}"
