@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import platform
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +16,15 @@ from typing import Any
 import torch
 
 from nnunetv2_e2enet import files
+from nnunetv2_e2enet.evaluation.provenance import processor
 
 BASELINE = "nnU-Net"
 CONTESTANTS = {
     BASELINE: "nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNetTrainer",
     "E2ENet 0.8": "nnunetv2_e2enet.trainers.e2enet_trainers.nnUNetTrainerE2ENet",
     "E2ENet 0.9": "nnunetv2_e2enet.trainers.e2enet_trainers.nnUNetTrainerE2ENet_S90",
+    "E2ENet 0.8, static mask": "nnunetv2_e2enet.trainers.e2enet_experiment_trainers.nnUNetTrainerE2ENet_static",
+    "E2ENet, dense": "nnunetv2_e2enet.trainers.e2enet_experiment_trainers.nnUNetTrainerE2ENet_dense",
     "E2ENet 0.8, blocks of 16": "nnunetv2_e2enet.trainers.e2enet_experiment_trainers.nnUNetTrainerE2ENet_B16active",
     "nnU-Net, channels last": "stock_channels_last.StockChannelsLast",
     "E2ENet 0.8, channels last": "nnunetv2_e2enet.trainers.e2enet_experiment_trainers.nnUNetTrainerE2ENet_channelsLast",
@@ -29,6 +32,8 @@ CONTESTANTS = {
 """Trainers by name, with their sparsity; in blocks of 16, active ones alone are computed."""
 SAME_RESULTS = ("nnU-Net, channels last", "E2ENet 0.8, channels last")
 """Those that compute what another one does, in another time."""
+ABLATIONS = ("E2ENet 0.8, static mask", "E2ENet, dense", "E2ENet 0.8, blocks of 16")
+"""Those that answer another question than which network to take."""
 
 WITHOUT_GPU = "measured without a GPU: says nothing about one"
 AMOS = {"patch_size": [64, 160, 160], "batch_size": 2}
@@ -90,7 +95,7 @@ def check_device(device: str) -> None:
 def machine(device: str) -> dict[str, Any]:
     """What was measured on, for the record."""
     described: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.processor() or platform.machine()})",
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU ({processor()}, {os.cpu_count()} cores)",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -100,6 +105,13 @@ def machine(device: str) -> dict[str, Any]:
     if device != "cuda":
         described["warning"] = WITHOUT_GPU
     return described
+
+
+def commit() -> str:
+    """Of the repository that this file lies in, with a mark if files differ from it."""
+    described = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    found = subprocess.run(described, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
 
 
 class Record:

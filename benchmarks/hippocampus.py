@@ -1,14 +1,19 @@
 """Dice of E2ENet beside stock nnU-Net on MSD Task04 Hippocampus, trained under the same conditions.
 
-All contestants have the same data, plans, splits, number of epochs and seeds, and are trained by nnU-Net's own loop. Training
-goes on where it stopped: call the program again, by hand or from a job scheduler, until it says that all is done. Each call
-ends after ``--minutes`` (the epoch that has begun is finished, a validation too), and trains one epoch at least.
+All contestants have the same data, plans, splits, batches, augmentation, number of iterations and seeds, and are trained by
+nnU-Net's own loop. Training goes on where it stopped: call the program again, by hand or from a job scheduler, until it says
+that all is done. Each call ends after ``--minutes`` (the epoch that has begun is finished, a validation too), and trains one
+epoch at least.
 
     # Task04_Hippocampus from http://medicaldecathlon.com, unpacked
     python benchmarks/hippocampus.py --source Task04_Hippocampus --folder hippocampus --epochs 250 --folds 0 1 --minutes 9
 
-Results: ``FOLDER/hippocampus.json`` (Dice by contestant and fold, epochs, times, machine), and when all is done the comparison
-with confidence intervals of ``e2enet compare`` in ``FOLDER/comparison.json`` and ``FOLDER/comparison.html``.
+On a CPU batches are smaller and trainings shorter (``--batch-size 2 --epochs 50``), and ``--bfloat16`` trains nnU-Net's own
+network in the number format that some CPUs multiply faster.
+
+Results: ``FOLDER/hippocampus.json`` (for each contestant and fold: Dice, epochs, times, pseudo Dice of each epoch, machine,
+commit), and when all is done the comparison with confidence intervals of ``e2enet compare`` in ``FOLDER/comparison.json`` and
+``FOLDER/comparison.html``.
 """
 
 from __future__ import annotations
@@ -28,8 +33,10 @@ import numpy as np
 import torch
 
 from nnunetv2_e2enet.registration import console_command
+from nnunetv2_e2enet.training.architecture import scaled_architecture
 from nnunetv2_e2enet.training.checkpoints import read_checkpoint
 from nnunetv2_e2enet.training.crossval import Fold, FoldState
+from nnunetv2_e2enet.training.trainer import E2ENetMixin
 from nnunetv2_e2enet.training.variants import variant
 
 DATASET = "Dataset004_Hippocampus"
@@ -80,6 +87,23 @@ def until(deadline: float, base: Any, epochs: int, iterations: tuple[int, int]) 
     return Sliced
 
 
+def renamed(cls: Any, like: Any) -> Any:
+    cls.__name__ = like.__name__
+    return cls
+
+
+def in_bfloat16(base: Any) -> Any:
+    """A trainer whose training iterations run under bfloat16 autocast on the CPU; validation and prediction stay float32."""
+
+    class InBfloat16(base):  # type: ignore[misc]
+        def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().train_step(batch)
+
+    InBfloat16.__name__ = base.__name__
+    return InBfloat16
+
+
 def seeded(seed: int) -> None:
     """Weights, topology and the order of cases follow from it; nnU-Net's augmentation in other processes does not."""
     random.seed(seed)
@@ -94,9 +118,20 @@ def train(contestant: str, fold: Fold, deadline: float, given: argparse.Namespac
         TimeIsUp: it is not at its end.
     """
     plans, dataset = contestants.load_plans(DATASET, PLANS)
+    if given.batch_size:
+        plans["configurations"][CONFIGURATION]["batch_size"] = given.batch_size
     state = fold.state()
     iterations = (given.iterations, given.validation_iterations)
-    cls = until(deadline, contestants.trainer_class(contestant), given.epochs, iterations)
+    base = contestants.trainer_class(contestant)
+    if given.width and issubclass(base, E2ENetMixin):
+        channels = {"base_num_features": round(given.width * 48), "max_num_features": round(given.width * 320)}
+        base = renamed(variant(base, "width", **channels), base)
+    elif given.width:
+        entry = plans["configurations"][CONFIGURATION]
+        entry["architecture"] = scaled_architecture(entry["architecture"], given.width)
+    if given.bfloat16 and given.device == "cpu" and contestant == contestants.BASELINE:
+        base = in_bfloat16(base)
+    cls = until(deadline, base, given.epochs, iterations)
     seeded(1000 * given.seed + fold.number)
     plans["continue_training"] = state is not FoldState.NEW
     trainer = cls(plans, CONFIGURATION, fold.number, dataset, torch.device(given.device))
@@ -124,6 +159,8 @@ def result(fold: Fold) -> dict[str, Any]:
         "cases": len(summary["metric_per_case"]),
         "epochs": checkpoint["current_epoch"],
         "median_epoch_seconds": float(np.median(seconds)),
+        "pseudo_dice": [float(dice) for dice in logged["mean_fg_dice"]],
+        "epoch_seconds": [round(float(s), 3) for s in seconds],
     }
 
 
@@ -138,20 +175,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=Path("Task04_Hippocampus"), help="the unpacked data set")
     parser.add_argument("--folder", type=Path, required=True, help="for everything that nnU-Net and this program write")
-    trained = [name for name in contestants.CONTESTANTS if name not in contestants.SAME_RESULTS]
+    others = (*contestants.SAME_RESULTS, *contestants.ABLATIONS)
+    trained = [name for name in contestants.CONTESTANTS if name not in others]
     parser.add_argument("--contestants", nargs="+", default=trained, choices=contestants.CONTESTANTS)
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=250)
     parser.add_argument("--iterations", type=int, default=250)
     parser.add_argument("--validation-iterations", type=int, default=50)
+    parser.add_argument("--batch-size", type=int, help="default: that of the plans")
+    parser.add_argument("--width", type=float, help="times the channels of all networks; default: full widths")
+    parser.add_argument("--bfloat16", action="store_true", help="train nnU-Net's own trainer in bfloat16 on the CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no epoch is begun")
     parser.add_argument("--processes", type=int, default=2, help="for the preprocessing")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
     contestants.check_device(given.device)
     given.folder.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(given, name) for name in ("epochs", "iterations", "validation_iterations", "seed")}
+    given_settings = ("epochs", "iterations", "validation_iterations", "batch_size", "width", "bfloat16", "seed")
+    settings = {name: getattr(given, name) for name in given_settings}
     record = contestants.Record(given.folder / "hippocampus.json", {"settings": settings})
     prepare(given.source, given.folder.resolve(), given.processes)
 
@@ -173,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"time is up at {key}; call the program again to go on")
                 return
             if key not in record.results:
-                record.add(key, {**result(fold), "machine": contestants.machine(given.device)})
+                record.add(key, {**result(fold), "machine": contestants.machine(given.device), "commit": contestants.commit()})
     compare(models, given.folder)
     for key, value in record.results.items():
         print(f"{key:45} Dice {value['dice']:.4f}, {value['median_epoch_seconds']:.1f} s an epoch")
