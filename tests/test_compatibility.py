@@ -5,13 +5,13 @@ import re
 import subprocess
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from integration import table
 from integration.compatibility import PAGE, named_tests, outcomes, page
 from integration.features import FEATURES
-from integration.workflow import STEP_NAMES
+from integration.workflow import STEP_NAMES, Harness
 
 TESTS = Path(__file__).parent
 FEATURE_NAMES = [feature.name for features in FEATURES.values() for feature in features]
@@ -90,13 +90,16 @@ def test_sections(title: str) -> None:
 
 def test_the_page_says_on_what_it_ran_and_how() -> None:
     """Forks are not what a user runs, and the page does not claim so."""
-    own, forks = (page(workflow("passed", harness), {}, "abcdef") for harness in ("processes", "forks"))
-    for text in (own, forks):
+    processes, mixed, forks = (page(workflow("passed", harness), {}, "abcdef") for harness in get_args(Harness))
+    for text in (processes, mixed, forks):
         assert "the workflow ran on 0123456789, the tests on abcdef." in text
-    assert "in a process of its own, as a user runs it" in own
-    assert "they do not run as a user runs them" in forks
-    for difference in ("fork", "spawn", "cpu_count", "10^6 intensities instead of 10^8"):
-        assert difference in forks
+        for difference in ("not run as a user runs them", "fork", "spawn", "cpu_count", "10^6 intensities instead of 10^8"):
+            assert difference in text
+    assert "every command is nnU-Net's console script in a process of its own" in processes
+    assert "every command" not in forks
+    assert "all commands run in forks" in forks
+    assert "(plain in 3d_fullres, regions in 3d_lowres, ignore in 3d_cascade_fullres, regions + ignore in 2d)" in mixed
+    assert "In the other cells, commands run in forks" in mixed
 
 
 def test_the_commit_is_that_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,7 @@ def probabilities(thin: Thin, model: Path, checkpoint: dict[str, Any]) -> np.nda
     network.load_state_dict(checkpoint["network_weights"])
     network.eval()
     patch = configuration.patch_size
-    weight = torch.from_numpy(np.asarray(compute_gaussian(tuple(patch)))).double()
+    weight = compute_gaussian(tuple(patch), value_scaling_factor=10, device=torch.device("cpu")).double()
     total, weights = torch.zeros(len(LABELS), *PATCH).double(), torch.zeros(PATCH).double()
     step = max(1, patch[0] // 2)
     axes = [axes for n in range(4) for axes in combinations((2, 3, 4), n)]

@@ -1,9 +1,11 @@
-"""Other versions of nnU-Net and Python, each in an environment of its own: ``make test-versions``.
+"""Other versions of nnU-Net, Python and dependencies, each in an environment of its own: ``make test-versions``.
 
 uv makes the environments; it looks for Python on the PATH and downloads what is not there.
 """
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from nnunetv2_e2enet.training.checkpoints import read_checkpoint
 REPOSITORY = Path(__file__).resolve().parents[1]
 TORCH = os.environ.get("TORCH", "torch==2.13.0").split()
 TRAINER = "nnUNetTrainerE2ENet_smoke"
+RAISED_BY_NNUNET = {"numpy"}  # what it stores data with needs a newer one
 
 
 class Environment:
@@ -50,6 +53,9 @@ class Environment:
     def program(self, name: str, *arguments: str) -> str:
         return self.run(str(self.folder / "venv" / "bin" / name), *arguments).stdout
 
+    def version_of(self, package: str) -> str:
+        return self.program("python", "-c", f"from importlib.metadata import version; print(version({package!r}))").strip()
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -60,27 +66,48 @@ def test_install_train_and_predict(python: str, nnunet: str, tmp_path: Path) -> 
     environment.create()
     environment.install(*TORCH)
     # the torch that is there must not be replaced by what torchvision wants
-    torch = environment.program(
-        "python", "-c", "from importlib.metadata import version; print(f'torch=={version(\"torch\")}')"
-    )
-    (tmp_path / "torch.txt").write_text(torch)
+    (tmp_path / "torch.txt").write_text(f"torch=={environment.version_of('torch')}")
     environment.install("--constraint", "torch.txt", f"nnunetv2=={nnunet}", str(REPOSITORY))
-    environment.program("e2enet", "register")
-    info = environment.program("e2enet", "info")
-    assert f"{nnunet} in " in info
-    assert f"{python}." in info
-    assert "nnU-Net finds 1 of 1 planners" in info
+    assert environment.version_of("nnunetv2") == nnunet
+    registers_trains_and_predicts(environment)
 
+
+@pytest.mark.slow
+def test_lower_bounds_of_dependencies(tmp_path: Path) -> None:
+    """Each direct dependency as old as pyproject.toml and the others allow, with the oldest Python."""
+    environment = Environment(tmp_path, "3.10")
+    environment.create()
+    environment.install("--resolution", "lowest-direct", str(REPOSITORY))
+    bounds = dict(
+        re.findall(r'"([\w-]+)>=([\d.]+)', (REPOSITORY / "pyproject.toml").read_text().split("[project.optional")[0])
+    )
+    assert bounds["torch"] == "2.5"
+    assert bounds["scipy"] == "1.10"
+    for name in bounds.keys() - RAISED_BY_NNUNET - {"setuptools"}:
+        found = environment.version_of(name).split("+")[0]
+        assert f"{found}.0".startswith(f"{bounds[name]}."), f"{name} {found} is not {bounds[name]}"
+    registers_trains_and_predicts(environment)
+
+
+def registers_trains_and_predicts(environment: Environment) -> None:
+    environment.program("e2enet", "register")
+    info = json.loads(environment.program("e2enet", "info", "--json"))
+    assert info["versions"]["nnunetv2"] == environment.version_of("nnunetv2")
+    assert info["versions"]["python"].startswith(f"{environment.python}.")
+    assert info["classes"]["planner"]["found"] == ["nnUNetPlannerE2ENet"]
+    assert info["classes"]["trainer"]["missing"] == {}
+
+    folder = environment.folder
     environment.program("e2enet", "phantom", "1", "--cases", "5", "--test-cases", "1", "--size", "20", "56", "56")
     environment.program("nnUNetv2_plan_and_preprocess", "-d", "1", "-c", "3d_fullres", "-np", "1", "-npfp", "1")
     environment.program("nnUNetv2_train", "1", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu")
     dataset = "Dataset001_Phantom"
-    model = tmp_path / "nnUNet_results" / dataset / f"{TRAINER}__nnUNetPlans__3d_fullres"
+    model = folder / "nnUNet_results" / dataset / f"{TRAINER}__nnUNetPlans__3d_fullres"
     weights = read_checkpoint(model / "fold_0" / "checkpoint_final.pth")["network_weights"]
     masks = [value for name, value in weights.items() if name.endswith(".mask")]
     assert masks
     assert all(int(mask.sum()) == round(0.2 * mask.numel()) for mask in masks)
-    images, output = tmp_path / "nnUNet_raw" / dataset / "imagesTs", tmp_path / "predictions"
+    images, output = folder / "nnUNet_raw" / dataset / "imagesTs", folder / "predictions"
     options = ("-d", "1", "-c", "3d_fullres", "-f", "0", "-tr", TRAINER, "-device", "cpu", "-npp", "1", "-nps", "1")
     environment.program("nnUNetv2_predict", "-i", str(images), "-o", str(output), *options)
     assert len(list(output.glob("*.nii.gz"))) == 1

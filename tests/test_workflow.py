@@ -4,17 +4,18 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from integration import __main__ as command
 from integration import workflow
 from integration.cell import Cell, Workspace
-from integration.commands import HARNESSES, Runner, StepError
+from integration.commands import ForkingRunner, Runner, StepError
 from integration.schemes import SCHEMES, phantoms
 from integration.steps import Step
-from integration.workflow import STEP_NAMES, Result, SchemeRun, Selection
+from integration.workflow import CELLS_WITH_FIVE_FOLDS, STEP_NAMES, Harness, Result, SchemeRun, Selection, run_workflow
 
 # What depends on neither labels nor configuration is left to the whole of it.
 LEFT_OUT = (
@@ -32,7 +33,8 @@ SCHEME = next(scheme for scheme in SCHEMES if scheme.regions and scheme.ignore)
 def results(tmp_path_factory: pytest.TempPathFactory, runner: Runner) -> dict[str, Result]:
     folder = tmp_path_factory.mktemp("workflow")
     source, selection = phantoms(folder / "phantoms", n_training=5), Selection([SCHEME], ["3d_fullres"], LEFT_OUT)
-    found = SchemeRun(Workspace(folder), source, SCHEME, selection, runner, lambda _result: None).results()
+    work = Workspace(folder)
+    found = SchemeRun(work, source, SCHEME, selection, lambda _configuration: runner, lambda _result: None).results()
     return {result.step: result for result in found}
 
 
@@ -44,7 +46,10 @@ def test_regions_with_ignore_label(results: dict[str, Result], step: str) -> Non
 
 
 class Pretended:
-    """Stands for the process that runs console commands."""
+    """Stands for what runs console commands, and writes into a log how it would do it."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
 
     def __enter__(self) -> "Pretended":
         return self
@@ -52,9 +57,9 @@ class Pretended:
     def __exit__(self, *_error: object) -> None:
         """Ends nothing."""
 
-    def run(self, log: Path, *words: str, environment: dict[str, str]) -> None:  # noqa: ARG002
+    def run(self, log: Path, *words: str, environment: dict[str, str], killed_by: Path | None = None) -> None:  # noqa: ARG002
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(" ".join(words))
+        log.write_text(" ".join([self.kind, *words]))
 
 
 def fail(cell: Cell) -> None:
@@ -77,7 +82,8 @@ STEPS = (
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(workflow.HARNESSES, "processes", Pretended)
+    monkeypatch.setattr(workflow, "Runner", partial(Pretended, "processes"))
+    monkeypatch.setattr(workflow, "ForkingRunner", partial(Pretended, "forks"))
     monkeypatch.setattr(workflow, "add_configurations", lambda _path: None)
     monkeypatch.setattr(workflow, "STEPS", STEPS)
     names = (workflow.PREPARE, *(step.name for step in STEPS))
@@ -109,10 +115,34 @@ def test_a_failed_step_is_shown_and_stops_only_what_needs_it(
 PHANTOM = ("e2enet", "phantom", "1", "--cases", "1", "--test-cases", "0", "--size", "18", "52", "52")
 
 
-@pytest.mark.parametrize("harness", HARNESSES)
-def test_commands_have_their_environment_and_log_and_fail_visibly(harness: str, runner: Runner, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("harness", get_args(Harness))
+def test_mixed_runs_one_cell_of_each_kind_in_processes(
+    harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: dict[tuple[str, str], str] = {}
+
+    def note(cell: Cell) -> None:
+        cell.run("command")
+        ran[cell.scheme.name, cell.configuration] = cell.log.read_text().split()[0]
+
+    monkeypatch.setattr(workflow, "STEPS", (Step("first", note),))
+    monkeypatch.setattr(workflow, "write_dataset", lambda *_: None)
+    source = phantoms(tmp_path / "phantoms", n_training=1)
+    run_workflow(Workspace(tmp_path), source, Selection(SCHEMES), 2, lambda _result: None, harness)
+    processes = {cell for cell, kind in ran.items() if kind == "processes"}
+    expected = {"processes": set(ran), "mixed": set(CELLS_WITH_FIVE_FOLDS), "forks": set()}
+    assert len(ran) == 16
+    assert processes == expected[harness]
+    planned = (Workspace(tmp_path).log(SCHEME, "all", workflow.PREPARE)).read_text()
+    assert planned.startswith("forks" if harness == "forks" else "processes")
+
+
+@pytest.mark.parametrize("in_forks", [True, False])
+def test_commands_have_their_environment_and_log_and_fail_visibly(in_forks: bool, runner: Runner, tmp_path: Path) -> None:
     log, raw = tmp_path / "folder" / "command.log", tmp_path / "raw"
-    runner = runner if isinstance(runner, HARNESSES[harness]) and harness != "processes" else Runner()
+    assert isinstance(runner, ForkingRunner)
+    runner = runner if in_forks else Runner()
     runner.run(log, *PHANTOM, environment={"nnUNet_raw": str(raw)})
     assert (raw / "Dataset001_Phantom" / "dataset.json").is_file()
     with pytest.raises(StepError, match="e2enet ended with exit code 1, but 0 was expected"):

@@ -53,6 +53,7 @@ class Program:
         self._memory = self._place()
         self._scratch = pages(0)
         self._jobs = [step.make() for step in self._steps]
+        self._steps.clear()  # they refer to this program, whose memory shall go with the last other reference, not with the gc
 
     @property
     def n_bytes(self) -> int:

@@ -4,15 +4,15 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 
 from integration.cell import Workspace
-from integration.commands import HARNESSES
 from integration.plans import CONFIGURATIONS
 from integration.schemes import HIPPOCAMPUS, SCHEMES, hippocampus, phantoms
 from integration.table import print_results, write_results
-from integration.workflow import Result, Selection, run_workflow
+from integration.workflow import Harness, Result, Selection, run_workflow
 from nnunetv2_e2enet.registration import find_nnunet, is_registered
 
 
@@ -25,9 +25,10 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="schemes at the same time, one thread each (default: 2)")
     parser.add_argument(
         "--harness",
-        choices=HARNESSES,
-        default="processes",
-        help="forks: fast, and not quite as a user does (default: %(default)s)",
+        choices=get_args(Harness),
+        default="mixed",
+        help="run commands in processes of their own, all or those of one cell of each scheme and configuration, or in forks, "
+        "which is fast and not quite as a user does (default: %(default)s)",
     )
     args = parser.parse_args()
     if not is_registered(find_nnunet()):

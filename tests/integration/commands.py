@@ -106,6 +106,3 @@ class ForkingRunner(Runner):
         request = {"command": command, "environment": environment, "log": str(log), "killed_by": killer}
         print(json.dumps(request), file=self._process.stdin)
         return int(self._answer())
-
-
-HARNESSES: dict[str, type[Runner]] = {"processes": Runner, "forks": ForkingRunner}

@@ -12,6 +12,7 @@ from typing import Any
 
 from integration.features import FEATURES, Feature
 from integration.table import REPOSITORY, commit, read_results
+from integration.workflow import CELLS_WITH_FIVE_FOLDS
 
 PAGE = REPOSITORY / "docs" / "compatibility.md"
 VERSIONS = "tests/test_versions.py"
@@ -30,19 +31,28 @@ Commit: the workflow ran on {workflow_commit}, the tests on {tests_commit}.
 
 {harness}
 """
+ENVIRONMENT = """\
+The environment gives each command one thread (`OMP_NUM_THREADS=1`), one process (`nnUNet_def_n_proc=1`, `-np 1`) and no
+processes for data augmentation (`nnUNet_n_proc_DA=0`).
+"""
+FORKS = """\
+Commands in forks are nnU-Net's console scripts, but they do not run as a user runs them: each is a fork of one process that
+has imported nnU-Net, and so is each process that nnU-Net spawns; `multiprocessing.cpu_count()` is 1; the fingerprint of a data
+set draws 10^6 intensities instead of 10^8 (`tests/integration/forking.py`). Most tests run commands in this way.
+"""
 HARNESS = {
-    "processes": """\
-Harness of the workflow: every command is nnU-Net's console script in a process of its own, as a user runs it. The environment
-gives each one thread (`OMP_NUM_THREADS=1`), one process (`nnUNet_def_n_proc=1`, `-np 1`) and no processes for data
-augmentation (`nnUNet_n_proc_DA=0`). The tests run most commands in forks of one process that has imported nnU-Net, which
-differ: see `tests/integration/forking.py`.
+    "processes": f"""\
+Harness of the workflow: every command is nnU-Net's console script in a process of its own, as a user runs it. {ENVIRONMENT}
+{FORKS}
 """,
-    "forks": """\
-Harness of the workflow and of most tests: commands are nnU-Net's console scripts, but they do not run as a user runs them.
-Each is a fork of one process that has imported nnU-Net, and so is each process that nnU-Net spawns;
-`multiprocessing.cpu_count()` is 1; the fingerprint of a data set draws 10^6 intensities instead of 10^8. The environment gives
-each one thread (`OMP_NUM_THREADS=1`), one process (`nnUNet_def_n_proc=1`, `-np 1`) and no processes for data augmentation
-(`nnUNet_n_proc_DA=0`). `python -m integration --harness processes` runs each command in a process of its own.
+    "mixed": f"""\
+Harness of the workflow: for planning and preprocessing, and in the cells with five folds ({{whole}}), every command is
+nnU-Net's console script in a process of its own, as a user runs it. In the other cells, commands run in forks. {ENVIRONMENT}
+{FORKS}
+""",
+    "forks": f"""\
+Harness of the workflow: all commands run in forks. {ENVIRONMENT}
+{FORKS}
 """,
 }
 
@@ -113,12 +123,17 @@ def page(workflow: Mapping[str, Any], tests: Mapping[str, bool | None], tests_co
     cells = {(result["scheme"], result["configuration"]) for result in workflow["results"]}
     numbers = {"data": workflow["data"], "n_cells": len(cells), "minutes": workflow["seconds"] / 60}
     commits = {"workflow_commit": workflow["commit"], "tests_commit": tests_commit}
-    header = HEADER.format(**numbers, **workflow["versions"], **commits, harness=HARNESS[workflow["harness"]].strip())
+    header = HEADER.format(**numbers, **workflow["versions"], **commits, harness=_harness(workflow["harness"]))
     parts = [header, _matrix(workflow["results"])]
     for title, features in FEATURES.items():
         rows = [_row(feature, workflow["results"], tests) for feature in features]
         parts.append(f"\n## {title}\n\n| | works | shown by |\n| --- | --- | --- |\n" + "".join(rows))
     return "".join(parts)
+
+
+def _harness(name: str) -> str:
+    whole = ", ".join(f"{scheme} in {configuration}" for scheme, configuration in CELLS_WITH_FIVE_FOLDS)
+    return HARNESS[name].format(whole=whole).strip()
 
 
 def _matrix(results: list[dict[str, Any]]) -> str:

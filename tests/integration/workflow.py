@@ -6,17 +6,19 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from integration.cell import FIVE_FOLDS, PLANNING, PLANS, Cell, Workspace
-from integration.commands import HARNESSES, Runner, StepError
+from integration.commands import ForkingRunner, Runner, StepError
 from integration.plans import CONFIGURATIONS, add_configurations
 from integration.schemes import Scheme, Source, write_dataset
 from integration.steps import STEPS, Step
 
 Outcome = Literal["passed", "failed", "skipped"]
+Harness = Literal["processes", "mixed", "forks"]
 PREPARE = "plan and preprocess"
 STEP_NAMES = (PREPARE, *(step.name for step in STEPS))
 CELLS_WITH_FIVE_FOLDS = (  # one for each scheme and each configuration
@@ -63,19 +65,27 @@ def run_workflow(
     selection: Selection,
     n_workers: int,
     report: Callable[[Result], None],
-    harness: str = "processes",
+    harness: Harness = "mixed",
 ) -> list[Result]:
     """All steps of all cells; a step that fails stops those that need it and no other.
 
     Args:
         n_workers: schemes that are worked on at the same time, each with one thread.
         report: called with each result as it comes, also from other threads.
-        harness: how commands are run, see ``commands.HARNESSES``.
+        harness: how commands are run. "processes": each in a process of its own; "forks": in forks of one that has imported
+            nnU-Net, see ``forking.py``; "mixed": processes for planning and in the cells with five folds, forks in the others.
     """
 
     def run(scheme: Scheme) -> list[Result]:
-        with HARNESSES[harness]() as runner:
-            return SchemeRun(work, source, scheme, selection, runner, report).results()
+        with ExitStack() as stack:
+            processes = Runner()
+            forks = processes if harness == "processes" else stack.enter_context(ForkingRunner())
+
+            def runner_for(configuration: str | None) -> Runner:
+                whole = configuration is None or (scheme.name, configuration) in CELLS_WITH_FIVE_FOLDS
+                return processes if harness == "mixed" and whole else forks
+
+            return SchemeRun(work, source, scheme, selection, runner_for, report).results()
 
     with ThreadPoolExecutor(n_workers) as pool:
         return [result for results in pool.map(run, selection.schemes) for result in results]
@@ -90,11 +100,12 @@ class SchemeRun:
         source: Source,
         scheme: Scheme,
         selection: Selection,
-        runner: Runner,
+        runner_for: Callable[[str | None], Runner],
         report: Callable[[Result], None],
     ) -> None:
+        """``runner_for`` gives what runs the commands of a configuration, or of the preparation of all (None)."""
         self.work, self.source, self.scheme, self.selection = work, source, scheme, selection
-        self.runner, self.report = runner, report
+        self.runner_for, self.report = runner_for, report
         self.outcomes: dict[tuple[str, str], Result] = {}
 
     def results(self) -> list[Result]:
@@ -109,13 +120,13 @@ class SchemeRun:
         """Once for all configurations: nnU-Net preprocesses them with one command."""
 
         def prepare() -> None:
-            number, folders = str(self.scheme.number), self.work.environment()
+            number, folders, runner = str(self.scheme.number), self.work.environment(), self.runner_for(None)
             write_dataset(self.work.raw, self.scheme, self.source)
             check = ("--verify_dataset_integrity", "-npfp", "1", "--no_pp")
-            self.runner.run(log, "nnUNetv2_plan_and_preprocess", "-d", number, *check, environment={**folders, **PLANNING})
+            runner.run(log, "nnUNetv2_plan_and_preprocess", "-d", number, *check, environment={**folders, **PLANNING})
             add_configurations(self.work.preprocessed / self.scheme.dataset / f"{PLANS}.json")
             configurations = ("2d", "3d_lowres", "3d_fullres")
-            self.runner.run(log, "nnUNetv2_preprocess", "-d", number, "-np", "1", "-c", *configurations, environment=folders)
+            runner.run(log, "nnUNetv2_preprocess", "-d", number, "-np", "1", "-c", *configurations, environment=folders)
 
         log = self.work.log(self.scheme, "all", PREPARE)
         first, *others = self.selection.configurations
@@ -133,7 +144,7 @@ class SchemeRun:
             self._record(Result(self.scheme.name, configuration, step.name, "skipped", 0.0, log, message))
             return
         folds = self.selection.folds(self.scheme, configuration)
-        cell = Cell(self.work, self.scheme, configuration, folds, self.runner, log)
+        cell = Cell(self.work, self.scheme, configuration, folds, self.runner_for(configuration), log)
         self._record(self._attempt(configuration, step.name, log, lambda: step.run(cell)))
 
     def _needs(self, configuration: str, step: Step) -> list[tuple[str, str]]:
