@@ -77,6 +77,9 @@ class Moved:
 OURS: dict[str, Callable[[int, Any], tuple[int, int]]] = {
     "statistics": lambda count, _: (count, 2),
     "norm_gradient": lambda count, _: (count * 5 // 3, 3),  # two passes over both maps, a sum between them
+    "sparse_convolution": lambda count, _: (count, 1),
+    "sparse_input_gradient": lambda count, _: (count, 3),
+    "sparse_weight_gradient": lambda count, _: (count, 2),
     "pool": lambda count, _: (count, 1),
     "pool_gradient": lambda count, _: (count, 1),
     "join": lambda count, node: (count, len(node.inputs)),
@@ -204,6 +207,8 @@ def moved_by(node: BaseSchedulerNode) -> Moved | None:
     namespace, _, name = operator.name().partition("::")
     if "convolution" in name:
         return Moved("convolution", count)
+    if namespace == "e2enet" and name.startswith("sparse"):
+        return Moved("convolution", *OURS[name](count, node.node))
     if namespace == "e2enet":
         return Moved(name, *OURS[name](count, node.node))
     return Moved(name, count)

@@ -7,5 +7,18 @@ each computes what a few lines of PyTorch in ``nnunetv2_e2enet.network`` compute
 from nnunetv2_e2enet.kernels.check import wrong_kernel
 from nnunetv2_e2enet.kernels.operators import DEVICES, join, norm_gradient, separate, statistics
 from nnunetv2_e2enet.kernels.pooling import pool, pool_gradient
+from nnunetv2_e2enet.kernels.sparse import convolve, input_gradient, weight_gradient
 
-__all__ = ["DEVICES", "join", "norm_gradient", "pool", "pool_gradient", "separate", "statistics", "wrong_kernel"]
+__all__ = [
+    "DEVICES",
+    "convolve",
+    "input_gradient",
+    "join",
+    "norm_gradient",
+    "pool",
+    "pool_gradient",
+    "separate",
+    "statistics",
+    "weight_gradient",
+    "wrong_kernel",
+]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.convolution import conv3d
 from nnunetv2_e2enet.network.memory_format import is_channels_last
+from nnunetv2_e2enet.network.sparse_convolution import can_compute, sparse_convolution
 
 NEGATIVE_SLOPE = 1e-2  # of the leaky ReLU after each convolution
 
@@ -354,6 +355,8 @@ class MaskableLayer(nn.Module):
 class MaskedConv2d(MaskableLayer, nn.Conv2d):
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
         bias = self.bias if with_bias else None
+        if self.stores_active_only and can_compute(self, x):
+            return sparse_convolution(x, self.weight, bias, self._active_inputs(), self.stride)
         if self.computes_active_only:
             x, weight, groups = self.gather_active(x)
             return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
@@ -362,8 +365,11 @@ class MaskedConv2d(MaskableLayer, nn.Conv2d):
 
 class MaskedConv3d(MaskableLayer, nn.Conv3d):
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        bias = self.bias if with_bias else None
+        if self.stores_active_only and can_compute(self, x):
+            return sparse_convolution(x, self.weight, bias, self._active_inputs(), self.stride)
         x, weight, groups = self.gather_active(x) if self.computes_active_only else (x, self.masked_weight(), self.groups)
-        return conv3d(self, x, weight, self.bias if with_bias else None, groups)
+        return conv3d(self, x, weight, bias, groups)
 
 
 class MaskedConvTranspose2d(MaskableLayer, nn.ConvTranspose2d):

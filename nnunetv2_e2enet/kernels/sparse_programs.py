@@ -1,0 +1,253 @@
+"""Triton programs of convolutions that compute active connections alone: implicit matrix products over gathered input maps.
+
+A layer's output maps are blocks, each of which reads its own ``n_inputs`` input maps, whose numbers lie in ``inputs``
+``(blocks, n_inputs)``. What a product reads is gathered in its addresses, and so is the depth shift, where ``GROUPS`` is not 1.
+No program writes what another one writes, so that results do not depend on an order.
+
+The kernel is ``KD x KH x KW``, half of it is padding. Maps have a stride for voxels and one for channels. Offsets within a map
+are of 64 bits.
+"""
+
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from nnunetv2_e2enet.kernels.programs import slices_moved
+
+
+@triton.jit
+def gathered(
+    block,
+    first,
+    inputs,
+    n_inputs,
+    n_channels,
+    GROUPS: tl.constexpr,  # noqa: N803
+    BLOCK_K: tl.constexpr,  # noqa: N803
+):
+    """Numbers of a block's input maps from ``first`` on, whether there are so many, and the slices that each moves."""
+    place = first + tl.arange(0, BLOCK_K)
+    exists = place < n_inputs
+    channel = tl.load(inputs + block * n_inputs + place, exists, other=0)
+    moved = channel * 0
+    if GROUPS > 1:
+        moved = slices_moved(channel, n_channels // GROUPS, n_channels % GROUPS, GROUPS // 2)
+    return channel, exists, moved
+
+
+@triton.jit
+def position(voxel, height, width):
+    return voxel // (height * width), voxel // width % height, voxel % width
+
+
+@triton.jit
+def gather_tile(x, d, h, w, inside, channel, exists, moved, depth, height, width, voxel_stride, channel_stride):
+    """``(voxels, channels)`` of a sample at these positions, each channel before its move; zero outside of the map."""
+    at = d[:, None] - moved[None, :]
+    row = (inside & (h >= 0) & (h < height) & (w >= 0) & (w < width))[:, None]
+    valid = row & exists[None, :] & (d >= 0)[:, None] & (d < depth)[:, None] & (at >= 0) & (at < depth)
+    voxel = (at.to(tl.int64) * height + h[:, None]) * width + w[:, None]
+    return tl.load(x + voxel * voxel_stride + channel.to(tl.int64)[None, :] * channel_stride, valid, other=0)
+
+
+@triton.jit
+def convolve_blocks(
+    x,
+    weight,
+    inputs,
+    out,
+    n_inputs,
+    n_channels,
+    n_outputs,
+    depth,
+    height,
+    width,
+    out_depth,
+    out_height,
+    out_width,
+    voxel_stride,
+    channel_stride,
+    out_voxel_stride,
+    out_channel_stride,
+    block_size,
+    SD: tl.constexpr,  # noqa: N803
+    SH: tl.constexpr,  # noqa: N803
+    SW: tl.constexpr,  # noqa: N803
+    KD: tl.constexpr,  # noqa: N803
+    KH: tl.constexpr,  # noqa: N803
+    KW: tl.constexpr,  # noqa: N803
+    GROUPS: tl.constexpr,  # noqa: N803
+    BLOCK_V: tl.constexpr,  # noqa: N803
+    BLOCK_N: tl.constexpr,  # noqa: N803
+    BLOCK_K: tl.constexpr,  # noqa: N803
+    WIDE: tl.constexpr,  # noqa: N803
+):
+    """The output maps of one block at a tile of voxels."""
+    block, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    voxel = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = voxel < out_depth * out_height * out_width
+    d, h, w = position(voxel, out_height, out_width)
+    x += sample * n_channels * depth * height * width
+    n = tl.arange(0, BLOCK_N)
+    in_block = n < block_size
+    output = block * block_size + n
+    total = tl.zeros([BLOCK_V, BLOCK_N], WIDE)
+    for first in range(0, n_inputs, BLOCK_K):
+        channel, exists, moved = gathered(block, first, inputs, n_inputs, n_channels, GROUPS, BLOCK_K)
+        place = first + tl.arange(0, BLOCK_K)
+        rows = weight + (output[None, :].to(tl.int64) * n_inputs + place[:, None]) * (KD * KH * KW)
+        for tap in range(KD * KH * KW):  # not unrolled, which would spill registers
+            at_d = d * SD + tap // (KH * KW) - KD // 2
+            at_h = h * SH + tap // KW % KH - KH // 2
+            at_w = w * SW + tap % KW - KW // 2
+            values = gather_tile(
+                x, at_d, at_h, at_w, inside, channel, exists, moved, depth, height, width, voxel_stride, channel_stride
+            )
+            weights = tl.load(rows + tap, exists[:, None] & in_block[None, :], other=0)
+            total = tl.dot(values, weights, total, input_precision="ieee", out_dtype=WIDE)
+    out += sample * n_outputs * out_depth * out_height * out_width
+    out += voxel.to(tl.int64)[:, None] * out_voxel_stride + output.to(tl.int64)[None, :] * out_channel_stride
+    tl.store(out, total.to(out.dtype.element_ty), inside[:, None] & in_block[None, :])
+
+
+@triton.jit
+def gradient_of_inputs(
+    grad,
+    weight,
+    inputs,
+    out,
+    n_inputs,
+    n_channels,
+    n_outputs,
+    depth,
+    height,
+    width,
+    out_depth,
+    out_height,
+    out_width,
+    voxel_stride,
+    channel_stride,
+    out_voxel_stride,
+    out_channel_stride,
+    block_size,
+    n_blocks,
+    SD: tl.constexpr,  # noqa: N803
+    SH: tl.constexpr,  # noqa: N803
+    SW: tl.constexpr,  # noqa: N803
+    KD: tl.constexpr,  # noqa: N803
+    KH: tl.constexpr,  # noqa: N803
+    KW: tl.constexpr,  # noqa: N803
+    GROUPS: tl.constexpr,  # noqa: N803
+    BLOCK_V: tl.constexpr,  # noqa: N803
+    BLOCK_N: tl.constexpr,  # noqa: N803
+    BLOCK_K: tl.constexpr,  # noqa: N803
+    WIDE: tl.constexpr,  # noqa: N803
+):
+    """What all blocks add to a tile of voxels of their inputs, block after block, in ``out``, which is zero before.
+
+    ``depth`` and so on are of the input, ``out_depth`` and so on of the convolution's result, whose gradient ``grad`` is.
+    """
+    sample = tl.program_id(1).to(tl.int64)
+    voxel = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = voxel < depth * height * width
+    d, h, w = position(voxel, height, width)
+    grad += sample * n_outputs * out_depth * out_height * out_width
+    out += sample * n_channels * depth * height * width
+    n = tl.arange(0, BLOCK_N)
+    in_block = n < block_size
+    for block in range(n_blocks):
+        output = block * block_size + n
+        for first in range(0, n_inputs, BLOCK_K):
+            channel, exists, moved = gathered(block, first, inputs, n_inputs, n_channels, GROUPS, BLOCK_K)
+            place = first + tl.arange(0, BLOCK_K)
+            rows = weight + (output[:, None].to(tl.int64) * n_inputs + place[None, :]) * (KD * KH * KW)
+            total = tl.zeros([BLOCK_V, BLOCK_K], WIDE)
+            for tap in range(KD * KH * KW):  # not unrolled, which would spill registers
+                at_d = d + KD // 2 - tap // (KH * KW)
+                at_h = h + KH // 2 - tap // KW % KH
+                at_w = w + KW // 2 - tap % KW
+                meets = inside & (at_d >= 0) & (at_h >= 0) & (at_w >= 0)
+                meets = meets & (at_d % SD == 0) & (at_h % SH == 0) & (at_w % SW == 0)
+                values = gather_tile(
+                    grad, at_d // SD, at_h // SH, at_w // SW, meets, output, in_block, output * 0,
+                    out_depth, out_height, out_width, out_voxel_stride, out_channel_stride,
+                )  # fmt: skip
+                weights = tl.load(rows + tap, in_block[:, None] & exists[None, :], other=0)
+                total = tl.dot(values, weights, total, input_precision="ieee", out_dtype=WIDE)
+            to = d[:, None] - moved[None, :]
+            valid = inside[:, None] & exists[None, :] & (to >= 0) & (to < depth)
+            at = (to.to(tl.int64) * height + h[:, None]) * width + w[:, None]
+            target = out + at * voxel_stride + channel.to(tl.int64)[None, :] * channel_stride
+            tl.store(target, tl.load(target, valid, other=0) + total, valid)
+        tl.debug_barrier()  # the next block may add to the same maps
+
+
+@triton.jit
+def gradient_of_weights(
+    grad,
+    x,
+    inputs,
+    parts,
+    n_inputs,
+    n_channels,
+    n_outputs,
+    depth,
+    height,
+    width,
+    out_depth,
+    out_height,
+    out_width,
+    voxel_stride,
+    channel_stride,
+    out_voxel_stride,
+    out_channel_stride,
+    block_size,
+    batch,
+    chunk,
+    SD: tl.constexpr,  # noqa: N803
+    SH: tl.constexpr,  # noqa: N803
+    SW: tl.constexpr,  # noqa: N803
+    KD: tl.constexpr,  # noqa: N803
+    KH: tl.constexpr,  # noqa: N803
+    KW: tl.constexpr,  # noqa: N803
+    GROUPS: tl.constexpr,  # noqa: N803
+    BLOCK_V: tl.constexpr,  # noqa: N803
+    BLOCK_N: tl.constexpr,  # noqa: N803
+    BLOCK_K: tl.constexpr,  # noqa: N803
+    WIDE: tl.constexpr,  # noqa: N803
+):
+    """The gradient of one block's weights at one tap, summed over a chunk of the voxels of each sample."""
+    part, block = tl.program_id(0), tl.program_id(1) // (KD * KH * KW)
+    tap = tl.program_id(1) % (KD * KH * KW)
+    first = tl.program_id(2) * BLOCK_K
+    elements = out_depth * out_height * out_width
+    channel, exists, moved = gathered(block, first, inputs, n_inputs, n_channels, GROUPS, BLOCK_K)
+    n = tl.arange(0, BLOCK_N)
+    in_block = n < block_size
+    output = block * block_size + n
+    total = tl.zeros([BLOCK_N, BLOCK_K], WIDE)
+    zero = tl.program_id(0).to(tl.int64) * 0
+    stop = tl.minimum((part + 1) * chunk, elements)
+    for sample in range(batch):
+        of_x = x + (zero + sample) * n_channels * depth * height * width
+        of_grad = grad + (zero + sample) * n_outputs * elements
+        for start in range(part * chunk, stop, BLOCK_V):
+            voxel = start + tl.arange(0, BLOCK_V)
+            inside = voxel < stop
+            d, h, w = position(voxel, out_height, out_width)
+            at_d = d * SD + tap // (KH * KW) - KD // 2
+            at_h = h * SH + tap // KW % KH - KH // 2
+            at_w = w * SW + tap % KW - KW // 2
+            values = gather_tile(
+                of_x, at_d, at_h, at_w, inside, channel, exists, moved, depth, height, width, voxel_stride, channel_stride
+            )
+            gradients = tl.load(
+                of_grad + voxel.to(tl.int64)[None, :] * out_voxel_stride + output.to(tl.int64)[:, None] * out_channel_stride,
+                inside[None, :] & in_block[:, None],
+                other=0,
+            )
+            total = tl.dot(gradients, values, total, input_precision="ieee", out_dtype=WIDE)
+    place = first + tl.arange(0, BLOCK_K)
+    row = (part.to(tl.int64) * n_outputs + output)[:, None] * n_inputs + place[None, :]
+    tl.store(parts + row * (KD * KH * KW) + tap, total, in_block[:, None] & exists[None, :])

@@ -1,0 +1,179 @@
+"""Convolutions of active connections alone: the kernels against PyTorch, and what they become on a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunetv2_e2enet import registry
+from nnunetv2_e2enet.dsff import CosineSchedule, TopologyUpdater, Uniform, random_topology
+from nnunetv2_e2enet.network import E2ENet, maskable_layers
+from nnunetv2_e2enet.network.acceleration import prepare_kernels
+from nnunetv2_e2enet.network.depth_shift import depth_shift
+from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST, is_channels_last
+from nnunetv2_e2enet.settings import override
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Any:
+    pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
+    return registry.load("kernels")
+
+
+@settings(deadline=None, max_examples=4)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(2, 5), st.integers(3, 5)),
+    st.sampled_from([((1, 3, 3), (1, 1, 1)), ((1, 3, 3), (1, 2, 2)), ((3, 1, 3), (2, 1, 2)), ((3, 3), (1, 2))]),
+    st.sampled_from([(7, 3, 4, 2), (23, 19, 16, 2), (40, 33, 24, 1)]),
+    st.sampled_from([1, 3, 5]),
+    st.booleans(),
+    st.sampled_from(list(TOLERANCE)),
+)
+@example((3, 5, 3), ((1, 3, 3), (1, 1, 1)), (23, 19, 16, 2), 3, True, torch.float16)
+@example((3, 3, 5), ((1, 3, 3), (1, 1, 1)), (23, 19, 16, 2), 3, False, torch.float32)
+def test_the_kernels_compute_what_pytorch_does(
+    kernels: Any,
+    size: tuple[int, ...],
+    conv: tuple[tuple[int, ...], tuple[int, ...]],
+    maps: tuple[int, int, int, int],
+    shift_size: int,
+    last: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Odd sizes, strides, both orders in memory, blocks of other sizes than a tile."""
+    (kernel, stride), (channels, n_inputs, block_size, blocks) = conv, maps
+    size, shift_size = size[-len(kernel) :], shift_size if len(kernel) == 3 else 1
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        values = torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+        form = CHANNELS_LAST[len(kernel)] if last else torch.contiguous_format
+        return values.contiguous(memory_format=form)
+
+    x = random(2, channels, *size)
+    weight = random(blocks * block_size, n_inputs, *kernel).contiguous()
+    inputs = torch.stack([torch.randperm(channels, generator=generator)[:n_inputs] for _ in range(blocks)]).to(DEVICE)
+    exact_x, exact_weight = (t.double().requires_grad_() for t in (x, weight))
+    shifted = depth_shift(exact_x, shift_size)
+    gathered = torch.cat([shifted[:, block] for block in inputs], dim=1)
+    function = F.conv3d if len(kernel) == 3 else F.conv2d
+    expected = function(gathered, exact_weight, None, stride, [k // 2 for k in kernel], 1, blocks)
+    grad = random(*expected.shape)
+    of_x, of_weight = torch.autograd.grad(expected, (exact_x, exact_weight), grad.double())
+
+    options = (list(stride), shift_size)
+    found = kernels.convolve(x, weight, inputs, *options)
+    assert is_channels_last(found) == is_channels_last(x)
+    found_of_x = kernels.input_gradient(grad, weight, inputs, x, *options)
+    assert found_of_x.stride() == x.stride()
+    found_of_weight = kernels.weight_gradient(grad, x, inputs, list(kernel), *options)
+    for f, e in ((found, expected), (found_of_x, of_x), (found_of_weight, of_weight)):
+        torch.testing.assert_close(f.double(), e, rtol=0, atol=TOLERANCE[dtype] * float(e.detach().abs().max()))
+    assert torch.equal(found_of_x, kernels.input_gradient(grad, weight, inputs, x, *options))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_operators_are_well_behaved(kernels: Any, last: bool) -> None:
+    form = torch.channels_last_3d if last else torch.contiguous_format
+    x, grad = (torch.randn(2, c, 3, 4, 4, device=DEVICE).contiguous(memory_format=form) for c in (5, 32))
+    weight, inputs = torch.randn(32, 3, 1, 3, 3, device=DEVICE), torch.tensor([[0, 2, 3], [1, 2, 4]], device=DEVICE)
+    assert kernels.convolve(x, weight, inputs, [1, 1, 1], 3).shape == grad.shape
+    calls = {
+        "sparse_convolution": (x, weight, inputs, [1, 1, 1], 3),
+        "sparse_input_gradient": (grad, weight, inputs, x, [1, 1, 1], 3),
+        "sparse_weight_gradient": (grad, x, inputs, [1, 3, 3], [1, 1, 1], 3),
+    }
+    for name, arguments in calls.items():
+        operator = getattr(torch.ops.e2enet, name).default
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("fused_kernels")
+def test_a_training_in_blocks_is_the_same(compiled: bool) -> None:
+    """With and without the kernels, over an update of the topology; one graph that is not compiled anew; and prediction."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    strides = [[1, 1], [2, 2]]
+    with override(kernels="off"):
+        network = E2ENet(1, 2, 2, [4, 6], nn.Conv2d, strides, deep_supervision=True, feature_sparsity=0.5)
+        for _, layer in maskable_layers(network):
+            layer.share_inputs(2, equal_blocks=True)
+        random_topology(network, 0.5, Uniform(), 0)
+        for _, layer in maskable_layers(network):
+            layer.store_active_only()
+        network.to(DEVICE, torch.float64)
+    x = torch.randn(1, 1, 8, 8, dtype=torch.float64, device=DEVICE)
+    results = []
+    for mode in ("off", "on"):
+        with override(kernels=mode):
+            prepare_kernels(DEVICE)
+            each = deepcopy(network)
+            run = each
+            if compiled:
+                run = torch.compile(each, backend="aot_eager", fullgraph=True)  # type: ignore[assignment]
+            optimizer = torch.optim.SGD(each.parameters(), 0.05)
+            updater = TopologyUpdater(each, CosineSchedule(6, 1, 0.5), seed=1)
+            losses = []
+            for epoch in range(1, 3):
+                optimizer.zero_grad()
+                loss = sum((o.square().mean() for o in run(x)), x.new_zeros(()))
+                loss.backward()
+                optimizer.step()
+                updater.update(epoch, optimizer)
+                losses.append(loss.item())
+            with torch.no_grad():
+                results.append((losses, each.eval()(x), dict(each.named_parameters())))
+    (losses, outputs, parameters), (found_losses, found_outputs, found_parameters) = results
+    assert found_losses == pytest.approx(losses, rel=1e-9)
+    for found, expected in zip(found_outputs, outputs, strict=True):
+        torch.testing.assert_close(found, expected)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(found_parameters[name], parameter, atol=1e-9, rtol=1e-6)
+
+
+def test_compiled_for_gpus_they_use_tensor_cores() -> None:
+    """In a process of its own, without the interpreter; for sm_80 and sm_90."""
+    pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
+    program = "import gpu_compile as g, json; print(json.dumps([g.compiled(p, a) for p in g.PROGRAMS for a in (80, 90)]))"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(BENCHMARKS)}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert len(found) == 6
+    for each in found:
+        assert each["tensor_core_instructions"] > 0
+        assert each["registers"] <= 255
+        assert each["stack_bytes"] == 0  # nothing is spilled
+        assert each["shared_bytes"] <= 48 * 1024
+
+
+def test_multiply_accumulates_of_padded_blocks() -> None:
+    """At the AMOS plan, S = 0.8, inputs padded to what a product takes: a fifth of the dense network's, and some."""
+    with torch.device("cpu"):
+        network = E2ENet(1, 16, 6, [48, 96, 192, 320, 320, 320], nn.Conv3d, [[1, 1, 1], [1, 2, 2]] + [[2, 2, 2]] * 4)
+    padded = dense = 0
+    for _, layer in maskable_layers(network):
+        per_connection = prod(layer.shape[2:]) * layer.n_outputs
+        n_inputs = layer.connections_at(0.2) // layer.n_outputs
+        step = 32 if n_inputs > 16 else 16
+        padded += -(-n_inputs // step) * step * per_connection
+        dense += layer.n_inputs * per_connection
+    assert 0.2 < padded / dense < 0.25
