@@ -258,6 +258,7 @@ def reports(study: Study) -> Numbers:
     del found["compare two"]["csv"]
     found["compare three"]["json"] = {key: found["compare three"]["json"][key] for key in ("means", "rank_tests", "trade_off")}
     del found["topology"]["json"]["folds"][1:]
+    del found["profile"]["json"]["settings"]["engine"]  # says what this machine has
     for name in ("compare two", "compare three", "topology"):
         found[name]["page"] = _without_paths(found[name]["page"])
     return found

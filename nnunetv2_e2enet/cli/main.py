@@ -49,6 +49,7 @@ COMMANDS: dict[str, ModuleType] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The arguments of all commands."""
     parser = argparse.ArgumentParser(prog="e2enet", description="E2ENet for nnU-Net v2.")
     parser.add_argument("--version", action="version", version=f"nnunetv2-e2enet {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -80,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return COMMANDS[args.command].run(args)
+        code: int = COMMANDS[args.command].run(args)
+        return code
     except E2ENetError as error:
         print(f"e2enet {args.command}: {error}", file=sys.stderr)
         return 1

@@ -14,6 +14,7 @@ from nnunetv2_e2enet.errors import E2ENetError
 
 
 def add_json_argument(parser: argparse._ActionsContainer) -> None:
+    """``--json``: ``-`` in ``args.json`` stands for standard output."""
     parser.add_argument(
         "--json",
         nargs="?",
@@ -52,5 +53,6 @@ def write_json(args: argparse.Namespace, content: Mapping[str, Any]) -> list[Pat
 
 
 def say_written(console: Console, files: list[Path]) -> None:
+    """One line a file."""
     for file in files:
         console.print(f"Wrote {file}", soft_wrap=True)

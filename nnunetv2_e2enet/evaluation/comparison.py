@@ -53,6 +53,7 @@ class ModelFacts:
 
     @property
     def name(self) -> str:
+        """As tables call the model."""
         return self.source.name
 
 
@@ -91,6 +92,7 @@ class Comparison:
 
     @property
     def names(self) -> list[str]:
+        """Of the models."""
         return [model.name for model in self.models]
 
     def interval(self, metric: str, model: str, scope: str = MEAN) -> Interval:

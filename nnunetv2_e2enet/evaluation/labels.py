@@ -27,6 +27,7 @@ class Labels:
 
     @property
     def names(self) -> list[str]:
+        """Of the classes."""
         return list(self.classes)
 
 

@@ -46,6 +46,7 @@ class Results:
 
     @property
     def names(self) -> list[str]:
+        """Of the cases."""
         return [case.name for case in self.cases]
 
     @property
@@ -86,6 +87,7 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, file: Path) -> FileState:
+        """Raises OSError where there is no such file."""
         state = file.stat()
         return cls(str(file.resolve()), state.st_size, state.st_mtime_ns)
 

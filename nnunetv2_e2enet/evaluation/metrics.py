@@ -130,7 +130,8 @@ def _ranks(voxels: NDArray[np.integer], values: Sequence[int]) -> NDArray[np.int
     largest = int(max(max(values), voxels.max(initial=0)))
     table = np.full(largest + 1, len(values), np.intp)
     table[list(values)] = range(len(values))
-    return table[voxels]
+    ranks: NDArray[np.intp] = table[voxels]
+    return ranks
 
 
 def _boxes(

@@ -68,14 +68,17 @@ class Design:
 
     @property
     def patch_size(self) -> tuple[int, ...]:
+        """Voxels along each axis."""
         return tuple(int(n) for n in self.settings.patch_size)
 
     @property
     def batch_size(self) -> int:
+        """Patches in a training step."""
         return int(self.settings.batch_size)
 
     @property
     def input_channels(self) -> int:
+        """Of the image, with one for each class of a cascade's first stage."""
         from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
         return int(determine_num_input_channels(self._manager, self.settings, dict(self.dataset)))
@@ -86,6 +89,7 @@ class Design:
         return int(self._manager.get_label_manager(dict(self.dataset)).num_segmentation_heads)
 
     def input_shape(self, batch_size: int = 1) -> tuple[int, ...]:
+        """Batch, channels, and the patch."""
         return (batch_size, self.input_channels, *self.patch_size)
 
     def build(self, deep_supervision: bool = False) -> nn.Module:

@@ -12,6 +12,7 @@ NOTHING = "–"  # noqa: RUF001 (an en dash)
 
 
 def value(number: float, metric: Metric) -> str:
+    """With the digits of its metric."""
     return NOTHING if math.isnan(number) else f"{number:.{metric.digits}f}"
 
 
@@ -24,10 +25,12 @@ def limits(interval: Interval, metric: Metric) -> str:
 
 
 def signed(number: float, metric: Metric) -> str:
+    """A difference."""
     return NOTHING if math.isnan(number) else f"{number:+.{metric.digits}f}"
 
 
 def p_value(p: float) -> str:
+    """In a table."""
     if math.isnan(p):
         return NOTHING
     return "< 0.001" if p < 1e-3 else f"{p:.3f}"
@@ -39,14 +42,17 @@ def p_statement(p: float) -> str:
 
 
 def millions(number: float) -> str:
+    """Parameters: ``9.43 M``, ``5.14 k``."""
     return f"{number / 1e6:.2f} M" if number >= 1e5 or number == 0 else f"{number / 1e3:.2f} k"
 
 
 def giga(number: float) -> str:
+    """Multiply-accumulates: ``326.30 G``, ``2.72 M``."""
     return f"{number / 1e9:.2f} G" if number >= 1e8 or number == 0 else f"{number / 1e6:.2f} M"
 
 
 def gib(n_bytes: float) -> str:
+    """Bytes in GiB."""
     return f"{n_bytes / 2**30:.2f} GiB"
 
 

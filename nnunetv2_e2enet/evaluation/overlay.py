@@ -84,7 +84,7 @@ def best_slice(segmentations: Sequence[NDArray[np.integer]], labels: Sequence[in
     other_axes = tuple(a for a in range(3) if a != axis)
     areas = np.array([[np.sum(s == label, axis=other_axes) for label in labels] for s in segmentations], dtype=float)
     if not areas.any():
-        return segmentations[0].shape[axis] // 2
+        return int(segmentations[0].shape[axis]) // 2
     labels_shown = np.sum(areas.any(axis=0), axis=0)
     share_of_largest = areas / np.maximum(areas.max(axis=2, keepdims=True), 1)
     tie_break = share_of_largest.mean(axis=(0, 1)) / 2
@@ -144,7 +144,8 @@ def _draw(
 
 
 def _cut(volume: NDArray[Voxel], plane: Plane, index: int) -> NDArray[Voxel]:
-    return np.moveaxis(volume, plane.axis, 0)[index]
+    pixels: NDArray[Voxel] = np.moveaxis(volume, plane.axis, 0)[index]
+    return pixels
 
 
 def _row_heights(shape: tuple[int, ...], spacing: tuple[float, float, float]) -> list[float]:

@@ -85,9 +85,11 @@ class Profile:
 
     @property
     def voxels_per_second(self) -> float:
+        """Of a patch, by the median time."""
         return prod(self.patch_size) / self.latency[1]
 
     def as_json(self) -> dict[str, Any]:
+        """All fields, with latency (s) and throughput; what was not measured is NaN."""
         low, median, high = self.latency
         summary = {"latency_seconds": {"q1": low, "median": median, "q3": high}, "voxels_per_second": self.voxels_per_second}
         return {**asdict(self), **summary}

@@ -39,6 +39,7 @@ class Source:
 
 
 def is_model_folder(folder: Path) -> bool:
+    """Whether a folder is nnU-Net's ``TRAINER__PLANS__CONFIGURATION``, by its content."""
     return (folder / "plans.json").is_file() and any(folder.glob("fold_*"))
 
 

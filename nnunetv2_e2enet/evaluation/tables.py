@@ -30,14 +30,17 @@ class Table:
 
     @classmethod
     def of(cls, title: str, head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, total: bool = False) -> Table:
+        """From rows of text, in the order of ``head``, which may name two columns alike."""
         return cls(title, pd.DataFrame(list(rows), columns=list(head), dtype=object), words, total)
 
     @property
     def head(self) -> list[str]:
+        """Names of the columns."""
         return [str(name) for name in self.frame.columns]
 
     @property
     def rows(self) -> list[list[str]]:
+        """Cells, row by row."""
         cells: list[list[str]] = self.frame.to_numpy().tolist()
         return cells
 

@@ -109,12 +109,14 @@ def tip(artist: Artist, words: str) -> None:
 
 
 def png(figure: Figure) -> bytes:
+    """A PNG of ``DOTS_PER_INCH``."""
     with style(), io.BytesIO() as buffer:
         figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
         return buffer.getvalue()
 
 
 def svg(figure: Figure) -> str:
+    """An SVG file, the same for the same figure."""
     with style(), io.StringIO() as buffer:
         figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="auto")
         return buffer.getvalue()
