@@ -19,6 +19,7 @@ from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.engine.training import training_session_of
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, maskable_layers
+from nnunetv2_e2enet.settings import override
 
 KERNELS = [name for name in engine.KERNELS if not isinstance(engine.load_core(name), str)]
 pytestmark = pytest.mark.skipif(not KERNELS, reason="the compiled core was not built")
@@ -29,8 +30,7 @@ WORKER = Path(__file__).with_name("engine_training_worker.py")
 
 @pytest.fixture(scope="module", autouse=True)
 def on_small_networks_too() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(engine.ENGINE_VARIABLE, "on")
+    with override(engine="on"):
         yield
 
 
@@ -163,8 +163,7 @@ def cases(draw: st.DrawFn) -> tuple[E2ENet, Tensor]:
 def test_gradients_are_pytorchs(case: tuple[E2ENet, Tensor], kernels: str) -> None:
     """Over shapes, strides, sparsities, batch sizes, and every kind of kernel."""
     network, x = case
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("nnUNet_e2enet_engine_kernels", kernels)
+    with override(engine_kernels=kernels):
         found, nearest_kink = errors(network, x)
     # Next to a kink the two may be on different sides, and one pixel's gradient differs
     assert max(found.values()) <= (TOLERANCE if nearest_kink > 1e-5 else 10 * TOLERANCE), max(found, key=found.__getitem__)
@@ -341,6 +340,16 @@ def test_a_second_backward_pass_is_an_error() -> None:
         logits.sum().backward()
 
 
+def test_kernels_may_change_from_one_iteration_to_the_next() -> None:
+    network = make_network(features=[12, 24, 40])
+    x = image(network, 4, 16, 16)
+    _, first = gradients(network, x)
+    for kernels in KERNELS:
+        with override(engine_kernels=kernels):
+            _, found = gradients(network, x)
+        assert all(torch.allclose(found[name], g, rtol=1e-2, atol=1e-2 * g.abs().max()) for name, g in first.items())
+
+
 def test_memory_is_used_again_and_goes_on_release() -> None:
     network = make_network()
     x = image(network, 4, 16, 16)
@@ -404,7 +413,10 @@ def test_hooks_and_wanted_gradients_stay_with_pytorch() -> None:
     assert engine.why_pytorch(network) is None
 
 
-def test_off_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(engine.ENGINE_VARIABLE, "off")
+def test_off_switch_and_small_networks() -> None:
     network = make_network()
-    assert "switched off" in stays_with_pytorch(network, image(network, 4, 16, 16))
+    x = image(network, 4, 16, 16)
+    with override(engine="off"):
+        assert "switched off" in stays_with_pytorch(network, x)
+    with override(engine="auto"):
+        assert "the network is small" in stays_with_pytorch(network, x)

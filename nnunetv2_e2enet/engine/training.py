@@ -44,7 +44,7 @@ class TrainingSession:
             NotSupportedError: the network has to stay with PyTorch.
         """
         with self._lock:
-            if self._weights is None or not self._weights.fits(network):
+            if self._weights is None or not self._weights.fits(network, core):
                 self._idle.clear()
                 self._weights = TrainingWeights(network, core)
             return self._weights

@@ -87,13 +87,14 @@ class TrainingWeights:
         network: one that ``describe`` accepts.
 
     Attributes:
+        core: with maps in float32.
         packed: what the forward pass reads.
         heads: finest first.
         shapes: of the network's parameters.
     """
 
     def __init__(self, network: E2ENet, core: Core) -> None:
-        self._core = core
+        self.core = core
         self._packings: list[Packing] = []
         self._places = {id(parameter): k for k, parameter in enumerate(network.parameters())}
         self.shapes = [parameter.shape for parameter in network.parameters()]
@@ -114,8 +115,10 @@ class TrainingWeights:
             heads=[packed for packed, _ in heads],
         )
 
-    def fits(self, network: E2ENet) -> bool:
-        """Whether the topology is still the one that was packed."""
+    def fits(self, network: E2ENet, core: Core) -> bool:
+        """Whether the kernels and the topology are still those that the weights were packed for."""
+        if core is not self.core:
+            return False
         layers = [layer for _, layer in maskable_layers(network)]
         return all(torch.equal(mask, layer.mask) for mask, layer in zip(self._masks, layers, strict=True))
 
@@ -125,9 +128,9 @@ class TrainingWeights:
             weight = parameters[packing.parameter].detach().contiguous()
             places, target, n = packing.places.ctypes.data, packing.target.ctypes.data, len(packing.places)
             if packing.kernels:
-                self._core.pack_kernels(weight.data_ptr(), places, n, packing.turned, target, threads)
+                self.core.pack_kernels(weight.data_ptr(), places, n, packing.turned, target, threads)
             else:
-                self._core.pack_weights(weight.data_ptr(), places, n, target, threads)
+                self.core.pack_weights(weight.data_ptr(), places, n, target, threads)
 
     # ---- building ---------------------------------------------------------------------------------------------------
 
@@ -202,7 +205,7 @@ class TrainingWeights:
 
     def _dense_places(self, mask: Tensor) -> Tensor:
         """Of the sums of all pairs of an output and an input, in blocks as the kernels make them."""
-        rows, columns = self._core.dot_shape
+        rows, columns = self.core.dot_shape
         outputs, inputs = mask.shape
         places = torch.where(mask, torch.arange(mask.numel()).reshape(mask.shape), -1)
         padded = places.new_full((-(-outputs // rows) * rows, -(-inputs // columns) * columns), -1)

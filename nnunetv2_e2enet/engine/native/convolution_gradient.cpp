@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kPrivateFloats = 3 << 20;  // of transformed tiles up to which each thread works on blocks of its own
 constexpr int64_t kSharedFloats = 3 << 20;   // of transformed tiles that threads hold together otherwise
+constexpr int64_t kStreamBytes = 32 << 20;   // a map that will not stay in any cache is written past them
 constexpr int kTaps = 9;
 
 // Of F(4 x 4, 3 x 3), as in engine/weights.py.
@@ -129,6 +130,7 @@ class ConvolutionGradient {
                 target.lo = std::max<int64_t>(0, moved) * slice;
                 target.hi = std::min<int64_t>(depth, depth + moved) * slice;
                 target.add = job_.add[flow];
+                target.bypass = !target.add && into.channels * kPhases * into.grid.tiles * kernels_.pixel_bytes > kStreamBytes;
                 targets.push_back(target);
             }
         }

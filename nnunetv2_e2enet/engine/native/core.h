@@ -66,6 +66,7 @@ struct Target {
     int64_t move;
     int64_t lo, hi;
     int32_t add;
+    int32_t bypass;  // the caches, where it is written
 };
 
 // Maps of a coarser level that were pooled from a finer one: the pixels of the window of each tile of a chunk of the finer.

@@ -140,7 +140,8 @@ struct Landing {
     }
 };
 
-static inline void put(const Landing& landing, Vec v, float* to, bool add) {
+static inline void put(const Landing& landing, Vec v, float* to, bool add, bool bypass) {
+    if (landing.whole && bypass) return stream(to + landing.at[0], v);
     if (landing.whole) return store(to + landing.at[0], add ? v + load(to + landing.at[0]) : v);
     for (int i = 0; i < 2; ++i) {
         if (!landing.lanes[i]) continue;
@@ -161,6 +162,7 @@ static void gradient_output(const float* m, int64_t m_pitch, const e2e::Target* 
             const int64_t tile = first + i * kLanes;
             const Landing landing(tile + target.move, target.chunk, bits_between(tile, target.lo, target.hi));
             if (!(landing.lanes[0] | landing.lanes[1])) continue;
+            const bool bypass = target.bypass && landing.at[0] % kLanes == 0;  // whole vectors lie where vectors begin
             const float* at = m + c * tiles + i * kLanes;
             Vec half[4][6], y[4];
             for (int j = 0; j < 6; ++j) {
@@ -171,7 +173,7 @@ static void gradient_output(const float* m, int64_t m_pitch, const e2e::Target* 
             }
             for (int k = 0; k < 4; ++k) {
                 transform_out(half[k], y);
-                for (int j = 0; j < 4; ++j) put(landing, y[j], data + (4 * k + j) * e2e::kChunk, target.add);
+                for (int j = 0; j < 4; ++j) put(landing, y[j], data + (4 * k + j) * e2e::kChunk, target.add, bypass);
             }
         }
     }

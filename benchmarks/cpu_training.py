@@ -1,0 +1,204 @@
+"""Time and memory of one training iteration on the CPU: E2ENet on the engine, against stock nnU-Net in PyTorch.
+
+    python benchmarks/cpu_training.py                                # all parts, many minutes
+    python benchmarks/cpu_training.py --parts amos --rounds 2 --json result.json
+    python benchmarks/cpu_training.py --parts hippocampus sparsity --patch 16 160 160
+
+Parts:
+    amos         the AMOS plan, 64 x 160 x 160, 16 classes, batch 1: S = 0.8 and 0.9, stock nnU-Net in float32 and, with
+                 --bfloat16, under bfloat16 autocast
+    hippocampus  the Hippocampus plan, 40 x 56 x 40, 3 classes, batches of 2 and 9
+    pytorch      E2ENet in PyTorch beside the engine
+    sparsity     the engine as S goes from 0 to 0.95
+    memory       the largest resident memory of a process that trains, by network, each in a process of its own
+    kinds        where the time of the engine goes
+
+An iteration is what nnU-Net's trainer does: forward pass, Dice and cross entropy with deep supervision, backward pass,
+clipped gradients, SGD. What a part compares is timed in turn, round by round in one process: read the ratios, which are taken
+round by round, rather than the seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from cpu_inference import AMOS, HIPPOCAMPUS, Plan, Table, stock_network
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from torch import Tensor, nn
+
+from nnunetv2_e2enet import engine
+from nnunetv2_e2enet.network import E2ENet, e2enet_features
+
+Iteration = Callable[[], None]
+STOCK, STOCK_BFLOAT16 = "nnU-Net, PyTorch", "nnU-Net, PyTorch, bfloat16"
+PARTS = ("amos", "hippocampus", "pytorch", "sparsity", "memory", "kinds")
+SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
+
+
+def e2enet(plan: Plan, sparsity: float) -> E2ENet:
+    torch.manual_seed(0)
+    levels = len(plan.strides)
+    features = e2enet_features(levels)
+    return E2ENet(1, plan.classes, levels, features, nn.Conv3d, plan.strides, deep_supervision=True, feature_sparsity=sparsity)
+
+
+def stock(plan: Plan) -> nn.Module:
+    network = stock_network(plan)
+    network.decoder.deep_supervision = True
+    return network
+
+
+def loss_of(n_outputs: int, skips_coarsest: bool) -> nn.Module:
+    """nnU-Net's, with the weights that it gives to the outputs of a network."""
+    dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    loss = DC_and_CE_loss(dice, {}, weight_ce=1, weight_dice=1, dice_class=MemoryEfficientSoftDiceLoss)
+    weights = np.array([0.5**level for level in range(n_outputs)])
+    if skips_coarsest and n_outputs > 1:
+        weights[-1] = 0
+    return DeepSupervisionWrapper(loss, weights / weights.sum())
+
+
+def iteration(network: nn.Module, plan: Plan, batch: int, bfloat16: bool = False, on_engine: bool = False) -> Iteration:
+    """One that was run once, so that memory is there."""
+    network.train()
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 1, *plan.patch, generator=generator)
+    targets: list[Tensor] = []
+    losses: list[nn.Module] = []
+
+    def run() -> None:
+        optimizer.zero_grad()
+        context = torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext()
+        with context if on_engine or not isinstance(network, E2ENet) else engine.disabled():
+            logits = network(x)
+        if not targets:
+            losses.append(loss_of(len(logits), not isinstance(network, E2ENet)))
+            for level in logits:
+                size = (batch, 1, *level.shape[2:])
+                targets.append(torch.randint(plan.classes, size, generator=generator).float())
+        losses[0]([level.float() for level in logits], targets).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
+        optimizer.step()
+
+    run()
+    if on_engine and (reason := engine.why_pytorch(network)) is not None:
+        raise SystemExit(f"the engine is not used: {reason}")
+    return run
+
+
+def on_engine(plan: Plan, sparsity: float, batch: int) -> Iteration:
+    return iteration(e2enet(plan, sparsity), plan, batch, on_engine=True)
+
+
+def in_turn(title: str, candidates: dict[str, Iteration], bases: Sequence[str], rounds: int) -> Table:
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return Table(title, seconds, [base for base in bases if base in seconds])
+
+
+def beside_stock(title: str, plan: Plan, batch: int, rounds: int, bfloat16: bool) -> Table:
+    candidates = {STOCK: iteration(stock(plan), plan, batch)}
+    if bfloat16:
+        candidates[STOCK_BFLOAT16] = iteration(stock(plan), plan, batch, bfloat16=True)
+    for sparsity in (0.8, 0.9):
+        candidates[f"E2ENet, S = {sparsity}, engine"] = on_engine(plan, sparsity, batch)
+    return in_turn(f"{title}, batch {batch}", candidates, list(candidates)[: 1 + bfloat16], rounds)
+
+
+def beside_pytorch(plan: Plan, rounds: int) -> Table:
+    name = "E2ENet, S = 0.8, PyTorch"
+    candidates = {name: iteration(e2enet(plan, 0.8), plan, 1), "engine": on_engine(plan, 0.8, 1)}
+    return in_turn("E2ENet in PyTorch and on the engine", candidates, [name], rounds)
+
+
+def by_sparsity(plan: Plan, rounds: int) -> Table:
+    candidates = {f"S = {sparsity}": on_engine(plan, sparsity, 1) for sparsity in SPARSITIES}
+    return in_turn("Share of connections that are off", candidates, ["S = 0.0"], rounds)
+
+
+def peak_memory(name: str, plan: Plan) -> float:
+    """GiB of this process after two iterations."""
+    run = on_engine(plan, float(name), 1) if name != "stock" else iteration(stock(plan), plan, 1)
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory(patch: list[int] | None) -> list[str]:
+    lines = ["\nLargest resident memory, GiB"]
+    for name in ("stock", "0.8", "0.9"):
+        command = [sys.executable, __file__, "--peak-memory-of", name]
+        command += ["--patch", *map(str, patch)] if patch else []
+        lines.append(f"{name:6} {float(subprocess.run(command, check=True, capture_output=True, text=True).stdout):.2f}")
+    return lines
+
+
+def kinds(plan: Plan, rounds: int) -> list[str]:
+    network = e2enet(plan, 0.8)
+    run = iteration(network, plan, 1, on_engine=True)
+    before = engine.profile(network)  # with the first iteration, which touches all memory for the first time
+    for _ in range(rounds):
+        run()
+    parts = {name: (value - before[name]) / rounds for name, value in engine.profile(network).items()}
+    return ["\nCPU seconds of the first thread, an iteration, S = 0.8", *(f"{n:28} {v:.3f}" for n, v in parts.items())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--patch", nargs=3, type=int, help="instead of the plan's")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bfloat16", action="store_true", help="stock nnU-Net under bfloat16 autocast as well")
+    parser.add_argument("--json", type=Path, help="where to write every round")
+    parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    amos, hippocampus = (replace(p, patch=arguments.patch) if arguments.patch else p for p in (AMOS, HIPPOCAMPUS))
+    if arguments.peak_memory_of:
+        print(peak_memory(arguments.peak_memory_of, amos))
+        return
+    rounds, bfloat16 = arguments.rounds, arguments.bfloat16
+    parts: dict[str, list[Callable[[], Table | list[str]]]] = {
+        "amos": [lambda: beside_stock("AMOS plan", amos, 1, rounds, bfloat16)],
+        "hippocampus": [
+            lambda: beside_stock("Hippocampus plan", hippocampus, 2, rounds, bfloat16),
+            lambda: beside_stock("Hippocampus plan", hippocampus, 9, rounds, bfloat16),
+        ],
+        "pytorch": [lambda: beside_pytorch(amos, rounds)],
+        "sparsity": [lambda: by_sparsity(amos, rounds)],
+        "memory": [lambda: memory(arguments.patch)],
+        "kinds": [lambda: kinds(amos, rounds)],
+    }
+    tables = {}
+    for part in arguments.parts:
+        for measure in parts[part]:
+            found = measure()
+            print("\n".join(found.lines() if isinstance(found, Table) else found), flush=True)
+            if isinstance(found, Table):
+                tables[found.title] = found.seconds
+            gc.collect()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(tables, indent=1))
+
+
+if __name__ == "__main__":
+    main()
