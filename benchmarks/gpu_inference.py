@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     header = {"settings": settings, "machine": {**contestants.machine(given.device), "compiled": given.compile}}
     record = contestants.Record(given.output, header)
 
+    contestants.as_nnunet_trains(given.device)
     ready = {}
     for name in given.contestants:
         network, patch = build(name, plans, dataset, given.configuration, given.device)
