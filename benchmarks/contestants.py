@@ -68,6 +68,11 @@ def as_amos(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     return plans
 
 
+def amos_labels(dataset: dict[str, Any]) -> dict[str, Any]:
+    """The description of a data set with as many classes as AMOS has, the first of them its own."""
+    return {**dataset, "labels": {"background": 0, **{f"class {label}": label for label in range(1, 16)}}}
+
+
 @contextmanager
 def temporary_results() -> Iterator[None]:
     """Whatever trainers write goes to a folder that is gone afterwards."""

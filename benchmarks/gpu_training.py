@@ -87,7 +87,7 @@ def measure(contestant: str, settings: Settings, loading: bool, profile: bool) -
     """Train one contestant; seconds of the fastest epoch and bytes at the peak."""
     plans, dataset = contestants.load_plans(settings.dataset, settings.plans)
     if settings.amos:
-        plans = contestants.as_amos(plans, settings.configuration)
+        plans, dataset = contestants.as_amos(plans, settings.configuration), contestants.amos_labels(dataset)
     plans["continue_training"] = False
     torch.manual_seed(0)
     cls = timed(contestants.trainer_class(contestant), settings, loading)
