@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,11 @@ def as_amos(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     return plans
 
 
+def amos_labels(dataset: dict[str, Any]) -> dict[str, Any]:
+    """The description of a data set with as many classes as AMOS has, the first of them its own."""
+    return {**dataset, "labels": {"background": 0, **{f"class {label}": label for label in range(1, 16)}}}
+
+
 @contextmanager
 def temporary_results() -> Iterator[None]:
     """Whatever trainers write goes to a folder that is gone afterwards."""
@@ -84,6 +90,22 @@ def temporary_results() -> Iterator[None]:
             os.environ.pop("nnUNet_results")
             if before is not None:
                 os.environ["nnUNet_results"] = before
+
+
+def as_nnunet_trains(device: str) -> None:
+    """What ``nnUNetv2_train`` and ``nnUNetv2_predict`` set for a device, for all contestants from the first one on."""
+    if device == "cuda":
+        torch.backends.cudnn.deterministic = False
+        torch.backends.cudnn.benchmark = True
+
+
+def console_command(name: str) -> list[str]:
+    """A console command of an installed package, by its entry point: scripts need not be beside the interpreter."""
+    program = (
+        "import sys; from importlib.metadata import entry_points; name = sys.argv.pop(1); sys.argv[0] = name; "
+        "(command,) = entry_points(group='console_scripts', name=name); sys.exit(command.load()())"
+    )
+    return [sys.executable, "-c", program, name]
 
 
 def check_device(device: str) -> None:

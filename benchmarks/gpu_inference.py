@@ -65,11 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     contestants.check_device(given.device)
     plans, dataset = contestants.load_plans(given.dataset, given.plans)
     if given.amos:
-        plans = contestants.as_amos(plans, given.configuration)
+        plans, dataset = contestants.as_amos(plans, given.configuration), contestants.amos_labels(dataset)
     settings = {name: value for name, value in vars(given).items() if name not in ("output", "contestants")}
     header = {"settings": settings, "machine": {**contestants.machine(given.device), "compiled": given.compile}}
     record = contestants.Record(given.output, header)
 
+    contestants.as_nnunet_trains(given.device)
     ready = {}
     for name in given.contestants:
         network, patch = build(name, plans, dataset, given.configuration, given.device)

@@ -1,8 +1,8 @@
 """Epoch time and peak memory of a training on a GPU: E2ENet beside stock nnU-Net.
 
 Measured as nnU-Net's own benchmark trainers do: five epochs of a normal training, of which the fastest counts, with data
-loading and without (one random batch that stays on the GPU), each in a process of its own. Compilation, mixed precision, deep
-supervision and topology updates are as in a training.
+loading and without (one random batch that stays on the GPU), each in a process of its own. Compilation, mixed precision and
+deep supervision are as in a training; the first update of the topology would be after these epochs.
 
     export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...
     python benchmarks/gpu_training.py -d 4                       # a preprocessed data set, its own plans
@@ -57,6 +57,11 @@ def timed(base: Any, settings: Settings, loading: bool) -> Any:
         def save_checkpoint(self, filename: str) -> None:
             pass
 
+        def on_epoch_end(self) -> None:
+            if self.current_epoch == 0 and self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # of compiling, and of trying convolution algorithms
+            super().on_epoch_end()
+
         def get_dataloaders(self) -> Any:
             if loading:
                 return super().get_dataloaders()
@@ -82,14 +87,13 @@ def measure(contestant: str, settings: Settings, loading: bool, profile: bool) -
     """Train one contestant; seconds of the fastest epoch and bytes at the peak."""
     plans, dataset = contestants.load_plans(settings.dataset, settings.plans)
     if settings.amos:
-        plans = contestants.as_amos(plans, settings.configuration)
+        plans, dataset = contestants.as_amos(plans, settings.configuration), contestants.amos_labels(dataset)
     plans["continue_training"] = False
     torch.manual_seed(0)
     cls = timed(contestants.trainer_class(contestant), settings, loading)
     with contestants.temporary_results():
         trainer = cls(plans, settings.configuration, 0, dataset, torch.device(settings.device))
-        if settings.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        contestants.as_nnunet_trains(settings.device)
         trainer.run_training()
         starts, ends = (trainer.logger.get_value(f"epoch_{edge}_timestamps", step=None) for edge in ("start", "end"))
         epochs = [end - start for start, end in zip(starts, ends, strict=True)]
@@ -105,6 +109,8 @@ def measure(contestant: str, settings: Settings, loading: bool, profile: bool) -
 def profile_step(trainer: Any, steps: int = 3, rows: int = 20) -> list[dict[str, Any]]:
     """Where the device time (on the CPU, the time) of training steps goes: the largest operations."""
     batch = trainer.random_batch()
+    trainer.network.train()  # which validation has left in evaluation mode
+    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
     trainer.train_step(batch)
     on_gpu = trainer.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]

@@ -32,7 +32,6 @@ import contestants
 import numpy as np
 import torch
 
-from nnunetv2_e2enet.registration import console_command
 from nnunetv2_e2enet.training.architecture import scaled_architecture
 from nnunetv2_e2enet.training.checkpoints import read_checkpoint
 from nnunetv2_e2enet.training.crossval import Fold, FoldState
@@ -65,7 +64,7 @@ def prepare(source: Path, folder: Path, processes: int) -> None:
 
 
 def run(command: str, *arguments: str) -> None:
-    subprocess.run([console_command(command), *arguments], check=True)
+    subprocess.run([*contestants.console_command(command), *arguments], check=True)
 
 
 def until(deadline: float, base: Any, epochs: int, iterations: tuple[int, int]) -> Any:
@@ -133,6 +132,7 @@ def train(contestant: str, fold: Fold, deadline: float, given: argparse.Namespac
         base = in_bfloat16(base)
     cls = until(deadline, base, given.epochs, iterations)
     seeded(1000 * given.seed + fold.number)
+    contestants.as_nnunet_trains(given.device)
     plans["continue_training"] = state is not FoldState.NEW
     trainer = cls(plans, CONFIGURATION, fold.number, dataset, torch.device(given.device))
     if state is FoldState.TRAINED:

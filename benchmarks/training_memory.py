@@ -157,8 +157,10 @@ def stock_network(strides: list[list[int]]) -> PlainConvUNet:
     dimension = len(strides[0])
     conv, norm = (nn.Conv3d, nn.InstanceNorm3d) if dimension == 3 else (nn.Conv2d, nn.InstanceNorm2d)
     features = [min(32 * 2**i, 320 if dimension == 3 else 512) for i in range(len(strides))]
+    kernels = [[1 if s == 1 else 3 for s in following] for following in strides[1:]]  # flat until an axis is divided
+    kernels.append([3] * dimension)
     return PlainConvUNet(
-        *(1, len(strides), features, conv, 3, strides, 2, CLASSES, 2, True, norm, {"eps": 1e-5, "affine": True}),
+        *(1, len(strides), features, conv, kernels, strides, 2, CLASSES, 2, True, norm, {"eps": 1e-5, "affine": True}),
         *(None, None, nn.LeakyReLU, {"inplace": True}),
         deep_supervision=True,
     )

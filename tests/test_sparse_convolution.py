@@ -28,6 +28,8 @@ from nnunetv2_e2enet.settings import override
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
+DTYPES = [dtype for dtype in TOLERANCE if DEVICE.type == "cuda" or dtype is not torch.bfloat16]
+"""Triton's interpreter multiplies matrices of bfloat16 wrongly, as NumPy has no such numbers."""
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -44,7 +46,7 @@ def kernels() -> Any:
     st.sampled_from([(7, 3, 4, 2), (23, 19, 16, 2), (40, 33, 24, 1)]),
     st.sampled_from([1, 3, 5]),
     st.booleans(),
-    st.sampled_from(list(TOLERANCE)),
+    st.sampled_from(DTYPES),
 )
 @example((3, 5, 3), ((1, 3, 3), (1, 1, 1)), (23, 19, 16, 2), 3, True, torch.float16)
 @example((3, 3, 5), ((1, 3, 3), (1, 1, 1)), (23, 19, 16, 2), 3, False, torch.float32)

@@ -1,7 +1,7 @@
 """Triton programs of convolutions that compute active connections alone: implicit matrix products over gathered input maps.
 
 A layer's output maps are blocks, each of which reads its own ``n_inputs`` input maps, whose numbers lie in ``inputs``
-``(blocks, n_inputs)``. What a product reads is gathered in its addresses, and so is the depth shift, where ``GROUPS`` is not 1.
+``(blocks, n_inputs)``. What a product reads is gathered in its addresses; so is the depth shift, where ``GROUPS`` is not 1.
 No program writes what another one writes, so that results do not depend on an order.
 
 The kernel is ``KD x KH x KW``, half of it is padding. Maps have a stride for voxels and one for channels. Offsets within a map

@@ -1,0 +1,62 @@
+"""Bytes that a compiled step moves on a GPU, as benchmarks/gpu_bytes.py counts them without one."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+from torch import nn
+
+from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.network.acceleration import prepare_kernels
+from nnunetv2_e2enet.settings import override
+
+pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
+if torch.cuda.is_available():
+    pytest.skip("counts are made where there is no GPU", allow_module_level=True)
+
+import gpu_bytes
+
+CHANNELS = [16, 32]
+SIZES = [(8, 16, 16), (8, 8, 8)]
+HALF = 2  # bytes of a voxel in mixed precision
+
+
+def count(kernels: str, channels_last: bool = False) -> gpu_bytes.Step:
+    torch.manual_seed(0)
+    with override(kernels=kernels):
+        network = E2ENet(1, 2, 2, CHANNELS, nn.Conv3d, [[1, 1, 1], [1, 2, 2]], deep_supervision=False)
+        if channels_last:
+            network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        prepare_kernels(torch.device("cpu"))
+        step = gpu_bytes.count_step(network, torch.empty(1, 1, *SIZES[0], device="meta"))
+    prepare_kernels(torch.device("cpu"))
+    return step
+
+
+def of_kind(moves: list[gpu_bytes.Moved], kind: str) -> int:
+    return sum(m.bytes for m in moves if m.kind == kind)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_our_passes_read_and_write_each_map_once(channels_last: bool) -> None:
+    """By hand: the network of two levels has two blocks in each encoder level and two in its only node."""
+    step = count("on", channels_last)
+    fine, coarse = (HALF * c * prod(size) for c, size in zip(CHANNELS, SIZES, strict=True))
+    small = 0.05  # what belongs to channels, not voxels
+    assert of_kind(step["forward"], "statistics") == pytest.approx(4 * fine + 2 * coarse, rel=small)
+    # read and written: between the blocks of both levels, into the coarse one; into the transposed convolution; the node's two
+    # flows; between its blocks; into the head
+    joined = 2 * (fine + fine + coarse + coarse + 2 * fine + fine + fine)
+    assert of_kind(step["forward"], "join") == pytest.approx(joined, rel=small)
+    assert of_kind(step["backward"], "norm_gradient") == pytest.approx(5 * (4 * fine + 2 * coarse), rel=small)
+    fused = of_kind(step["forward"], "fused")
+    weights = sum(p.numel() for p in E2ENet(1, 2, 2, CHANNELS, nn.Conv3d, [[1, 1, 1], [1, 2, 2]]).parameters())
+    assert fused < 12 * weights + 8 * prod(SIZES[0])  # masks and casts of weights, and the image
+
+
+def test_passes_of_pytorch_move_more() -> None:
+    ours, theirs = (gpu_bytes.summary(count(kernels)) for kernels in ("on", "off"))
+    for direction in ("forward", "backward"):
+        assert ours[direction]["bytes"] < 0.75 * theirs[direction]["bytes"]
