@@ -22,8 +22,8 @@ class TrainingProgram(Program):
     """Jobs for the logits of one sample, and for the gradients of all parameters.
 
     One map a block is kept, the output of its convolution; the downward flow and the first map of the network, which is one
-    convolution of the image, are computed again. Gradients of maps are those after norm and activation. Each is written by the first of its readers and added to by the
-    others; the norm's backward pass is applied by those that read the gradient.
+    convolution of the image, are computed again. Gradients of maps are those after norm and activation. Each is written by the
+    first of its readers and added to by the others; the norm's backward pass is applied by those that read the gradient.
 
     Args:
         weights: refilled by the caller before each forward pass.
