@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 INTEGRATION ?= integration
+# How test-integration runs nnU-Net's commands: processes (estimated 65 minutes), mixed (30) or forks (11)
+HARNESS ?= mixed
 PICTURE ?= picture
 # Users with a GPU get their normal torch; elsewhere a fixed release. Override it as in
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
@@ -42,7 +44,7 @@ sanitize: install  ## the compiled core under the address and undefined behaviou
 
 test-integration: register  ## nnU-Net's whole workflow: label schemes, configurations, steps (under 40 minutes on two cores)
 	rm -rf $(INTEGRATION)
-	PYTHONPATH=tests $(BIN)/python -m integration --folder $(INTEGRATION)
+	PYTHONPATH=tests $(BIN)/python -m integration --folder $(INTEGRATION) --harness $(HARNESS)
 
 test-versions: install  ## new environments with other versions of Python and nnU-Net (slow; downloads them)
 	mkdir -p test-results

@@ -14,6 +14,7 @@ from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.engine.arena import Lifetime, most_at_once, place
 from nnunetv2_e2enet.evaluation.memory import peak_above_now
 from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.settings import override
 
 STEPS = 12
 lifetimes = st.builds(
@@ -37,12 +38,11 @@ def test_what_lives_at_the_same_time_does_not_overlap(lives: list[Lifetime]) -> 
     assert size <= sum(life.n_bytes for life in lives)
 
 
-def test_six_levels_take_little_more_than_the_finest_maps_of_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_six_levels_take_little_more_than_the_finest_maps_of_one_node() -> None:
     """The strides and patch of AMOS: two maps of the finest level, the pooled one, and one map or so of every other level.
 
     As the system sees it: by how much a prediction raises what the process holds, beside its logits.
     """
-    monkeypatch.setenv(engine.ENGINE_VARIABLE, "on")
     if not engine.status().used:
         pytest.skip(engine.status().reason)
     features, patch, classes = [6, 12, 24, 40, 40, 40], (64, 160, 160), 2
@@ -50,7 +50,7 @@ def test_six_levels_take_little_more_than_the_finest_maps_of_one_node(monkeypatc
     network = E2ENet(1, classes, 6, features, nn.Conv3d, strides, feature_sparsity=0.8).eval()
     x = torch.randn(1, 1, *patch)
     finest, logits = features[0] * x.nbytes, classes * x.nbytes
-    with torch.inference_mode():
+    with torch.inference_mode(), override(engine="on"):
         network(x[:, :, :32, :32, :32])  # threads, and whatever else a process takes once
         engine.release(network)
         taken = peak_above_now(lambda: network(x))

@@ -13,6 +13,7 @@ from torch import nn
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.network import E2ENet, maskable_layers
 from nnunetv2_e2enet.network.reference import load_reference_weights
+from nnunetv2_e2enet.settings import override
 
 TOLERANCE = 1e-4
 
@@ -45,15 +46,15 @@ def logits_of(network: E2ENet, x: NDArray[np.generic]) -> list[NDArray[np.float3
 
 @pytest.mark.parametrize("mode", ["off", "on"])
 @pytest.mark.parametrize("name", CASES)
-def test_logits_are_those_of_the_reference(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_those_of_the_reference(name: str, mode: str) -> None:
     """To 1e-4, with PyTorch and with the CPU engine, where there is one."""
-    monkeypatch.setenv(engine.ENGINE_VARIABLE, mode)
-    if mode == "on" and not engine.status().used:
-        pytest.skip(engine.status().reason)
-    case, arrays = stored(name)
-    network = network_of(case, arrays)
-    logits = logits_of(network, arrays["x"])
-    assert (engine.why_pytorch(network) is None) == (mode == "on")
+    with override(engine=mode):
+        if mode == "on" and not engine.status().used:
+            pytest.skip(engine.status().reason)
+        case, arrays = stored(name)
+        network = network_of(case, arrays)
+        logits = logits_of(network, arrays["x"])
+        assert (engine.why_pytorch(network) is None) == (mode == "on")
     assert len(logits) == case.heads
     for level, found in enumerate(logits):
         expected = arrays[f"logits.level{level}"]

@@ -42,16 +42,19 @@ set draws 10^6 intensities instead of 10^8 (`tests/integration/forking.py`). Mos
 """
 HARNESS = {
     "processes": f"""\
-Harness of the workflow: every command is nnU-Net's console script in a process of its own, as a user runs it. {ENVIRONMENT}
+Harness of the workflow: every command is nnU-Net's console script in a process of its own, as a user runs it.
+{ENVIRONMENT}
 {FORKS}
 """,
     "mixed": f"""\
 Harness of the workflow: for planning and preprocessing, and in the cells with five folds ({{whole}}), every command is
-nnU-Net's console script in a process of its own, as a user runs it. In the other cells, commands run in forks. {ENVIRONMENT}
+nnU-Net's console script in a process of its own, as a user runs it. In the other cells, commands run in forks.
+{ENVIRONMENT}
 {FORKS}
 """,
     "forks": f"""\
-Harness of the workflow: all commands run in forks. {ENVIRONMENT}
+Harness of the workflow: all commands run in forks.
+{ENVIRONMENT}
 {FORKS}
 """,
 }

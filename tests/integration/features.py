@@ -178,14 +178,20 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
             ),
         ),
     ),
-    "Versions": tuple(
-        Feature(f"Python {python}, nnU-Net {nnunet}", tests=(f"{VERSIONS}[{python}-{nnunet}]",))
-        for python, nnunet in (
-            ("3.10", "2.8.1"),
-            ("3.11", "2.8.0"),
-            ("3.11", "2.8.1"),
-            ("3.12", "2.8.1"),
-            ("3.13", "2.8.1"),
-        )
+    "Versions": (
+        *(
+            Feature(f"Python {python}, nnU-Net {nnunet}", tests=(f"{VERSIONS}[{python}-{nnunet}]",))
+            for python, nnunet in (
+                ("3.10", "2.8.1"),
+                ("3.11", "2.8.0"),
+                ("3.11", "2.8.1"),
+                ("3.12", "2.8.1"),
+                ("3.13", "2.8.1"),
+            )
+        ),
+        Feature(
+            "Python 3.10, nnU-Net 2.8.0 and all dependencies at their lower bounds (torch 2.5, scipy 1.10)",
+            tests=("test_versions.py::test_lower_bounds_of_dependencies",),
+        ),
     ),
 }
