@@ -116,6 +116,7 @@ def count_step(network: nn.Module, x: Tensor, training: bool = True) -> Step:
 
     with as_on_cuda(), mode, torch.autocast("cpu", torch.float16), torch.set_grad_enabled(training):
         outputs = torch.compile(network, backend=backend, fullgraph=True)(image)
+        outputs = outputs if isinstance(outputs, list) else [outputs]
         if training:
             torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
     return step
