@@ -47,7 +47,8 @@ def status() -> Status:
     if setting == "off":
         reason = f"CPU prediction and training use PyTorch: {ENGINE_VARIABLE} switches the engine off"
         return Status(False, setting, core.kernels, core.storage, core.path, reason)
-    reason = f"CPU prediction and training use the sparse engine with {core.kernels} kernels and maps in {core.storage} (in training float32)"
+    maps = f"maps in {core.storage} (in training float32)"
+    reason = f"CPU prediction and training use the sparse engine with {core.kernels} kernels and {maps}"
     return Status(True, setting, core.kernels, core.storage, core.path, reason)
 
 
