@@ -27,7 +27,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_e2enet.dsff import InputScaledL1Norm
-from nnunetv2_e2enet.network import maskable_layers
+from nnunetv2_e2enet.network import fusion_nodes, maskable_layers
 from nnunetv2_e2enet.network.fusion import FusionNode
 from nnunetv2_e2enet.training.trainer import E2ENetMixin
 
@@ -43,6 +43,14 @@ def keep_by_chance(trainer: Any) -> None:
             layer.weight.mul_(layer.over_kernel(kept))
 
 
+def strengthen_upward_flow(trainer: Any) -> None:
+    """All flows start with about the same amplitude."""
+    for node in fusion_nodes(trainer.unwrapped_network).values():
+        if node.upsample is not None:
+            with torch.no_grad():
+                node.upsample.weight.mul_(2.7)
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     METHOD: {},
     "as it was": {"after_start": keep_by_chance},
@@ -52,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gain 1/sqrt(density)": {"initial_gain": 5**0.5},
     "input-scaled importance": {"importance": InputScaledL1Norm()},
     "static": {"topology_update_period": None},
+    "strong upward flow": {"after_start": strengthen_upward_flow},
 }
 
 
@@ -86,7 +95,7 @@ def flows(trainer: Any) -> dict[str, dict[str, float]]:
             density = float(node.blocks[0].conv.mask[:, channels].float().mean())
             found[flow].append((float(x[:, channels].std()), density))
 
-    nodes = [module for module in trainer.unwrapped_network.modules() if isinstance(module, FusionNode)]
+    nodes = fusion_nodes(trainer.unwrapped_network).values()
     hooks = [
         node.blocks[0].conv.register_forward_pre_hook(lambda _conv, inputs, node=node: look(node, inputs[0])) for node in nodes
     ]

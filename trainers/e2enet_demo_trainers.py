@@ -17,8 +17,15 @@ SMOKE = {"num_epochs": 3, "num_iterations_per_epoch": 2, "num_val_iterations_per
 
 nnUNetTrainer_demo = variant(_timed(nnUNetTrainer), "demo", **_DEMO)
 nnUNetTrainer_smoke = variant(nnUNetTrainer, "smoke", **SMOKE)
+# Small initial weights learn faster in so short a training (docs/experiments.md, "What the start does").
 nnUNetTrainerE2ENet_demo = variant(
-    _timed(nnUNetTrainerE2ENet), "demo", **_DEMO, topology_update_period=2, base_num_features=16, max_num_features=128
+    _timed(nnUNetTrainerE2ENet),
+    "demo",
+    **_DEMO,
+    topology_update_period=2,
+    initial_gain=0.25,
+    base_num_features=16,
+    max_num_features=128,
 )
 nnUNetTrainerE2ENet_smoke = variant(
     nnUNetTrainerE2ENet, "smoke", **SMOKE, topology_update_period=1, base_num_features=8, max_num_features=32
