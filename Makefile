@@ -5,13 +5,12 @@ DEMO ?= demo
 INTEGRATION ?= integration
 # How test-integration runs nnU-Net's commands: processes (estimated 65 minutes), mixed (30) or forks (11)
 HARNESS ?= mixed
-PICTURE ?= picture
 # Users with a GPU get their normal torch; elsewhere a fixed release. Override it as in
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 BIN = $(VENV)/bin
 
-.PHONY: help install register demo test test-slow sanitize test-integration test-versions compatibility lint docs picture clean
+.PHONY: help install register demo test test-slow sanitize test-integration test-versions compatibility lint docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
@@ -62,17 +61,5 @@ lint: install  ## format, lint, types
 docs: install  ## the documentation site in site/, with warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 
-picture: export nnUNet_raw = $(abspath $(PICTURE))/nnUNet_raw
-picture: export nnUNet_preprocessed = $(abspath $(PICTURE))/nnUNet_preprocessed
-picture: export nnUNet_results = $(abspath $(PICTURE))/nnUNet_results
-picture: export PATH := $(abspath $(BIN)):$(PATH)
-picture: register  ## docs/network.svg: the network of a training of seconds on phantom data
-	rm -rf $(PICTURE)
-	e2enet phantom 991 --size 32 96 96
-	nnUNetv2_plan_and_preprocess -d 991 -c 3d_fullres -np 2 -npfp 2
-	nnUNetv2_train 991 3d_fullres 0 -tr nnUNetTrainerE2ENet_smoke -device cpu
-	e2enet topology $(nnUNet_results)/Dataset991_Phantom/nnUNetTrainerE2ENet_smoke__nnUNetPlans__3d_fullres --figures $(PICTURE)
-	cp $(PICTURE)/architecture.svg docs/network.svg
-
 clean:  ## everything that is built
-	rm -rf $(VENV) $(DEMO) $(INTEGRATION) $(PICTURE) test-results site build dist *.egg-info
+	rm -rf $(VENV) $(DEMO) $(INTEGRATION) test-results site build dist *.egg-info
