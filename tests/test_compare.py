@@ -114,12 +114,24 @@ def test_dice_equals_nnunets_evaluation(tmp_path: Path, labels: dict[str, Any]) 
         assert content["means"]["dice"][model.name]["mean"]["mean"] == pytest.approx(np.mean(means), abs=1e-9)
 
 
+def without_foreground(trained: Path, folder: Path) -> Path:
+    """The same network with segmentations of background alone."""
+    shutil.copytree(trained, folder)
+    for file in folder.glob("fold_*/validation/*.nii.gz"):
+        image = sitk.ReadImage(str(file))
+        empty = sitk.GetImageFromArray(np.zeros_like(sitk.GetArrayFromImage(image)))
+        empty.CopyInformation(image)
+        sitk.WriteImage(empty, str(file))
+    return folder
+
+
 def test_a_trained_model_folder(trained: Path, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a model of the same network that finds nothing: the Dice is nnU-Net's own, and only the costs are equal."""
     for name, value in project.environment.items():
         monkeypatch.setenv(name, value)
     output = tmp_path / "out.json"
     report = tmp_path / "out.html"
-    both = [f"E2ENet={trained}", f"again={trained}"]
+    both = [f"E2ENet={trained}", f"nothing={without_foreground(trained, tmp_path / trained.name)}"]
     options = ["--workers", "1", "--no-cache", "--json", str(output), "--report", str(report)]
     assert main(["compare", *both, *options]) == 0
     content = json.loads(output.read_text())
@@ -137,7 +149,13 @@ def test_a_trained_model_folder(trained: Path, project: Project, tmp_path: Path,
     costs = content["models"][0]["costs"]
     assert costs["macs_executed"] == costs["macs_dense"] > costs["macs_active"]
     assert [t["fold"] for t in content["models"][0]["trainings"]] == ["0", "1"]
-    assert content["trade_off"]["scores"]["E2ENet"]["active"] == pytest.approx(3)
+    assert content["models"][1]["costs"] == costs
+    assert all(not dice for case in content["cases"] for dice in (m["dice"] for m in case["models"]["nothing"].values()))
+    means = {name: content["means"]["dice"][name]["mean"]["mean"] for name in ("E2ENet", "nothing")}
+    assert means["E2ENet"] > means["nothing"] == 0
+    scores = content["trade_off"]["scores"]
+    assert scores["E2ENet"]["active"] == pytest.approx(3)  # the best in all of Dice, parameters and arithmetic
+    assert scores["nothing"]["active"] == pytest.approx(2)
     page = report.read_text()
     assert page.count("data:image/webp;base64,") >= 2
     assert "training loss by epoch" in page
