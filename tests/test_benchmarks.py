@@ -101,7 +101,7 @@ def test_without_a_gpu_they_refuse(tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match="no CUDA device"):
             program.main(["-d", "993"])
     with pytest.raises(SystemExit, match="no CUDA device"):
-        hippocampus.main(["--folder", str(tmp_path)])
+        hippocampus.main(["--folder", str(tmp_path), "--device", "cuda"])
 
 
 @pytest.mark.slow

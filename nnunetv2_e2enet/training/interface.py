@@ -12,16 +12,8 @@ from nnunetv2_e2enet.registration import ADVICE
 TRAINER_ATTRIBUTES = (
     *("configuration_manager", "configuration_name", "plans_manager", "output_folder"),
     *("fold", "current_epoch", "num_epochs", "was_initialized", "enable_deep_supervision", "disable_checkpointing"),
-    *(
-        "network",
-        "optimizer",
-        "grad_scaler",
-        "dataloader_train",
-        "is_ddp",
-        "logger.local_logger.verbose",
-        "local_rank",
-        "print_to_log_file",
-    ),
+    *("device", "network", "loss", "optimizer", "grad_scaler", "dataloader_train", "is_ddp", "local_rank"),
+    *("logger.local_logger.verbose", "print_to_log_file"),
     "configure_optimizers",
 )
 PLANNER_ATTRIBUTES = (
