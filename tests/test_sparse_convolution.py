@@ -107,7 +107,7 @@ def test_operators_are_well_behaved(kernels: Any, last: bool) -> None:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("fused_kernels")
 def test_a_training_in_blocks_is_the_same(compiled: bool) -> None:
     """With and without the kernels, over an update of the topology; one graph that is not compiled anew; and prediction."""

@@ -37,15 +37,22 @@ def he_deviation(shape: torch.Size) -> float:
 def test_every_active_connection_starts_with_he_normal_weights(in_process: Project, name: str) -> None:
     torch.manual_seed(0)
     large = 0
-    for layer_name, layer in maskable_layers(initialized(TRAINERS[name], in_process).unwrapped_network):
+    trainer = initialized(TRAINERS[name], in_process)
+    for layer_name, layer in maskable_layers(trainer.unwrapped_network):
         weights = layer.masked_weight().detach().flatten(2)
         assert torch.equal((weights != 0).any(2), layer.mask), layer_name
         if layer.n_active > 1000:
             large += 1
             active = weights[layer.mask]
-            assert float(active.std()) == pytest.approx(he_deviation(layer.shape), rel=0.05), layer_name
-            assert abs(float(active.mean())) < 0.05 * he_deviation(layer.shape)
+            expected = trainer.initial_gain * he_deviation(layer.shape)
+            assert float(active.std()) == pytest.approx(expected, rel=0.05), layer_name
+            assert abs(float(active.mean())) < 0.05 * expected
     assert large
+
+
+def test_all_trainers_but_the_demonstration_start_as_the_method_says(in_process: Project) -> None:
+    gains = {name: make(cls, in_process).initial_gain for name, cls in TRAINERS.items()}
+    assert {name for name, gain in gains.items() if gain != 1} == {"nnUNetTrainerE2ENet_demo"}
 
 
 def test_the_gain_multiplies_maskable_weights_alone(in_process: Project) -> None:

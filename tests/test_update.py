@@ -31,7 +31,8 @@ class OverflowingScaler(torch.amp.GradScaler):
 
 def started(project: Project, growth: str = "random", **settings: Any) -> Any:
     torch.manual_seed(0)
-    settings = {"num_epochs": 6, "save_every": 1, "topology_update_period": 2, **settings}
+    narrow = {"base_num_features": 4, "max_num_features": 8}
+    settings = {"num_epochs": 6, "save_every": 1, "topology_update_period": 2, **narrow, **settings}
     trainer = make(variant(nnUNetTrainerE2ENet_smoke, "moment", **settings), project)
     if growth == "gradient":
         trainer.growth = GradientGrowth()
@@ -74,12 +75,13 @@ def test_checkpoints_hold_networks_that_were_trained_after_an_update(in_process:
     saved = torch.load(Path(trainer.output_folder) / "checkpoint_latest.pth", weights_only=False)["network_weights"]
     for name, layer in maskable_layers(trainer.network):
         assert (saved[f"{name}.explored"] & ~saved[f"{name}.mask"]).any()
-        kernels = saved[f"{name}.weight"].flatten(2).abs().sum(2)
-        assert (kernels[layer.mask] > 0).float().mean() > 0.9  # a third would be zero directly after the update
+        kernels, gradients = (t.flatten(2).abs().sum(2) for t in (saved[f"{name}.weight"], layer.weight.grad))
+        assert ((kernels > 0) | (gradients == 0))[layer.mask].all()  # of a map that nobody reads, a gradient is zero
+        assert (kernels[layer.mask] > 0).float().mean() > 0.8  # a third would be zero directly after the update
 
 
 @pytest.mark.parametrize("growth", GROWTHS)
-@pytest.mark.parametrize("stop", range(1, 5))
+@pytest.mark.parametrize("stop", [2, 3])  # before an update, and between two
 def test_resuming_at_any_epoch_gives_the_same_topologies(in_process: Project, growth: str, stop: int) -> None:
     fixed = batch()
 
