@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from nnunetv2_e2enet.datasets.phantom import phantom_case
 from nnunetv2_e2enet.dsff import CosineSchedule, Schedule, StaticSchedule, TopologyUpdater, Uniform, random_topology, sparsity
-from nnunetv2_e2enet.network import E2ENet, MaskableLayer, fusion_flows, maskable_layers
+from nnunetv2_e2enet.network import E2ENet, MaskableLayer, fusion_flows
 from nnunetv2_e2enet.network.fusion import SOURCES, FusionNode
 
 N_CLASSES, SIZE, EPOCHS, ITERATIONS, WIDTH = 5, 32, 20, 5, 16
@@ -105,8 +105,6 @@ def train(
     network.recompute = "none"  # so that nodes take tensors
     prepare(network)
     random_topology(network, 0.8, Uniform(), seed)
-    for _, layer in maskable_layers(network):
-        layer.initialize_weights()
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=3e-5)
     updater = TopologyUpdater(network, schedule, seed=seed)
     result = Trained(network)
