@@ -81,7 +81,7 @@ class History:
 
     def up_to(self, epoch: int) -> tuple[TopologyRecord, ...]:
         """The records of the time before a checkpoint of ``epoch`` epochs, which is written before the update that follows."""
-        return tuple(r for r in self.records if r.epoch < epoch or (r.epoch == epoch and not r.fraction))
+        return tuple(r for r in self.records if r.epoch < epoch or (r.epoch == epoch and not any(r.grown)))
 
 
 class TopologyHistory:
