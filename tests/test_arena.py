@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nnunetv2_e2enet import engine
-from nnunetv2_e2enet.engine.arena import Lifetime, most_at_once, place
+from nnunetv2_e2enet.engine.arena import Lifetime, gaps, most_at_once, place
 from nnunetv2_e2enet.evaluation.memory import peak_above_now
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.settings import override
@@ -36,6 +36,15 @@ def test_what_lives_at_the_same_time_does_not_overlap(lives: list[Lifetime]) -> 
         assert all(begin % 64 == 0 and 0 <= begin < end <= size for begin, end in alive)
         assert sum(end - begin for begin, end in alive) <= most_at_once(lives) <= size
     assert size <= sum(life.n_bytes for life in lives)
+
+
+@given(st.sets(st.integers(0, 39)), st.integers(0, 20))
+def test_pieces_and_gaps_make_up_all_bytes_once(cuts: set[int], seed: int) -> None:
+    bounds = sorted({0, *cuts, 40})
+    pieces = [piece for k, piece in enumerate(pairwise(bounds)) if (seed >> k % 5) & 1]
+    found = gaps(reversed(pieces), 40)
+    assert sorted(byte for piece in [*pieces, *found] for byte in range(*piece)) == list(range(40))
+    assert all(end < begin for (_, end), (begin, _) in pairwise(found))
 
 
 def test_six_levels_take_little_more_than_the_finest_maps_of_one_node() -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
+from nnunetv2_e2enet.engine import training_program
+from nnunetv2_e2enet.engine.layout import Floats, empty
 from nnunetv2_e2enet.engine.training import training_session_of
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, maskable_layers
@@ -370,6 +373,29 @@ def test_memory_is_used_again_and_goes_on_release() -> None:
     assert sum(engine.profile(network).values()) > 0
     engine.release(network)
     assert session.idle_programs() == []
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_memory_that_keeps_nothing_is_given_back_during_the_loss(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_network(features=[8, 16, 24])
+    x = image(network, 8, 32, 32, batch=batch)
+    logits, kept = gradients(network, x)
+    engine.release(network)
+    emptied = []
+
+    def overwritten(memory: Floats, first: int, last: int) -> None:
+        emptied.append(last - first)
+        memory.view(np.uint8)[first:last] = 255  # not a number
+        empty(memory, first, last)
+
+    monkeypatch.setattr(training_program, "WORTH_EMPTYING", 1)
+    monkeypatch.setattr(training_program, "empty", overwritten)
+    for _ in range(2):
+        again, ours = gradients(network, x)
+        assert all(torch.equal(a, b) for a, b in zip(again, logits, strict=True))
+        assert all(torch.equal(ours[name], gradient) for name, gradient in kept.items())
+    programs = training_session_of(network).idle_programs()
+    assert 0.05 * programs[0].n_bytes < sum(emptied) / 2 < programs[0].n_bytes
 
 
 def stays_with_pytorch(network: E2ENet, x: Tensor) -> str:

@@ -46,6 +46,16 @@ def most_at_once(lifetimes: Sequence[Lifetime]) -> int:
     return max((sum(b.n_bytes for b in lifetimes if b.first <= a.first <= b.last) for a in lifetimes), default=0)
 
 
+def gaps(pieces: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """First and last byte (exclusive) of all that lies between pieces that do not overlap, from 0 to ``size``."""
+    found, end = [], 0
+    for first, last in sorted([*pieces, (size, size)]):
+        if first > end:
+            found.append((end, first))
+        end = last
+    return found
+
+
 def _place_in_order(lifetimes: Sequence[Lifetime], order: Iterable[int]) -> tuple[list[int], int]:
     """Each as low as it fits between those before it."""
     ends = [0] * len(lifetimes)

@@ -22,6 +22,8 @@ HALVED_PIXELS = CHUNK * 4  # the same of a map whose tiles were pooled to 2 x 2 
 # of the caches; a patch then took 5 % longer.
 STAGGER = 9 * 4096 + 5 * 64
 
+HUGE_PAGE = 2 << 20
+
 Floats = NDArray[np.float32]
 
 
@@ -45,6 +47,19 @@ def pages(floats: int) -> Floats:
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.float32, floats)
+
+
+def empty(memory: Floats, first: int, last: int) -> None:
+    """Give bytes ``first`` to ``last`` of what ``pages`` returned back to the system until they are written again.
+
+    The whole huge pages among them go; their content is lost.
+    """
+    first, last = -(-first // HUGE_PAGE) * HUGE_PAGE, last // HUGE_PAGE * HUGE_PAGE
+    if first >= last or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    assert isinstance(memory.base, memoryview)
+    assert isinstance(memory.base.obj, mmap.mmap)
+    memory.base.obj.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 class Buffer:

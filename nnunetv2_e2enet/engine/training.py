@@ -182,6 +182,7 @@ class _Network(torch.autograd.Function):
         samples = x.detach().contiguous()
         for n, program in enumerate(programs):
             program.run(samples[n], [level[n] for level in logits], threads)
+        programs[0].empty_between()  # for the loss
         ctx.save_for_backward(*parameters)  # so that a change before the backward pass is an error, as always
         ctx.set_materialize_grads(False)
         ctx.session, ctx.weights, ctx.programs = session, weights, programs

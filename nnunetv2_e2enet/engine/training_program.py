@@ -10,12 +10,14 @@ import numpy as np
 from torch import Tensor
 
 from nnunetv2_e2enet.engine import core as abi
-from nnunetv2_e2enet.engine.arena import Lifetime, place
+from nnunetv2_e2enet.engine.arena import Lifetime, gaps, place
 from nnunetv2_e2enet.engine.core import Core
-from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, pages
+from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, empty, pages
 from nnunetv2_e2enet.engine.program import Program
 from nnunetv2_e2enet.engine.training_weights import TrainedBlock, TrainedNode, TrainingWeights
 from nnunetv2_e2enet.engine.weights import PackedBlock, PackedNode
+
+WORTH_EMPTYING = 32 << 20  # bytes in one piece: below, new pages cost more than the memory is worth
 
 
 class TrainingProgram(Program):
@@ -57,6 +59,11 @@ class TrainingProgram(Program):
         self._backward_jobs = self._jobs[self._n_forward :]
         del self._jobs[self._n_forward :]
 
+    def empty_between(self) -> None:
+        """Give memory in which nothing is kept for the backward pass back to the system, until it is needed again."""
+        for first, last in self._between:
+            empty(self._transient, first, last)
+
     def run_backward(self, logits: Sequence[Tensor], gradients: Sequence[Tensor], threads: int) -> None:
         """Add the gradients of one sample; what the forward pass kept is gone afterwards.
 
@@ -94,19 +101,21 @@ class TrainingProgram(Program):
                 first = lifetimes[buffer].first if buffer in lifetimes else index
                 lifetimes[buffer] = Lifetime(buffer.n_bytes, first, index)
         kept = [b for b, life in lifetimes.items() if life.first < self._n_forward <= life.last]
-        others = [b for b in lifetimes if b not in set(kept)]
-        if self.samples == 1:
-            kept, others = [], list(lifetimes)
+        apart = [] if self.samples == 1 else kept
+        others = [b for b in lifetimes if b not in set(apart)]
         if self._like is None:
             self._offsets, n_bytes = place([lifetimes[b] for b in others])
             self._transient = pages(n_bytes // np.float32().itemsize)
         else:
             self._offsets, self._transient = self._like._offsets, self._like._transient
-        for buffer, offset in zip(others, self._offsets, strict=True):
+        offsets = dict(zip(others, self._offsets, strict=True))
+        for buffer, offset in offsets.items():
             buffer.place_at(self._transient.ctypes.data + offset)
-        memory = pages(sum(b.n_bytes for b in kept) // np.float32().itemsize)
+        held = [(offsets[b], offsets[b] + b.n_bytes) for b in kept if b in offsets]
+        self._between = [(a, b) for a, b in gaps(held, self._transient.nbytes) if b - a >= WORTH_EMPTYING]
+        memory = pages(sum(b.n_bytes for b in apart) // np.float32().itemsize)
         address = memory.ctypes.data
-        for buffer in kept:
+        for buffer in apart:
             buffer.place_at(address)
             address += buffer.n_bytes
         return memory
