@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 INTEGRATION ?= integration
-# How test-integration runs nnU-Net's commands: processes (estimated 65 minutes), mixed (30) or forks (11)
+# How test-integration runs nnU-Net's commands: processes (estimated 2 hours), mixed (60) or forks (15)
 HARNESS ?= mixed
 # Users with a GPU get their normal torch; elsewhere a fixed release. Override it as in
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 BIN = $(VENV)/bin
 
-.PHONY: help install register demo test test-slow sanitize test-integration test-versions compatibility lint docs clean
+.PHONY: help install register demo test test-slow sanitize test-integration test-versions compatibility results lint docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
@@ -41,7 +41,7 @@ test-slow: install  ## the slow tests
 sanitize: install  ## the compiled core under the address and undefined behaviour sanitizers (also part of test-slow)
 	$(BIN)/pytest -m slow tests/test_sanitizers.py
 
-test-integration: register  ## nnU-Net's whole workflow: label schemes, configurations, steps (under 40 minutes on two cores)
+test-integration: register  ## nnU-Net's whole workflow: label schemes, configurations, steps (an hour on two cores)
 	rm -rf $(INTEGRATION)
 	PYTHONPATH=tests $(BIN)/python -m integration --folder $(INTEGRATION) --harness $(HARNESS)
 
@@ -52,6 +52,9 @@ test-versions: install  ## new environments with other versions of Python and nn
 compatibility: install  ## docs/compatibility.md, from the results of test-integration, of test-versions and of the tests it names
 	PYTHONPATH=tests $(BIN)/python -m integration.compatibility --results $(INTEGRATION)/results.json \
 		--versions $(wildcard test-results/versions*.xml)
+
+results: install  ## tables and figures of docs/results.md, from the records in docs/results
+	$(BIN)/python benchmarks/results.py
 
 lint: install  ## format, lint, types
 	$(BIN)/ruff format --check .

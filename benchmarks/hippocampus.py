@@ -11,9 +11,10 @@ epoch at least.
 On a CPU batches are smaller and trainings shorter (``--batch-size 2 --epochs 50``), and ``--bfloat16`` trains nnU-Net's own
 network in the number format that some CPUs multiply faster.
 
-Results: ``FOLDER/hippocampus.json`` (for each contestant and fold: Dice, epochs, times, pseudo Dice of each epoch, machine,
-commit), and when all is done the comparison with confidence intervals of ``e2enet compare`` in ``FOLDER/comparison.json`` and
-``FOLDER/comparison.html``.
+Results: ``FOLDER/hippocampus.json``, for each contestant and fold: Dice, of each case too, epochs, times, pseudo Dice of each
+epoch, parameters and multiply-accumulates, machine, commit. ``make results`` makes tables and figures of such records in
+docs/results. When all is done, ``FOLDER/comparison.json`` and ``FOLDER/comparison.html`` are the comparison with confidence
+intervals of ``e2enet compare``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import random
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ import contestants
 import numpy as np
 import torch
 
+from nnunetv2_e2enet import files
+from nnunetv2_e2enet.evaluation.costs import count_costs
 from nnunetv2_e2enet.training.architecture import scaled_architecture
 from nnunetv2_e2enet.training.checkpoints import read_checkpoint
 from nnunetv2_e2enet.training.crossval import Fold, FoldState
@@ -40,6 +44,7 @@ from nnunetv2_e2enet.training.variants import variant
 
 DATASET = "Dataset004_Hippocampus"
 CONFIGURATION, PLANS = "3d_fullres", "nnUNetPlans"
+COSTS_FILE = "costs.json"  # in the folder of a fold
 
 
 class TimeIsUp(Exception):  # noqa: N818 (nothing went wrong)
@@ -146,6 +151,9 @@ def train(contestant: str, fold: Fold, deadline: float, given: argparse.Namespac
         finally:
             for loader in (trainer.dataloader_train, trainer.dataloader_val):
                 getattr(loader, "_finish", lambda: None)()
+    patch = trainer.configuration_manager.patch_size
+    costs = count_costs(trainer.network, (1, trainer.num_input_channels, *patch))
+    files.write_atomically(fold.folder / COSTS_FILE, json.dumps(asdict(costs)))
     trainer.perform_actual_validation(save_probabilities=False)
 
 
@@ -154,8 +162,11 @@ def result(fold: Fold) -> dict[str, Any]:
     logged = checkpoint["logging"]
     seconds = [e - s for s, e in zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)]
     summary = json.loads((fold.folder / "validation" / "summary.json").read_text())
+    of_cases = {Path(case["prediction_file"]).name: case["metrics"] for case in summary["metric_per_case"]}
     return {
         "dice": summary["foreground_mean"]["Dice"],
+        "case_dice": {name: [metrics[label]["Dice"] for label in metrics] for name, metrics in sorted(of_cases.items())},
+        "costs": json.loads((fold.folder / COSTS_FILE).read_text()),
         "cases": len(summary["metric_per_case"]),
         "epochs": checkpoint["current_epoch"],
         "median_epoch_seconds": float(np.median(seconds)),

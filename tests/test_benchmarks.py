@@ -9,6 +9,7 @@ import contestants
 import gpu_inference
 import gpu_training
 import hippocampus
+import numpy as np
 import pytest
 import torch
 import training_memory
@@ -128,6 +129,11 @@ def test_hippocampus_in_slices(tiny: Project, tmp_path: Path, monkeypatch: pytes
     results = json.loads(record.read_text())["results"]
     assert set(results) == {"nnU-Net | fold 0", "E2ENet | fold 0"}
     assert all(result["epochs"] == 2 and result["machine"]["warning"] for result in results.values())
+    for result in results.values():
+        assert np.mean(list(result["case_dice"].values())) == pytest.approx(result["dice"])
+    ours, stock = results["E2ENet | fold 0"]["costs"], results["nnU-Net | fold 0"]["costs"]
+    assert 0 < ours["parameters_active"] < ours["parameters_stored"]
+    assert stock["parameters_active"] == stock["parameters_stored"]
     compared = json.loads((tmp_path / "comparison.json").read_text())
     assert set(compared["means"]["dice"]) == {"nnU-Net", "E2ENet"}
     assert (tmp_path / "comparison.html").is_file()

@@ -1,0 +1,150 @@
+"""Tables and figures of docs/results.md from the records of trainings on real scans: ``make results``.
+
+    python benchmarks/results.py [RECORD ...] [--page PAGE]
+
+Records are what benchmarks/hippocampus.py writes, by default all of docs/results/*.json. The page gets, between its two
+markers, one section a record; a figure a record goes beside the record. Everything is computed from the records alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import contestants
+import numpy as np
+
+from nnunetv2_e2enet import files
+from nnunetv2_e2enet.evaluation.report import drawing
+from nnunetv2_e2enet.evaluation.report.charts import model_style
+from nnunetv2_e2enet.evaluation.statistics import Interval, mean_interval
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+BEGIN, END = "<!-- make results: begin -->", "<!-- make results: end -->"
+POINTS = 100  # of Dice
+
+Record = Mapping[str, Any]
+
+
+def runs_of(record: Record) -> dict[tuple[int, str], Record]:
+    """By fold and contestant; folds in order, the baseline first."""
+    runs = {}
+    for key, run in record["results"].items():
+        contestant, _, fold = key.rpartition(" | fold ")
+        runs[int(fold), contestant] = run
+    return dict(sorted(runs.items(), key=lambda item: (item[0][0], item[0][1] != contestants.BASELINE, item[0][1])))
+
+
+def difference(run: Record, baseline: Record) -> Interval:
+    """Points of Dice that a run is above the baseline, over the same cases; a case's Dice is the mean over its labels.
+
+    Raises:
+        SystemExit: the cases are not the same.
+    """
+    ours, theirs = run["case_dice"], baseline["case_dice"]
+    if ours.keys() != theirs.keys():
+        raise SystemExit("a fold was validated on other cases by its baseline: these records do not belong together")
+    values = [np.mean(ours[case]) - np.mean(theirs[case]) for case in sorted(ours)]
+    return mean_interval(POINTS * np.array(values))
+
+
+def in_points(interval: Interval) -> str:
+    if np.isnan(interval.low):  # one case
+        return f"{interval.mean:+.2f}"
+    return f"{interval.mean:+.2f} ({interval.low:+.2f} to {interval.high:+.2f})"
+
+
+def table(record: Record) -> list[str]:
+    """A row a run, and one for the mean of each contestant over the folds that it shares with the baseline."""
+    runs = runs_of(record)
+    lines = [
+        "| fold | | Dice | points above nnU-Net, 95 % | active parameters | multiply-accumulates | s an epoch | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    means: dict[str, list[tuple[float, float]]] = {}
+    for (fold, contestant), run in runs.items():
+        baseline = runs.get((fold, contestants.BASELINE))
+        compared = ""
+        if baseline is not None and run is not baseline:
+            above = difference(run, baseline)
+            compared = in_points(above)
+            means.setdefault(contestant, []).append((run["dice"], above.mean))
+        costs = run["costs"]
+        lines.append(
+            f"| {fold} | {contestant} | {run['dice']:.4f} | {compared} | {costs['parameters_active'] / 1e6:.2f} M | "
+            f"{costs['macs_active'] / 1e9:.2f} G | {run['median_epoch_seconds']:.0f} | {run['commit']} |"
+        )
+    for contestant, folds in means.items():
+        if len(folds) > 1:
+            dice, above = np.mean(folds, axis=0)
+            lines.append(f"| mean of {len(folds)} | {contestant} | {dice:.4f} | {above:+.2f} | | | | |")
+    return lines
+
+
+def figure(record: Record) -> drawing.Figure:
+    """Pseudo Dice over iterations and over seconds of training, one line a run; and Dice over active parameters."""
+    runs, settings = runs_of(record), record["settings"]
+    names = list(dict.fromkeys(contestant for _, contestant in runs))
+    with drawing.style():
+        drawn, axes = drawing.new_figure(7.5, rows=3)
+        by_iteration, by_second, by_size = (row[0] for row in axes)
+        handles = {}
+        for (_, contestant), run in runs.items():
+            colour, marker = model_style(names.index(contestant))
+            iterations = settings["iterations"] * np.arange(1, len(run["pseudo_dice"]) + 1)
+            (handles[contestant],) = by_iteration.plot(iterations, run["pseudo_dice"], color=colour)
+            by_second.plot(np.cumsum(run["epoch_seconds"]), run["pseudo_dice"], color=colour)
+            by_size.plot(run["costs"]["parameters_active"] / 1e6, run["dice"], marker, color=colour)
+        by_iteration.set(xlabel="iterations", ylabel="pseudo Dice")
+        by_second.set(xlabel="seconds of training and its validation batches", ylabel="pseudo Dice")
+        by_size.set(xlabel="million active parameters", ylabel="Dice of the fold")
+        drawing.legend_above(drawn, handles)
+    return drawn
+
+
+def section(record: Record, name: str) -> list[str]:
+    settings, runs = record["settings"], runs_of(record)
+    given = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items() if value is not None)
+    machines = sorted({f"{run['machine']['device']}, torch {run['machine']['torch']}" for run in runs.values()})
+    cases = ", ".join(f"{run['cases']} in fold {fold}" for (fold, c), run in runs.items() if c == contestants.BASELINE)
+    return [
+        f"### {name}: MSD Task04 Hippocampus",
+        "",
+        *([record["remark"], ""] if "remark" in record else []),
+        f"`python benchmarks/hippocampus.py`: {given}. {'; '.join(machines)}.",
+        f"Validation cases: {cases or 'no baseline yet'}. The interval is a bootstrap over the cases of a fold.",
+        "",
+        *table(record),
+        "",
+        f"![Pseudo Dice over iterations and seconds, Dice over active parameters](results/{name}.svg)",
+        "",
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", nargs="*", type=Path, help="default: docs/results/*.json")
+    parser.add_argument("--page", type=Path, default=DOCS / "results.md")
+    given = parser.parse_args(arguments)
+    records = given.records or sorted((given.page.parent / "results").glob("*.json"))
+    before, begin, rest = given.page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{given.page} lacks the markers {BEGIN} and {END}, between which the tables go")
+    lines = []
+    for file in records:
+        record = json.loads(file.read_text())
+        lines += section(record, file.stem)
+        folder = given.page.parent / "results"
+        folder.mkdir(exist_ok=True)
+        files.write_atomically(folder / f"{file.stem}.svg", drawing.svg(figure(record)))
+    if not records:
+        lines = ["No training on real scans has been recorded yet.", ""]
+    files.write_atomically(given.page, "\n".join([f"{before}{BEGIN}", "", *lines, ""]).rstrip("\n") + f"\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

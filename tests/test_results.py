@@ -1,0 +1,111 @@
+"""Tables and figures of docs/results.md: from the records alone, with the numbers of the records."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import results
+
+from nnunetv2_e2enet.evaluation.statistics import mean_interval
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE = f"Before.\n\n{results.BEGIN}\n\nwhat was there\n\n{results.END}\n\nAfter.\n"
+
+
+def run(case_dice: dict[str, list[float]], parameters: int = 1_500_000) -> dict[str, Any]:
+    return {
+        "dice": float(np.mean(list(case_dice.values()))),
+        "case_dice": case_dice,
+        "costs": {"parameters_active": parameters, "macs_active": 2_340_000_000},
+        "cases": len(case_dice),
+        "epochs": 2,
+        "median_epoch_seconds": 61.4,
+        "pseudo_dice": [0.5, 0.6],
+        "epoch_seconds": [60.0, 62.8],
+        "machine": {"device": "CPU (some processor, 2 cores)", "torch": "2.13.0"},
+        "commit": "0123456789",
+    }
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results.md"
+    path.write_text(PAGE)
+    return path
+
+
+def write(page: Path, runs: dict[str, Any], **header: str) -> None:
+    record = {"settings": {"epochs": 2, "iterations": 250, "width": None}, **header, "results": runs}
+    (page.parent / "results" / "study.json").write_text(json.dumps(record))
+
+
+def test_numbers_are_those_of_the_records(page: Path) -> None:
+    stock = {"a": [0.80, 0.70], "b": [0.60, 0.50], "c": [0.90, 0.80]}
+    ours = {"a": [0.81, 0.71], "b": [0.58, 0.48], "c": [0.93, 0.83]}
+    other = {"d": [0.5, 0.5], "e": [0.7, 0.7]}
+    better = {case: [value + 0.02 for value in values] for case, values in other.items()}
+    write(
+        page,
+        {
+            "E2ENet 0.8 | fold 1": run(better),
+            "nnU-Net | fold 1": run(other),
+            "E2ENet 0.8 | fold 0": run(ours, 456_000),
+            "nnU-Net | fold 0": run(stock),
+        },
+        remark="On a shared machine.",
+    )
+    results.main(["--page", str(page)])
+    text = page.read_text()
+    assert text.startswith("Before.")
+    assert text.endswith("After.\n")
+    assert "what was there" not in text
+    assert "On a shared machine." in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][2:]
+    assert [row[:2] for row in rows] == [
+        ["0", "nnU-Net"],
+        ["0", "E2ENet 0.8"],
+        ["1", "nnU-Net"],
+        ["1", "E2ENet 0.8"],
+        ["mean of 2", "E2ENet 0.8"],
+    ]
+    expected = mean_interval(np.array([1.0, -2.0, 3.0]))
+    assert rows[1][2:5] == ["0.7233", f"+0.67 ({expected.low:+.2f} to {expected.high:+.2f})", "0.46 M"]
+    assert rows[3][3] == "+2.00 (+2.00 to +2.00)"
+    assert rows[4][2:4] == [f"{(0.7233333 + 0.62) / 2:.4f}", "+1.33"]
+    assert rows[0][5:] == ["2.34 G", "61", "0123456789"]
+    drawing = (page.parent / "results" / "study.svg").read_text()
+    assert "iterations" in drawing
+    assert "E2ENet 0.8" in drawing
+    results.main(["--page", str(page)])
+    assert page.read_text() == text
+
+
+def test_without_the_baseline_nothing_is_compared(page: Path) -> None:
+    write(page, {"E2ENet 0.9 | fold 0": run({"a": [0.5]})})
+    results.main(["--page", str(page)])
+    assert "| 0 | E2ENet 0.9 | 0.5000 |  | 1.50 M |" in page.read_text()
+
+
+def test_what_does_not_belong_together_is_refused(page: Path) -> None:
+    write(page, {"nnU-Net | fold 0": run({"a": [0.5]}), "E2ENet 0.8 | fold 0": run({"b": [0.5]})})
+    with pytest.raises(SystemExit, match="do not belong together"):
+        results.main(["--page", str(page)])
+    assert page.read_text() == PAGE
+    page.write_text("no markers")
+    with pytest.raises(SystemExit, match="lacks the markers"):
+        results.main(["--page", str(page)])
+
+
+def test_the_page_is_what_the_records_give(tmp_path: Path) -> None:
+    shutil.copy(DOCS / "results.md", tmp_path)
+    (tmp_path / "results").mkdir()
+    for record in (DOCS / "results").glob("*.json"):
+        shutil.copy(record, tmp_path / "results")
+    results.main(["--page", str(tmp_path / "results.md")])
+    assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text(), "run `make results`"
