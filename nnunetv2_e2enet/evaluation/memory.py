@@ -25,15 +25,6 @@ SPARE = 0.9
 """Share of the free memory that a measurement may be expected to take."""
 
 
-def free_bytes() -> float:
-    """Memory that a new process may take; infinity where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="utf-8").splitlines())
-        return float(fields["MemAvailable"].split()[0]) * 1024
-    return math.inf
-
-
 def peak_bytes(design: Design, training: bool, batch_size: int, device: str, threads: int) -> float:
     """Of one step of training or prediction, above what the process held before it built the network.
 

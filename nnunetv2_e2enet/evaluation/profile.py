@@ -16,6 +16,7 @@ from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.evaluation import memory
 from nnunetv2_e2enet.evaluation.costs import Costs, Share, breakdown, count_costs
 from nnunetv2_e2enet.evaluation.networks import Design
+from nnunetv2_e2enet.machine import free_bytes
 from nnunetv2_e2enet.network import E2ENet, accounts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -150,7 +151,7 @@ def _count(design: Design, network: nn.Module, settings: Settings) -> Profile:
 
 def _measure_memory(design: Design, counted: Profile, settings: Settings, progress: Progress) -> None:
     needed = counted.kept_bytes + memory.BYTES_PER_PARAMETER * counted.costs.parameters_stored
-    free = memory.free_bytes() if settings.device == "cpu" else float(torch.cuda.mem_get_info()[0])
+    free = free_bytes() if settings.device == "cpu" else float(torch.cuda.mem_get_info()[0])
     progress(f"Memory of a training step, {design.name}")
     if not memory.can_measure(settings.device):
         counted.note = "this system does not tell the peak memory of a process"
