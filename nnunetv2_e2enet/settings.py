@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine_storage": ("float32", "bfloat16"),
     "kernels": ("auto", "on", "off"),
     "plane_convolutions": ("off", "on"),
+    "predictor": ("on", "off"),
 }
 _SWITCHES = {"0": "off", "false": "off", "1": "on", "true": "on"}
 
@@ -33,6 +34,7 @@ class Settings:
         engine_storage: dtype of the engine's feature maps.
         kernels: whether the fused GPU kernels are used; see docs/memory.md.
         plane_convolutions: whether convolutions without depth, of channels-last maps, are computed in 2D over all slices.
+        predictor: whether scans are predicted on the CPU with ``nnunetv2_e2enet.prediction``; see docs/engine.md.
 
     Raises:
         E2ENetError: a value is none of ``CHOICES``.
@@ -43,6 +45,7 @@ class Settings:
     engine_storage: str = "float32"
     kernels: str = "auto"
     plane_convolutions: str = "off"
+    predictor: str = "on"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

@@ -92,6 +92,7 @@ class Report:
         nnunet: the folder of nnU-Net's package.
         device: on which networks are trained by default.
         engine: see ``nnunetv2_e2enet.engine.Status``.
+        scans: in whose way whole scans are predicted around the network, in words.
         gpu_kernels: whether they are used, in words.
         registration: by file in nnU-Net's folders: "registered", "not registered" or "not written by e2enet".
         experiments_registered: whether nnU-Net finds the experiment trainers.
@@ -103,6 +104,7 @@ class Report:
     nnunet: str
     device: str
     engine: dict[str, Any]
+    scans: str
     gpu_kernels: str
     registration: dict[str, str]
     experiments_registered: bool
@@ -112,7 +114,9 @@ class Report:
 def _report(nnunet: NnUNet) -> Report:
     from nnunetv2_e2enet import engine
     from nnunetv2_e2enet.network.acceleration import kernels_status
+    from nnunetv2_e2enet.prediction import why_never
 
+    reason = why_never()
     status = asdict(engine.status())
     modules = registered_modules(has_experiments(nnunet))
     kinds = {"trainer" if target == TRAINER_MODULE else "planner": names for target, names in modules.items()}
@@ -127,6 +131,7 @@ def _report(nnunet: NnUNet) -> Report:
         nnunet=str(nnunet.folder),
         device=_device(),
         engine={**status, "library": None if status["library"] is None else str(status["library"])},
+        scans="slices become labels as windows leave them" if reason is None else f"in nnU-Net's own way: {reason}",
         gpu_kernels=kernels_status(),
         registration={str(path): _state(text) for path, text in registered_files(nnunet).items()},
         experiments_registered=has_experiments(nnunet),
@@ -154,6 +159,7 @@ def _facts(report: Report) -> dict[str, str]:
         "nnunetv2": f"{report.versions['nnunetv2']} in {report.nnunet}",
         "device": report.device,
         "engine": report.engine["reason"],
+        "scans on a CPU": report.scans,
         "GPU kernels": report.gpu_kernels,
     }
     for path, state in report.registration.items():

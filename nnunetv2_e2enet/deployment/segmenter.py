@@ -46,11 +46,14 @@ def make_predictor(
     """
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+    from nnunetv2_e2enet.prediction import install
+
     if not 0 < step_size <= 1:
         raise E2ENetError(f"the step size is {step_size}: expected more than 0 and at most 1, nnU-Net's is 0.5")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise E2ENetError("PyTorch finds no CUDA device here: use -device cpu")
     description = model.description
+    install()
     with redirect_stdout(StringIO()):  # it says that CPUs have no GPU memory
         predictor = nnUNetPredictor(
             tile_step_size=step_size,

@@ -358,6 +358,12 @@ def _library() -> tuple[ctypes.CDLL, Path] | str:
     return library, path
 
 
+def load_library() -> ctypes.CDLL | str:
+    """The library itself, or a sentence that says why there is none."""
+    found = _library()
+    return found if isinstance(found, str) else found[0]
+
+
 @lru_cache(maxsize=len(STORAGES) * (len(KERNELS) + 1))
 def _core(kernels: str, storage: str) -> Core | str:
     found = _library()

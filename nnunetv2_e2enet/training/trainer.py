@@ -415,6 +415,10 @@ class E2ENetMixin(DSFFMixin):
     ) -> nn.Module:
         """E2ENet for a configuration; one of other plans is built with E2ENet's defaults."""
         architecture = e2enet_architecture(configuration_manager.configuration["architecture"])
+        if not enable_deep_supervision:  # to predict
+            from nnunetv2_e2enet.prediction import install
+
+            install()
         return get_network_from_plans(
             architecture["network_class_name"],
             architecture["arch_kwargs"],

@@ -1,0 +1,222 @@
+"""The compiled core's functions for whole scans: sums of windows in half precision, and labels of resampled logits."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nnunetv2_e2enet.engine.core import load_library
+
+
+class _Axis(Structure):
+    _fields_ = (
+        ("lower", c_void_p),
+        ("upper", c_void_p),
+        ("lower_weight", c_void_p),
+        ("upper_weight", c_void_p),
+        ("size", c_int64),
+    )
+
+
+class _LabelJob(Structure):
+    _fields_ = (
+        ("slices", c_void_p),
+        ("classes", c_int64),
+        ("class_stride", c_int64),
+        ("row_stride", c_int64),
+        ("width", c_int32),
+        ("regions", c_int32),
+        ("threshold", c_float),
+        ("label_bytes", c_int32),
+        ("axes", _Axis * 3),
+        ("labels", c_void_p),
+        ("out", c_void_p),
+        ("out_slice", c_int64),
+        ("out_row", c_int64),
+    )
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where each voxel of the result lies on one axis of the logits: between two neighbours, or on one of them.
+
+    Attributes:
+        lower, upper: places of the neighbours, int32.
+        lower_weight, upper_weight: their weights, float64.
+    """
+
+    lower: NDArray[np.int32]
+    upper: NDArray[np.int32]
+    lower_weight: NDArray[np.float64]
+    upper_weight: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.lower)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How logits become labels.
+
+    Attributes:
+        labels: of each class, uint16; with ``regions`` one more, the first, where no region is.
+        regions: whether each class is a region, of which the last counts whose logit exceeds ``threshold``; otherwise the
+            class of the largest logit counts, the first of several.
+    """
+
+    labels: NDArray[np.uint16]
+    regions: bool = False
+    threshold: float = 0.0
+
+    @property
+    def classes(self) -> int:
+        return len(self.labels) - self.regions
+
+
+class ScanCore:
+    """The functions, once the library is loaded. Tensors are float16 on the CPU unless stated otherwise."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def add_window(self, slices: Sequence[Tensor], values: Tensor, weights: Tensor) -> None:
+        """``slices += values * weights``, the product rounded to float32 and the sum to float16.
+
+        Args:
+            slices: one for each slice of the window, ``(classes, height, width)``; views with one stride for all of them.
+            values: float32, ``(classes, depth, height, width)``.
+            weights: ``(depth, height, width)``.
+        """
+        classes, depth, height, width = values.shape
+        first = slices[0]
+        assert len(slices) == depth
+        assert all(s.shape == (classes, height, width) and s.stride() == first.stride() for s in slices)
+        assert first.stride(2) == 1
+        assert values.dtype == torch.float32
+        assert weights.shape == (depth, height, width)
+        values, weights = values.contiguous(), weights.contiguous()
+        addresses = (c_void_p * depth)(*(s.data_ptr() for s in slices))
+        strides = (first.stride(0), first.stride(1))
+        sizes = (classes, depth, height, width)
+        self._library.e2e_add_window(
+            addresses, *strides, values.data_ptr(), weights.data_ptr(), *sizes, torch.get_num_threads()
+        )
+
+    def divide(self, sums: Tensor, counts: Tensor) -> bool:
+        """``sums /= counts``, of one slice each; whether a quotient is infinite.
+
+        Args:
+            sums: contiguous, ``(classes, height, width)``.
+            counts: contiguous, ``(height, width)``.
+        """
+        assert sums.is_contiguous()
+        assert counts.is_contiguous()
+        sizes = (sums.shape[0], counts.numel())
+        return bool(self._library.e2e_divide_slice(sums.data_ptr(), counts.data_ptr(), *sizes, torch.get_num_threads()))
+
+    def labeler(
+        self, axes: tuple[Axis, Axis, Axis], rule: Rule, strides: tuple[int, int], width: int, out: NDArray[np.generic]
+    ) -> Labeler:
+        """What turns finished slices of logits into labels.
+
+        Args:
+            strides: of classes and of rows in a slice of logits, in elements.
+            width: of a row of logits.
+            out: uint8 or uint16, as large as the axes; rows are contiguous.
+        """
+        return Labeler(self._library, axes, rule, strides, width, out)
+
+
+class Labeler:
+    """Labels of a scan, slice by slice. See ``ScanCore.labeler``."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        axes: tuple[Axis, Axis, Axis],
+        rule: Rule,
+        strides: tuple[int, int],
+        width: int,
+        out: NDArray[np.generic],
+    ) -> None:
+        assert out.shape == tuple(map(len, axes))
+        assert out.dtype in (np.uint8, np.uint16)
+        assert out.strides[2] == out.itemsize
+        self._library = library
+        self._arrays = [*axes, rule.labels, out]
+        self._upper = axes[0].upper
+        self._slices = (c_void_p * (int(axes[0].upper.max(initial=0)) + 1))()
+        self._done = 0
+        job = _LabelJob(
+            slices=ctypes.addressof(self._slices),
+            classes=rule.classes,
+            class_stride=strides[0],
+            row_stride=strides[1],
+            width=width,
+            regions=rule.regions,
+            threshold=rule.threshold,
+            label_bytes=out.itemsize,
+            labels=rule.labels.ctypes.data,
+            out=out.ctypes.data,
+            out_slice=out.strides[0] // out.itemsize,
+            out_row=out.strides[1] // out.itemsize,
+        )
+        for i, axis in enumerate(axes):
+            arrays = (axis.lower, axis.upper, axis.lower_weight, axis.upper_weight)
+            job.axes[i] = _Axis(*(array.ctypes.data for array in arrays), len(axis))
+        self._job = job
+
+    def take(self, first: int, slices: Sequence[Tensor]) -> None:
+        """Labels of all that lies between the slices of logits so far.
+
+        Args:
+            first: place of the first of ``slices`` on the first axis, which follows the last of the call before.
+            slices: float16, ``(classes, height, width)``. The last one is read again in the next call, and must stay.
+        """
+        for place, logits in enumerate(slices, first):
+            if place < len(self._slices):
+                self._slices[place] = logits.data_ptr()
+        end = int(np.searchsorted(self._upper, first + len(slices)))
+        threads = torch.get_num_threads()
+        scratch = np.empty(self._library.e2e_label_scratch(ctypes.byref(self._job), threads), np.uint8)
+        self._library.e2e_label_slices(ctypes.byref(self._job), self._done, end, scratch.ctypes.data, threads)
+        self._done = max(self._done, end)
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, size = c_void_p, c_int64
+    job = POINTER(_LabelJob)
+    signatures: dict[str, tuple[type | None, list[type]]] = {
+        "e2e_add_window": (None, [pointer, size, size, pointer, pointer, size, size, size, size, c_int]),
+        "e2e_divide_slice": (c_int, [pointer, pointer, size, size, c_int]),
+        "e2e_label_scratch": (size, [job, c_int]),
+        "e2e_label_slices": (None, [job, size, size, pointer, c_int]),
+        "e2e_label_job_size": (size, []),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype = result
+        function.argtypes = arguments
+
+
+@lru_cache(maxsize=1)
+def load_scan_core() -> ScanCore | str:
+    """The functions, or a sentence that says why they cannot be used."""
+    library = load_library()
+    if isinstance(library, str):
+        return library
+    try:
+        _declare(library)
+    except AttributeError as error:
+        return f"the compiled core is of another version of this package ({error}): reinstall it"
+    if library.e2e_label_job_size() != ctypes.sizeof(_LabelJob):
+        return "the compiled core is of another version of this package: reinstall it"
+    return ScanCore(library)

@@ -1,0 +1,65 @@
+"""Whether nnU-Net's prediction is the one whose results are reproduced here. Nothing else of nnU-Net is imported for that."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from functools import cache, reduce
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+_PREDICTOR = "nnunetv2.inference.predict_from_raw_data:nnUNetPredictor"
+_PREPROCESSOR = "nnunetv2.preprocessing.preprocessors.default_preprocessor:DefaultPreprocessor"
+_EXPORT = "nnunetv2.inference.export_prediction"
+REPRODUCED = (
+    f"{_PREDICTOR}._internal_get_data_iterator_from_lists_of_filenames",
+    f"{_PREDICTOR}.predict_from_data_iterator",
+    f"{_PREDICTOR}.predict_single_npy_array",
+    f"{_PREDICTOR}.predict_logits_from_preprocessed_data",
+    f"{_PREDICTOR}.predict_sliding_window_return_logits",
+    f"{_PREDICTOR}._internal_get_sliding_window_slicers",
+    f"{_PREDICTOR}._internal_maybe_mirror_and_predict",
+    f"{_PREDICTOR}._internal_predict_sliding_window_return_logits",
+    "nnunetv2.inference.sliding_window_prediction:compute_gaussian",
+    f"{_EXPORT}:convert_predicted_logits_to_segmentation_with_correct_shape",
+    f"{_EXPORT}:export_prediction_from_logits",
+    "nnunetv2.preprocessing.resampling.default_resampling",
+    "nnunetv2.utilities.label_handling.label_handling:LabelManager",
+    f"{_PREPROCESSOR}.run_case",
+    f"{_PREPROCESSOR}.run_case_npy",
+)
+"""Modules, and functions and classes in them."""
+
+# SHA-256 of their source texts
+KNOWN = {
+    "2.8.0": "fa7d46735d3b3fa8b59a20bd0dd75ce45638c53db1a4961f045d860bf9878945",
+    "2.8.1": "8089bdfbda8d858f859660336d0f54ee03803188595a6f6ad1fbe4e682a5ffd8",
+}
+
+
+def digest(reproduced: Sequence[str] = REPRODUCED) -> str | None:
+    """SHA-256 of the source texts; None if one is missing or cannot be read. Call it before anything is replaced."""
+    try:
+        texts = [inspect.getsource(_found(name)) for name in reproduced]
+    except (ImportError, AttributeError, OSError):
+        return None
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def _found(name: str) -> Any:
+    module, _, path = name.partition(":")
+    found: Any = import_module(module)
+    return inspect.unwrap(reduce(getattr, path.split("."), found)) if path else found
+
+
+_digest = cache(digest)
+
+
+def why_unknown() -> str | None:
+    """Why the installed nnU-Net may give other results; None if it is known. Asked first before anything is replaced."""
+    installed = version("nnunetv2")
+    if installed in KNOWN and _digest() == KNOWN[installed]:
+        return None
+    return f"nnU-Net {installed} is not one that is known here ({', '.join(KNOWN)}), or it was changed"

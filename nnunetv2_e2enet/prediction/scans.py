@@ -1,0 +1,202 @@
+"""Scans from files to segmentations, with the network of one of nnU-Net's predictors: reading, windows, export, writing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from nnunetv2_e2enet.engine.scan import ScanCore
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.machine import free_bytes
+from nnunetv2_e2enet.prediction.export import Export, label_dtype
+from nnunetv2_e2enet.prediction.windows import SlidingSums, as_window, slide
+
+if TYPE_CHECKING:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+Segmentation = NDArray[Any]
+
+
+class Preprocessed(TypedDict):
+    """What nnU-Net's iterators over preprocessed cases give."""
+
+    data: Tensor
+    data_properties: dict[str, Any]
+    ofile: str | None
+
+
+class _WithoutSegmentation(ConfigurationManager):
+    """A configuration for preprocessing whose segmentation, which nobody looks at, is not resampled."""
+
+    @property
+    def resampling_fn_seg(self) -> Any:
+        return lambda segmentation, *_: segmentation[:, :1, :1, :1]
+
+
+def preprocessing(predictor: nnUNetPredictor) -> tuple[Any, ConfigurationManager]:
+    """nnU-Net's preprocessor for images without segmentation, and the configuration to call it with."""
+    configuration = predictor.configuration_manager
+    cls = configuration.preprocessor_class
+    if cls is DefaultPreprocessor:
+        configuration = _WithoutSegmentation(configuration.configuration)
+    return cls(verbose=predictor.verbose_preprocessing), configuration
+
+
+def preprocessed_ahead(
+    predictor: nnUNetPredictor, images: Sequence[Sequence[str]], outputs: Sequence[str | None]
+) -> Iterator[Preprocessed]:
+    """Preprocessed cases, each read while the one before is looked at."""
+    preprocessor, configuration = preprocessing(predictor)
+
+    def read(files: Sequence[str], output: str | None) -> Preprocessed:
+        data, _, properties = preprocessor.run_case(
+            list(files), None, predictor.plans_manager, configuration, predictor.dataset_json
+        )
+        tensor = torch.from_numpy(data).to(dtype=torch.float32, memory_format=torch.contiguous_format)
+        return {"data": tensor, "data_properties": properties, "ofile": output}
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead: Future[Preprocessed] | None = None
+        for case in zip(images, outputs, strict=True):
+            following = reader.submit(read, *case)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
+
+
+@torch.inference_mode()
+def segment(predictor: nnUNetPredictor, core: ScanCore, data: Tensor, properties: Mapping[str, Any]) -> Segmentation:
+    """The segmentation of a preprocessed image, in the axes and the size of the image that was read.
+
+    Each fold's logits are summed over its windows as nnU-Net sums them. Of one fold, slices become labels as soon as the last
+    window has left them; of several, the mean has to be known.
+
+    Args:
+        data: float32, ``(channels, depth, height, width)``.
+
+    Raises:
+        E2ENetError: there is too little memory.
+        RuntimeError: logits are too large for float16.
+    """
+    network, configuration, labels = predictor.network, predictor.configuration_manager, predictor.label_manager
+    patch = tuple(configuration.patch_size)
+    padded, inside = pad_nd_image(data, patch, "constant", {"value": 0}, True, None)
+    _, depths, rows, columns = inside
+    slicers = predictor._internal_get_sliding_window_slicers(padded.shape[1:])
+    windows = [as_window(slicer) for slicer in slicers]
+    classes, size = labels.num_segmentation_heads, tuple(padded.shape[1:])
+    folds = len(predictor.list_of_parameters)
+    _check_memory(predictor, classes, size, SlidingSums.shape(classes, size, windows), properties)
+    weights = _weights(predictor, patch)
+    total = torch.empty((data.shape[1], classes, *size[1:]), dtype=torch.half) if folds > 1 else None
+    shape = tuple(data.shape[1:])
+    strides = (prod(size[1:]), size[2])
+    result = Export(core, predictor.plans_manager, configuration, labels, properties, shape, strides)
+
+    def take(fold: int, first: int, slices: Sequence[Tensor]) -> None:
+        first -= depths.start
+        wanted = [(place, logits) for place, logits in enumerate(slices, first) if 0 <= place < shape[0]]
+        if total is None and wanted:
+            result.take(wanted[0][0], [logits[:, rows, columns] for _, logits in wanted])
+        elif total is not None:
+            for place, logits in wanted:
+                if fold == 0:
+                    total[place] = logits
+                else:
+                    total[place] += logits
+
+    with _threads():
+        for fold, parameters in enumerate(predictor.list_of_parameters):
+            network.load_state_dict(parameters)
+            network.to(predictor.device).eval()
+            sums = SlidingSums(core, classes, size, windows)
+            with tqdm(total=len(slicers), disable=not predictor.allow_tqdm) as bar:
+                predict = predictor._internal_maybe_mirror_and_predict
+                slide(sums, padded, slicers, predict, weights, partial(take, fold), bar.update)
+            del sums
+        if total is not None:
+            total /= folds
+            result.take(0, list(total[:, :, rows, columns]))
+    return result.result
+
+
+def _weights(predictor: nnUNetPredictor, patch: tuple[int, ...]) -> Tensor:
+    if not predictor.use_gaussian:
+        return torch.ones(patch, dtype=torch.half)
+    gaussian: Tensor = compute_gaussian(patch, sigma_scale=1.0 / 8, value_scaling_factor=10, device=torch.device("cpu"))
+    return gaussian
+
+
+@contextmanager
+def _threads() -> Iterator[None]:
+    """As many threads as nnU-Net predicts with."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(default_num_processes, threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check_memory(
+    predictor: nnUNetPredictor,
+    classes: int,
+    size: Sequence[int],
+    sums: Sequence[int],
+    properties: Mapping[str, Any],
+) -> None:
+    """Before hours of work end in a process that the system kills."""
+    half, single = 2, 4
+    needed = half * prod(sums) * (1 + 1 / classes)
+    needed += (
+        2 * single * classes * prod(predictor.configuration_manager.patch_size)
+    )  # logits of a patch and of its mirror image
+    needed += prod(properties["shape_before_cropping"]) * np.dtype(label_dtype(predictor.label_manager)).itemsize
+    if len(predictor.list_of_parameters) > 1:
+        needed += half * classes * prod(size)
+    free = free_bytes()
+    if needed > free:
+        voxels = " x ".join(map(str, size))
+        raise E2ENetError(
+            f"{classes} classes of {voxels} voxels need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: close "
+            "other programs, predict fewer folds at once, or use a machine with more"
+        )
+
+
+def write(predictor: nnUNetPredictor, segmentation: Segmentation, target: str, properties: Mapping[str, Any]) -> None:
+    """A file as nnU-Net writes it, which appears whole or not at all.
+
+    Args:
+        target: path without nnU-Net's file ending.
+
+    Raises:
+        OSError, RuntimeError: it cannot be written.
+    """
+    final = Path(target + predictor.dataset_json["file_ending"])
+    writer = predictor.plans_manager.image_reader_writer_class()
+    with TemporaryDirectory(prefix=".writing_", dir=final.parent) as folder:  # not a hidden file, which commands would find
+        writer.write_seg(segmentation, str(Path(folder) / final.name), properties)
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == final.name):  # the segmentation last
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.replace(final.parent / path.name)

@@ -1,0 +1,512 @@
+"""Whole scans on a CPU: voxel by voxel what nnU-Net makes of the same logits, and of the same images."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nnunetv2.inference import predict_from_raw_data
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from support import Project
+
+from nnunetv2_e2enet.engine.scan import ScanCore, load_scan_core
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.prediction import install, known, scans, why_never, why_nnunet
+from nnunetv2_e2enet.prediction.export import Export
+
+pytestmark = pytest.mark.skipif(isinstance(load_scan_core(), str), reason="the compiled core was not built")
+
+RESAMPLING = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
+PLAIN = {"background": 0, "liver": 1, "spleen": 2, "lesion": 3}
+REGIONS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "lesion": [3]}
+ORDER = [1, 2, 3]
+
+
+def make_plans(transpose: tuple[int, ...] = (0, 1, 2), **configuration: Any) -> PlansManager:
+    """nnU-Net's plans with one configuration, ``here``."""
+    here = {
+        "spacing": [1.0, 1.0, 1.0],
+        "patch_size": [8, 16, 16],
+        "preprocessor_name": "DefaultPreprocessor",
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": {**RESAMPLING, "order": 3},
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg_kwargs": {**RESAMPLING, "is_seg": True},
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+        "resampling_fn_probabilities_kwargs": RESAMPLING,
+        "architecture": {},
+        **configuration,
+    }
+    return PlansManager(
+        {
+            "dataset_name": "Dataset001_Test",
+            "plans_name": "test",
+            "image_reader_writer": "SimpleITKIO",
+            "label_manager": "LabelManager",
+            "transpose_forward": list(transpose),
+            "transpose_backward": list(np.argsort(transpose)),
+            "foreground_intensity_properties_per_channel": {"0": {}},
+            "configurations": {"here": here},
+        }
+    )
+
+
+def scan_core() -> ScanCore:
+    core = load_scan_core()
+    assert not isinstance(core, str)
+    return core
+
+
+# ---- logits to segmentations ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Of one scan, and where they belong."""
+
+    values: np.ndarray
+    plans: PlansManager
+    labels: LabelManager
+    properties: dict[str, Any]
+
+    def by_nnunet(self) -> np.ndarray:
+        configuration = self.plans.get_configuration("here")
+        with np.errstate(invalid="ignore"):
+            return convert_predicted_logits_to_segmentation_with_correct_shape(
+                self.values, self.plans, configuration, self.labels, self.properties, num_threads_torch=1
+            )
+
+    def by_us(self, pieces: np.random.Generator) -> np.ndarray:
+        """In pieces of random sizes, as windows leave them behind."""
+        slices = torch.from_numpy(np.ascontiguousarray(self.values.transpose(1, 0, 2, 3)))
+        configuration = self.plans.get_configuration("here")
+        strides = (slices.stride(1), slices.stride(2))
+        shape = self.values.shape[1:]
+        export = Export(scan_core(), self.plans, configuration, self.labels, self.properties, shape, strides)
+        first = 0
+        while first < len(slices):
+            n = int(pieces.integers(1, len(slices) - first + 1))
+            export.take(first, list(slices[first : first + n]))
+            first += n
+        return export.result
+
+
+def random_logits(seed: int) -> Logits:
+    """Labels, regions and many labels; scans in and out of plane; ties, halves of a step, zeros and what is no number."""
+    generator = np.random.default_rng(seed)
+    kind = generator.choice(["plain", "regions", "many"], p=[0.6, 0.35, 0.05])
+    names = {"plain": PLAIN, "regions": REGIONS, "many": {"background": 0, **{f"label {i}": i for i in range(1, 300)}}}[kind]
+    labels = LabelManager(names, list(generator.permutation([1, 2, 7])) if kind == "regions" else None)
+    shape = generator.integers(1, 6 if kind == "many" else 13, 3)
+    factors = generator.choice([1, 1, 1 / 3, 0.5, 0.77, 1.25, 1.5, 2, 3], 3)
+    cropped = np.maximum(1, np.round(shape * factors)).astype(int)
+    before = generator.integers(0, 3, 3)
+    whole = cropped + before + generator.integers(0, 3, 3)
+    two_d = generator.random() < 0.2
+    spacing = generator.choice([0.7, 1.0, 2.5, 5.0], 2 if two_d else 3)
+    transpose = tuple(generator.permutation(3))
+    force = [None, False, True][generator.integers(3)]
+    kwargs = {**RESAMPLING, "force_separate_z": force}
+    plans = make_plans(transpose, spacing=list(spacing), resampling_fn_probabilities_kwargs=kwargs)
+    classes = (labels.num_segmentation_heads, *shape)
+    values = {
+        "integers": lambda: generator.integers(-2, 3, classes),
+        "halves of a step": lambda: generator.integers(-2, 3, classes) + generator.integers(-1, 2, classes) * 2.0**-9,
+        "small": lambda: generator.normal(0, 1e-6, classes),
+        "usual": lambda: generator.normal(0, 5, classes),
+        "large": lambda: generator.uniform(-65504, 65504, classes),
+    }
+    logits = values[str(generator.choice(list(values)))]().astype(np.float16)
+    if generator.random() < 0.05:
+        logits[tuple(generator.integers(0, n) for n in classes)] = np.nan
+    properties = {
+        "spacing": list(generator.choice([0.7, 1.0, 2.5, 5.0], 3)),
+        "shape_before_cropping": tuple(map(int, whole)),
+        "shape_after_cropping_and_before_resampling": tuple(map(int, cropped)),
+        "bbox_used_for_cropping": [[int(a), int(a + n)] for a, n in zip(before, cropped, strict=True)],
+    }
+    return Logits(logits, plans, labels, properties)
+
+
+def assert_same_export(seed: int) -> None:
+    case = random_logits(seed)
+    theirs, ours = case.by_nnunet(), case.by_us(np.random.default_rng(seed))
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=200, deadline=None)
+def test_the_export_is_nnunets(seed: int) -> None:
+    assert_same_export(seed)
+
+
+@pytest.mark.slow
+def test_the_export_is_nnunets_in_thousands_of_cases() -> None:
+    for seed in range(3000):
+        assert_same_export(seed)
+
+
+def test_a_threshold_is_the_probability_that_nnunet_asks_for() -> None:
+    """Every number in float16 as the logit of a region."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    labels = LabelManager({"background": 0, "all": [1, 2], "part": [2]}, [1, 2])
+    values = np.stack([halves[np.isfinite(halves)]] * 2)[:, None, None]
+    values[0] = -1
+    shape = values.shape[1:]
+    properties = {
+        "spacing": [1.0, 1.0, 1.0],
+        "shape_before_cropping": shape,
+        "shape_after_cropping_and_before_resampling": shape,
+        "bbox_used_for_cropping": [[0, n] for n in shape],
+    }
+    case = Logits(values, make_plans(), labels, properties)
+    np.testing.assert_array_equal(case.by_us(np.random.default_rng(0)), case.by_nnunet())
+
+
+# ---- images to segmentations ---------------------------------------------------------------------------------------------
+
+
+def make_network(plans: PlansManager, heads: int, seed: int) -> E2ENet:
+    dimension = len(plans.get_configuration("here").patch_size)
+    torch.manual_seed(seed)
+    convolution, norm = {2: (torch.nn.Conv2d, torch.nn.InstanceNorm2d), 3: (torch.nn.Conv3d, torch.nn.InstanceNorm3d)}[
+        dimension
+    ]
+    network = E2ENet(
+        1,
+        heads,
+        n_stages=3,
+        features_per_stage=[8, 12, 16],
+        conv_op=convolution,
+        strides=[[1] * dimension, [2] * dimension, [2] * dimension],
+        n_conv_per_stage=[2, 2, 2],
+        conv_bias=True,
+        norm_op=norm,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=torch.nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        deep_supervision=False,
+    )
+    for name, parameter in network.named_parameters():
+        if "seg_layers" in name or parameter.dim() == 1:
+            torch.nn.init.normal_(parameter)
+    return network.eval()
+
+
+def make_predictor(
+    plans: PlansManager,
+    labels: dict[str, Any] | None = None,
+    folds: int = 1,
+    mirrors: tuple[int, ...] | None = None,
+    **options: Any,
+) -> nnUNetPredictor:
+    install()
+    names = PLAIN if labels is None else labels
+    dataset = {"labels": names, "channel_names": {"0": "CT"}, "file_ending": ".nii.gz", "regions_class_order": ORDER}
+    heads = plans.get_label_manager(dataset).num_segmentation_heads
+    states = [make_network(plans, heads, seed).state_dict() for seed in range(folds)]
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, use_mirroring=mirrors is not None, **options)
+    predictor.manual_initialization(
+        make_network(plans, heads, 0), plans, plans.get_configuration("here"), states, dataset, "nnUNetTrainerE2ENet", mirrors
+    )
+    return predictor
+
+
+def image(shape: tuple[int, ...], margin: int = 1) -> np.ndarray:
+    values = np.random.default_rng(0).normal(100, 30, shape).astype(np.float32)
+    values[:margin] = values[:, :margin] = 0  # cropped by nnU-Net
+    return values[None]
+
+
+@pytest.fixture
+def only_ours(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called, it makes nnU-Net's own export fail."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("nnU-Net's own export was called")
+
+    def apply() -> None:
+        for name in ("convert_predicted_logits_to_segmentation_with_correct_shape", "export_prediction_from_logits"):
+            monkeypatch.setattr(predict_from_raw_data, name, fail)
+
+    return apply
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...], list[float]]] = {
+    "one window": ({}, {}, (8, 16, 16), [1, 1, 1]),
+    "smaller than a window": ({}, {}, (5, 12, 13), [1, 1, 1]),
+    "many windows": ({}, {}, (30, 37, 21), [1, 1, 1]),
+    "steps as large as windows": ({}, {"tile_step_size": 1.0}, (33, 37, 21), [1, 1, 1]),
+    "resampled": ({"spacing": [1.5, 0.8, 0.8]}, {}, (20, 30, 31), [2.5, 0.9, 0.7]),
+    "downsampled": ({"spacing": [0.6, 0.6, 0.6]}, {}, (9, 15, 14), [1, 1, 1]),
+    "upsampled in depth": ({"spacing": [3, 1, 1]}, {}, (50, 20, 18), [1, 1, 1]),
+    "depth apart": ({"spacing": [5, 0.8, 0.8]}, {}, (21, 25, 31), [2.5, 0.9, 0.7]),
+    "another axis apart": ({}, {}, (21, 25, 9), [1, 1, 4]),
+    "transposed": ({"transpose": (2, 0, 1), "spacing": [1.2, 0.8, 0.9]}, {}, (21, 25, 13), [0.9, 0.7, 2.5]),
+    "regions": ({"spacing": [1.5, 0.8, 0.8]}, {"labels": REGIONS}, (20, 30, 31), [2.5, 0.9, 0.7]),
+    "mirrored": ({}, {"mirrors": (0, 2)}, (12, 20, 19), [1, 1, 0.9]),
+    "three folds": ({"spacing": [1.5, 0.8, 0.8]}, {"folds": 3}, (20, 30, 31), [2.5, 0.9, 0.7]),
+    "no Gaussian": ({}, {"use_gaussian": False}, (12, 20, 19), [1, 1, 0.9]),
+    "2D": ({"patch_size": [16, 24], "spacing": [0.8, 0.9]}, {}, (7, 30, 31), [3, 0.9, 0.7]),
+    "2D, regions, mirrored": (
+        {"patch_size": [16, 24], "spacing": [0.8, 0.9]},
+        {"labels": REGIONS, "mirrors": (0, 1), "folds": 2},
+        (7, 30, 31),
+        [3, 0.9, 0.7],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_scan_is_nnunets(name: str, setting: Callable[..., None], only_ours: Callable[[], None]) -> None:
+    plans, options, shape, spacing = CASES[name]
+    predictor = make_predictor(make_plans(**plans), **options)
+    setting(predictor="off")
+    theirs = predictor.predict_single_npy_array(image(shape), {"spacing": spacing})
+    setting(predictor="on")
+    assert why_nnunet(predictor) is None
+    only_ours()
+    ours = predictor.predict_single_npy_array(image(shape), {"spacing": spacing})
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == shape
+    assert len(np.unique(theirs)) > 1
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_scan_with_the_engine_is_nnunets(setting: Callable[..., None], only_ours: Callable[[], None]) -> None:
+    predictor = make_predictor(make_plans(spacing=[1.5, 0.8, 0.8]), mirrors=(1,))
+    setting(engine="on", predictor="off")
+    theirs = predictor.predict_single_npy_array(image((20, 30, 31)), {"spacing": [2.5, 0.9, 0.7]})
+    setting(predictor="on")
+    only_ours()
+    ours = predictor.predict_single_npy_array(image((20, 30, 31)), {"spacing": [2.5, 0.9, 0.7]})
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_logits_that_float16_cannot_hold(setting: Callable[..., None]) -> None:
+    predictor = make_predictor(make_plans())
+    for parameters in predictor.list_of_parameters:
+        for name, value in parameters.items():
+            if "seg_layers" in name:
+                value.mul_(1e5)
+    for predicting in ("off", "on"):
+        setting(predictor=predicting)
+        with pytest.raises(RuntimeError, match="Encountered inf in predicted array"):
+            predictor.predict_single_npy_array(image((8, 16, 16)), {"spacing": [1, 1, 1]})
+
+
+# ---- what stays with nnU-Net ---------------------------------------------------------------------------------------------
+
+
+class _Predictor(nnUNetPredictor):
+    """Somebody else's."""
+
+
+class _Network(E2ENet):
+    """Somebody else's."""
+
+
+class _Labels(LabelManager):
+    """Somebody else's."""
+
+
+def _other_plans(predictor: nnUNetPredictor, **changes: Any) -> None:
+    predictor.configuration_manager.configuration.update(changes)
+
+
+OTHERS: dict[str, Callable[[nnUNetPredictor], None]] = {
+    "another predictor": lambda predictor: setattr(predictor, "__class__", _Predictor),
+    "another network": lambda predictor: setattr(predictor.network, "__class__", _Network),
+    "another label manager": lambda predictor: setattr(predictor.label_manager, "__class__", _Labels),
+    "a cascade": lambda predictor: _other_plans(predictor, previous_stage="3d_lowres"),
+    "another resampling": lambda predictor: _other_plans(predictor, resampling_fn_probabilities="no_resampling_hack"),
+    "another order": lambda predictor: _other_plans(
+        predictor, resampling_fn_probabilities_kwargs={**RESAMPLING, "order_z": 1}
+    ),
+    "a GPU": lambda predictor: setattr(predictor, "device", torch.device("meta")),
+    "no weights": lambda predictor: setattr(predictor, "list_of_parameters", None),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_left_to_nnunet(name: str) -> None:
+    predictor = make_predictor(make_plans())
+    assert why_nnunet(predictor) is None
+    OTHERS[name](predictor)
+    assert why_nnunet(predictor) is not None
+
+
+def test_an_unknown_nnunet_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = make_predictor(make_plans())
+    monkeypatch.setattr(known, "KNOWN", dict.fromkeys(known.KNOWN, "0" * 64))
+    assert "or it was changed" in str(why_nnunet(predictor))
+    assert why_never() == why_nnunet(predictor)
+
+
+def test_a_changed_nnunet_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its functions are changed, and one after the other removed."""
+    names = [name for name in known.REPRODUCED if "nnUNetPredictor" not in name]  # whose methods are replaced in this process
+    before = known.digest(names)
+    assert before is not None
+    module = "nnunetv2.inference.sliding_window_prediction.compute_gaussian"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, make_plans)
+        assert known.digest(names) not in (None, before)
+        patch.delattr(module)
+        assert known.digest(names) is None
+    assert known.digest(names) == before
+
+
+def test_probabilities_are_nnunets_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = make_predictor(make_plans())
+    called: list[bool] = []
+    original = predict_from_raw_data.convert_predicted_logits_to_segmentation_with_correct_shape
+
+    def notice(*arguments: Any, **options: Any) -> Any:
+        called.append(True)
+        return original(*arguments, **options)
+
+    name = "convert_predicted_logits_to_segmentation_with_correct_shape"
+    monkeypatch.setattr(predict_from_raw_data, name, notice)
+    segmentation, probabilities = predictor.predict_single_npy_array(
+        image((8, 16, 16)), {"spacing": [1, 1, 1]}, save_or_return_probabilities=True
+    )
+    assert called
+    np.testing.assert_array_equal(probabilities.argmax(0), segmentation)
+
+
+def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = make_predictor(make_plans())
+    monkeypatch.setattr(scans, "free_bytes", lambda: 1e4)
+    with pytest.raises(E2ENetError, match=r"4 classes of 8 x 16 x 16 voxels need 0\.0 GB of memory, 0\.0 GB are free: close"):
+        predictor.predict_single_npy_array(image((8, 16, 16), 0), {"spacing": [1, 1, 1]})
+    case = {"data": torch.zeros(1, 8, 16, 16), "data_properties": {"shape_before_cropping": (8, 16, 16)}, "ofile": None}
+    with pytest.raises(SystemExit, match=r"^E2ENet: 4 classes of"):
+        predictor.predict_from_data_iterator([case])
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy in results of its own, with random heads, so that every label has many components."""
+    folder = tmp_path_factory.mktemp("results") / trained.parent.name / trained.name
+    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("validation"))
+    generator = torch.Generator().manual_seed(0)
+    for path in sorted(folder.glob("fold_*/checkpoint_final.pth")):
+        content = torch.load(path, weights_only=False)
+        for name, value in content["network_weights"].items():
+            if "seg_layers" in name:
+                value.normal_(generator=generator)
+        torch.save(content, path)
+    return folder
+
+
+@dataclass(frozen=True)
+class Command:
+    """``nnUNetv2_predict`` on the test images of the project."""
+
+    project: Project
+    model: Path
+
+    def arguments(self, output: Path, *options: str) -> list[str]:
+        files = ["-i", str(self.project.raw / "imagesTs"), "-o", str(output), "-device", "cpu", "-npp", "1", "-nps", "1"]
+        names = ["-d", "993", "-c", "3d_fullres", "-tr", "nnUNetTrainerE2ENet_smoke"]
+        return ["nnUNetv2_predict", *files, *names, "--disable_tta", *options]
+
+    def environment(self, predictor: str) -> dict[str, str]:
+        return {"nnUNet_results": str(self.model.parents[1]), "nnUNet_e2enet_predictor": predictor}
+
+    def __call__(self, output: Path, *options: str, predictor: str = "on") -> subprocess.CompletedProcess[str]:
+        return self.project.run(*self.arguments(output, *options), env=self.environment(predictor))
+
+
+@pytest.fixture
+def command(project: Project, model: Path) -> Command:
+    return Command(project, model)
+
+
+def segmentations(folder: Path) -> dict[str, tuple[Any, ...]]:
+    """Voxels and grids of all files, hidden ones as well."""
+    found = {}
+    for path in sorted(folder.rglob("*.nii.gz")):
+        image = SimpleITK.ReadImage(path)
+        grid = (image.GetSpacing(), image.GetOrigin(), image.GetDirection(), image.GetPixelIDTypeAsString())
+        found[str(path.relative_to(folder))] = (grid, SimpleITK.GetArrayFromImage(image).tolist())
+    return found
+
+
+def test_nnunets_command(command: Command, tmp_path: Path) -> None:
+    """Several folds, parts, and going on where another command stopped."""
+    theirs, ours, parts = (tmp_path / name for name in ("theirs", "ours", "parts"))
+    assert "sending off prediction to background worker" in command(theirs, "-f", "0", "1", predictor="off").stdout
+    expected = segmentations(theirs)
+    assert len(expected) == 2
+    assert "background worker" not in command(ours, "-f", "0", "1").stdout
+    assert segmentations(ours) == expected
+    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+    for part in ("0", "1"):
+        command(parts, "-f", "0", "1", "-num_parts", "2", "-part_id", part)
+    assert segmentations(parts) == expected
+    kept, removed = (ours / name for name in expected)
+    stamp = kept.stat().st_mtime_ns
+    removed.unlink()
+    command(ours, "-f", "0", "1", "--continue_prediction")
+    assert segmentations(ours) == expected
+    assert kept.stat().st_mtime_ns == stamp
+
+
+def test_nnunets_command_with_probabilities(command: Command, tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    command(theirs, "-f", "0", "--save_probabilities", predictor="off")
+    command(ours, "-f", "0", "--save_probabilities")
+    assert segmentations(ours) == segmentations(theirs)
+    for path in sorted(theirs.glob("*.npz")):
+        np.testing.assert_array_equal(np.load(ours / path.name)["probabilities"], np.load(path)["probabilities"])
+
+
+def test_a_killed_command_leaves_no_half_written_file(tmp_path: Path) -> None:
+    """Killed while a segmentation is written: the folder that nnU-Net's commands list holds no file with its name."""
+    code = f"""
+import os, signal
+from pathlib import Path
+import numpy as np
+import SimpleITK
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2_e2enet.prediction import scans
+
+class Predictor:
+    dataset_json = {{"file_ending": ".nii.gz"}}
+    class plans_manager:
+        class image_reader_writer_class(SimpleITKIO):
+            def write_seg(self, seg, path, properties):
+                super().write_seg(seg, path, properties)
+                Path(path).write_bytes(Path(path).read_bytes()[:100])
+                os.kill(os.getpid(), signal.SIGKILL)
+
+grid = {{"sitk_stuff": {{"spacing": (1, 1, 1), "origin": (0, 0, 0), "direction": (1, 0, 0, 0, 1, 0, 0, 0, 1)}}}}
+scans.write(Predictor(), np.zeros((20, 20, 20), np.uint8), {str(tmp_path / "case")!r}, grid)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.is_dir()
