@@ -2,6 +2,7 @@
 
     python benchmarks/whole_command.py --task path/to/Task04_Hippocampus    # real scans of the Medical Segmentation Decathlon
     python benchmarks/whole_command.py                                       # a phantom whose patch is 64 x 160 x 160
+    python benchmarks/whole_command.py --ct                                  # 100 slices of 512 x 512 voxels, 15 organs
 
 The models have random weights, which cost the same time as trained ones. The commands run in turn, round by round. Memory is
 the largest resident set of one process of the command, and the largest sum over all its processes (a page that several share
@@ -18,20 +19,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+import SimpleITK
 import torch
-from contestants import as_amos
+from contestants import amos_labels, as_amos
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from numpy.typing import NDArray
 
 from nnunetv2_e2enet.engine import ENGINE_VARIABLE, STORAGE_VARIABLE
+from nnunetv2_e2enet.settings import variable
 
 DATASET, NUMBER, CONFIGURATION, PLANS = "Dataset991_Benchmark", "991", "3d_fullres", "nnUNetPlans"
+PREDICTOR_VARIABLE = variable("predictor")
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
@@ -41,11 +48,13 @@ class Variant:
     trainer: str
     engine: str = "on"
     storage: str = "float32"
+    predictor: str = "on"
 
 
 VARIANTS = (
     Variant("stock nnU-Net", "nnUNetTrainer"),
     Variant("E2ENet, engine on", "nnUNetTrainerE2ENet"),
+    Variant("E2ENet, engine on, nnU-Net's way around the network", "nnUNetTrainerE2ENet", predictor="off"),
     Variant("E2ENet, engine off", "nnUNetTrainerE2ENet", engine="off"),
     Variant("E2ENet, engine on, maps in bfloat16", "nnUNetTrainerE2ENet", storage="bfloat16"),
 )
@@ -85,7 +94,37 @@ def take_scans(task: Path, raw: Path, n_training: int, n_images: int) -> None:
     (raw / "dataset.json").write_text(json.dumps(content))
 
 
-def prepare(folder: Path, task: Path | None) -> list[int]:
+def write_ct(path: Path, slices: int) -> None:
+    """A body with 15 organs in Hounsfield units, 512 x 512 voxels of 0.8 x 0.8 x 2.5 mm a slice."""
+    generator = np.random.default_rng(0)
+    shape = (slices, 512, 512)
+    places = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in shape), indexing="ij", sparse=True)
+
+    def ellipsoid(centre: Sequence[float], radii: Sequence[float]) -> NDArray[np.bool_]:
+        return sum(((p - c) / r) ** 2 for p, c, r in zip(places, centre, radii, strict=True)) < 1
+
+    image = np.full(shape, -1000, np.float32)
+    image[ellipsoid((0, 0, 0), (4, 0.7, 0.9))] = 40
+    for _ in range(15):
+        inside = ellipsoid(generator.uniform(-0.5, 0.5, 3), generator.uniform(0.05, 0.3, 3))
+        image[inside] = generator.uniform(-100, 300)
+    image += generator.normal(0, 20, shape).astype(np.float32)
+    scan = SimpleITK.GetImageFromArray(image.astype(np.int16))
+    scan.SetSpacing((0.8, 0.8, 2.5))
+    SimpleITK.WriteImage(scan, path)
+
+
+def take_ct(folder: Path, slices: int) -> None:
+    """The CT as the only image to predict, and 16 classes."""
+    raw = folder / "nnUNet_raw" / DATASET
+    for path in (raw / "imagesTs").iterdir():
+        path.unlink()
+    write_ct(raw / "imagesTs" / "ct_0000.nii.gz", slices)
+    dataset = amos_labels(json.loads((raw / "dataset.json").read_text()))
+    (raw / "dataset.json").write_text(json.dumps(dataset))
+
+
+def prepare(folder: Path, task: Path | None, slices: int | None) -> list[int]:
     """Data, plans and models with random weights; returns the patch size."""
     for name in FOLDERS:
         (folder / name).mkdir(parents=True)
@@ -100,6 +139,9 @@ def prepare(folder: Path, task: Path | None) -> list[int]:
     plans = json.loads((preprocessed / f"{PLANS}.json").read_text())
     if task is None:
         plans = as_amos(plans, CONFIGURATION)
+    if slices is not None:
+        take_ct(folder, slices)
+        plans["configurations"][CONFIGURATION]["spacing"] = [2.5, 1.0, 1.0]
     dataset = json.loads((raw / "dataset.json").read_text())
     for trainer in {variant.trainer for variant in VARIANTS}:
         write_model(folder / "nnUNet_results" / DATASET / f"{trainer}__{PLANS}__{CONFIGURATION}", trainer, plans, dataset)
@@ -145,7 +187,7 @@ def memory_of_tree(process: int) -> int:
 
 def measure(folder: Path, variant: Variant, options: list[str], measured: Measured) -> None:
     environment = {**os.environ, **{name: str(folder / name) for name in FOLDERS}}
-    environment |= {ENGINE_VARIABLE: variant.engine, STORAGE_VARIABLE: variant.storage}
+    environment |= {ENGINE_VARIABLE: variant.engine, STORAGE_VARIABLE: variant.storage, PREDICTOR_VARIABLE: variant.predictor}
     images, output = folder / "nnUNet_raw" / DATASET / "imagesTs", folder / "predictions" / variant.name
     arguments = ["-i", str(images), "-o", str(output), "-d", NUMBER, "-c", CONFIGURATION, "-f", "0", "-tr", variant.trainer]
     arguments += ["-device", "cpu", "-npp", "1", "-nps", "1", *options]
@@ -179,17 +221,21 @@ def spread(values: list[float], digits: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", type=Path, help="a task of the Medical Segmentation Decathlon, instead of the phantom")
+    parser.add_argument("--ct", type=int, nargs="?", const=100, metavar="SLICES", help="a CT instead of the phantom (100)")
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="of the variants, counted from 0")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--without-engine-off", action="store_true", help="E2ENet in PyTorch takes minutes on a large patch")
     parser.add_argument("--mirrors", action="store_true", help="test-time augmentation, as nnU-Net does unless told otherwise")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     arguments = parser.parse_args()
     variants = [v for v in VARIANTS if v.engine == "on" or not arguments.without_engine_off]
+    if arguments.only is not None:
+        variants = [VARIANTS[n] for n in arguments.only]
     options = [] if arguments.mirrors else ["--disable_tta"]
     results = {variant.name: Measured() for variant in variants}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "nnunet"
-        patch = prepare(folder, arguments.task)
+        patch = prepare(folder, arguments.task, arguments.ct)
         images = len(list((folder / "nnUNet_raw" / DATASET / "imagesTs").iterdir()))
         for _ in range(arguments.rounds):
             for variant in variants:
