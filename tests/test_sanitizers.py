@@ -75,3 +75,22 @@ def test_networks_of_all_kinds_run_clean(sanitized: Path) -> None:
     assert re.search(r"\d\d passed", result.stdout)
     assert "Sanitizer" not in result.stderr
     assert "runtime error" not in result.stderr + result.stdout
+
+
+def test_whole_scans_run_clean(sanitized: Path) -> None:
+    """Labels of random logits, and scans of which windows are summed; commands and settings need fixtures of their own."""
+    options = [
+        "-q",
+        "-x",
+        "--capture=sys",
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        str(REPOSITORY / "tests/test_prediction.py"),
+    ]
+    options += ["-k", "export or threshold or probabilities_are or memory", "-m", "not slow"]
+    result = run_sanitized(sanitized, f"import pytest, sys; sys.exit(pytest.main({options!r}))")
+    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    assert re.search(r"\d passed", result.stdout)
+    assert "Sanitizer" not in result.stderr
+    assert "runtime error" not in result.stderr + result.stdout
