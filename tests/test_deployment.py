@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import resource
@@ -119,6 +120,23 @@ def test_predict_is_nnunets_voxel_by_voxel(packed: Path, by_nnunet: Path, projec
     assert main(["predict", *files, *SEQUENTIAL, "--save_probabilities", "--continue_prediction"]) == 0
     assert same_file(tmp_path / max(images(project)), by_nnunet / max(images(project)))
     assert first.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.usefixtures("alone")
+def test_volumes_are_voxels_times_their_size(packed: Path, by_nnunet: Path, project: Project, tmp_path: Path) -> None:
+    files = ["-m", str(packed), "-i", str(project.raw / "imagesTs"), "-o", str(tmp_path)]
+    assert main(["predict", *files, "-device", "cpu", "--volumes"]) == 0
+    with (tmp_path / "volumes.csv").open(newline="") as file:
+        rows = {(row["case"], row["label"]): float(row["millilitres"]) for row in csv.DictReader(file)}
+    labels = read_packed(packed).description.dataset["labels"]
+    assert len(rows) == len(images(project)) * (len(labels) - 1)
+    for name in images(project):
+        assert same_file(tmp_path / name, by_nnunet / name)
+        voxel = np.prod(SimpleITK.ReadImage(by_nnunet / name).GetSpacing()) / 1000
+        for label, number in labels.items():
+            if label != "background":
+                volume = float((read(by_nnunet / name) == number).sum()) * voxel
+                assert rows[name.removesuffix(".nii.gz"), label] == pytest.approx(volume, abs=1e-3)
 
 
 @pytest.mark.usefixtures("alone")

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save_probabilities", action="store_true", help="write class probabilities as well")
     parser.add_argument("--continue_prediction", action="store_true", help="leave cases that are predicted")
     parser.add_argument("--postprocess", action="store_true", help="also write OUT/postprocessed, with what nnU-Net found")
+    parser.add_argument("--volumes", action="store_true", help="also write OUT/volumes.csv: millilitres by case and label")
     parser.add_argument("-npp", type=int, default=_number("nnUNet_npp"), help="preprocessing processes (default: 3)")
     parser.add_argument("-nps", type=int, default=_number("nnUNet_nps"), help="export processes (default: 3)")
     parser.add_argument("-prev_stage_predictions", metavar="DIR", help="segmentations of the cascade's first stage")
@@ -81,6 +82,12 @@ def run(args: argparse.Namespace) -> int:
         predictor.predict_from_files(str(args.i), str(args.o), num_parts=args.num_parts, part_id=args.part_id, **options)
     if args.postprocess:
         _postprocess(args.o, model)
+    if args.volumes:
+        from nnunetv2_e2enet.deployment.volumes import write_volumes
+
+        write_volumes(args.o, model)
+        if args.postprocess:
+            write_volumes(args.o / "postprocessed", model)
     return 0
 
 
