@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
@@ -154,6 +154,7 @@ def assert_same_export(seed: int) -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
+@example(1_476_691_124)  # a logit that is no number, in slices that keep their size
 @settings(max_examples=200, deadline=None)
 def test_the_export_is_nnunets(seed: int) -> None:
     assert_same_export(seed)
@@ -161,7 +162,7 @@ def test_the_export_is_nnunets(seed: int) -> None:
 
 @pytest.mark.slow
 def test_the_export_is_nnunets_in_thousands_of_cases() -> None:
-    for seed in range(3000):
+    for seed in range(10_000):
         assert_same_export(seed)
 
 

@@ -66,9 +66,10 @@ def resampled_axes(
         options: ``SEPARATE_Z``, as plans give them.
     """
     _, separate = determine_do_sep_z_and_axis(options.pop("force_separate_z", False), spacing, new_spacing, **options)
-    same = list(shape) == list(new_shape)
+    # scipy leaves alone what keeps its size; else, what is no number spreads to neighbours of weight 0
+    same = all(shape[axis] == new_shape[axis] for axis in range(3) if axis != separate)
     axes = [
-        _same(n) if same else _nearest(n, m) if axis == separate else _linear(n, m)
+        _nearest(n, m) if axis == separate or same else _linear(n, m)
         for axis, (n, m) in enumerate(zip(shape, new_shape, strict=True))
     ]
     return axes[0], axes[1], axes[2]
@@ -86,13 +87,8 @@ def _centres(size: int, new_size: int) -> NDArray[np.float64]:
     return (np.arange(new_size, dtype=np.float64) + 0.5) * np.float64(size / new_size) - 0.5
 
 
-def _same(size: int) -> Axis:
-    places = np.arange(float(size))
-    return _axis(size, places, places, np.zeros(size))
-
-
 def _nearest(size: int, new_size: int) -> Axis:
-    """scipy's ``map_coordinates`` of order 0 with edges repeated."""
+    """scipy's ``map_coordinates`` of order 0 with edges repeated; each voxel itself where the sizes are the same."""
     places = np.floor(_centres(size, new_size) + 0.5)
     return _axis(size, places, places, np.zeros(new_size))
 
