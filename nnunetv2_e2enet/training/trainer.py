@@ -33,6 +33,7 @@ from nnunetv2_e2enet.dsff import (
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, fusion_flows, maskable_layers
 from nnunetv2_e2enet.network.blocks import KERNEL_SIZE
+from nnunetv2_e2enet.network.compact import store_active_only
 from nnunetv2_e2enet.network.e2enet import located
 from nnunetv2_e2enet.network.learned_shift import hold_whole_offsets
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST
@@ -225,7 +226,7 @@ class DSFFMixin(NetworkMixin):
         for layer in self.topology_updater.layers.values():
             layer.initialize_weights(self.initial_gain)
             if self.compute_active_only and not self.topology_updater.observes["dense_gradients"]:
-                layer.store_active_only()
+                store_active_only(layer)
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """Optimizer state of all connections, as checkpoints had it once, is taken for those that are stored."""
@@ -415,7 +416,7 @@ class E2ENetMixin(DSFFMixin):
     ) -> nn.Module:
         """E2ENet for a configuration; one of other plans is built with E2ENet's defaults."""
         architecture = e2enet_architecture(configuration_manager.configuration["architecture"])
-        return get_network_from_plans(
+        network: nn.Module = get_network_from_plans(
             architecture["network_class_name"],
             architecture["arch_kwargs"],
             architecture["_kw_requires_import"],
@@ -424,3 +425,4 @@ class E2ENetMixin(DSFFMixin):
             allow_init=True,
             deep_supervision=enable_deep_supervision,
         )
+        return network
