@@ -147,7 +147,7 @@ class E2ENet(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> E2ENet:
         """Of ``to`` and the like: the network may be on another device now."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._prepare_kernels()
         return self
 

@@ -68,7 +68,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         with _reading, safe_globals(_ALLOWED):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise E2ENetError(
@@ -122,7 +122,8 @@ def check_checkpoint(path: Path, architecture: Mapping[str, Any], network_state:
 def _architecture(checkpoint: dict[str, Any]) -> dict[str, Any]:
     arguments = checkpoint["init_args"]
     configuration = arguments["plans"]["configurations"].get(arguments["configuration"], {})
-    return configuration.get("architecture", {})
+    architecture: dict[str, Any] = configuration.get("architecture", {})
+    return architecture
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class E2ENetPlannerMixin(Overrides, PlannerBase):
                 allow_init=False,
                 deep_supervision=True,
             )
-        return network.saved_bytes([int(size) for size in patch_size])
+        return cast(E2ENet, network).saved_bytes([int(size) for size in patch_size])
 
     def generate_data_identifier(self, configuration_name: str) -> str:
         """2d and 3d_fullres are preprocessed as with nnUNetPlans, so they share its data (as the ResEnc planners do)."""
@@ -96,7 +96,7 @@ class E2ENetPlannerMixin(Overrides, PlannerBase):
         _cache: dict[str, Any],
     ) -> dict[str, Any]:
         with one_line_errors():
-            plan = super().get_plans_for_configuration(
+            plan: dict[str, Any] = super().get_plans_for_configuration(
                 spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
             )
             plan["architecture"] = e2enet_architecture(plan["architecture"], feature_sparsity=0.0, shift_size=3)
