@@ -11,7 +11,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture
 from nnunetv2_e2enet.training.interface import PLANNER_ATTRIBUTES, Overrides, check_attributes
-from nnunetv2_e2enet.training.trainer import one_line_errors
+from nnunetv2_e2enet.training.network import one_line_errors
 
 if TYPE_CHECKING:
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
