@@ -151,6 +151,7 @@ def test_a_training_in_blocks_is_the_same(compiled: bool) -> None:
         torch.testing.assert_close(found_parameters[name], parameter, atol=1e-9, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_for_gpus_they_use_tensor_cores() -> None:
     """In a process of its own, without the interpreter; for sm_80 and sm_90."""
     pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
