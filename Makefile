@@ -10,7 +10,7 @@ HARNESS ?= mixed
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 BIN = $(VENV)/bin
 
-.PHONY: help install register demo test test-slow sanitize test-integration test-versions compatibility results lint docs clean
+.PHONY: help install register demo test coverage test-slow sanitize test-integration test-versions compatibility results lint docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
@@ -34,6 +34,9 @@ demo: register  ## phantom data through nnU-Net's commands, E2ENet beside stock 
 
 test: install  ## the tests, without the slow ones
 	$(BIN)/pytest
+
+coverage: install  ## the tests, without the slow ones, and the lines of Python that none of them runs
+	$(BIN)/pytest --cov
 
 test-slow: install  ## the slow tests
 	$(BIN)/pytest -m slow

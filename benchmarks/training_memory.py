@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_backward_flop
 
 from nnunetv2_e2enet.evaluation.memory import peak_bytes
-from nnunetv2_e2enet.network import E2ENet, accounts, e2enet_features, maskable_layers
+from nnunetv2_e2enet.network import E2ENet, accounts, e2enet_features, maskable_layers, store_active_only
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE
 
 aten = torch.ops.aten
@@ -118,7 +118,7 @@ def in_active_blocks(network: E2ENet) -> E2ENet:
     for _, layer in maskable_layers(network):
         layer.share_inputs(16, equal_blocks=True)
         layer.set_random_topology(layer.connections_at(1 - network.feature_sparsity))
-        layer.store_active_only()
+        store_active_only(layer)
     return network
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import SimpleITK as sitk  # noqa: N813
 import torch
 
 os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent)  # also of the commands; before anything imports matplotlib
@@ -15,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for tests/test_kernels.py; before anything imports Triton, which reads it then
 
 from integration.commands import ForkingRunner, Runner
-from support import Project, run_command
+from support import Project
 
 from nnunetv2_e2enet import settings
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
@@ -74,9 +75,14 @@ def runner(registered: None) -> Iterator[Runner]:  # noqa: ARG001
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory, runner: Runner) -> Project:
     project = Project(tmp_path_factory.mktemp("nnunet"), runner=runner)
-    project.run("e2enet", "phantom", "993", "--cases", "6", "--test-cases", "2")
-    cores = ["-np", "2", "-npfp", "2"]
-    run_command("nnUNetv2_plan_and_preprocess", "-d", "993", "-c", "2d", "3d_fullres", *cores, env=project.environment)
+    # Cases are a little smaller than the patch that nnU-Net plans for them, so one tile covers each. A test case is larger, so
+    # that prediction joins tiles. Voxels of test cases are multiples of 128: threads of PyTorch then divide them without a
+    # remainder, which would be rounded otherwise, and segmentations can be compared bit by bit.
+    project.run("e2enet", "phantom", "993", "--cases", "6", "--test-cases", "2", "--size", "22", "60", "60")
+    for name, change, width in (("000", sitk.Crop, (6, 6, 3)), ("001", sitk.ZeroFluxNeumannPad, (2, 2, 2))):
+        for file in project.raw.glob(f"*Ts/phantom_test_{name}*"):
+            sitk.WriteImage(change(sitk.ReadImage(str(file)), width, width), str(file))
+    project.run("nnUNetv2_plan_and_preprocess", "-d", "993", "-c", "2d", "3d_fullres", "-np", "1", "-npfp", "1")
     # fewer slices a batch than nnU-Net would take, for the sake of two cores
     plans = project.plans()
     plans["configurations"]["2d"]["batch_size"] = 4

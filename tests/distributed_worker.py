@@ -27,7 +27,7 @@ def main(rank: int, project: Path, rendezvous: Path) -> None:
     os.environ["nnUNet_results"] = str(rendezvous / f"results{rank}")
     made = {}
     for name, cls in TRAINERS.items():
-        trainer = make(cls, Project(project))
+        trainer = make(cls, Project(project), Project(project).tiny_plans())
         trainer.topology_seed = rank  # other random numbers on each rank
         made[name] = trainer
     distributed.init_process_group("gloo", init_method=f"file://{rendezvous / 'store'}", rank=rank, world_size=2)
@@ -49,7 +49,7 @@ def train(trainer: Any, rank: int, compiled: bool) -> dict[str, Any]:
     for _ in range(2):
         trainer.on_epoch_start()
         trainer.on_train_epoch_start()
-        trainer.on_train_epoch_end([trainer.train_step(batch())])
+        trainer.on_train_epoch_end([trainer.train_step(batch((8, 16, 16), heads=2))])
         trainer.current_epoch += 1
     layers = {name: (layer.mask, layer.explored) for name, layer in maskable_layers(trainer.unwrapped_network)}
     weights = dict(trainer.unwrapped_network.named_parameters())

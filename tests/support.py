@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,21 @@ class Project:
     def plans(self, name: str = "nnUNetPlans") -> dict[str, Any]:
         return json.loads((self.preprocessed / f"{name}.json").read_text())
 
+    def tiny_plans(self) -> dict[str, Any]:
+        """Plans whose 3d_fullres has three levels, few channels and a patch of 8 by 16 by 16."""
+        plans = self.plans()
+        settings = plans["configurations"]["3d_fullres"]
+        settings.update(patch_size=[8, 16, 16], batch_size=2)
+        settings["architecture"]["arch_kwargs"].update(
+            n_stages=3,
+            features_per_stage=[4, 8, 8],
+            kernel_sizes=[[3, 3, 3]] * 3,
+            strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+            n_conv_per_stage=[2] * 3,
+            n_conv_per_stage_decoder=[2] * 2,
+        )
+        return plans
+
     def write_plans(self, name: str, plans: dict[str, Any]) -> None:
         (self.preprocessed / f"{name}.json").write_text(json.dumps({**plans, "plans_name": name}))
 
@@ -171,9 +186,11 @@ def train_epochs(
         trainer.on_epoch_end()
 
 
-def batch() -> dict[str, Any]:
-    data = torch.randn(1, 1, 24, 64, 64)
-    target = [(data > i / 10).float()[:, :, ::z, ::xy, ::xy] for i, (z, xy) in enumerate([(1, 1), (1, 2), (2, 4), (4, 8)])]
+def batch(patch: Sequence[int] = (24, 64, 64), heads: int = 4) -> dict[str, Any]:
+    """Noise and what is to be found in it, for a network of so many heads with the strides of the phantoms' plans."""
+    data = torch.randn(1, 1, *patch)
+    steps = [(1, 1), (1, 2), (2, 4), (4, 8)][:heads]
+    target = [(data > i / 10).float()[:, :, ::z, ::xy, ::xy] for i, (z, xy) in enumerate(steps)]
     return {"data": data, "target": target}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, TypeVar, cast
@@ -20,7 +21,7 @@ from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.deployment.onnx import plain_network
 from nnunetv2_e2enet.dsff import CosineSchedule, ErdosRenyiKernel, GradientGrowth, TopologyUpdater, Uniform, random_topology
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.network import E2ENet, store_active_only
 from nnunetv2_e2enet.network.connections import (
     MASKED_CONV,
     MASKED_CONV_TRANSPOSE,
@@ -61,7 +62,7 @@ def active_only(network: Network) -> Network:
     """The same network, of which only active weights are stored."""
     network = deepcopy(network)
     for layer in layers_of(network):
-        layer.store_active_only()
+        store_active_only(layer)
     return network
 
 
@@ -188,7 +189,7 @@ def test_prediction_and_other_padding_need_the_whole_layer() -> None:
     reflecting.share_inputs(4, equal_blocks=True)
     reflecting.set_random_topology(reflecting.connections_at(0.2))
     expected = reflecting(x)
-    reflecting.store_active_only()
+    store_active_only(reflecting)
     assert not reflecting.computes_active_only
     assert torch.equal(reflecting(x), expected)
 
@@ -207,7 +208,7 @@ def test_a_topology_with_other_blocks_does_not_fit() -> None:
     layer.set_topology(mask)
     assert not layer.fits_blocks()
     with pytest.raises(E2ENetError, match="blocks of 4 output maps do not have equally many input maps"):
-        layer.store_active_only()
+        store_active_only(layer)
     state = deepcopy(active.state_dict())
     with pytest.raises(E2ENetError, match="got a topology of other blocks"):
         active.set_topology(mask)
@@ -243,6 +244,27 @@ def test_weights_of_another_layer_are_refused_as_torch_does() -> None:
     assert layer(torch.randn(1, 20, 8, 8, dtype=torch.float64)).isfinite().all()
 
 
+def test_a_class_of_somebody_elses_has_no_compact_form() -> None:
+    class Own(MaskedConv2d):
+        pass
+
+    layer = Own(20, 24, 3)
+    layer.share_inputs(4, equal_blocks=True)
+    layer.set_random_topology(layer.connections_at(0.2))
+    with pytest.raises(E2ENetError, match="Own has no compact form"):
+        store_active_only(layer)
+    assert type(layer) is Own
+
+
+def test_compact_layers_are_pickled_as_they_are() -> None:
+    layer = layers_of(active_only(equal_blocks_network(2)))[0]
+    copy = pickle.loads(pickle.dumps(layer))
+    assert type(copy) is type(layer)
+    assert copy.stores_active_only
+    assert copy.weight.shape == layer.weight.shape
+    assert_same_state(copy, layer)
+
+
 def test_growth_by_gradient_needs_all_weights() -> None:
     network = equal_blocks_network(2)
     with pytest.raises(E2ENetError, match="GradientGrowth needs gradients of all connections, but 0 stores active weights"):
@@ -253,7 +275,7 @@ def test_growth_by_gradient_needs_all_weights() -> None:
         layer(torch.randn(1, 20, 8, 8, dtype=torch.float64)).sum().backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad[~layer.mask].abs().min() > 0
-    layer.store_active_only()
+    store_active_only(layer)
     with pytest.raises(E2ENetError, match="no gradients of all connections"), updater.observation():
         pytest.fail("a layer without these gradients was observed")
 

@@ -25,18 +25,7 @@ ITERATIONS = ["--iterations", "1", "--validation-iterations", "1"]
 def tiny(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
     trainers = {contestants.BASELINE: f"{DEMO}.nnUNetTrainer_smoke", "E2ENet": f"{DEMO}.nnUNetTrainerE2ENet_smoke"}
     monkeypatch.setattr(contestants, "CONTESTANTS", trainers)
-    plans = in_process.plans()
-    settings = plans["configurations"]["3d_fullres"]
-    settings.update(patch_size=[8, 16, 16], batch_size=2)
-    settings["architecture"]["arch_kwargs"].update(
-        n_stages=3,
-        features_per_stage=[4, 8, 8],
-        kernel_sizes=[[3, 3, 3]] * 3,
-        strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-        n_conv_per_stage=[2] * 3,
-        n_conv_per_stage_decoder=[2] * 2,
-    )
-    in_process.write_plans(PLANS, plans)
+    in_process.write_plans(PLANS, in_process.tiny_plans())
     return in_process
 
 

@@ -29,7 +29,9 @@ COMMAND = ("crossval", "993", "3d_fullres", "-tr", TRAINER, "-device", "cpu")
 
 
 def folders(project: Project, model: Path) -> dict[str, str]:
-    return {**project.environment, "nnUNet_results": str(model.parents[1])}
+    """nnU-Net's, with as few processes of its own as it can do with: each imports PyTorch and nnU-Net anew."""
+    few = {"nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "0"}
+    return {**project.environment, **few, "nnUNet_results": str(model.parents[1])}
 
 
 def crossval(project: Project, model: Path, *options: str, check: bool = True) -> str:
@@ -53,7 +55,7 @@ def test_unfinished_folds_go_on_from_where_they_are(
     project: Project, model: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its trainings run in forks, for the sake of time."""
-    for name, value in {**folders(project, model), "nnUNet_n_proc_DA": "0"}.items():
+    for name, value in folders(project, model).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(jobs, "_run_logged", lambda command, log, given: runner.exit_code(log, *command, environment=given))
     (model / "fold_0" / "validation" / "summary.json").unlink()

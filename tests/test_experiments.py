@@ -183,7 +183,7 @@ def test_sparse_stock_nnunet_through_the_commands(project: Project, tmp_path: Pa
 
     model = ["-d", "993", "-c", "3d_fullres", "-tr", name, *options, "-f", "0", "-device", "cpu", "-npp", "1", "-nps", "1"]
     images = project.raw / "imagesTs"
-    run_command("nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path), *model, env=project.environment)
+    project.run("nnUNetv2_predict", "-i", str(images), "-o", str(tmp_path), *model)
     assert len(list(tmp_path.glob("*.nii.gz"))) == len(list(images.iterdir()))
 
 

@@ -12,7 +12,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from integration.commands import Runner
 from support import Project, assert_dice_is_that_of_the_files, nnunet_environment, run_command
 
-N_TRAINING, N_HELD_OUT = 10, 2
+N_TRAINING, N_HELD_OUT = 5, 1
 
 
 @pytest.fixture(scope="module")

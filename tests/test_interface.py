@@ -17,7 +17,7 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.planners.e2enet_planners import nnUNetPlannerE2ENet
 from nnunetv2_e2enet.registration import MODULES, TRAINER_MODULE, classes_for_nnunet, find_class
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
-from nnunetv2_e2enet.training import planner, trainer
+from nnunetv2_e2enet.training import dsff, network, planner, trainer
 from nnunetv2_e2enet.training.interface import Overrides
 from nnunetv2_e2enet.training.planner import E2ENetPlannerMixin
 from nnunetv2_e2enet.training.trainer import E2ENetMixin
@@ -107,10 +107,11 @@ def test_variants_that_differ_from_nnunets_own_trainer_can_be_combined() -> None
     assert issubclass(type("Trainer", (E2ENetMixin, Old), {}), Overrides)
 
 
-def used_of_nnunet(module: Any, mixin: type) -> list[str]:
-    """Attributes of ``self`` that the mixins of a module read, and that none of their methods sets."""
+def used_of_nnunet(mixin: type, *modules: Any) -> list[str]:
+    """Attributes of ``self`` that the mixins of some modules read, and that none of their methods sets."""
     of_self = [
         node
+        for module in modules
         for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     ]
@@ -129,7 +130,7 @@ def remove(instance: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delattr(cls, name)
 
 
-@pytest.mark.parametrize("name", [*used_of_nnunet(trainer, E2ENetMixin), "configure_optimizers"])
+@pytest.mark.parametrize("name", [*used_of_nnunet(E2ENetMixin, network, dsff, trainer), "configure_optimizers"])
 def test_trainer_attributes_that_are_gone(in_process: Project, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     instance = make(nnUNetTrainerE2ENet_smoke, in_process)
     remove(instance, name, monkeypatch)
@@ -147,7 +148,7 @@ def test_several_trainer_attributes_that_are_gone(in_process: Project) -> None:
         instance.initialize()
 
 
-@pytest.mark.parametrize("name", used_of_nnunet(planner, E2ENetPlannerMixin))
+@pytest.mark.parametrize("name", used_of_nnunet(E2ENetPlannerMixin, planner))
 def test_planner_attributes_that_are_gone(in_process: Project, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     initialize = ExperimentPlanner.__init__
 

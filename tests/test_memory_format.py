@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.deployment.packing import pack
 from nnunetv2_e2enet.dsff import CosineSchedule, TopologyUpdater, Uniform, random_topology
-from nnunetv2_e2enet.network import E2ENet, maskable_layers
+from nnunetv2_e2enet.network import E2ENet, maskable_layers, store_active_only
 from nnunetv2_e2enet.network import _raw_map as raw_map
 from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.depth_shift import join, separate
@@ -33,7 +33,7 @@ def small(dimension: int = 3, active_only: bool = False, **kwargs: Any) -> E2ENe
             layer.share_inputs(2, equal_blocks=True)
         random_topology(network, 0.5, Uniform(), 0)
         for _, layer in maskable_layers(network):
-            layer.store_active_only()
+            store_active_only(layer)
     return network.to(DEVICE)
 
 
@@ -211,9 +211,9 @@ def test_what_counts_as_channels_last() -> None:
 def test_gathered_inputs_keep_the_format(dimension: int) -> None:
     layer = next(layer for _, layer in maskable_layers(small(dimension, active_only=True)))
     x = torch.randn(2, layer.n_inputs, *[4] * dimension, device=DEVICE, requires_grad=True)
-    expected, *_ = layer.gather_active(x)
+    expected, *_ = layer.grouped(x)
     last = x.contiguous(memory_format=CHANNELS_LAST[dimension])
-    found, *_ = layer.gather_active(last)
+    found, *_ = layer.grouped(last)
     assert is_channels_last(found)
     assert not is_channels_last(expected)
     assert torch.equal(found, expected)

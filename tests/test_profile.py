@@ -211,16 +211,6 @@ def test_data_set_and_model_folder(
     assert sorted(project.preprocessed.iterdir()) == before
 
 
-def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
-    for shell in ("bash", "zsh"):
-        with pytest.raises(SystemExit) as ended:
-            main(["completion", shell])
-        assert ended.value.code == 0
-        script = capsys.readouterr().out
-        assert "--report" in script
-        assert "profile" in script
-
-
 def test_executed_by_the_engine_is_what_its_winograd_convolutions_multiply() -> None:
     """On sizes that tiles divide, convolutions at stride 1 take a quarter of their active multiply-accumulates."""
     strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from nnunetv2_e2enet import registry
 from nnunetv2_e2enet.dsff import CosineSchedule, TopologyUpdater, Uniform, random_topology
-from nnunetv2_e2enet.network import E2ENet, maskable_layers
+from nnunetv2_e2enet.network import E2ENet, maskable_layers, store_active_only
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
 from nnunetv2_e2enet.network.depth_shift import depth_shift
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST, is_channels_last
@@ -120,7 +120,7 @@ def test_a_training_in_blocks_is_the_same(compiled: bool) -> None:
             layer.share_inputs(2, equal_blocks=True)
         random_topology(network, 0.5, Uniform(), 0)
         for _, layer in maskable_layers(network):
-            layer.store_active_only()
+            store_active_only(layer)
         network.to(DEVICE, torch.float64)
     x = torch.randn(1, 1, 8, 8, dtype=torch.float64, device=DEVICE)
     results = []
@@ -151,6 +151,7 @@ def test_a_training_in_blocks_is_the_same(compiled: bool) -> None:
         torch.testing.assert_close(found_parameters[name], parameter, atol=1e-9, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_for_gpus_they_use_tensor_cores() -> None:
     """In a process of its own, without the interpreter; for sm_80 and sm_90."""
     pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")

@@ -13,7 +13,8 @@ from support import Project, make, train_epochs
 from nnunetv2_e2enet.network import maskable_layers
 from nnunetv2_e2enet.registration import EXPERIMENTS, MODULES, TRAINER_MODULE, load_classes
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
-from nnunetv2_e2enet.training.trainer import DSFFMixin, E2ENetMixin
+from nnunetv2_e2enet.training.dsff import DSFFMixin
+from nnunetv2_e2enet.training.trainer import E2ENetMixin
 from nnunetv2_e2enet.training.variants import variant
 
 FOUND = load_classes([*MODULES[TRAINER_MODULE], EXPERIMENTS]).found

@@ -22,4 +22,5 @@ __all__ = list(_BASES)
 def __getattr__(name: str) -> type:
     if name not in _BASES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, combination(name, E2ENetMixin, _BASES[name]))
+    found: type = globals().setdefault(name, combination(name, E2ENetMixin, _BASES[name]))
+    return found

@@ -3,6 +3,8 @@
 nnU-Net finds them after `e2enet register --experiments`.
 """
 
+from typing import Any
+
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_e2enet.dsff import ErdosRenyiKernel, GradientGrowth
@@ -27,7 +29,7 @@ class nnUNetTrainer_narrow(ScaledMixin, nnUNetTrainer):
 
 
 # How the topology evolves; sparsities are in e2enet_trainers.
-_TOPOLOGY = {
+_TOPOLOGY: dict[str, dict[str, Any]] = {
     "dense": {"feature_sparsity": 0.0},  # without DSFF
     "static": {"topology_update_period": None},
     **{f"T{period}": {"topology_update_period": period} for period in (1, 2, 10, 20, 50)},
@@ -37,7 +39,7 @@ _TOPOLOGY = {
     **{f"B{size}active": {"block_size": size, "compute_active_only": True} for size in (16, 32)},
 }
 # What a shift block computes. Another kernel stands in the place of the shift.
-_BLOCKS = {
+_BLOCKS: dict[str, dict[str, Any]] = {
     **{f"shift{size}": {"shift_size": size} for size in (1, 5, 7, 15)},
     "kernel313": {"kernel_size": [3, 1, 3], "shift_size": 1},
     "kernel331": {"kernel_size": [3, 3, 1], "shift_size": 1},

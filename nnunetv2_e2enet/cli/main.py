@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TextIO
 
 import shtab
 
@@ -73,8 +76,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; without one, show the help.
 
     Returns:
-        0 if all went well, 1 for bad input (said in one message on standard error), 130 after Ctrl-C.
+        0 if all went well, 1 for bad input (said in one message on standard error), 130 after Ctrl-C. Also 1, without a
+        message, where standard output is a pipe that nobody reads any more, as in ``e2enet info | head -1``.
     """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_closed_pipe(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return 1
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     args = parser.parse_args(arguments)
     if args.command is None:
@@ -89,3 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"e2enet {args.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_closed_pipe(stream: TextIO) -> bool:
+    """Whether a stream writes into a pipe without a reader; the pipe to a process of a pool may break as well."""
+    poll = select.poll()
+    poll.register(stream, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -138,8 +138,9 @@ def _voxels_per_unit(size: Size, spacing: Spacing) -> NDArray[np.float64]:
 
 def _smooth_noise(rng: np.random.Generator, size: Size, sigma_voxels: NDArray[np.float64]) -> NDArray[np.float64]:
     """A random field of zero mean and unit deviation that varies over about ``sigma_voxels``."""
-    field = gaussian_filter(rng.standard_normal(size), sigma_voxels)
-    return (field - field.mean()) / field.std()
+    field: NDArray[np.float64] = gaussian_filter(rng.standard_normal(size), sigma_voxels)
+    standard: NDArray[np.float64] = (field - field.mean()) / field.std()
+    return standard
 
 
 def _posed_coordinates(rng: np.random.Generator, size: Size, voxels_per_unit: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -151,7 +152,7 @@ def _posed_coordinates(rng: np.random.Generator, size: Size, voxels_per_unit: ND
     rotation = Rotation.from_euler("zyx", rng.uniform([-12, -6, -6], [12, 6, 6]), degrees=True).as_matrix()
     shift = rng.uniform(-0.06, 0.06, size=3)
     scale = rng.uniform(1.0, 1.14, size=3)
-    posed = np.einsum("ij,jdhw->idhw", rotation / scale[:, None], position)
+    posed: NDArray[np.float64] = np.einsum("ij,jdhw->idhw", rotation / scale[:, None], position)
     return posed + shift[:, None, None, None] + 0.035 * bend
 
 
@@ -224,7 +225,8 @@ def _acquired(
     signal = gaussian_filter(signal, BLUR_VOXELS)
     signal *= np.exp(BIAS_DEVIATION * _smooth_noise(rng, size, 0.8 * voxels_per_unit))
     real, imaginary = NOISE_DEVIATION * rng.standard_normal((2, *size))
-    return np.hypot(signal + real, imaginary).astype(np.float32)
+    scan: NDArray[np.float32] = np.hypot(signal + real, imaginary).astype(np.float32)
+    return scan
 
 
 def _check_field_of_view(size: Size, spacing: Spacing) -> None:

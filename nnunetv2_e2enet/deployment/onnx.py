@@ -71,7 +71,8 @@ class _PlainShiftBlock(nn.Module):
         x = self.conv(x)
         if isinstance(self.norm, (nn.InstanceNorm2d, nn.InstanceNorm3d)) and not self.norm.track_running_stats:
             x = _centred(x)
-        return self.nonlin(self.norm(x))
+        activation: Tensor = self.nonlin(self.norm(x))
+        return activation
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def plain_network(network: E2ENet) -> nn.Module:
     for _, layer in maskable_layers(plain):
         layer.weight = nn.Parameter(layer.masked_weight().detach())
         del layer.mask, layer.explored
-        layer.__class__ = _UNMASKED[type(layer)]
+        layer.__class__ = next(plain_class for masked, plain_class in _UNMASKED.items() if isinstance(layer, masked))
     for module in list(plain.modules()):
         for name, child in module.named_children():
             if isinstance(child, ShiftBlock):

@@ -220,5 +220,6 @@ class Segmenter:
         if len(spacing) != 3 or not all(isfinite(s) and s > 0 for s in spacing):
             raise E2ENetError(f"the image's spacing is {spacing}, but three positive numbers in mm are expected")
         with self._lock:
-            segmentation = self._predictor.predict_single_npy_array(array, deepcopy(dict(properties)))
-        return apply_postprocessing(segmentation, *self._postprocessing)
+            segmentation: NDArray[Any] = self._predictor.predict_single_npy_array(array, deepcopy(dict(properties)))
+        processed: NDArray[Any] = apply_postprocessing(segmentation, *self._postprocessing)
+        return processed

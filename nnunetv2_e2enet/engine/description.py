@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.network.blocks import ShiftBlock
+from nnunetv2_e2enet.network.compact import COMPACT
 from nnunetv2_e2enet.network.connections import MaskableLayer, MaskedConv2d, MaskedConv3d, maskable_layers
 from nnunetv2_e2enet.network.connections import MaskedConvTranspose2d as UpConv2d
 from nnunetv2_e2enet.network.connections import MaskedConvTranspose3d as UpConv3d
@@ -18,7 +19,8 @@ from nnunetv2_e2enet.network.e2enet import E2ENet
 from nnunetv2_e2enet.network.encoder import Encoder
 from nnunetv2_e2enet.network.fusion import FusionDecoder, FusionNode
 
-_CONVS = (nn.Conv2d, nn.Conv3d, *CONV.values(), MaskedConv2d, MaskedConv3d)
+_CONVS = (nn.Conv2d, nn.Conv3d, *CONV.values(), *(c for conv in (MaskedConv2d, MaskedConv3d) for c in (conv, COMPACT[conv])))
+_UP_CONVS = (UpConv2d, UpConv3d, COMPACT[UpConv2d], COMPACT[UpConv3d])
 _NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 
@@ -202,11 +204,7 @@ def _node(node: nn.Module) -> Node:
     if type(node) is not FusionNode:
         raise NotSupportedError(f"a fusion node is {type(node).__name__}")
     upsample, pool = node.upsample, node.downsample
-    if (
-        not isinstance(upsample, (UpConv2d, UpConv3d))
-        or type(upsample) not in (UpConv2d, UpConv3d)
-        or upsample.bias is not None
-    ):
+    if not isinstance(upsample, (UpConv2d, UpConv3d)) or type(upsample) not in _UP_CONVS or upsample.bias is not None:
         raise NotSupportedError("the upward flow is not a transposed convolution without bias")
     if tuple(upsample.kernel_size) != tuple(upsample.stride) or any(upsample.padding):
         raise NotSupportedError("the upward flow's kernel is not its stride")

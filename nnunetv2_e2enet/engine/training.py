@@ -136,7 +136,7 @@ def train(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
         session.reason = str(reason)
         return None
     wanted = len(weights.heads) if network.decoder.deep_supervision else 1
-    logits: tuple[Tensor, ...] = _Network.apply(session, weights, core, wanted, x, *network.parameters())
+    logits: tuple[Tensor, ...] = _Network.apply(session, weights, core, wanted, x, *network.parameters())  # type: ignore[no-untyped-call]
     return list(logits) if network.decoder.deep_supervision else logits[0]
 
 

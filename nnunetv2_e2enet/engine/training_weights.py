@@ -210,7 +210,8 @@ class TrainingWeights:
         places = torch.where(mask, torch.arange(mask.numel()).reshape(mask.shape), -1)
         padded = places.new_full((-(-outputs // rows) * rows, -(-inputs // columns) * columns), -1)
         padded[:outputs, :inputs] = places
-        return padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2).flatten()
+        blocks: Tensor = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2).flatten()
+        return blocks
 
     def _node(self, node: Node, module: nn.Module) -> TrainedNode:
         assert isinstance(module.upsample, nn.Module)

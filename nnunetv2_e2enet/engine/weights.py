@@ -136,7 +136,8 @@ def _grouped(weight: Tensor) -> Tensor:
     groups = -(-weight.shape[0] // DENSE_ROWS)
     padded = weight.new_zeros(groups * DENSE_ROWS, *weight.shape[1:])
     padded[: weight.shape[0]] = weight
-    return padded.unflatten(0, (groups, DENSE_ROWS)).movedim(1, -1)
+    rows: Tensor = padded.unflatten(0, (groups, DENSE_ROWS)).movedim(1, -1)
+    return rows
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Norm, activation and max-pooling in one pass, and its adjoint, a look-up; an index is one byte."""
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Convolutions that compute active connections alone, as PyTorch operators: forward pass, gradients of maps and of weights.
 
-For blocks of output maps with equally many input maps each, as ``MaskableLayer.store_active_only`` stores their weights.
+For blocks of output maps with equally many input maps each, as ``network.compact.store_active_only`` stores their weights.
 """
 
 from __future__ import annotations

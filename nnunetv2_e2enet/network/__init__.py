@@ -1,6 +1,7 @@
 """What is computed: the network and its costs. Pure torch."""
 
 from nnunetv2_e2enet.network.accounts import MultiplyAccumulates, ParameterCounts
+from nnunetv2_e2enet.network.compact import store_active_only
 from nnunetv2_e2enet.network.connections import MaskableLayer, maskable_layers
 from nnunetv2_e2enet.network.depth_shift import activated, depth_shift
 from nnunetv2_e2enet.network.e2enet import E2ENet, e2enet_features
@@ -17,4 +18,5 @@ __all__ = [
     "fusion_flows",
     "fusion_nodes",
     "maskable_layers",
+    "store_active_only",
 ]

@@ -92,7 +92,7 @@ def instance_norm(
         conv_bias: of the convolution that made ``x`` without it. The norm takes away what it would have added, so that its
             gradient, which is returned to it, is zero.
     """
-    raw, scale, offset = _InstanceNorm.apply(x, weight, bias, eps, slope, conv_bias)
+    raw, scale, offset = _InstanceNorm.apply(x, weight, bias, eps, slope, conv_bias)  # type: ignore[no-untyped-call]
     return RawMap(raw, scale, offset, slope)
 
 

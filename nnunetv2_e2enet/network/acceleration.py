@@ -24,7 +24,8 @@ _agrees: dict[str, bool] = {}
 
 def accelerated(network: nn.Module, x: Tensor) -> Tensor | list[Tensor] | None:
     """The logits from the engine; None where PyTorch computes: in traces, off the CPU, in one of training and gradients."""
-    if network.training != torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if network.training != torch.is_grad_enabled() or torch.compiler.is_compiling() or traced:
         return None
     if x.device.type != "cpu" or _is_watched():
         return None

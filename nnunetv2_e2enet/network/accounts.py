@@ -107,4 +107,5 @@ def run_on_meta(
     buffers = {name: b.to("meta") for name, b in network.named_buffers()}
     x = torch.empty(tuple(input_shape), device="meta", dtype=next(iter(parameters.values())).dtype)
     # nnU-Net's networks hold modules under two names, and tied weights would be put back wrongly there
-    return functional_call(network, {**parameters, **buffers}, (x,), tie_weights=False)
+    outputs: Tensor | list[Tensor] = functional_call(network, {**parameters, **buffers}, (x,), tie_weights=False)
+    return outputs

@@ -103,7 +103,8 @@ class ShiftBlock(nn.Module):
 
         def read(*maps: FeatureMap) -> Tensor:
             if self.shift is not None:
-                return self.shift([activated(m) for m in flows(*maps)])
+                shifted: Tensor = self.shift([activated(m) for m in flows(*maps)])
+                return shifted
             return depth_shift(flows(*maps), self.shift_size)
 
         fused = kernels_for(values_of(maps[0])) is not None and not torch.is_grad_enabled()  # readers normalise in passing
@@ -116,16 +117,17 @@ class ShiftBlock(nn.Module):
         # PyTorch's instance norm writes channel after channel, whatever it reads
         if stays_raw or (is_channels_last(x) and can_stay_raw(self.norm, self.nonlin)):
             return raw_map(x, self.norm, self.nonlin, cast(Tensor | None, self.conv.bias) if aside else None)
-        return self.nonlin(self.norm(x))
+        return cast(Tensor, self.nonlin(self.norm(x)))
 
 
 def chain(blocks: Iterable[nn.Module], *maps: FeatureMap, flows: Callable[..., Sequence[FeatureMap]] = as_given) -> FeatureMap:
     """One shift block after the other; what autograd keeps is what their ``recompute`` says."""
     *others, last = cast(Iterable[ShiftBlock], blocks)
     if not others:
-        return last(*maps, flows=flows)
+        return cast(FeatureMap, last(*maps, flows=flows))
 
     def before(*maps: FeatureMap) -> Sequence[FeatureMap]:
         return (chain(others, *maps, flows=flows),)
 
-    return last(*maps, flows=before) if last.recompute == "nodes" else last(*before(*maps))
+    out: FeatureMap = last(*maps, flows=before) if last.recompute == "nodes" else last(*before(*maps))
+    return out

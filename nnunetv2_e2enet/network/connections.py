@@ -2,14 +2,14 @@
 
 A *connection* is one (input map -> output map) kernel. Its mask is a buffer of the layer, so the topology of a network
 travels with its weights: in ``state_dict``, checkpoints, fold ensembles and exported models. In a structured topology,
-*blocks* of consecutive output maps share their input maps; its mask is one per connection all the same. Where all blocks of a
-layer have equally many inputs, the layer can store its active weights alone; what travels is the same.
+*blocks* of consecutive output maps share their input maps; its mask is one per connection all the same. ``compact.py`` has the
+layers that store the weights of active connections alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,6 @@ from torch.nn import functional as F
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.convolution import conv3d
-from nnunetv2_e2enet.network.memory_format import is_channels_last
-from nnunetv2_e2enet.network.sparse_convolution import can_compute, sparse_convolution
 
 NEGATIVE_SLOPE = 1e-2  # of the leaky ReLU after each convolution
 
@@ -61,11 +59,12 @@ class MaskableLayer(nn.Module):
             DSFF has asked for it (``TopologyUpdater.observation``).
         block_size: output maps that share their input maps; see ``share_inputs``.
         equal_blocks: whether each block has as many input maps as any other.
-        stores_active_only: whether ``weight`` holds the weights of active connections alone; see ``store_active_only``.
+        stores_active_only: whether ``weight`` holds the weights of active connections alone; see ``CompactLayer``.
         output_axis: of ``mask`` and ``shape``.
     """
 
-    output_axis = 0
+    output_axis: ClassVar[int] = 0
+    stores_active_only: ClassVar[bool] = False
     weight: Tensor
     mask: Tensor
     explored: Tensor
@@ -73,7 +72,6 @@ class MaskableLayer(nn.Module):
     input_deviation: Tensor | None
     block_size: int
     equal_blocks: bool
-    stores_active_only: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # of the convolution that this is mixed into
@@ -84,7 +82,6 @@ class MaskableLayer(nn.Module):
         self.input_deviation = None
         self.block_size = 1
         self.equal_blocks = False
-        self.stores_active_only = False
         self._inputs_per_block = self.n_inputs
 
     @property
@@ -134,10 +131,8 @@ class MaskableLayer(nn.Module):
         number below that does: 24 of 48 maps for 32. With ``equal_blocks`` all have the same number of input maps as well.
 
         Raises:
-            E2ENetError: ``block_size`` is not a whole number of at least 1, or active weights alone are stored already.
+            E2ENetError: ``block_size`` is not a whole number of at least 1.
         """
-        if self.stores_active_only:
-            raise E2ENetError("the layer stores its active weights alone, whose blocks are what they are: build it anew")
         if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
             raise E2ENetError(
                 f"block_size is {block_size!r}, but it is the number of output maps that share their input maps: use a whole "
@@ -148,7 +143,8 @@ class MaskableLayer(nn.Module):
 
     def by_block(self, connections: Tensor) -> Tensor:
         """Sums over the output maps of each block: from one number a connection to one for each block and input map."""
-        return connections.unflatten(self.output_axis, (-1, self.block_size)).sum(self.output_axis + 1)
+        sums: Tensor = connections.unflatten(self.output_axis, (-1, self.block_size)).sum(self.output_axis + 1)
+        return sums
 
     def from_blocks(self, blocks: Tensor) -> Tensor:
         """The reverse of ``by_block``: what is said of a block is said of each of its output maps."""
@@ -174,78 +170,13 @@ class MaskableLayer(nn.Module):
         equal = not self.equal_blocks or bool((mask.sum(self.input_axis) == self._inputs_per_block).all())
         return equal and torch.equal(mask, self.from_blocks(self.by_block(mask).bool()))
 
-    def store_active_only(self) -> None:
-        """From now on ``weight`` holds the weights of active connections alone, and so do its gradient and optimizer state.
-
-        It has the shape that a grouped convolution with a group for each block takes, and stays the same Parameter. Its
-        values are in the order of the mask, so that topology and weights say all; whoever averages weights over a training
-        averages state dicts. A new topology must have as many inputs in each block. What travels is unchanged: state dicts
-        hold, and are loaded from, weights of all connections.
-
-        To be called before there is optimizer state and before DistributedDataParallel.
-
-        Raises:
-            E2ENetError: the blocks do not have equally many inputs, or gradients of all connections are wanted.
-        """
-        if self.dense_gradients:
-            raise E2ENetError(
-                "dense_gradients, which growth by gradient needs, are those of all connections: store the weights of all"
-            )
-        if self.stores_active_only:
-            return
-        self._inputs_per_block = int(self.mask.sum(self.input_axis)[0])
-        if not (self.equal_blocks and self.fits_blocks()):
-            raise E2ENetError(
-                f"blocks of {self.block_size} output maps do not have equally many input maps each: call share_inputs(..., "
-                "equal_blocks=True) and set_random_topology before store_active_only"
-            )
-        self.stores_active_only = True
-        self.weight.data = self.gather(self.weight.data)
-
-    @property
-    def computes_active_only(self) -> bool:
-        """Whether the forward pass gathers; not where it would have to pad otherwise than with zeros."""
-        return self.stores_active_only and self.training and getattr(self, "padding_mode", "zeros") == "zeros"
-
-    def gather_active(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The layer as a grouped convolution, a group for each block: its input maps, the weights, the number of groups.
-
-        Shapes follow from block size and sparsity alone, so that a new topology changes indices and nothing else.
-        """
-        axis = -1 if is_channels_last(x) else 1  # of a view, so that the result has its channels last too
-        inputs = x.movedim(1, axis).index_select(axis, self._active_inputs().flatten()).movedim(axis, 1)
-        return inputs, self.weight, self.n_blocks
-
-    def _active_inputs(self) -> Tensor:
-        """The input maps of equal blocks in ascending order, ``(blocks, inputs per block)``."""
-        blocks = self.mask.movedim(self.output_axis, 0)[:: self.block_size].to(torch.uint8)
-        return blocks.argsort(dim=1, descending=True, stable=True)[:, : self._inputs_per_block]
-
-    def _places(self) -> tuple[Tensor, Tensor]:
-        """Of the active connections in a tensor ``(blocks, input maps, ...)``."""
-        inputs = self._active_inputs()
-        return torch.arange(len(inputs), device=inputs.device)[:, None], inputs
-
     def gather(self, values: Tensor) -> Tensor:
-        """What ``weight`` holds of values for all connections: all or those of active ones, as the layer stores them.
-
-        Args:
-            values: of shape ``shape``.
-        """
-        if not self.stores_active_only:
-            return values
-        blocks = values.movedim(self.output_axis, 0).unflatten(0, (-1, self.block_size)).transpose(1, 2)
-        active = blocks[self._places()]  # (blocks, inputs per block, outputs, ...)
-        return (active.transpose(1, 2) if self.output_axis == 0 else active).flatten(0, 1)
+        """Values for all connections, of shape ``shape``, in the form in which ``weight`` is stored: here as they are."""
+        return values
 
     def spread(self, values: Tensor) -> Tensor:
         """The reverse of ``gather``: values shaped like ``weight`` for all connections, zero where ``weight`` has none."""
-        if not self.stores_active_only:
-            return values
-        active = values.unflatten(0, (self.n_blocks, -1))
-        active = active.transpose(1, 2) if self.output_axis == 0 else active
-        blocks = values.new_zeros(self.n_blocks, self.n_inputs, *active.shape[2:]).index_put(self._places(), active)
-        return blocks.transpose(1, 2).flatten(0, 1).movedim(0, self.output_axis).contiguous()
+        return values
 
     def over_kernel(self, mask: Tensor) -> Tensor:
         """A per-connection tensor, shaped so that it broadcasts over ``weight``."""
@@ -253,11 +184,10 @@ class MaskableLayer(nn.Module):
 
     def masked_weight(self) -> Tensor:
         """The weights of all connections, zero where they are off."""
-        if self.stores_active_only:
-            return self.spread(self.weight)
         mask = self.over_kernel(self.mask)
         if self.dense_gradients:
-            return _StraightThroughMask.apply(self.weight, mask)
+            weight: Tensor = _StraightThroughMask.apply(self.weight, mask)  # type: ignore[no-untyped-call]
+            return weight
         return torch.where(mask, self.weight, 0)
 
     @torch.no_grad()
@@ -274,15 +204,7 @@ class MaskableLayer(nn.Module):
             mask: of the new topology.
             restarted: bool, like ``mask``; connections whose weights and states become zero.
             states: tensors shaped like ``weight``, such as an optimizer's; changed in place, as the weights are.
-
-        Raises:
-            E2ENetError: active weights alone are stored, and the new topology has not as many in each block.
         """
-        if self.stores_active_only and not self.fits_blocks(mask):
-            raise E2ENetError(
-                f"a layer that stores {self._inputs_per_block} inputs for each block of {self.block_size} output maps got a "
-                "topology of other blocks: take one of the same sparsity and block size, set with equal_blocks"
-            )
         tensors = (self.weight, *states)
         spread = [self.spread(tensor).masked_fill_(self.over_kernel(restarted), 0) for tensor in tensors]
         self.mask.copy_(mask)
@@ -298,10 +220,9 @@ class MaskableLayer(nn.Module):
         shape = self.by_block(self.mask).shape
         if self.equal_blocks:
             inputs = n_active // self.n_outputs
-            if not self.stores_active_only:
-                self._inputs_per_block = inputs
             order = torch.rand(shape, generator=generator, device="cpu").argsort(self.input_axis).argsort(self.input_axis)
             self.set_topology(self.from_blocks(order < inputs))
+            self._inputs_per_block = inputs
             return
         order = torch.randperm(shape.numel(), generator=generator, device="cpu")
         blocks = torch.zeros(shape.numel(), dtype=torch.bool, device="cpu")
@@ -323,69 +244,49 @@ class MaskableLayer(nn.Module):
 
     @torch.no_grad()
     def clear_inactive_weights(self) -> None:
-        if not self.stores_active_only:
-            self.weight.masked_fill_(self.over_kernel(~self.mask), 0)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.stores_active_only:
-            destination[f"{prefix}weight"] = self.spread(self.weight if keep_vars else self.weight.detach())
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Raises E2ENetError if active weights alone are stored, and the topology of ``state_dict`` is of other blocks."""
-        if not self.stores_active_only:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            return
-        mask = state_dict.get(f"{prefix}mask", self.mask)
-        if mask.shape == self.mask.shape and not self.fits_blocks(mask.to(self.mask)):
-            raise E2ENetError(
-                f"{prefix}mask has not {self._inputs_per_block} input maps for each block of {self.block_size} output maps: "
-                "load weights of the same sparsity in such blocks, or use the trainer that they were trained with"
-            )
-        parameter, stored = self.weight, self.weight.data
-        parameter.data = self.spread(stored)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # with torch's own checks
-        active = self.gather(self.weight.data)
-        if self.weight is parameter:
-            parameter.data = stored.copy_(active)
-        else:  # with assign=True
-            self.weight = nn.Parameter(active, parameter.requires_grad)
+        """Zero the stored weights of connections that are off."""
+        self.weight.masked_fill_(self.over_kernel(~self.mask), 0)
 
 
 class MaskedConv2d(MaskableLayer, nn.Conv2d):
+    """``nn.Conv2d`` with a mask; ``with_bias=False`` leaves the bias out."""
+
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
-        bias = self.bias if with_bias else None
-        if self.stores_active_only and can_compute(self, x):
-            return sparse_convolution(x, self.weight, bias, self._active_inputs(), self.stride)
-        if self.computes_active_only:
-            x, weight, groups = self.gather_active(x)
-            return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
-        return self._conv_forward(x, self.masked_weight(), bias)
+        out: Tensor = self._conv_forward(x, self.masked_weight(), self.bias if with_bias else None)
+        return out
 
 
 class MaskedConv3d(MaskableLayer, nn.Conv3d):
+    """``nn.Conv3d`` with a mask; ``with_bias=False`` leaves the bias out."""
+
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
-        bias = self.bias if with_bias else None
-        if self.stores_active_only and can_compute(self, x):
-            return sparse_convolution(x, self.weight, bias, self._active_inputs(), self.stride)
-        x, weight, groups = self.gather_active(x) if self.computes_active_only else (x, self.masked_weight(), self.groups)
-        return conv3d(self, x, weight, bias, groups)
+        return conv3d(self, x, self.masked_weight(), self.bias if with_bias else None, self.groups)
 
 
 class MaskedConvTranspose2d(MaskableLayer, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` with a mask."""
+
     output_axis = 1
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        x, weight, groups = self.gather_active(x) if self.computes_active_only else (x, self.masked_weight(), self.groups)
+        return self.upsampled(x, self.masked_weight(), self.groups)
+
+    def upsampled(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """The transposed convolution of the layer with other weights, shaped as one of so many groups takes them."""
         options = (self.stride, self.padding, self.output_padding, groups, self.dilation)
         return F.conv_transpose2d(x, weight, self.bias, *options)  # type: ignore[arg-type]
 
 
 class MaskedConvTranspose3d(MaskableLayer, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` with a mask."""
+
     output_axis = 1
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        x, weight, groups = self.gather_active(x) if self.computes_active_only else (x, self.masked_weight(), self.groups)
+        return self.upsampled(x, self.masked_weight(), self.groups)
+
+    def upsampled(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """The transposed convolution of the layer with other weights, shaped as one of so many groups takes them."""
         options = (self.stride, self.padding, self.output_padding, groups, self.dilation)
         return F.conv_transpose3d(x, weight, self.bias, *options)  # type: ignore[arg-type]
 

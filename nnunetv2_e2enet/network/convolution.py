@@ -15,7 +15,8 @@ class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` that leaves its bias out when asked to."""
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
-        return self._conv_forward(x, self.weight, self.bias if with_bias else None)
+        out: Tensor = self._conv_forward(x, self.weight, self.bias if with_bias else None)
+        return out
 
 
 class Conv3d(nn.Conv3d):
@@ -39,7 +40,8 @@ def conv3d(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None, gro
         groups: of the convolution.
     """
     if layer.padding_mode != "zeros":
-        return layer._conv_forward(x, weight, bias)
+        out: Tensor = layer._conv_forward(x, weight, bias)
+        return out
     stride, padding, dilation = layer.stride, layer.padding, layer.dilation
     flat = weight.shape[2] == 1 and stride[0] == 1 and not isinstance(padding, str) and padding[0] == 0
     if flat and settings().plane_convolutions == "on" and is_channels_last(x):
@@ -60,4 +62,5 @@ def over_slices(
     batch, _, depth, _, _ = x.shape
     slices = x.movedim(2, 1).flatten(0, 1)
     out = F.conv2d(slices, weight[:, :, 0], bias, stride[1:], padding[1:], dilation[1:], groups)
-    return out.unflatten(0, (batch, depth)).movedim(1, 2)
+    volumes: Tensor = out.unflatten(0, (batch, depth)).movedim(1, 2)
+    return volumes

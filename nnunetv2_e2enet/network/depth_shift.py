@@ -65,7 +65,8 @@ def depth_shift(maps: FeatureMap | Sequence[FeatureMap], shift_size: int) -> Ten
     if len(tensors) == len(sources) and (shift_size == 1 or sum(t.shape[1] for t in tensors) < shift_size):
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _DepthShift.apply(shift_size, slopes, *tensors)
+        out: Tensor = _DepthShift.apply(shift_size, slopes, *tensors)  # type: ignore[no-untyped-call]
+        return out
     return _joined(sources, shift_size)
 
 
@@ -136,7 +137,7 @@ def _joined(maps: Sequence[FeatureMap], shift_size: int) -> Tensor:
 
 def _separated(grad: Tensor, widths: list[int], shift_size: int) -> Sequence[Tensor]:
     if len(shift_groups(sum(widths), shift_size)) == 1:  # nothing was moved
-        return grad.split(widths, dim=1)
+        return torch.split(grad, widths, dim=1)
     kernels = kernels_for(grad)
     parts: list[Tensor] = (separate if kernels is None else kernels.separate)(grad, widths, shift_size)
     return parts

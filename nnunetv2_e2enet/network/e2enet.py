@@ -91,55 +91,52 @@ class E2ENet(nn.Module):
         decoder_class: type[nn.Module] | str | None = None,
     ) -> None:
         super().__init__()
-        dimension = _dimension(conv_op)
-        if n_stages < 2:
-            raise E2ENetError(
-                f"the plans have {n_stages} level(s), but E2ENet fuses at least 2: plan with a larger patch, or train this "
-                "configuration with a stock trainer"
-            )
+        self.dimension = _dimension(conv_op)
+        _check_levels(n_stages)
         check_sparsity(feature_sparsity)
         check_shift_size(shift_size)
         _check_kernel_size(kernel_size)
+        self.input_channels = input_channels
+        self.num_classes = num_classes
+        self.feature_sparsity = feature_sparsity
+        self.shift_size = shift_size
+
         features = _per_level("features_per_stage", features_per_stage, n_stages)
         n_conv = _per_level("n_conv_per_stage", n_conv_per_stage, n_stages)
-        level_strides = _strides(strides, n_stages, dimension)
-
-        given: dict[str, Any] = {
-            "norm_op_kwargs": norm_op_kwargs,
-            "dropout_op": dropout_op,
-            "dropout_op_kwargs": dropout_op_kwargs,
-            "nonlin": nonlin,
-            "nonlin_kwargs": nonlin_kwargs,
-        }
+        level_strides = _strides(strides, n_stages, self.dimension)
         style = BlockStyle(
-            dimension,
+            self.dimension,
             shift_size,
             conv_bias,
             norm_op,
             kernel_size=tuple(kernel_size),
             learned_shift=learned_shift,
-            **{name: value for name, value in given.items() if value is not None},
+            **_given(
+                norm_op_kwargs=norm_op_kwargs,
+                dropout_op=dropout_op,
+                dropout_op_kwargs=dropout_op_kwargs,
+                nonlin=nonlin,
+                nonlin_kwargs=nonlin_kwargs,
+            ),
         )
-        self.dimension = dimension
-        self.input_channels = input_channels
-        self.num_classes = num_classes
-        self.feature_sparsity = feature_sparsity
-        self.shift_size = shift_size
         encoder = located("encoder_class", encoder_class) or Encoder
         decoder = located("decoder_class", decoder_class) or FusionDecoder
         self.encoder = cast(Encoder, encoder(input_channels, features, level_strides, n_conv, style))
         self.decoder = cast(FusionDecoder, decoder(features, level_strides, num_classes, deep_supervision, style))
-
-        self.recompute = "blocks"
 
         self.key_to_encoder = "encoder.stages"
         self.key_to_stem = "encoder.stages.0"
         self.keys_to_in_proj = ("encoder.stages.0.0.conv",)
         self.key_to_lpe = None
 
+        self.recompute = "blocks"
+        self._start()
+
+    def _start(self) -> None:
+        """Random weights, a random topology, and the kernels of the device."""
         self.apply(self.initialize)
         for _, layer in maskable_layers(self):
-            layer.set_random_topology(layer.connections_at(1 - feature_sparsity))
+            layer.set_random_topology(layer.connections_at(1 - self.feature_sparsity))
         self._prepare_kernels()
 
     def _prepare_kernels(self) -> None:
@@ -147,7 +144,7 @@ class E2ENet(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> E2ENet:
         """Of ``to`` and the like: the network may be on another device now."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._prepare_kernels()
         return self
 
@@ -254,6 +251,19 @@ def located(argument: str, component: type[nn.Module] | str | None) -> type[nn.M
             "it importable (PYTHONPATH, or pip install) wherever the network is trained or predicts"
         )
     return found
+
+
+def _check_levels(n_stages: int) -> None:
+    if n_stages < 2:
+        raise E2ENetError(
+            f"the plans have {n_stages} level(s), but E2ENet fuses at least 2: plan with a larger patch, or train this "
+            "configuration with a stock trainer"
+        )
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    """Those that are not None; of the others BlockStyle has defaults."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _dimension(conv_op: type[nn.Module]) -> int:

@@ -27,12 +27,13 @@ def pooled(feature_map: FeatureMap, pool: nn.Module) -> Tensor:
     stride = _stride(pool)
     kernels = kernels_for(values_of(feature_map))
     if kernels is None or stride is None:
-        result: Tensor = pool(activated(feature_map))
-        return result
+        out: Tensor = pool(activated(feature_map))
+        return out
     tensors, slopes = flatten([feature_map])
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _Pool.apply(stride, slopes, *tensors)
-    out, _ = kernels.pool(tensors, slopes[0], stride)
+        out = _Pool.apply(stride, slopes, *tensors)  # type: ignore[no-untyped-call]
+    else:
+        out, _ = kernels.pool(tensors, slopes[0], stride)
     return out
 
 

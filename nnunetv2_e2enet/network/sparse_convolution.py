@@ -38,7 +38,7 @@ def sparse_convolution(
     if torch.is_autocast_enabled(x.device.type):  # as PyTorch casts what its own convolutions take
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    out: Tensor = _SparseConvolution.apply(x, weight, inputs, list(stride), shift_size)
+    out: Tensor = _SparseConvolution.apply(x, weight, inputs, list(stride), shift_size)  # type: ignore[no-untyped-call]
     return out if bias is None else out + bias.to(out.dtype).reshape(-1, *[1] * (out.dim() - 2))
 
 

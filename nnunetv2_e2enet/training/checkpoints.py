@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
@@ -47,7 +48,25 @@ _ARCHITECTURE = {
 }
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def why_not_written(error: BaseException, path: Path) -> str | None:
+    """What to tell a user whose checkpoint could not be written; None for an error that has nothing to do with writing.
+
+    Args:
+        error: what ended the attempt.
+        path: the file that was to be written.
+    """
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    if _is_out_of_memory(error):
+        what, remedy = f"out of memory while {path} was written ({reason})", "Free memory"
+    elif _is_write_failure(error):
+        free = shutil.disk_usage(path.parent).free
+        what, remedy = f"{path} could not be written ({reason}; {free / 1e9:.1f} GB are free)", "Make room"
+    else:
+        return None
+    return f"{what}: former checkpoints are intact. {remedy} and resume with --c"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU or the system had no memory left for a tensor or an object."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
@@ -55,7 +74,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return said_so or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
-def is_write_failure(error: BaseException) -> bool:
+def _is_write_failure(error: BaseException) -> bool:
     """Whether a file could not be written: no room, no permission, no folder."""
     return isinstance(error, OSError) or (isinstance(error, RuntimeError) and any(name in str(error) for name in _ZIP_WRITER))
 
@@ -68,7 +87,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         with _reading, safe_globals(_ALLOWED):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise E2ENetError(
@@ -122,7 +141,8 @@ def check_checkpoint(path: Path, architecture: Mapping[str, Any], network_state:
 def _architecture(checkpoint: dict[str, Any]) -> dict[str, Any]:
     arguments = checkpoint["init_args"]
     configuration = arguments["plans"]["configurations"].get(arguments["configuration"], {})
-    return configuration.get("architecture", {})
+    architecture: dict[str, Any] = configuration.get("architecture", {})
+    return architecture
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture
 from nnunetv2_e2enet.training.interface import PLANNER_ATTRIBUTES, Overrides, check_attributes
-from nnunetv2_e2enet.training.trainer import one_line_errors
+from nnunetv2_e2enet.training.network import one_line_errors
 
 if TYPE_CHECKING:
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import (
@@ -79,7 +79,7 @@ class E2ENetPlannerMixin(Overrides, PlannerBase):
                 allow_init=False,
                 deep_supervision=True,
             )
-        return network.saved_bytes([int(size) for size in patch_size])
+        return cast(E2ENet, network).saved_bytes([int(size) for size in patch_size])
 
     def generate_data_identifier(self, configuration_name: str) -> str:
         """2d and 3d_fullres are preprocessed as with nnUNetPlans, so they share its data (as the ResEnc planners do)."""
@@ -96,7 +96,7 @@ class E2ENetPlannerMixin(Overrides, PlannerBase):
         _cache: dict[str, Any],
     ) -> dict[str, Any]:
         with one_line_errors():
-            plan = super().get_plans_for_configuration(
+            plan: dict[str, Any] = super().get_plans_for_configuration(
                 spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
             )
             plan["architecture"] = e2enet_architecture(plan["architecture"], feature_sparsity=0.0, shift_size=3)

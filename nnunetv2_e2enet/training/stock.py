@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from nnunetv2_e2enet.training.architecture import converted_architecture, scaled_architecture
-from nnunetv2_e2enet.training.trainer import DSFFMixin, NetworkMixin
+from nnunetv2_e2enet.training.dsff import DSFFMixin
+from nnunetv2_e2enet.training.network import NetworkMixin
 
 
 class StockDSFFMixin(DSFFMixin):

@@ -52,7 +52,8 @@ class TimedMixin(Overrides, TrainerBase):
         if self._seconds_per_iteration is None:
             return FIRST_ITERATIONS
         left = (self.training_seconds - self._spent) / max(1, self.num_epochs - self.current_epoch)
-        return max(1, round(left / self._seconds_per_iteration))
+        planned: int = max(1, round(left / self._seconds_per_iteration))
+        return planned
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         super().on_train_epoch_end(train_outputs)

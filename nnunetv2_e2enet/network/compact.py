@@ -1,0 +1,195 @@
+"""Maskable layers that store the weights of active connections alone.
+
+All blocks of such a layer have equally many input maps, so that the weights are those of a grouped convolution with a group
+for each block. State dicts hold, and are loaded from, the weights of all connections, as those of any maskable layer do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network.connections import (
+    MaskableLayer,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedConvTranspose2d,
+    MaskedConvTranspose3d,
+)
+from nnunetv2_e2enet.network.convolution import conv3d
+from nnunetv2_e2enet.network.memory_format import is_channels_last
+from nnunetv2_e2enet.network.sparse_convolution import can_compute, sparse_convolution
+
+
+class CompactLayer(MaskableLayer):
+    """A maskable layer whose ``weight``, its gradient and optimizer state are those of active connections.
+
+    ``store_active_only`` makes one. The values of ``weight`` are in the order of the mask, so their places change with the
+    topology: an average of weights over a training is one of state dicts. A new topology must have as many inputs in each
+    block.
+    """
+
+    stores_active_only = True
+
+    @property
+    def computes_active_only(self) -> bool:
+        """Whether the forward pass gathers; not where it would have to pad otherwise than with zeros."""
+        return self.training and getattr(self, "padding_mode", "zeros") == "zeros"
+
+    def grouped(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The layer as a grouped convolution, a group for each block: its input maps, the weights, the number of groups.
+
+        Shapes follow from block size and sparsity alone, so that a new topology changes indices and nothing else.
+        """
+        axis = -1 if is_channels_last(x) else 1  # of a view, so that the result has its channels last too
+        inputs = x.movedim(1, axis).index_select(axis, self.active_inputs().flatten()).movedim(axis, 1)
+        return inputs, self.weight, self.n_blocks
+
+    def active_inputs(self) -> Tensor:
+        """The input maps of equal blocks in ascending order, ``(blocks, inputs per block)``."""
+        blocks = self.mask.movedim(self.output_axis, 0)[:: self.block_size].to(torch.uint8)
+        return blocks.argsort(dim=1, descending=True, stable=True)[:, : self._inputs_per_block]
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Of the active connections in a tensor ``(blocks, input maps, ...)``."""
+        inputs = self.active_inputs()
+        return torch.arange(len(inputs), device=inputs.device)[:, None], inputs
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The values of active connections, shaped like ``weight``, of values for all connections, of shape ``shape``."""
+        blocks: Tensor = values.movedim(self.output_axis, 0).unflatten(0, (-1, self.block_size)).transpose(1, 2)
+        active = blocks[self._places()]  # (blocks, inputs per block, outputs, ...)
+        return (active.transpose(1, 2) if self.output_axis == 0 else active).flatten(0, 1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """The reverse of ``gather``: values shaped like ``weight`` for all connections, zero for those that are off."""
+        active = values.unflatten(0, (self.n_blocks, -1))
+        active = active.transpose(1, 2) if self.output_axis == 0 else active
+        blocks = values.new_zeros(self.n_blocks, self.n_inputs, *active.shape[2:]).index_put(self._places(), active)
+        return blocks.transpose(1, 2).flatten(0, 1).movedim(0, self.output_axis).contiguous()
+
+    def masked_weight(self) -> Tensor:
+        """The weights of all connections, zero where they are off."""
+        return self.spread(self.weight)
+
+    def clear_inactive_weights(self) -> None:
+        """Of connections that are off no weights are stored."""
+
+    def share_inputs(self, block_size: int, equal_blocks: bool = False) -> None:  # noqa: ARG002
+        """Raises E2ENetError: the blocks are what the stored weights are of."""
+        raise E2ENetError("the layer stores its active weights alone, whose blocks are what they are: build it anew")
+
+    def change_topology(self, mask: Tensor, restarted: Tensor, states: Sequence[Tensor] = ()) -> None:
+        """As for any maskable layer.
+
+        Raises:
+            E2ENetError: the new topology has not as many inputs in each block.
+        """
+        if not self.fits_blocks(mask):
+            raise E2ENetError(
+                f"a layer that stores {self._inputs_per_block} inputs for each block of {self.block_size} output maps got a "
+                "topology of other blocks: take one of the same sparsity and block size, set with equal_blocks"
+            )
+        super().change_topology(mask, restarted, states)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.spread(self.weight if keep_vars else self.weight.detach())
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Raises E2ENetError if the topology of ``state_dict`` is of other blocks."""
+        mask = state_dict.get(f"{prefix}mask", self.mask)
+        if mask.shape == self.mask.shape and not self.fits_blocks(mask.to(self.mask)):
+            raise E2ENetError(
+                f"{prefix}mask has not {self._inputs_per_block} input maps for each block of {self.block_size} output maps: "
+                "load weights of the same sparsity in such blocks, or use the trainer that they were trained with"
+            )
+        parameter, stored = self.weight, self.weight.data
+        parameter.data = self.spread(stored)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # with torch's own checks
+        active = self.gather(self.weight.data)
+        if self.weight is parameter:
+            parameter.data = stored.copy_(active)
+        else:  # with assign=True
+            self.weight = nn.Parameter(active, parameter.requires_grad)
+
+
+class CompactConv2d(CompactLayer, MaskedConv2d):
+    """A compact ``MaskedConv2d``."""
+
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        bias = self.bias if with_bias else None
+        if can_compute(self, x):
+            return sparse_convolution(x, self.weight, bias, self.active_inputs(), self.stride)
+        if not self.computes_active_only:
+            return super().forward(x, with_bias)
+        x, weight, groups = self.grouped(x)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+
+
+class CompactConv3d(CompactLayer, MaskedConv3d):
+    """A compact ``MaskedConv3d``."""
+
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        bias = self.bias if with_bias else None
+        if can_compute(self, x):
+            return sparse_convolution(x, self.weight, bias, self.active_inputs(), self.stride)
+        if not self.computes_active_only:
+            return super().forward(x, with_bias)
+        x, weight, groups = self.grouped(x)
+        return conv3d(self, x, weight, bias, groups)
+
+
+class CompactConvTranspose2d(CompactLayer, MaskedConvTranspose2d):
+    """A compact ``MaskedConvTranspose2d``."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.upsampled(*self.grouped(x)) if self.computes_active_only else super().forward(x)
+
+
+class CompactConvTranspose3d(CompactLayer, MaskedConvTranspose3d):
+    """A compact ``MaskedConvTranspose3d``."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.upsampled(*self.grouped(x)) if self.computes_active_only else super().forward(x)
+
+
+COMPACT: dict[type[MaskableLayer], type[CompactLayer]] = {
+    MaskedConv2d: CompactConv2d,
+    MaskedConv3d: CompactConv3d,
+    MaskedConvTranspose2d: CompactConvTranspose2d,
+    MaskedConvTranspose3d: CompactConvTranspose3d,
+}
+"""By the class of the layer that stores all weights."""
+
+
+def store_active_only(layer: MaskableLayer) -> None:
+    """Turn a maskable layer into a compact one, in its place; ``weight`` stays the same Parameter.
+
+    To be called before there is optimizer state and before DistributedDataParallel. A compact layer stays as it is.
+
+    Raises:
+        E2ENetError: the blocks do not have equally many inputs, gradients of all connections are wanted, or ``layer`` is of
+            another class than the four of ``connections.py``.
+    """
+    if layer.dense_gradients:
+        raise E2ENetError(
+            "dense_gradients, which growth by gradient needs, are those of all connections: store the weights of all"
+        )
+    if layer.stores_active_only:
+        return
+    if type(layer) not in COMPACT:
+        raise E2ENetError(f"{type(layer).__name__} has no compact form, only {', '.join(cls.__name__ for cls in COMPACT)}")
+    layer._inputs_per_block = int(layer.mask.sum(layer.input_axis)[0])
+    if not (layer.equal_blocks and layer.fits_blocks()):
+        raise E2ENetError(
+            f"blocks of {layer.block_size} output maps do not have equally many input maps each: call share_inputs(..., "
+            "equal_blocks=True) and set_random_topology before store_active_only"
+        )
+    layer.__class__ = COMPACT[type(layer)]
+    layer.weight.data = layer.gather(layer.weight.data)

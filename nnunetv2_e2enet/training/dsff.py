@@ -1,0 +1,205 @@
+"""Mixin that adds dynamic sparse feature fusion to nnU-Net trainers."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunetv2_e2enet.dsff import (
+    HISTORY_FILE,
+    CosineSchedule,
+    Distribution,
+    Growth,
+    Importance,
+    KernelL1Norm,
+    RandomGrowth,
+    Schedule,
+    StaticSchedule,
+    TopologyHistory,
+    TopologyUpdater,
+    Uniform,
+    explored_share,
+    random_topology,
+    sparsity,
+)
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network import fusion_flows, maskable_layers, store_active_only
+from nnunetv2_e2enet.training.logging import DSFFLogger
+from nnunetv2_e2enet.training.network import NetworkMixin, one_line_errors
+from nnunetv2_e2enet.training.parallel import share_topology
+
+OBSERVATIONS = 8  # batches that are tried before an update
+
+
+class DSFFMixin(NetworkMixin):
+    """Trains a network with maskable layers with dynamic sparse feature fusion; to be put before an nnU-Net trainer."""
+
+    own_hooks = (*NetworkMixin.own_hooks, "configure_optimizers")  # whose arguments differ between nnU-Net's variants
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature that nnU-Net inspects)
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.feature_sparsity = 0.8  # share of maskable connections that are off; 0 trains the dense network
+        self.topology_update_period: int | None = 5  # epochs between two updates of the topology; None keeps that of the start
+        self.initial_prune_fraction = 0.5  # share of active connections replaced at epoch 0; falls to 0 by a cosine
+        self.schedule: Schedule | None = None  # of the updates; None: a cosine with the two settings above
+        self.distribution: Distribution = Uniform()  # connections per layer
+        self.importance: Importance = KernelL1Norm()  # which connections are kept
+        self.growth: Growth = RandomGrowth()  # which connections are tried
+        self.initial_gain = 1.0  # factor of the initial weights of maskable layers
+        self.block_size = 1  # output maps that share their input maps
+        self.compute_active_only = False  # blocks with equally many inputs each; only active ones are stored and multiplied
+        self.topology_seed = 0
+        self._is_prepared = False
+
+    def initialize(self) -> None:
+        with one_line_errors():
+            super().initialize()
+            if not self._is_prepared:  # a class of the user's configures the optimizer without a call of this one's
+                self._prepare_late()
+            self.topology_history = self._follow_topology()
+
+    def configure_optimizers(self, *args: Any, **kwargs: Any) -> Any:
+        """As nnU-Net does, after topology and weights have got the form in which they are trained."""
+        if not self._is_prepared:
+            self._prepare_network()
+            self._is_prepared = True
+        return super().configure_optimizers(*args, **kwargs)
+
+    def _prepare_late(self) -> None:
+        """The optimizer holds the same parameters; DistributedDataParallel has sent their old values to all processes."""
+        if self.is_ddp:
+            raise E2ENetError(
+                f"{type(self).__name__}.configure_optimizers does not call super().configure_optimizers(), which prepares the "
+                "topology: let it do so, or train on one device"
+            )
+        self._prepare_network()
+        self._is_prepared = True
+
+    def _prepare_network(self) -> None:
+        """Bring topology and weights into the form in which they are trained."""
+        network = self.unwrapped_network
+        for _, layer in maskable_layers(network):
+            layer.share_inputs(self.block_size, self.compute_active_only)
+        seed = f"{self.topology_seed}/{self.fold}"  # one a fold, so that agreement between folds reflects learning
+        random_topology(network, self.feature_sparsity, self.distribution, seed)
+        share_topology(network)
+        self.topology_updater = TopologyUpdater(network, self._schedule(), self.importance, self.growth, seed)
+        for layer in self.topology_updater.layers.values():
+            layer.initialize_weights(self.initial_gain)
+            if self.compute_active_only and not self.topology_updater.observes["dense_gradients"]:
+                store_active_only(layer)
+
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+        """Optimizer state of all connections, as checkpoints had it once, is taken for those that are stored."""
+        super().load_checkpoint(filename_or_checkpoint)
+        for layer in self.topology_updater.layers.values():
+            state = self.optimizer.state.get(layer.weight, {})
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == layer.shape:
+                    state[key] = layer.gather(value)
+
+    def _follow_topology(self) -> TopologyHistory:
+        path = Path(self.output_folder) / HISTORY_FILE if self.local_rank == 0 else None
+        flows = fusion_flows(self.unwrapped_network)
+        history = TopologyHistory(self.topology_updater.layers, flows, path, self.importance)
+        self.logger.local_logger = DSFFLogger(history, self.logger.local_logger.verbose)
+        return history
+
+    def _schedule(self) -> Schedule:
+        if self.schedule is not None:
+            return self.schedule
+        if self.topology_update_period is None:
+            return StaticSchedule()
+        return CosineSchedule(self.num_epochs, self.topology_update_period, self.initial_prune_fraction)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        with one_line_errors():
+            self._check_topology()
+            if self.current_epoch == 0:
+                for layer in self.topology_updater.layers.values():
+                    layer.explored.copy_(layer.mask)  # with -pretrained_weights, what was explored before does not count
+                self.topology_history.start()
+            else:
+                self.topology_history.resume(self.current_epoch)
+
+    def _check_topology(self) -> None:
+        """Raises E2ENetError unless every layer has as many active connections as the sparsity says, in blocks."""
+        layers = self.topology_updater.layers
+        expected = self.distribution.active(self.feature_sparsity, layers)
+        wrong = {name: layer.n_active for name, layer in layers.items() if layer.n_active != expected[name]}
+        if wrong:
+            raise E2ENetError(
+                f"the loaded weights have a sparsity of {sparsity(layers):.3f}, but {type(self).__name__} trains with "
+                f"{self.feature_sparsity}: load weights of that sparsity, or use the trainer that they were trained with"
+            )
+        loose = [name for name, layer in layers.items() if not layer.fits_blocks()]
+        if loose:
+            raise E2ENetError(
+                f"{loose[0]} and {len(loose) - 1} more layers of the loaded weights have output maps that do not share their "
+                f"input maps, but {type(self).__name__} trains with block_size {self.block_size}: load weights in such blocks"
+            )
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        with one_line_errors():
+            self._update_topology()
+
+    def _update_topology(self) -> None:
+        """Before the first iteration, so that validation and checkpoints see networks that were trained after an update."""
+        updater = self.topology_updater
+        if updater.needs_observation(self.current_epoch):
+            self._observe()
+        update = updater.update(self.current_epoch, self.optimizer)
+        if update is not None:
+            self.topology_history.add(update)
+        values = {
+            "sparsity": sparsity(updater.layers),
+            "prune_fraction": updater.schedule.prune_fraction(self.current_epoch),
+            "connections_changed": update.replaced if update else 0,
+            "explored": explored_share(updater.layers),
+        }
+        for name, value in values.items():
+            self.logger.log(f"dsff_{name}", value, self.current_epoch)
+        self.print_to_log_file(
+            "DSFF sparsity {sparsity:.4f}, prune fraction {prune_fraction:.4f}, connections changed {connections_changed}, "
+            "explored {explored:.4f}".format(**values)
+        )
+
+    def _observe(self) -> None:
+        """Show one batch to the criteria of DSFF, with gradients that the optimizer never sees.
+
+        Raises:
+            E2ENetError: no batch gives finite gradients, however small the loss is scaled.
+        """
+        network, updater = self.unwrapped_network, self.topology_updater
+        scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
+        for _ in range(OBSERVATIONS):
+            self.optimizer.zero_grad(set_to_none=True)
+            batch = next(self.dataloader_train)
+            data, target = (_on_device(batch[key], self.device) for key in ("data", "target"))
+            with updater.observation():
+                with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext():  # as nnU-Net's train_step
+                    loss = self.loss(network(data), target)
+                (loss * scale).backward()
+            if updater.observation_is_finite():
+                return
+            scale /= 16  # of half precision's overflows
+        raise E2ENetError(
+            f"{OBSERVATIONS} batches in a row gave gradients that are not finite before epoch {self.current_epoch}: the "
+            "training has diverged. Resume it from its last checkpoint with --c and a lower initial_lr"
+        )
+
+
+def _on_device(values: Any, device: torch.device) -> Any:
+    return [value.to(device) for value in values] if isinstance(values, list) else values.to(device)

@@ -1,0 +1,122 @@
+"""Mixin that trains another network than the plans say, with checkpoints that are whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_e2enet.dsff import HISTORY_FILE
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.training.checkpoints import check_checkpoint, why_not_written
+from nnunetv2_e2enet.training.interface import TRAINER_ATTRIBUTES, Overrides, check_attributes
+
+if TYPE_CHECKING:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as TrainerBase
+else:
+    TrainerBase = object
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends nnU-Net's console command with the message of an E2ENetError, without a traceback."""
+    try:
+        yield
+    except E2ENetError as error:
+        raise SystemExit(f"E2ENet: {error}") from None
+
+
+class NetworkMixin(Overrides, TrainerBase):
+    """Trains another network than the plans say; to be put before an nnU-Net trainer.
+
+    What is trained is written into the model folder's ``plans.json`` and into checkpoints, so prediction needs no settings.
+    Checkpoints are written whole and checked before they are continued, and a training that diverges stops.
+    """
+
+    own_hooks: tuple[str, ...] = ("network_architecture",)
+
+    def network_architecture(self, architecture: dict[str, Any]) -> dict[str, Any]:
+        """The ``architecture`` entry of the network to train.
+
+        Args:
+            architecture: that of the plans; not changed.
+        """
+        return architecture
+
+    def initialize(self) -> None:
+        with one_line_errors():
+            check_attributes(self, TRAINER_ATTRIBUTES)
+            self._write_architecture_into_plans()
+            super().initialize()
+
+    def _write_architecture_into_plans(self) -> None:
+        """From here on the plans describe what is trained: nnU-Net copies them into the model folder and into checkpoints."""
+        configuration = self.configuration_manager.configuration
+        architecture = self.network_architecture(configuration["architecture"])
+        configuration["architecture"] = architecture
+        self.plans_manager.plans["configurations"][self.configuration_name]["architecture"] = architecture
+
+    @property
+    def unwrapped_network(self) -> nn.Module:
+        """The network itself, without DistributedDataParallel and torch.compile."""
+        wrapped = isinstance(self.network, DistributedDataParallel)  # not yet while nnU-Net initializes
+        network: nn.Module = self.network.module if wrapped else self.network
+        unwrapped: nn.Module = getattr(network, "_orig_mod", network)
+        return unwrapped
+
+    def save_checkpoint(self, filename: str) -> None:
+        """As nnU-Net does, but a file that is there is replaced only by one that is complete."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        target, temporary = Path(filename), Path(f"{filename}.tmp")
+        try:
+            super().save_checkpoint(str(temporary))
+            temporary.replace(target)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            reason = why_not_written(error, target)
+            if reason is None:
+                raise
+            raise SystemExit(f"E2ENet: {reason}") from error
+
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+        """As nnU-Net does, after a check that the checkpoint is of this network."""
+        if not self.was_initialized:
+            self.initialize()
+        if isinstance(filename_or_checkpoint, str):
+            architecture = self.configuration_manager.configuration["architecture"]
+            with one_line_errors():
+                check_checkpoint(Path(filename_or_checkpoint), architecture, self.unwrapped_network.state_dict())
+        with one_line_errors():
+            super().load_checkpoint(filename_or_checkpoint)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.local_rank == 0:
+            self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Of what a killed training was about to write."""
+        for pattern in ("checkpoint_*.pth.tmp", f".{HISTORY_FILE}.*.tmp"):
+            for file in Path(self.output_folder).glob(pattern):
+                file.unlink()
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        with one_line_errors():
+            self._check_weights()
+
+    def _check_weights(self) -> None:
+        """Raises E2ENetError if the training has diverged; the checkpoints on disk are from before."""
+        for name, parameter in self.unwrapped_network.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise E2ENetError(
+                    f"{name} is not finite after epoch {self.current_epoch}: the training has diverged. Resume it from its "
+                    "last checkpoint with --c and a lower initial_lr"
+                )

@@ -1,0 +1,64 @@
+"""``e2enet`` as a shell starts it: completion, and a pipe that nobody reads to its end."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from support import program
+
+from nnunetv2_e2enet.cli import main as entry
+from nnunetv2_e2enet.cli.main import main
+
+
+def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
+    for shell in ("bash", "zsh"):
+        with pytest.raises(SystemExit) as ended:
+            main(["completion", shell])
+        assert ended.value.code == 0
+        script = capsys.readouterr().out
+        assert "--report" in script
+        assert "profile" in script
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_ends_the_command_without_a_word(unbuffered: str) -> None:
+    """As in ``e2enet completion bash | head -1``, with a reader that has gone before the first line."""
+    read, write = os.pipe()
+    os.close(read)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [program("e2enet"), "completion", "bash"]
+    result = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "JSON"])
+def test_info_into_a_closed_pipe(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``e2enet info | head -1``: a table comes from rich, which has a way of its own to end, and JSON does not."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        try:
+            code: str | int | None = main(["info", *options])
+        except SystemExit as end:
+            code = end.code
+    assert code == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_the_broken_pipe_of_a_pool_is_no_closed_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its traceback is shown, while standard output is as it should be."""
+
+    def broken(_args: object) -> int:
+        raise BrokenPipeError("a worker has died")
+
+    monkeypatch.setattr(entry.phantom, "run", broken)
+    with (tmp_path / "output.txt").open("w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        with pytest.raises(BrokenPipeError, match="a worker has died"):
+            main(["phantom", "1"])
