@@ -12,7 +12,7 @@ def _timed(base: type) -> type:
 
 
 # The same seconds for both networks, however many iterations these are.
-_DEMO = {"num_epochs": 10, "num_val_iterations_per_epoch": 2, "training_seconds": 75.0}
+_DEMO = {"num_epochs": 10, "num_val_iterations_per_epoch": 2, "training_seconds": 60.0}
 SMOKE = {"num_epochs": 3, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
 
 nnUNetTrainer_demo = variant(_timed(nnUNetTrainer), "demo", **_DEMO)
