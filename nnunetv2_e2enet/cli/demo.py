@@ -105,9 +105,8 @@ def _commands(work: Workspace) -> list[tuple[str, list[str]]]:
     for name, trainer in MODELS.items():
         folders = ["-i", str(work.raw / "imagesTs"), "-o", str(work.predictions(trainer))]
         model = ["-d", dataset, "-c", CONFIGURATION, "-f", "0", "-tr", trainer]
-        commands.append(
-            (f"Predict with {name}", ["nnUNetv2_predict", *folders, *model, "-device", work.device, "-npp", "1", "-nps", "1"])
-        )
+        options = ["--disable_tta", "-device", work.device, "-npp", "1", "-nps", "1"]  # an eighth of the time for both
+        commands.append((f"Predict with {name}", ["nnUNetv2_predict", *folders, *model, *options]))
         description = ["-djfile", str(work.raw / "dataset.json"), "-pfile", str(work.model(trainer) / "plans.json")]
         compared = [str(work.raw / "labelsTs"), str(work.predictions(trainer))]
         commands.append((f"Evaluate {name}", ["nnUNetv2_evaluate_folder", *compared, *description]))
@@ -141,7 +140,7 @@ def _report(console: Console, work: Workspace) -> int:
 
     labels = _labels(work)
     dice = {name: _dice(work.predictions(trainer) / "summary.json") for name, trainer in MODELS.items()}
-    table = Table(title="Dice on held-out phantoms, and size of the networks")
+    table = Table(title="Dice on held-out phantoms (no mirroring), and size of the networks")
     table.add_column("")
     for name in MODELS:
         table.add_column(name, justify="right")

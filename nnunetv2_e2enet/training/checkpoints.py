@@ -56,7 +56,7 @@ def why_not_written(error: BaseException, path: Path) -> str | None:
         path: the file that was to be written.
     """
     reason = next(iter(str(error).splitlines()), type(error).__name__)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         what, remedy = f"out of memory while {path} was written ({reason})", "Free memory"
     elif _is_write_failure(error):
         free = shutil.disk_usage(path.parent).free
@@ -66,7 +66,7 @@ def why_not_written(error: BaseException, path: Path) -> str | None:
     return f"{what}: former checkpoints are intact. {remedy} and resume with --c"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU or the system had no memory left for a tensor or an object."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
