@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -219,3 +220,17 @@ def untrained_model(
         if parameter.dim() == 1:  # scales, offsets and biases are ones and zeros at the start
             torch.nn.init.uniform_(parameter, 0.5 if name.endswith("norm.weight") else -1.5, 1.5)
     return PackedModel(description, {"0": pack(network.state_dict(), network)}), network
+
+
+def copy_with_random_heads(trained: Path, results: Path) -> Path:
+    """A copy of a model's folder in results of its own: whatever was trained, every label has many components."""
+    folder = results / trained.parent.name / trained.name
+    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("validation"))
+    generator = torch.Generator().manual_seed(0)
+    for path in sorted(folder.glob("fold_*/checkpoint_final.pth")):
+        content = torch.load(path, weights_only=False)
+        for name, value in content["network_weights"].items():
+            if "seg_layers" in name:
+                value.normal_(generator=generator)
+        torch.save(content, path)
+    return folder

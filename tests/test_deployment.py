@@ -17,7 +17,7 @@ import pytest
 import SimpleITK
 import torch
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
-from support import Project, run_command, untrained_model
+from support import Project, copy_with_random_heads, run_command, untrained_model
 
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.deployment import PackedModel, Segmenter, pack_model, read_packed, write_packed
@@ -30,18 +30,7 @@ NNUNET_NAMES = ["-d", "993", "-c", "3d_fullres", "-tr", "nnUNetTrainerE2ENet_smo
 
 @pytest.fixture(scope="module")
 def model(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy in results of its own, with random heads: whatever was trained, every label has many components."""
-    results = tmp_path_factory.mktemp("results")
-    folder = results / trained.parent.name / trained.name
-    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("validation"))
-    generator = torch.Generator().manual_seed(0)
-    for path in sorted(folder.glob("fold_*/checkpoint_final.pth")):
-        content = torch.load(path, weights_only=False)
-        for name, value in content["network_weights"].items():
-            if "seg_layers" in name:
-                value.normal_(generator=generator)
-        torch.save(content, path)
-    return folder
+    return copy_with_random_heads(trained, tmp_path_factory.mktemp("results"))
 
 
 @pytest.fixture(scope="module")

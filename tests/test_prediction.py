@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from nnunetv2.inference.export_prediction import convert_predicted_logits_to_seg
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from support import Project
+from support import Project, copy_with_random_heads
 
 from nnunetv2_e2enet.engine.scan import ScanCore, load_scan_core
 from nnunetv2_e2enet.errors import E2ENetError
@@ -410,17 +409,7 @@ def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy in results of its own, with random heads, so that every label has many components."""
-    folder = tmp_path_factory.mktemp("results") / trained.parent.name / trained.name
-    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("validation"))
-    generator = torch.Generator().manual_seed(0)
-    for path in sorted(folder.glob("fold_*/checkpoint_final.pth")):
-        content = torch.load(path, weights_only=False)
-        for name, value in content["network_weights"].items():
-            if "seg_layers" in name:
-                value.normal_(generator=generator)
-        torch.save(content, path)
-    return folder
+    return copy_with_random_heads(trained, tmp_path_factory.mktemp("results"))
 
 
 @dataclass(frozen=True)

@@ -168,9 +168,8 @@ def _check_memory(
     """Before hours of work end in a process that the system kills."""
     half, single = 2, 4
     needed = half * prod(sums) * (1 + 1 / classes)
-    needed += (
-        2 * single * classes * prod(predictor.configuration_manager.patch_size)
-    )  # logits of a patch and of its mirror image
+    patch_and_mirror_image = 2 * prod(predictor.configuration_manager.patch_size)
+    needed += single * classes * patch_and_mirror_image
     needed += prod(properties["shape_before_cropping"]) * np.dtype(label_dtype(predictor.label_manager)).itemsize
     if len(predictor.list_of_parameters) > 1:
         needed += half * classes * prod(size)

@@ -55,11 +55,6 @@ class SlidingSums:
         depth, height, width = size
         return min(depth, 1 + windows[0][2]), classes, height, width
 
-    @property
-    def strides(self) -> tuple[int, int]:
-        """Of classes and rows, in elements."""
-        return self._sums.stride(1), self._sums.stride(2)
-
     def slice(self, place: int) -> Tensor:
         """Sums of a slice, or logits once it is finished."""
         return self._sums[place % len(self._sums)]
