@@ -11,22 +11,35 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.registration import find_nnunet
 
 if TYPE_CHECKING:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
     from nnunetv2_e2enet.deployment import PackedModel
 
 HELP = "predict with a file that e2enet export wrote, as nnUNetv2_predict does with a model folder"
 
 EXAMPLES = """examples:
-  e2enet predict -m hippocampus.e2enet -i imagesTs -o segmentations -device cpu
-  e2enet predict -m hippocampus.e2enet -i imagesTs -o segmentations --save_probabilities --continue_prediction
+  e2enet predict -m abdomen.e2enet -i imagesTs -o segmentations -device cpu
+  e2enet predict -m abdomen.e2enet -i imagesTs -o segmentations --save_probabilities --continue_prediction
+  e2enet predict -m abdomen.e2enet -i scan.nii.gz -o segmentations
+  e2enet predict -m abdomen.e2enet -i DICOM_FOLDER -o segmentations
+  e2enet predict -m brain.e2enet -i t1.nii.gz t1c.nii.gz t2.nii.gz flair.nii.gz -o segmentations
 
-Options are those of nnUNetv2_predict, and so are the results. No trainer has to be registered, and nnUNet_results is not used.
+Of a folder with several DICOM series, one is chosen by naming any of its files. Options of nnUNetv2_predict mean the same
+here, and so do the results. No trainer has to be registered, and nnUNet_results is not used.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("-m", type=Path, required=True, metavar="FILE", help="packed model")
-    parser.add_argument("-i", type=Path, required=True, metavar="DIR", help="images, named as nnU-Net wants them")
+    parser.add_argument(
+        "-i",
+        type=Path,
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="a folder of images named as nnU-Net wants them, or one image: a file or a DICOM series for each channel",
+    )
     parser.add_argument("-o", type=Path, required=True, metavar="DIR", help="segmentations; made if it is not there")
     parser.add_argument("-step_size", type=float, default=0.5, help="of the sliding window (default: 0.5)")
     parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
@@ -55,47 +68,54 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from nnunetv2_e2enet.deployment import read_packed
+    from nnunetv2_e2enet.deployment.images import folder_of_images
     from nnunetv2_e2enet.deployment.segmenter import make_predictor
 
     model = read_packed(args.m)
     _check(args, model)
     _set_threads(args.device)
-    predictor = make_predictor(
-        model,
-        torch.device(args.device),
-        args.step_size,
-        not args.disable_tta,
-        not args.not_on_device,
-        args.verbose,
-        not args.disable_progress_bar,
-    )
+    with folder_of_images(args.i, model) as images:
+        predictor = make_predictor(
+            model,
+            torch.device(args.device),
+            args.step_size,
+            not args.disable_tta,
+            not args.not_on_device,
+            args.verbose,
+            not args.disable_progress_bar,
+        )
+        args.o.mkdir(parents=True, exist_ok=True)
+        _predict(args, predictor, images)
+    _finish(args, model)
+    return 0
+
+
+def _predict(args: argparse.Namespace, predictor: nnUNetPredictor, images: Path) -> None:
     options: dict[str, Any] = {
         "save_probabilities": args.save_probabilities,
         "overwrite": not args.continue_prediction,
         "folder_with_segs_from_prev_stage": args.prev_stage_predictions,
     }
-    args.o.mkdir(parents=True, exist_ok=True)
     if args.npp == args.nps == 0:
-        predictor.predict_from_files_sequential(str(args.i), str(args.o), **options)
+        predictor.predict_from_files_sequential(str(images), str(args.o), **options)
     else:
         options |= {"num_processes_preprocessing": args.npp, "num_processes_segmentation_export": args.nps}
-        predictor.predict_from_files(str(args.i), str(args.o), num_parts=args.num_parts, part_id=args.part_id, **options)
+        predictor.predict_from_files(str(images), str(args.o), num_parts=args.num_parts, part_id=args.part_id, **options)
+
+
+def _finish(args: argparse.Namespace, model: PackedModel) -> None:
+    """What is made of the segmentations."""
     if args.postprocess:
         _postprocess(args.o, model)
     if args.volumes:
         from nnunetv2_e2enet.deployment.volumes import write_volumes
 
-        write_volumes(args.o, model)
-        if args.postprocess:
-            write_volumes(args.o / "postprocessed", model)
-    return 0
+        for folder in (args.o, args.o / "postprocessed") if args.postprocess else (args.o,):
+            write_volumes(folder, model)
 
 
 def _check(args: argparse.Namespace, model: PackedModel) -> None:
     """Before minutes of work are lost."""
-    ending = model.description.dataset["file_ending"]
-    if not any(args.i.glob(f"*_0000{ending}")):
-        raise E2ENetError(f"{args.i} holds no *_0000{ending}: expected a folder of images, named as nnU-Net wants them")
     if not 0 <= args.part_id < args.num_parts:
         raise E2ENetError(f"-part_id {args.part_id} of -num_parts {args.num_parts}: parts are counted from 0")
     if args.npp < 0 or args.nps < 0 or (args.npp == 0) != (args.nps == 0):

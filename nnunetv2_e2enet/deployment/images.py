@@ -1,0 +1,105 @@
+"""What ``e2enet predict`` takes, as a folder of images that nnU-Net takes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import SimpleITK
+
+from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
+from nnunetv2_e2enet.deployment.packed import PackedModel
+from nnunetv2_e2enet.errors import E2ENetError
+
+WRITTEN = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
+"""Endings of files with a geometry, which SimpleITK writes and nnU-Net's readers read."""
+
+
+@contextmanager
+def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path]:
+    """A folder of images, named as nnU-Net wants them.
+
+    Args:
+        paths: such a folder alone, which is given back; or one image, a path for each channel of the model: a file that
+            SimpleITK reads, a folder of DICOM slices, or one of the slices. The case is called as the first of them.
+
+    Raises:
+        E2ENetError: there is no such image, it cannot be read, or not as many channels are given as the model has.
+    """
+    ending = model.description.dataset["file_ending"]
+    if len(paths) == 1 and any(paths[0].glob(f"*_0000{ending}")):
+        yield paths[0]
+        return
+    names = list((model.description.dataset.get("channel_names") or model.description.dataset["modality"]).values())
+    if len(paths) != len(names):
+        raise E2ENetError(
+            f"{len(paths)} images are given with -i, but the model has the channels {', '.join(map(str, names))}: expected an "
+            f"image for each, in this order, or a folder of images named as nnU-Net wants them (*_0000{ending})"
+        )
+    with TemporaryDirectory(prefix="e2enet_") as temporary:
+        folder = Path(temporary)
+        files = [folder / f"{case_name(paths[0])}_{i:04d}{ending}" for i in range(len(paths))]
+        for path, file in zip(paths, files, strict=True):
+            _put(path, file, ending)
+        if ending in WRITTEN:
+            _check_grids(paths, files)
+        yield folder
+
+
+def case_name(path: Path) -> str:
+    """Name of a case from that of its file or folder, without ending and nnU-Net's channel number."""
+    name = path.resolve().name
+    return name if path.is_dir() else re.sub(r"(_0000)?(\.nii\.gz|\.[A-Za-z]\w*)?$", "", name)
+
+
+def _put(path: Path, target: Path, ending: str) -> None:
+    """Makes ``target`` the image at ``path``."""
+    series = choose_series(path)
+    if series is None and not path.is_file():
+        raise E2ENetError(
+            f"{path} holds no *_0000{ending} and no DICOM slices: expected a folder of images named as nnU-Net wants them, a "
+            "DICOM series, or an image"
+        )
+    if series is None and path.name.endswith(ending):
+        try:
+            target.symlink_to(path.resolve())
+        except OSError:  # a system without links
+            shutil.copyfile(path, target)
+        return
+    if ending not in WRITTEN:
+        raise E2ENetError(f"{path} is no *{ending}, of which the model's training images were: convert it first")
+    if series is not None:
+        print(f"Reading {series}")
+    image = _image(path) if series is None else read_series(series)
+    SimpleITK.WriteImage(image, str(target), useCompression=False)
+
+
+def _image(path: Path) -> SimpleITK.Image:
+    try:
+        return SimpleITK.ReadImage(str(path))
+    except RuntimeError as error:
+        raise _unreadable(path, error) from error
+
+
+def _check_grids(paths: Sequence[Path], files: Sequence[Path]) -> None:
+    first: SimpleITK.ImageFileReader | None = None
+    for path, file in zip(paths, files, strict=True):
+        reader = SimpleITK.ImageFileReader()
+        reader.SetFileName(str(file))
+        try:
+            reader.ReadImageInformation()
+        except RuntimeError as error:
+            raise _unreadable(path, error) from error
+        first = first or reader
+        if reader.GetSize() != first.GetSize() or not np.allclose(reader.GetSpacing(), first.GetSpacing(), rtol=1e-4):
+            given, other = (f"{r.GetSize()} voxels of {r.GetSpacing()} mm" for r in (reader, first))
+            raise E2ENetError(f"{path} has {given}, {paths[0]} has {other}: resample the channels to one grid")
+
+
+def _unreadable(path: Path, error: RuntimeError) -> E2ENetError:
+    return E2ENetError(f"{path} cannot be read as an image ({' '.join(str(error).split())[-200:]})")

@@ -1,0 +1,248 @@
+"""What e2enet predict takes: an image, a folder, a DICOM series; the segmentation lies where the scan lies."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+from support import Project, copy_with_random_heads, untrained_model
+
+from nnunetv2_e2enet.cli.main import main
+from nnunetv2_e2enet.deployment import PackedModel
+from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
+from nnunetv2_e2enet.deployment.images import case_name, folder_of_images
+from nnunetv2_e2enet.errors import E2ENetError
+
+TILT = 0.2
+DIRECTION = (1, 0, 0, 0, np.cos(TILT), -np.sin(TILT), 0, np.sin(TILT), np.cos(TILT))
+"""Of a scan that is turned around the axis from right to left."""
+
+
+def make_scan(shape: tuple[int, int, int] = (6, 20, 24), seed: int = 0) -> SimpleITK.Image:
+    """Hounsfield units, ``(depth, height, width)``."""
+    values = np.random.default_rng(seed).integers(-1000, 2000, shape).astype(np.int16)
+    scan = SimpleITK.GetImageFromArray(values)
+    scan.SetSpacing((0.7, 0.8, 2.5))
+    scan.SetOrigin((-10.5, 20.25, -300.125))
+    scan.SetDirection(DIRECTION)
+    return scan
+
+
+def write_dicom(scan: SimpleITK.Image, folder: Path, number: int = 1, slices: list[int] | None = None) -> list[Path]:
+    """A CT series of one file a slice. The files are named in another order than the slices lie in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = SimpleITK.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    d = scan.GetDirection()
+    uid = f"1.2.826.0.1.3680043.2.1125.{number}"
+    tags = {
+        "0008|0060": "CT",
+        "0008|103e": f"Abdomen {number}",
+        "0020|000d": "1.2.826.0.1.3680043.2.1125",
+        "0020|000e": uid,
+        "0020|0011": str(number),
+        "0020|0037": "\\".join(f"{x:.12g}" for x in (d[0], d[3], d[6], d[1], d[4], d[7])),
+        "0028|1052": "0",
+        "0028|1053": "1",
+    }
+    files = []
+    for i in range(scan.GetDepth()) if slices is None else slices:
+        position = scan.TransformIndexToPhysicalPoint((0, 0, i))
+        own = {"0020|0032": "\\".join(f"{x:.12g}" for x in position), "0008|0018": f"{uid}.{i + 1}", "0020|0013": str(i + 1)}
+        image = scan[:, :, i]
+        for tag, value in {**tags, **own}.items():
+            image.SetMetaData(tag, value)
+        files.append(folder / f"IM{number}{(7 * i) % 100:03d}")
+        writer.SetFileName(f"{files[-1]}.dcm")
+        writer.Execute(image)
+        Path(f"{files[-1]}.dcm").rename(files[-1])  # as on many discs, without an ending
+    return files
+
+
+def assert_same_place(image: SimpleITK.Image, other: SimpleITK.Image, tolerance: float = 1e-5) -> None:
+    assert image.GetSize() == other.GetSize()
+    for ours, theirs in ((image.GetSpacing(), other.GetSpacing()), (image.GetOrigin(), other.GetOrigin())):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance)
+    np.testing.assert_allclose(image.GetDirection(), other.GetDirection(), atol=tolerance)
+
+
+@pytest.fixture
+def model(project: Project) -> PackedModel:
+    return untrained_model(project)[0]
+
+
+# ---- DICOM ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_series_is_the_volume_that_was_written(tmp_path: Path) -> None:
+    scan = make_scan()
+    write_dicom(scan, tmp_path)
+    (tmp_path / "README.txt").write_text("no slice")
+    series = choose_series(tmp_path)
+    assert series is not None
+    image = read_series(series)
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(image), SimpleITK.GetArrayFromImage(scan))
+    assert_same_place(image, scan, 1e-9)
+
+
+def test_of_several_series_one_has_to_be_chosen(tmp_path: Path) -> None:
+    first, second = make_scan(), make_scan((4, 20, 24), seed=1)
+    write_dicom(first, tmp_path)
+    files = write_dicom(second, tmp_path, number=2)
+    with pytest.raises(E2ENetError) as error:
+        choose_series(tmp_path)
+    lines = str(error.value).splitlines()
+    assert "holds 2 DICOM series: choose one, and name a file of it instead" in lines[0]
+    assert sorted(line.split(" (")[1] for line in lines[1:]) == ["CT, Abdomen 1, 6 slices)", "CT, Abdomen 2, 4 slices)"]
+    named = Path(lines[1].split(" (")[0].strip())
+    for file in (named, files[2]):
+        series = choose_series(file)
+        assert series is not None
+        expected = second if file in files else first
+        image = read_series(series)
+        np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(image), SimpleITK.GetArrayFromImage(expected))
+
+
+def test_no_dicom_is_no_series(tmp_path: Path) -> None:
+    (tmp_path / "README.txt").write_text("no slice")
+    SimpleITK.WriteImage(make_scan(), tmp_path / "scan.nrrd")
+    assert [choose_series(path) for path in (tmp_path, tmp_path / "README.txt", tmp_path / "scan.nrrd")] == [None] * 3
+    assert choose_series(tmp_path / "nowhere") is None
+
+
+def test_slices_that_make_no_volume(tmp_path: Path) -> None:
+    scan = make_scan()
+    write_dicom(scan, tmp_path / "missing", slices=[0, 1, 2, 4, 5])
+    write_dicom(scan, tmp_path / "scout")
+    write_dicom(make_scan((1, 30, 24)), tmp_path / "scout", slices=[0])  # of the same series, in the place of the first
+    gantry = SimpleITK.Image(scan)
+    write_dicom(gantry, tmp_path / "gantry", slices=[0])
+    for i in range(1, 6):
+        gantry.SetOrigin((-10.5, 20.25 + i, -300.125))
+        write_dicom(gantry, tmp_path / "gantry", slices=[i])
+    for name, message in (
+        ("missing", "slices 2.5 to 5 mm apart: expected the same distance between all"),
+        ("scout", "slices of several sizes or directions"),
+        ("gantry", "was taken with a tilted gantry"),
+    ):
+        series = choose_series(tmp_path / name)
+        assert series is not None
+        with pytest.raises(E2ENetError, match=message):
+            read_series(series)
+
+
+# ---- as a folder of images -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_named_as_nnunet_wants_it_is_given_back(project: Project, model: PackedModel) -> None:
+    with folder_of_images([project.raw / "imagesTs"], model) as folder:
+        assert folder == project.raw / "imagesTs"
+
+
+def test_an_image_of_any_kind_becomes_a_folder(tmp_path: Path, model: PackedModel) -> None:
+    scan = make_scan()
+    write_dicom(scan, tmp_path / "Patient 7")
+    for name in ("scan.nii.gz", "scan_0000.nii.gz", "scan.v2.mha", "scan.nrrd"):
+        SimpleITK.WriteImage(scan, tmp_path / name)
+    cases = {}
+    for path in ("scan.nii.gz", "scan_0000.nii.gz", "scan.v2.mha", "scan.nrrd", "Patient 7", "Patient 7/IM1007"):
+        with folder_of_images([tmp_path / path], model) as folder:
+            (file,) = folder.iterdir()
+            cases[path] = file.name
+            image = SimpleITK.ReadImage(file)
+            np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(image), SimpleITK.GetArrayFromImage(scan))
+            assert_same_place(image, scan)
+        assert not folder.exists()
+    assert cases == {
+        "scan.nii.gz": "scan_0000.nii.gz",
+        "scan_0000.nii.gz": "scan_0000.nii.gz",
+        "scan.v2.mha": "scan.v2_0000.nii.gz",
+        "scan.nrrd": "scan_0000.nii.gz",
+        "Patient 7": "Patient 7_0000.nii.gz",
+        "Patient 7/IM1007": "IM1007_0000.nii.gz",
+    }
+
+
+def test_names_of_cases(tmp_path: Path) -> None:
+    names = {"a.nii.gz": "a", "a_0000.nii.gz": "a", "1.2.840.10": "1.2.840.10", "1.2.840.dcm": "1.2.840", "IM_0001": "IM_0001"}
+    assert {name: case_name(tmp_path / name) for name in names} == names
+    (tmp_path / "b.nii").mkdir()
+    assert case_name(tmp_path / "b.nii") == "b.nii"
+
+
+def with_channels(model: PackedModel, *names: str) -> PackedModel:
+    dataset = {**model.description.dataset, "channel_names": {str(i): name for i, name in enumerate(names)}}
+    return PackedModel(replace(model.description, dataset=dataset), model.folds)
+
+
+def test_channels_are_given_one_by_one(tmp_path: Path, model: PackedModel) -> None:
+    scans = {"t1": make_scan(), "t2": make_scan(seed=1), "small": make_scan((6, 20, 23))}
+    for name, scan in scans.items():
+        write_dicom(scan, tmp_path / name)
+    SimpleITK.WriteImage(scans["t2"], tmp_path / "other.nii.gz")
+    two = with_channels(model, "T1", "T2")
+    for second in ("t2", "other.nii.gz"):
+        with folder_of_images([tmp_path / "t1", tmp_path / second], two) as folder:
+            files = sorted(folder.iterdir())
+            assert [file.name for file in files] == ["t1_0000.nii.gz", "t1_0001.nii.gz"]
+            for file, name in zip(files, ("t1", "t2"), strict=True):
+                voxels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(file))
+                np.testing.assert_array_equal(voxels, SimpleITK.GetArrayFromImage(scans[name]))
+    with (
+        pytest.raises(E2ENetError, match="resample the channels to one grid"),
+        folder_of_images([tmp_path / "t1", tmp_path / "small"], two),
+    ):
+        pass
+    with (
+        pytest.raises(E2ENetError, match="1 images are given with -i, but the model has the channels T1, T2"),
+        folder_of_images([tmp_path / "t1"], two),
+    ):
+        pass
+
+
+def test_what_is_no_image(tmp_path: Path, model: PackedModel) -> None:
+    for name in ("broken.nii.gz", "notes.txt"):
+        (tmp_path / name).write_text("no image")
+    for name in ("broken.nii.gz", "notes.txt"):
+        with pytest.raises(E2ENetError, match="cannot be read as an image"), folder_of_images([tmp_path / name], model):
+            pass
+    for name in ("nowhere", "."):
+        with pytest.raises(E2ENetError, match=r"holds no .* and no DICOM slices"), folder_of_images([tmp_path / name], model):
+            pass
+    SimpleITK.WriteImage(make_scan(), tmp_path / "scan.nrrd")
+    pictures = PackedModel(
+        replace(model.description, dataset={**model.description.dataset, "file_ending": ".png"}), model.folds
+    )
+    with pytest.raises(E2ENetError, match=r"is no \*\.png"), folder_of_images([tmp_path / "scan.nrrd"], pictures):
+        pass
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_dicom_series_is_segmented_as_the_same_scan_in_a_folder(trained: Path, project: Project, tmp_path: Path) -> None:
+    packed = tmp_path / "model.e2enet"
+    assert main(["export", str(copy_with_random_heads(trained, tmp_path / "results")), str(packed), "-f", "0"]) == 0
+    source = min((project.raw / "imagesTs").glob("*_0000.nii.gz"))
+    scan = SimpleITK.Round(SimpleITK.ReadImage(source))
+    scan = SimpleITK.Cast(scan, SimpleITK.sitkInt16)
+    scan.SetDirection(DIRECTION)
+    write_dicom(scan, tmp_path / "dicom")
+    (tmp_path / "images").mkdir()
+    SimpleITK.WriteImage(scan, tmp_path / "images" / "case_0000.nii.gz")
+    shutil.copy(tmp_path / "images" / "case_0000.nii.gz", tmp_path / "case.nii.gz")
+    options = ["-device", "cpu", "--disable_tta"]
+    for given in ("images", "case.nii.gz", "dicom"):
+        out = tmp_path / "out" / given
+        assert main(["predict", "-m", str(packed), "-i", str(tmp_path / given), "-o", str(out), *options]) == 0
+    expected = SimpleITK.ReadImage(tmp_path / "out" / "images" / "case.nii.gz")
+    voxels = SimpleITK.GetArrayFromImage(expected)
+    assert len(np.unique(voxels)) > 1
+    for found in ("case.nii.gz/case.nii.gz", "dicom/dicom.nii.gz"):
+        segmentation = SimpleITK.ReadImage(tmp_path / "out" / found)
+        np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(segmentation), voxels)
+        assert_same_place(segmentation, scan)
