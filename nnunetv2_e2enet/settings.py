@@ -21,6 +21,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "plane_convolutions": ("off", "on"),
     "predictor": ("on", "off"),
 }
+STORAGE_16_BIT = CHOICES["engine_storage"][1]
+"""The engine's feature maps in half the memory."""
 _SWITCHES = {"0": "off", "false": "off", "1": "on", "true": "on"}
 
 

@@ -23,6 +23,7 @@ from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.deployment import PackedModel, Segmenter, pack_model, read_packed, write_packed
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import maskable_layers
+from nnunetv2_e2enet.settings import STORAGE_16_BIT, override, settings
 
 SEQUENTIAL = ["-device", "cpu", "-npp", "0", "-nps", "0"]
 NNUNET_NAMES = ["-d", "993", "-c", "3d_fullres", "-tr", "nnUNetTrainerE2ENet_smoke"]
@@ -112,9 +113,10 @@ def test_predict_is_nnunets_voxel_by_voxel(packed: Path, by_nnunet: Path, projec
 
 
 @pytest.mark.usefixtures("alone")
-def test_volumes_are_voxels_times_their_size(packed: Path, by_nnunet: Path, project: Project, tmp_path: Path) -> None:
+def test_volumes_and_previews(packed: Path, by_nnunet: Path, project: Project, tmp_path: Path) -> None:
     files = ["-m", str(packed), "-i", str(project.raw / "imagesTs"), "-o", str(tmp_path)]
-    assert main(["predict", *files, "-device", "cpu", "--volumes"]) == 0
+    assert main(["predict", *files, "-device", "cpu", "--volumes", "--preview"]) == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {name.replace(".nii.gz", ".png") for name in images(project)}
     with (tmp_path / "volumes.csv").open(newline="") as file:
         rows = {(row["case"], row["label"]): float(row["millilitres"]) for row in csv.DictReader(file)}
     labels = read_packed(packed).description.dataset["labels"]
@@ -144,6 +146,20 @@ def test_segmenter_takes_paths_images_and_arrays(packed: Path, by_nnunet: Path, 
     properties = {"spacing": list(image.GetSpacing())[::-1]}
     np.testing.assert_array_equal(fast((SimpleITK.GetArrayFromImage(image)[None], properties)), fast(path))
     assert list(properties) == ["spacing"]
+
+
+@pytest.mark.usefixtures("alone")
+def test_fast_is_without_mirroring_with_larger_steps_and_maps_in_16_bits(
+    packed: Path, by_nnunet: Path, project: Project, tmp_path: Path
+) -> None:
+    files = ["-m", str(packed), "-i", str(project.raw / "imagesTs"), "-o", str(tmp_path)]
+    assert main(["predict", *files, "-device", "cpu", "--fast"]) == 0
+    assert settings().engine_storage == "float32"
+    with override(engine_storage=STORAGE_16_BIT):
+        segmenter = Segmenter.load(packed, mirroring=False, step_size=0.75)
+        for name, path in images(project).items():
+            np.testing.assert_array_equal(read(tmp_path / name), segmenter(path))
+    assert not all(same_file(tmp_path / name, by_nnunet / name) for name in images(project))
 
 
 @pytest.mark.slow

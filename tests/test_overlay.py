@@ -109,7 +109,7 @@ def test_picture_does_not_depend_on_the_storage_order(tmp_path: Path, image: Pat
     np.testing.assert_array_equal(pixels(tmp_path / "lps.png"), pixels(tmp_path / "rsa.png"))
 
 
-def test_best_slice_shows_most_labels_then_the_largest_parts() -> None:
+def test_best_slice_shows_the_largest_extent_of_the_labels() -> None:
     voxels = np.zeros((6, 4, 4), np.uint8)
     voxels[1] = 1
     voxels[3, 0, 0], voxels[3, 2, 2] = 1, 2
@@ -118,6 +118,11 @@ def test_best_slice_shows_most_labels_then_the_largest_parts() -> None:
     assert best_slice([voxels], [1], axis=0) == 1
     assert best_slice([np.zeros_like(voxels), voxels], [1, 2], axis=0) == 4
     assert best_slice([voxels], [5], axis=0) == 3
+    stray = np.zeros((6, 8, 8), np.uint8)
+    stray[1, :6, :6], stray[1, 7, 7] = 1, 2
+    stray[4, 0, 0], stray[4, 1, 1], stray[4, 2, 2] = 1, 2, 3  # one voxel of each
+    stray[5, :6, :6] = 3
+    assert best_slice([stray], [1, 2, 3], axis=0) == 1
 
 
 def test_bad_input_is_refused_and_nothing_written(tmp_path: Path, image: Path, reference: Path) -> None:

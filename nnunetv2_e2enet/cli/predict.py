@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.registration import find_nnunet
+from nnunetv2_e2enet.settings import STORAGE_16_BIT, override
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -29,6 +31,9 @@ here, and so do the results. No trainer has to be registered, and nnUNet_results
 """
 
 
+STEP_SIZE, FAST_STEP_SIZE = 0.5, 0.75
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("-m", type=Path, required=True, metavar="FILE", help="packed model")
@@ -41,12 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder of images named as nnU-Net wants them, or one image: a file or a DICOM series for each channel",
     )
     parser.add_argument("-o", type=Path, required=True, metavar="DIR", help="segmentations; made if it is not there")
-    parser.add_argument("-step_size", type=float, default=0.5, help="of the sliding window (default: 0.5)")
+    parser.add_argument(
+        "-step_size", type=float, help=f"of the sliding window (default: 0.5; with --fast, {FAST_STEP_SIZE})", metavar="S"
+    )
     parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
+    parser.add_argument(
+        "--fast", action="store_true", help="no mirroring, larger steps, on a CPU feature maps in 16 bits: less accurate"
+    )
     parser.add_argument("--save_probabilities", action="store_true", help="write class probabilities as well")
     parser.add_argument("--continue_prediction", action="store_true", help="leave cases that are predicted")
     parser.add_argument("--postprocess", action="store_true", help="also write OUT/postprocessed, with what nnU-Net found")
     parser.add_argument("--volumes", action="store_true", help="also write OUT/volumes.csv: millilitres by case and label")
+    parser.add_argument("--preview", action="store_true", help="also write OUT/CASE.png: contours in three planes, volumes")
     parser.add_argument("-npp", type=int, default=_number("nnUNet_npp"), help="preprocessing processes (default: 3)")
     parser.add_argument("-nps", type=int, default=_number("nnUNet_nps"), help="export processes (default: 3)")
     parser.add_argument("-prev_stage_predictions", metavar="DIR", help="segmentations of the cascade's first stage")
@@ -69,25 +80,38 @@ def run(args: argparse.Namespace) -> int:
 
     from nnunetv2_e2enet.deployment import read_packed
     from nnunetv2_e2enet.deployment.images import folder_of_images
+    from nnunetv2_e2enet.deployment.previews import check_previews
     from nnunetv2_e2enet.deployment.segmenter import make_predictor
 
     model = read_packed(args.m)
     _check(args, model)
     _set_threads(args.device)
-    with folder_of_images(args.i, model) as images:
+    step_size = (FAST_STEP_SIZE if args.fast else STEP_SIZE) if args.step_size is None else args.step_size
+    changes = {"engine_storage": STORAGE_16_BIT} if args.fast else {}
+    with override(**changes), folder_of_images(args.i, model) as images:
         predictor = make_predictor(
             model,
             torch.device(args.device),
-            args.step_size,
-            not args.disable_tta,
+            step_size,
+            not (args.disable_tta or args.fast),
             not args.not_on_device,
             args.verbose,
             not args.disable_progress_bar,
         )
+        cases = _cases(args, images, model)
+        if args.preview:
+            check_previews(cases, model)
         args.o.mkdir(parents=True, exist_ok=True)
         _predict(args, predictor, images)
-    _finish(args, model)
+        _finish(args, model, cases)
     return 0
+
+
+def _cases(args: argparse.Namespace, images: Path, model: PackedModel) -> list[Path]:
+    """First channels of the cases that are predicted, in nnU-Net's order."""
+    ending = f"_0000{model.description.dataset['file_ending']}"
+    found = sorted(images.glob(f"*{ending}"), key=lambda path: path.name.removesuffix(ending))
+    return found[args.part_id :: args.num_parts]
 
 
 def _predict(args: argparse.Namespace, predictor: nnUNetPredictor, images: Path) -> None:
@@ -103,15 +127,19 @@ def _predict(args: argparse.Namespace, predictor: nnUNetPredictor, images: Path)
         predictor.predict_from_files(str(images), str(args.o), num_parts=args.num_parts, part_id=args.part_id, **options)
 
 
-def _finish(args: argparse.Namespace, model: PackedModel) -> None:
+def _finish(args: argparse.Namespace, model: PackedModel, cases: Sequence[Path]) -> None:
     """What is made of the segmentations."""
-    if args.postprocess:
-        _postprocess(args.o, model)
-    if args.volumes:
-        from nnunetv2_e2enet.deployment.volumes import write_volumes
+    from nnunetv2_e2enet.deployment.previews import write_previews
+    from nnunetv2_e2enet.deployment.volumes import write_volumes
 
-        for folder in (args.o, args.o / "postprocessed") if args.postprocess else (args.o,):
+    folders = [args.o]
+    if args.postprocess:
+        folders.append(_postprocess(args.o, model))
+    for folder in folders:
+        if args.volumes:
             write_volumes(folder, model)
+        if args.preview:
+            write_previews(folder, cases, model, not args.disable_progress_bar)
 
 
 def _check(args: argparse.Namespace, model: PackedModel) -> None:
@@ -141,7 +169,8 @@ def _set_threads(device: str) -> None:
         torch.set_num_threads(1)
 
 
-def _postprocess(folder: Path, model: PackedModel) -> None:
+def _postprocess(folder: Path, model: PackedModel) -> Path:
+    """The folder that it makes."""
     from nnunetv2.postprocessing.remove_connected_components import load_postprocess_save
 
     from nnunetv2_e2enet.deployment.segmenter import postprocessing_steps
@@ -151,3 +180,4 @@ def _postprocess(folder: Path, model: PackedModel) -> None:
     target.mkdir(exist_ok=True)
     for path in sorted(folder.glob(f"*{model.description.dataset['file_ending']}")):
         load_postprocess_save(str(path), str(target / path.name), reader, *postprocessing_steps(model))
+    return target

@@ -35,10 +35,9 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
     if len(paths) == 1 and any(paths[0].glob(f"*_0000{ending}")):
         yield paths[0]
         return
-    names = list((model.description.dataset.get("channel_names") or model.description.dataset["modality"]).values())
-    if len(paths) != len(names):
+    if len(paths) != len(model.channels):
         raise E2ENetError(
-            f"{len(paths)} images are given with -i, but the model has the channels {', '.join(map(str, names))}: expected an "
+            f"{len(paths)} images are given with -i, but the model has the channels {', '.join(model.channels)}: expected an "
             f"image for each, in this order, or a folder of images named as nnU-Net wants them (*_0000{ending})"
         )
     with TemporaryDirectory(prefix="e2enet_") as temporary:

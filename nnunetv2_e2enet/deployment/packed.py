@@ -53,6 +53,18 @@ class PackedModel:
             yield unpack(self.folds[fold], network)
 
     @property
+    def foreground(self) -> dict[str, list[int]]:
+        """Name of each label or region but the background, and the values that belong to it in a segmentation."""
+        named = {name: v for name, v in self.description.dataset["labels"].items() if name not in ("background", "ignore")}
+        return {name: list(v) if isinstance(v, (list, tuple)) else [v] for name, v in named.items()}
+
+    @property
+    def channels(self) -> list[str]:
+        """Names of the channels of an image, in their order."""
+        dataset = self.description.dataset
+        return [str(name) for name in (dataset.get("channel_names") or dataset["modality"]).values()]
+
+    @property
     def active_weights(self) -> int:
         """Weights and biases of one fold."""
         first = self.folds[self.description.folds[0]]

@@ -209,12 +209,11 @@ class Segmenter:
     def _segment(self, array: Segmentation, properties: Properties) -> Segmentation:
         from nnunetv2.postprocessing.remove_connected_components import apply_postprocessing
 
-        description = self.model.description
-        channels = description.dataset.get("channel_names") or description.dataset["modality"]
+        channels = self.model.channels
         if array.ndim != 4 or array.shape[0] != len(channels) or 0 in array.shape:
             raise E2ENetError(
                 f"the image has the shape {list(array.shape)}, but (channels, depth, height, width) with the channels "
-                f"{', '.join(map(str, channels.values()))} is expected"
+                f"{', '.join(channels)} is expected"
             )
         spacing = properties.get("spacing", ())
         if len(spacing) != 3 or not all(isfinite(s) and s > 0 for s in spacing):

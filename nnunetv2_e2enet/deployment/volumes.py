@@ -27,20 +27,16 @@ def write_volumes(folder: Path, model: PackedModel) -> Path:
     Raises:
         E2ENetError: it cannot be written.
     """
-    dataset = model.description.dataset
     reader = model.description.managers()[0].image_reader_writer_class()
-    ending = dataset["file_ending"]
+    ending = model.description.dataset["file_ending"]
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(HEADER)
     for path in sorted(folder.glob(f"*{ending}")):
         segmentation, properties = reader.read_seg(str(path))
         counts = np.bincount(segmentation.astype(np.int64).ravel())
-        for name, numbers in dataset["labels"].items():
-            if name in ("background", "ignore"):
-                continue
-            parts = numbers if isinstance(numbers, (list, tuple)) else [numbers]
-            voxels = sum(int(counts[n]) for n in parts if n < len(counts))
+        for name, values in model.foreground.items():
+            voxels = sum(int(counts[n]) for n in values if n < len(counts))
             writer.writerow((path.name.removesuffix(ending), name, f"{voxels * prod(properties['spacing']) / 1000:.3f}"))
     file = folder / "volumes.csv"
     write_text(file, text.getvalue())

@@ -47,7 +47,7 @@ PLANES = (Plane("Axial", 0, False), Plane("Coronal", 1, True), Plane("Sagittal",
 def write_overlay(path: Path, image: Path, segmentations: Mapping[str, Path], labels: Mapping[int, str]) -> None:
     """Write a PNG of one case, a row for each plane and a column for each segmentation, whole or not at all.
 
-    The slice of a plane is the one on which the segmentations together show most labels, and these largest. The image is
+    The slice of a plane is the one on which the segmentations together show the largest extent of their labels. The image is
     shown at its physical aspect ratio in the radiological convention (the patient's right is on the left).
 
     Args:
@@ -64,14 +64,17 @@ def write_overlay(path: Path, image: Path, segmentations: Mapping[str, Path], la
         raise E2ENetError(
             f"overlay of {len(segmentations)} segmentations with {len(foreground)} labels: expected at least one of each"
         )
-    volume = _read(image)
-    columns = {title: _read_on_grid_of(volume, file, image) for title, file in segmentations.items()}
+    volume = read_volume(image)
+    columns = {title: read_on_grid_of(volume, file, image) for title, file in segmentations.items()}
     figure = _draw(sitk.GetArrayFromImage(volume), columns, foreground, volume.GetSpacing()[::-1])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def best_slice(segmentations: Sequence[NDArray[np.integer]], labels: Sequence[int], axis: int) -> int:
-    """The slice across ``axis`` on which the segmentations show most labels, and among equals the largest parts of them.
+    """The slice across ``axis`` on which the segmentations show the largest extent of their labels.
+
+    Each label counts with its area on the slice, relative to the largest that it has on any: all labels count the same, and a
+    few stray voxels hardly.
 
     Args:
         segmentations: label maps, all of one shape (depth, height, width).
@@ -81,17 +84,20 @@ def best_slice(segmentations: Sequence[NDArray[np.integer]], labels: Sequence[in
     Returns:
         The index along ``axis``; the middle where no label is shown anywhere.
     """
-    other_axes = tuple(a for a in range(3) if a != axis)
-    areas = np.array([[np.sum(s == label, axis=other_axes) for label in labels] for s in segmentations], dtype=float)
+    areas = np.array([_areas(segmentation, labels, axis) for segmentation in segmentations], dtype=float)
     if not areas.any():
         return int(segmentations[0].shape[axis]) // 2
-    labels_shown = np.sum(areas.any(axis=0), axis=0)
     share_of_largest = areas / np.maximum(areas.max(axis=2, keepdims=True), 1)
-    tie_break = share_of_largest.mean(axis=(0, 1)) / 2
-    return int(np.argmax(labels_shown + tie_break))
+    return int(np.argmax(share_of_largest.sum(axis=(0, 1))))
 
 
-def _read(file: Path) -> sitk.Image:
+def _areas(segmentation: NDArray[np.integer], labels: Sequence[int], axis: int) -> NDArray[np.integer]:
+    """Voxels of each label on each slice, ``(labels, slices)``."""
+    slices = (np.maximum(pixels, 0).astype(np.int64).ravel() for pixels in np.moveaxis(segmentation, axis, 0))
+    return np.array([np.bincount(pixels, minlength=max(labels) + 1)[list(labels)] for pixels in slices]).T
+
+
+def read_volume(file: Path) -> sitk.Image:
     """The volume in the orientation that ``Plane`` expects."""
     try:
         volume = sitk.ReadImage(str(file))
@@ -102,8 +108,8 @@ def _read(file: Path) -> sitk.Image:
     return sitk.DICOMOrient(volume, "LPS")
 
 
-def _read_on_grid_of(volume: sitk.Image, file: Path, image: Path) -> NDArray[np.integer]:
-    segmentation = _read(file)
+def read_on_grid_of(volume: sitk.Image, file: Path, image: Path) -> NDArray[np.integer]:
+    segmentation = read_volume(file)
     same_size = segmentation.GetSize() == volume.GetSize()
     if not same_size or not np.allclose(segmentation.GetSpacing(), volume.GetSpacing(), rtol=1e-3):
         found, expected = (f"{v.GetSize()} voxels of {v.GetSpacing()} mm" for v in (segmentation, volume))
@@ -132,9 +138,9 @@ def _draw(
         index = best_slice(list(columns.values()), list(labels), plane.axis)
         mm_down, mm_across = (mm for axis, mm in enumerate(spacing) if axis != plane.axis)
         for segmentation, cell in zip(columns.values(), row, strict=True):
-            pixels = _cut(image, plane, index)
+            pixels = cut(image, plane, index)
             _draw_image(cell, pixels, (low, high), mm_down / mm_across, plane.superior_is_last_row)
-            _draw_labels(cell, _cut(segmentation, plane, index), list(labels))
+            _draw_labels(cell, cut(segmentation, plane, index), list(labels))
         row[0].set_ylabel(plane.name, fontsize=FONT_SIZE)
     for title, cell in zip(columns, rows[0], strict=True):
         cell.set_title(title, fontsize=FONT_SIZE + 2)
@@ -143,7 +149,7 @@ def _draw(
     return figure
 
 
-def _cut(volume: NDArray[Voxel], plane: Plane, index: int) -> NDArray[Voxel]:
+def cut(volume: NDArray[Voxel], plane: Plane, index: int) -> NDArray[Voxel]:
     pixels: NDArray[Voxel] = np.moveaxis(volume, plane.axis, 0)[index]
     return pixels
 
@@ -173,7 +179,7 @@ def _draw_labels(cell: Axes, pixels: NDArray[np.integer], labels: Sequence[int])
         # a border of background closes the outline where a label touches the edge of the picture
         mask = np.pad(pixels == label, 1).astype(float)
         if mask.any():
-            colour, line_style = _style(rank)
+            colour, line_style = label_style(rank)
             cell.contourf(columns, rows, mask, levels=[0.5, 1.5], colors=[colour], alpha=FILL_OPACITY)
             cell.contour(columns, rows, mask, levels=[0.5], colors=[colour], linewidths=1.8, linestyles=line_style)
 
@@ -185,17 +191,17 @@ def _legend_columns(inches: float, names: Sequence[str]) -> int:
 
 
 def _legend_entry(rank: int, name: str) -> Patch:
-    colour, line_style = _style(rank)
+    colour, line_style = label_style(rank)
     return Patch(label=name, facecolor=to_rgba(colour, FILL_OPACITY), edgecolor=colour, linestyle=line_style, linewidth=1.8)
 
 
-def _style(rank: int) -> tuple[str, LineStyle]:
+def label_style(rank: int) -> tuple[str, LineStyle]:
     """Colour and line style of a label by its place in the legend; all differ for up to 21 labels."""
     repetition, index = divmod(rank, len(OKABE_ITO))
     return OKABE_ITO[index], LINE_STYLES[repetition % len(LINE_STYLES)]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as staging:
             finished = Path(staging) / path.name
