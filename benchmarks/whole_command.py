@@ -6,7 +6,9 @@
 
 The models have random weights, which cost the same time as trained ones. The commands run in turn, round by round. Memory is
 the largest resident set of one process of the command, and the largest sum over all its processes (a page that several share
-counts once), looked at once a second.
+counts once), looked at four times a second. Ratios are those of each round to stock nnU-Net's in the same round. `--ct`
+measures stock nnU-Net and E2ENet with maps in float32 and in 16 bits, unless `--only` names others. The table is printed after
+each round, and `--json` is written after each command.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -35,7 +38,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet.engine import ENGINE_VARIABLE, STORAGE_VARIABLE
-from nnunetv2_e2enet.settings import variable
+from nnunetv2_e2enet.registration import find_nnunet, is_registered
+from nnunetv2_e2enet.settings import STORAGE_16_BIT, variable
 
 DATASET, NUMBER, CONFIGURATION, PLANS = "Dataset991_Benchmark", "991", "3d_fullres", "nnUNetPlans"
 PREDICTOR_VARIABLE = variable("predictor")
@@ -56,8 +60,11 @@ VARIANTS = (
     Variant("E2ENet, engine on", "nnUNetTrainerE2ENet"),
     Variant("E2ENet, engine on, nnU-Net's way around the network", "nnUNetTrainerE2ENet", predictor="off"),
     Variant("E2ENet, engine off", "nnUNetTrainerE2ENet", engine="off"),
-    Variant("E2ENet, engine on, maps in bfloat16", "nnUNetTrainerE2ENet", storage="bfloat16"),
+    Variant(f"E2ENet, engine on, maps in {STORAGE_16_BIT}", "nnUNetTrainerE2ENet", storage=STORAGE_16_BIT),
 )
+STOCK = VARIANTS[0]
+CT_VARIANTS = (0, 1, 4)
+SECONDS_BETWEEN_LOOKS = 0.25
 
 
 @dataclass
@@ -203,7 +210,7 @@ def measure(folder: Path, variant: Variant, options: list[str], measured: Measur
             if done:
                 break
             most = max(most, memory_of_tree(process.pid))
-            time.sleep(1)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(
@@ -215,7 +222,38 @@ def measure(folder: Path, variant: Variant, options: list[str], measured: Measur
 
 
 def spread(values: list[float], digits: int) -> str:
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def ratios(values: list[float], bases: list[float]) -> str:
+    """Of each round; a dash without a base."""
+    pairs = list(zip(values, bases, strict=False))
+    return spread([value / base for value, base in pairs], 2) if pairs else "-"
+
+
+def table(results: dict[str, Measured]) -> str:
+    """Median, least and most of all rounds so far, in Markdown."""
+    base = results.get(STOCK.name, Measured())
+    rows = [
+        "| | seconds | ratio | GiB, all processes | ratio | GiB, largest process |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, measured in results.items():
+        if measured.seconds:
+            cells = (
+                spread(measured.seconds, 1),
+                ratios(measured.seconds, base.seconds),
+                spread(measured.all_processes, 2),
+                ratios(measured.all_processes, base.all_processes),
+                spread(measured.largest_process, 2),
+            )
+            rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:
@@ -226,30 +264,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--without-engine-off", action="store_true", help="E2ENet in PyTorch takes minutes on a large patch")
     parser.add_argument("--mirrors", action="store_true", help="test-time augmentation, as nnU-Net does unless told otherwise")
+    parser.add_argument("--step-size", default="0.5", help="of the sliding window; 1 for a quick look (default: 0.5)")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     arguments = parser.parse_args()
-    variants = [v for v in VARIANTS if v.engine == "on" or not arguments.without_engine_off]
-    if arguments.only is not None:
-        variants = [VARIANTS[n] for n in arguments.only]
-    options = [] if arguments.mirrors else ["--disable_tta"]
+    chosen = arguments.only or (CT_VARIANTS if arguments.ct is not None else range(len(VARIANTS)))
+    variants = [VARIANTS[n] for n in chosen if VARIANTS[n].engine == "on" or not arguments.without_engine_off]
+    if not is_registered(find_nnunet()):
+        raise SystemExit("nnU-Net's commands do not find E2ENet: run `e2enet register` first")
+    options = ["-step_size", arguments.step_size, *([] if arguments.mirrors else ["--disable_tta"])]
     results = {variant.name: Measured() for variant in variants}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "nnunet"
         patch = prepare(folder, arguments.task, arguments.ct)
         images = len(list((folder / "nnUNet_raw" / DATASET / "imagesTs").iterdir()))
-        for _ in range(arguments.rounds):
+        size = " x ".join(map(str, patch))
+        print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {images} scans, patch {size}")
+        for n in range(1, arguments.rounds + 1):
             for variant in variants:
                 measured = results[variant.name]
                 measure(folder, variant, options, measured)
-                print(f"{variant.name}: {measured.seconds[-1]:.1f} s, {measured.all_processes[-1]:.2f} GiB", flush=True)
-    print(f"{images} scans, patch {' x '.join(map(str, patch))}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    width = max(map(len, results))
-    print(f"median (least-most)\n{'':{width}}  {'seconds':17}  {'GiB, largest process':20}  GiB, all")
-    for name, measured in results.items():
-        memory = [spread(measured.largest_process, 2), spread(measured.all_processes, 2)]
-        print(f"{name:{width}}  {spread(measured.seconds, 1):17}  {memory[0]:20}  {memory[1]}")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({name: asdict(measured) for name, measured in results.items()}, indent=1))
+                print(
+                    f"round {n}, {variant.name}: {measured.seconds[-1]:.1f} s, {measured.all_processes[-1]:.2f} GiB",
+                    flush=True,
+                )
+                if arguments.json is not None:
+                    arguments.json.write_text(json.dumps({name: asdict(m) for name, m in results.items()}, indent=1))
+            print(f"median (least to most) after round {n} of {arguments.rounds}\n\n{table(results)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import nn
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.engine.arena import Lifetime, gaps, most_at_once, place
+from nnunetv2_e2enet.engine.automatic import _empty
 from nnunetv2_e2enet.evaluation.memory import peak_above_now
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.settings import override
@@ -65,3 +66,15 @@ def test_six_levels_take_little_more_than_the_finest_maps_of_one_node() -> None:
         taken = peak_above_now(lambda: network(x))
     assert engine.why_pytorch(network) is None
     assert 2 * finest < taken - logits < 4 * finest  # with weights and what threads compute in
+
+
+def test_room_for_logits_is_a_tensor_like_any_other() -> None:
+    for shape in ((2, 3, 4, 5, 6), (1, 9, 64, 128, 128)):  # 3 kB, and 36 MB, which malloc would give back
+        logits = _empty(shape)
+        assert logits.shape == shape
+        assert logits.dtype == torch.float32
+        assert logits.is_contiguous()
+        logits.fill_(1)
+        logits[0, 1:].zero_()
+        assert logits[0, 0].min() == logits[:, 0].mean() == 1
+        assert logits[0, 1:].max() == 0

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -21,13 +20,15 @@ from nnunetv2.inference.export_prediction import convert_predicted_logits_to_seg
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from support import Project, copy_with_random_heads
+from support import run_python
 
 from nnunetv2_e2enet.engine.scan import ScanCore, load_scan_core
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.machine import free_bytes
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.prediction import install, known, scans, why_never, why_nnunet
 from nnunetv2_e2enet.prediction.export import Export
+from nnunetv2_e2enet.prediction.windows import predict_mirrored
 
 pytestmark = pytest.mark.skipif(isinstance(load_scan_core(), str), reason="the compiled core was not built")
 
@@ -265,6 +266,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...], list[flo
     "regions": ({"spacing": [1.5, 0.8, 0.8]}, {"labels": REGIONS}, (20, 30, 31), [2.5, 0.9, 0.7]),
     "mirrored": ({}, {"mirrors": (0, 2)}, (12, 20, 19), [1, 1, 0.9]),
     "three folds": ({"spacing": [1.5, 0.8, 0.8]}, {"folds": 3}, (20, 30, 31), [2.5, 0.9, 0.7]),
+    "mirrored along all axes": ({}, {"mirrors": (0, 1, 2), "tile_step_size": 1.0}, (12, 20, 19), [1, 1, 0.9]),
     "no Gaussian": ({}, {"use_gaussian": False}, (12, 20, 19), [1, 1, 0.9]),
     "2D": ({"patch_size": [16, 24], "spacing": [0.8, 0.9]}, {}, (7, 30, 31), [3, 0.9, 0.7]),
     "2D, regions, mirrored": (
@@ -312,6 +314,31 @@ def test_logits_that_float16_cannot_hold(setting: Callable[..., None]) -> None:
         setting(predictor=predicting)
         with pytest.raises(RuntimeError, match="Encountered inf in predicted array"):
             predictor.predict_single_npy_array(image((8, 16, 16)), {"spacing": [1, 1, 1]})
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5, 7, 9), (1, 2, 6, 11)])
+def test_the_mean_over_mirror_images_is_nnunets(shape: tuple[int, ...]) -> None:
+    """To the bit, for any axes, from a network that gives other numbers for each mirror image."""
+    generator = torch.Generator().manual_seed(0)
+    spatial = len(shape) - 2
+    answers = [torch.randn((1, 4, *shape[2:]), generator=generator) for _ in range(2**spatial)]
+    patch = torch.randn(shape, generator=generator)
+    predictor = make_predictor(make_plans())
+    for n in range(1, spatial + 1):
+        for axes in combinations(range(spatial), n):
+            predictor.use_mirroring, predictor.allowed_mirroring_axes = True, axes
+            seen: dict[str, list[torch.Tensor]] = {"theirs": [], "ours": []}
+
+            def network(x: torch.Tensor, images: list[torch.Tensor]) -> torch.Tensor:
+                images.append(x)
+                return answers[len(images) - 1].clone()
+
+            predictor.network = partial(network, images=seen["theirs"])
+            expected = predictor._internal_maybe_mirror_and_predict(patch)
+            ours = predict_mirrored(scan_core(), partial(network, images=seen["ours"]), patch, axes)
+            assert torch.equal(ours, expected)
+            assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
+    assert torch.equal(predict_mirrored(scan_core(), lambda x: 2 * x, patch, None), 2 * patch)
 
 
 # ---- what stays with nnU-Net ---------------------------------------------------------------------------------------------
@@ -404,99 +431,38 @@ def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         predictor.predict_from_data_iterator([case])
 
 
-# ---- commands ------------------------------------------------------------------------------------------------------------
+def test_a_scan_larger_than_memory_is_one_line() -> None:
+    """Compared with what the machine really has. The image itself is one voxel, seen many times."""
+    side = 64 * (int((free_bytes() / 64) ** 0.5) // 64 + 1)  # 4 classes of 9 slices in float16 are 72 bytes a pixel
+    predictor = make_predictor(make_plans(patch_size=[8, 1024, 1024]), tile_step_size=1.0)
+    data = torch.zeros(1, 1, 1, 1).expand(1, 16, side, side)
+    case = {"data": data, "data_properties": {"shape_before_cropping": (16, side, side)}, "ofile": None}
+    with pytest.raises(SystemExit) as error:
+        predictor.predict_from_data_iterator([case])
+    assert re.fullmatch(
+        rf"E2ENet: 4 classes of 16 x {side} x {side} voxels need .* GB of memory, .* close .*", str(error.value)
+    )
 
 
-@pytest.fixture(scope="module")
-def model(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_with_random_heads(trained, tmp_path_factory.mktemp("results"))
-
-
-@dataclass(frozen=True)
-class Command:
-    """``nnUNetv2_predict`` on the test images of the project."""
-
-    project: Project
-    model: Path
-
-    def arguments(self, output: Path, *options: str) -> list[str]:
-        files = ["-i", str(self.project.raw / "imagesTs"), "-o", str(output), "-device", "cpu", "-npp", "1", "-nps", "1"]
-        names = ["-d", "993", "-c", "3d_fullres", "-tr", "nnUNetTrainerE2ENet_smoke"]
-        return ["nnUNetv2_predict", *files, *names, "--disable_tta", *options]
-
-    def environment(self, predictor: str) -> dict[str, str]:
-        return {"nnUNet_results": str(self.model.parents[1]), "nnUNet_e2enet_predictor": predictor}
-
-    def __call__(self, output: Path, *options: str, predictor: str = "on") -> subprocess.CompletedProcess[str]:
-        return self.project.run(*self.arguments(output, *options), env=self.environment(predictor))
-
-
-@pytest.fixture
-def command(project: Project, model: Path) -> Command:
-    return Command(project, model)
-
-
-def segmentations(folder: Path) -> dict[str, tuple[Any, ...]]:
-    """Voxels and grids of all files, hidden ones as well."""
-    found = {}
-    for path in sorted(folder.rglob("*.nii.gz")):
-        image = SimpleITK.ReadImage(path)
-        grid = (image.GetSpacing(), image.GetOrigin(), image.GetDirection(), image.GetPixelIDTypeAsString())
-        found[str(path.relative_to(folder))] = (grid, SimpleITK.GetArrayFromImage(image).tolist())
-    return found
-
-
-def test_nnunets_command(command: Command, tmp_path: Path) -> None:
-    """Several folds, parts, and going on where another command stopped."""
-    theirs, ours, parts = (tmp_path / name for name in ("theirs", "ours", "parts"))
-    assert "sending off prediction to background worker" in command(theirs, "-f", "0", "1", predictor="off").stdout
-    expected = segmentations(theirs)
-    assert len(expected) == 2
-    assert "background worker" not in command(ours, "-f", "0", "1").stdout
-    assert segmentations(ours) == expected
-    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
-    for part in ("0", "1"):
-        command(parts, "-f", "0", "1", "-num_parts", "2", "-part_id", part)
-    assert segmentations(parts) == expected
-    kept, removed = (ours / name for name in expected)
-    stamp = kept.stat().st_mtime_ns
-    removed.unlink()
-    command(ours, "-f", "0", "1", "--continue_prediction")
-    assert segmentations(ours) == expected
-    assert kept.stat().st_mtime_ns == stamp
-
-
-def test_nnunets_command_with_probabilities(command: Command, tmp_path: Path) -> None:
-    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    command(theirs, "-f", "0", "--save_probabilities", predictor="off")
-    command(ours, "-f", "0", "--save_probabilities")
-    assert segmentations(ours) == segmentations(theirs)
-    for path in sorted(theirs.glob("*.npz")):
-        np.testing.assert_array_equal(np.load(ours / path.name)["probabilities"], np.load(path)["probabilities"])
-
-
-def test_a_killed_command_leaves_no_half_written_file(tmp_path: Path) -> None:
-    """Killed while a segmentation is written: the folder that nnU-Net's commands list holds no file with its name."""
-    code = f"""
-import os, signal
+def test_memory_that_runs_out_is_one_line() -> None:
+    """A limit that the check before the first window does not know of."""
+    code = """
+import resource, sys
 from pathlib import Path
-import numpy as np
-import SimpleITK
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from nnunetv2_e2enet.prediction import scans
-
-class Predictor:
-    dataset_json = {{"file_ending": ".nii.gz"}}
-    class plans_manager:
-        class image_reader_writer_class(SimpleITKIO):
-            def write_seg(self, seg, path, properties):
-                super().write_seg(seg, path, properties)
-                Path(path).write_bytes(Path(path).read_bytes()[:100])
-                os.kill(os.getpid(), signal.SIGKILL)
-
-grid = {{"sitk_stuff": {{"spacing": (1, 1, 1), "origin": (0, 0, 0), "direction": (1, 0, 0, 0, 1, 0, 0, 0, 1)}}}}
-scans.write(Predictor(), np.zeros((20, 20, 20), np.uint8), {str(tmp_path / "case")!r}, grid)
+sys.path.insert(0, TESTS)
+import torch
+import test_prediction
+predictor = test_prediction.make_predictor(test_prediction.make_plans())
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+data = torch.zeros(1, 1, 1, 1).expand(1, 8, 3000, 3000)
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, resource.RLIM_INFINITY))  # sums of windows take 576 MB
+shape = tuple(data.shape[1:])
+properties = {"spacing": [1, 1, 1], "shape_before_cropping": shape, "shape_after_cropping_and_before_resampling": shape}
+properties["bbox_used_for_cropping"] = [[0, n] for n in shape]
+case = {"data": data, "data_properties": properties, "ofile": None}
+predictor.predict_from_data_iterator([case])
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
-    (leftover,) = tmp_path.iterdir()
-    assert leftover.is_dir()
+    result = run_python(code.replace("TESTS", repr(str(Path(__file__).parent))))
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("E2ENet: out of memory: close other programs")
+    assert "Traceback" not in result.stderr

@@ -132,14 +132,15 @@ def _finish(args: argparse.Namespace, model: PackedModel, cases: Sequence[Path])
     from nnunetv2_e2enet.deployment.previews import write_previews
     from nnunetv2_e2enet.deployment.volumes import write_volumes
 
+    progress = not args.disable_progress_bar
     folders = [args.o]
     if args.postprocess:
-        folders.append(_postprocess(args.o, model))
+        folders.append(_postprocess(args.o, model, progress))
     for folder in folders:
         if args.volumes:
-            write_volumes(folder, model)
+            write_volumes(folder, model, progress)
         if args.preview:
-            write_previews(folder, cases, model, not args.disable_progress_bar)
+            write_previews(folder, cases, model, progress)
 
 
 def _check(args: argparse.Namespace, model: PackedModel) -> None:
@@ -169,15 +170,17 @@ def _set_threads(device: str) -> None:
         torch.set_num_threads(1)
 
 
-def _postprocess(folder: Path, model: PackedModel) -> Path:
+def _postprocess(folder: Path, model: PackedModel, progress: bool) -> Path:
     """The folder that it makes."""
     from nnunetv2.postprocessing.remove_connected_components import load_postprocess_save
+    from tqdm import tqdm
 
     from nnunetv2_e2enet.deployment.segmenter import postprocessing_steps
 
     reader = model.description.managers()[0].image_reader_writer_class()
     target = folder / "postprocessed"
     target.mkdir(exist_ok=True)
-    for path in sorted(folder.glob(f"*{model.description.dataset['file_ending']}")):
+    segmentations = sorted(folder.glob(f"*{model.description.dataset['file_ending']}"))
+    for path in tqdm(segmentations, desc="Postprocessing", disable=not progress):
         load_postprocess_save(str(path), str(target / path.name), reader, *postprocessing_steps(model))
     return target

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.files import write_text
@@ -15,11 +16,12 @@ from nnunetv2_e2enet.files import write_text
 HEADER = ("case", "label", "millilitres")
 
 
-def write_volumes(folder: Path, model: PackedModel) -> Path:
+def write_volumes(folder: Path, model: PackedModel, progress: bool = False) -> Path:
     """Writes ``folder/volumes.csv``: a row for each segmentation in the folder and each label or region but the background.
 
     Args:
         folder: segmentations of the model, with the file ending of its data set.
+        progress: show a bar.
 
     Returns:
         The file.
@@ -32,7 +34,7 @@ def write_volumes(folder: Path, model: PackedModel) -> Path:
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(HEADER)
-    for path in sorted(folder.glob(f"*{ending}")):
+    for path in tqdm(sorted(folder.glob(f"*{ending}")), desc="Volumes", disable=not progress):
         segmentation, properties = reader.read_seg(str(path))
         counts = np.bincount(segmentation.astype(np.int64).ravel())
         for name, values in model.foreground.items():

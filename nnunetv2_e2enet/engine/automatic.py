@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nnunetv2_e2enet.engine.core import Core, load_core
 from nnunetv2_e2enet.engine.description import NotSupportedError, check_classes, check_hooks, describe
 from nnunetv2_e2enet.engine.fingerprint import Fingerprint, state
+from nnunetv2_e2enet.engine.layout import pages
 from nnunetv2_e2enet.engine.program import Program
 from nnunetv2_e2enet.engine.weights import PackedWeights, pack
 from nnunetv2_e2enet.errors import E2ENetError
@@ -25,6 +26,7 @@ ENGINE_VARIABLE = variable("engine")
 # Multiply-accumulates of the dense network a patch; below, in mode "auto", there is little to save
 LEAST_WORK = 2e9
 LEAST_TRAINING_WORK = 2e8
+KEPT_BY_MALLOC = 32 << 20  # bytes, in glibc
 TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-1}  # of the largest logit, in mode "check", by how maps are stored
 IDLE_PROGRAMS = 2  # kept for the next patch; more are made while more threads predict at once
 
@@ -209,13 +211,20 @@ def _run(session: Session, plan: Plan, network: E2ENet, x: Tensor) -> list[Tenso
     logits = []
     for (_, _, classes), stride in zip(heads, network.encoder.strides, strict=False):
         size = [s // t for s, t in zip(size, stride, strict=True)]
-        logits.append(torch.empty((x.shape[0], classes, *size), dtype=torch.float32))
+        logits.append(_empty((x.shape[0], classes, *size)))
     program = session.take_program(plan, tuple(x.shape[2:]))
     samples = x.contiguous()
     for n in range(x.shape[0]):
         program.run(samples[n], [level[n] for level in logits], torch.get_num_threads())
     session.give_back(plan, program)
     return logits
+
+
+def _empty(shape: Sequence[int]) -> Tensor:
+    """Room for logits. Malloc gives large ones back to the system each time, and the first touch of small pages takes long."""
+    if 4 * prod(shape) <= KEPT_BY_MALLOC:
+        return torch.empty(tuple(shape), dtype=torch.float32)
+    return torch.from_numpy(pages(prod(shape))).view(tuple(shape))
 
 
 def _check(network: E2ENet, x: Tensor, logits: list[Tensor], tolerance: float) -> None:

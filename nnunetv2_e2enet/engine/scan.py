@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -110,6 +110,21 @@ class ScanCore:
             addresses, *strides, values.data_ptr(), weights.data_ptr(), *sizes, torch.get_num_threads()
         )
 
+    def add_mirrored(self, sums: Tensor, values: Tensor, axes: Iterable[int], scale: float = 1.0) -> None:
+        """``sums = (sums + values.flip(axes)) * scale``, each operation rounded to float32.
+
+        Args:
+            sums, values: float32, contiguous, ``(classes, depth, height, width)``.
+            axes: 1 to 3.
+        """
+        assert sums.shape == values.shape
+        assert sums.dtype == values.dtype == torch.float32
+        assert sums.is_contiguous()
+        assert values.is_contiguous()
+        mirrors = sum(1 << (axis - 1) for axis in axes)
+        sizes = (*sums.shape, torch.get_num_threads())
+        self._library.e2e_add_mirrored(sums.data_ptr(), values.data_ptr(), mirrors, scale, *sizes)
+
     def divide(self, sums: Tensor, counts: Tensor) -> bool:
         """``sums /= counts``, of one slice each; whether a quotient is infinite.
 
@@ -196,6 +211,7 @@ def _declare(library: ctypes.CDLL) -> None:
     job = POINTER(_LabelJob)
     signatures: dict[str, tuple[type | None, list[type]]] = {
         "e2e_add_window": (None, [pointer, size, size, pointer, pointer, size, size, size, size, c_int]),
+        "e2e_add_mirrored": (None, [pointer, pointer, c_int, c_float, size, size, size, size, c_int]),
         "e2e_divide_slice": (c_int, [pointer, pointer, size, size, c_int]),
         "e2e_label_scratch": (size, [job, c_int]),
         "e2e_label_slices": (None, [job, size, size, pointer, c_int]),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
@@ -166,10 +167,11 @@ def _draw_plane(cell: Axes, scan: Scan, plane: Plane, labels: Mapping[str, Seque
     _write_on(cell, scan, plane, index)
 
 
-def _style(rank: int) -> tuple[tuple[float, ...], LineStyle]:
+def _style(rank: int) -> tuple[tuple[float, float, float], LineStyle]:
     """As in other pictures, a little lighter for the black background."""
     colour, line_style = label_style(rank)
-    return tuple(0.8 * part + 0.2 for part in to_rgb(colour)), line_style
+    red, green, blue = (0.8 * part + 0.2 for part in to_rgb(colour))
+    return (red, green, blue), line_style
 
 
 def _mark_other_planes(cell: Axes, scan: Scan, axes: tuple[int, int], size: tuple[float, float]) -> None:
@@ -189,7 +191,7 @@ def _write_on(cell: Axes, scan: Scan, plane: Plane, index: int) -> None:
     middle[2 - plane.axis] = index
     place = scan.grid.TransformContinuousIndexToPhysicalPoint(middle)[2 - plane.axis]
     letter = (POSITIVE if place >= 0 else NEGATIVE)[plane.axis]
-    style = {"transform": cell.transAxes, "color": INK, "size": FONT_SIZE, "path_effects": HALO}
+    style: dict[str, Any] = {"transform": cell.transAxes, "color": INK, "size": FONT_SIZE, "path_effects": HALO}
     cell.text(0.02, 0.98, f"{plane.name}, {letter} {abs(place):.0f} mm", ha="left", va="top", **style)
     left, right, upper, lower = EDGES[plane.name]
     cell.text(0.02, 0.5, left, ha="left", va="center", **style)
@@ -229,8 +231,8 @@ def _draw_legend(cell: Axes, scan: Scan, labels: Mapping[str, Sequence[int]], in
     size = FONT_SIZE if len(entries) * 1.5 * FONT_SIZE < inches[1] * 72 else SMALL
     per_column = 1 if len(entries) * 1.5 * SMALL < inches[1] * 72 else columns
     legend = cell.legend(handles, texts, loc="center", ncols=per_column, fontsize=size, frameon=False)
-    for text, entry in zip(legend.get_texts(), texts, strict=True):
-        text.set_color(QUIET if entry.endswith("not found") else INK)
+    for written, text in zip(legend.get_texts(), texts, strict=True):
+        written.set_color(QUIET if text.endswith("not found") else INK)
 
 
 def _millilitres(volume: float) -> str:

@@ -16,6 +16,8 @@ _EXPORT = "nnunetv2.inference.export_prediction"
 REPRODUCED = (
     f"{_PREDICTOR}._internal_get_data_iterator_from_lists_of_filenames",
     f"{_PREDICTOR}.predict_from_data_iterator",
+    f"{_PREDICTOR}.predict_from_files",
+    f"{_PREDICTOR}.predict_from_files_sequential",
     f"{_PREDICTOR}.predict_single_npy_array",
     f"{_PREDICTOR}.predict_logits_from_preprocessed_data",
     f"{_PREDICTOR}.predict_sliding_window_return_logits",
@@ -34,8 +36,8 @@ REPRODUCED = (
 
 # SHA-256 of their source texts
 KNOWN = {
-    "2.8.0": "fa7d46735d3b3fa8b59a20bd0dd75ce45638c53db1a4961f045d860bf9878945",
-    "2.8.1": "8089bdfbda8d858f859660336d0f54ee03803188595a6f6ad1fbe4e682a5ffd8",
+    "2.8.0": "493ea6e0ff2cd80a74cb8e97333322ab86aad2b45ec0b49e87bf82854c4646f8",
+    "2.8.1": "9e93d58ec0c2ed3e4675627135a499e5fc7413e2b266978610c7700306629f55",
 }
 
 

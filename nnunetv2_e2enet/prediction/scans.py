@@ -27,7 +27,7 @@ from nnunetv2_e2enet.engine.scan import ScanCore
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.machine import free_bytes
 from nnunetv2_e2enet.prediction.export import Export, label_dtype
-from nnunetv2_e2enet.prediction.windows import SlidingSums, as_window, slide
+from nnunetv2_e2enet.prediction.windows import SlidingSums, as_window, predict_mirrored, slide
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -125,13 +125,18 @@ def segment(predictor: nnUNetPredictor, core: ScanCore, data: Tensor, properties
                 else:
                     total[place] += logits
 
+    mirrors = predictor.allowed_mirroring_axes if predictor.use_mirroring else None
+
+    def predict(patch: Tensor) -> Tensor:
+        return predict_mirrored(core, network, patch, mirrors)
+
     with _threads():
         for fold, parameters in enumerate(predictor.list_of_parameters):
             network.load_state_dict(parameters)
             network.to(predictor.device).eval()
             sums = SlidingSums(core, classes, size, windows)
-            with tqdm(total=len(slicers), disable=not predictor.allow_tqdm) as bar:
-                predict = predictor._internal_maybe_mirror_and_predict
+            name = f"fold {fold + 1} of {folds}" if folds > 1 else None
+            with tqdm(total=len(slicers), desc=name, disable=not predictor.allow_tqdm) as bar:
                 slide(sums, padded, slicers, predict, weights, partial(take, fold), bar.update)
             del sums
         if total is not None:

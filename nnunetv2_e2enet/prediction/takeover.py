@@ -1,6 +1,6 @@
 """Puts our way around the network in the place of nnU-Net's, where the result is known to be the same.
 
-nnU-Net has no hook between its command and its predictor. Three methods of ``nnUNetPredictor`` are therefore replaced in the
+nnU-Net has no hook between its command and its predictor. Four methods of ``nnUNetPredictor`` are therefore replaced in the
 running process, when an E2ENet is built to predict. Each asks ``why_nnunet`` first, and calls the method that it replaced
 unless the answer is None. Nothing of nnU-Net's files is changed.
 """
@@ -43,6 +43,7 @@ def install() -> None:
         if not _installed:
             _replace("_internal_get_data_iterator_from_lists_of_filenames", _preprocess_files)
             _replace("predict_from_data_iterator", _predict_cases)
+            _replace("predict_from_files_sequential", _predict_sequentially)
             _replace("predict_single_npy_array", _predict_array)
             _installed = True
 
@@ -118,15 +119,39 @@ def _preprocess_files(
     output_filenames_truncated: Sequence[str] | None,
     num_processes: int,
 ) -> Iterable[Preprocessed]:
-    """In a thread beside the network. Some ways of resampling set the number of threads of the network as well."""
-    alone = predictor.configuration_manager.configuration["resampling_fn_data"] != export.RESAMPLING
-    if alone or any(seg_from_prev_stage_files or ()) or why_nnunet(predictor) is not None:
+    """In a thread beside the network."""
+    if not _reads_beside(predictor) or any(seg_from_prev_stage_files or ()) or why_nnunet(predictor) is not None:
         iterator: Iterable[Preprocessed] = original(
             input_list_of_lists, seg_from_prev_stage_files, output_filenames_truncated, num_processes
         )
         return iterator
     outputs: Sequence[str | None] = output_filenames_truncated or [None] * len(input_list_of_lists)
     return preprocessed_ahead(predictor, input_list_of_lists, outputs)
+
+
+def _reads_beside(predictor: nnUNetPredictor) -> bool:
+    """Whether images can be preprocessed beside the network; some ways of resampling set its number of threads as well."""
+    return bool(predictor.configuration_manager.configuration["resampling_fn_data"] == export.RESAMPLING)
+
+
+def _predict_sequentially(
+    original: Method,
+    predictor: nnUNetPredictor,
+    images: Any,
+    outputs: Any,
+    save_probabilities: bool = False,
+    overwrite: bool = True,
+    folder_with_segs_from_prev_stage: str | None = None,
+) -> list[Segmentation] | None:
+    """Without other processes, as is asked for: there are none here anyway."""
+    given = save_probabilities or folder_with_segs_from_prev_stage is not None
+    if given or not _reads_beside(predictor) or why_nnunet(predictor) is not None:
+        own: list[Segmentation] | None = original(
+            images, outputs, save_probabilities, overwrite, folder_with_segs_from_prev_stage
+        )
+        return own
+    results = predictor.predict_from_files(images, outputs, save_probabilities, overwrite, 1, 1)
+    return None if results is None else [segmentation for segmentation in results if segmentation is not None]
 
 
 def _predict_cases(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -95,6 +96,30 @@ class SlidingSums:
             self.slice(place).zero_()
             self._counts[place % len(self._counts)].zero_()
         self._kept = max(0, self.finished - 1)
+
+
+def predict_mirrored(core: ScanCore, network: Callable[[Tensor], Tensor], patch: Tensor, axes: Sequence[int] | None) -> Tensor:
+    """The mean over a patch and its mirror images, as nnU-Net's ``_internal_maybe_mirror_and_predict`` has it.
+
+    The sums are nnU-Net's in its order, so the mean is the same to the bit. Logits are mirrored while they are added.
+
+    Args:
+        network: gives float32 logits that may be overwritten.
+        patch: ``(1, channels, *size)``.
+        axes: of the patch's size, that may be mirrored; None for none.
+    """
+    mean = network(patch).contiguous()
+    if axes is None:
+        return mean
+    spatial = patch.dim() - 2
+    ways = [chosen for n in range(len(axes)) for chosen in combinations(axes, n + 1)]
+    volume = (mean.shape[1], *[1] * (3 - spatial), *mean.shape[2:])  # of a 2D patch one slice
+    for i, chosen in enumerate(ways, 1):
+        logits = network(torch.flip(patch, [2 + axis for axis in chosen])).contiguous()
+        scale = 1 / (1 + len(ways)) if i == len(ways) else 1  # a power of two, by which products are as exact as quotients
+        mirrored = [4 - spatial + axis for axis in chosen]
+        core.add_mirrored(mean.view(volume), logits.view(volume), mirrored, scale)
+    return mean
 
 
 def slide(

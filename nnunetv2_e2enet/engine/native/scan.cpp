@@ -122,6 +122,27 @@ E2E_EXPORT void e2e_add_window(e2e::Half* const* slices, int64_t class_stride, i
     }
 }
 
+// sums = (sums + values) * scale, [classes][depth][height][width]; values are mirrored along the axes whose bits are set in mirrors
+// (1 depth, 2 height, 4 width).
+E2E_EXPORT void e2e_add_mirrored(float* sums, const float* values, int mirrors, float scale, int64_t classes, int64_t depth,
+                                 int64_t height, int64_t width, int threads) {
+    #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+    for (int64_t c = 0; c < classes; ++c) {
+        for (int64_t z = 0; z < depth; ++z) {
+            for (int64_t y = 0; y < height; ++y) {
+                float* __restrict const to = sums + ((c * depth + z) * height + y) * width;
+                const int64_t slice = mirrors & 1 ? depth - 1 - z : z, row = mirrors & 2 ? height - 1 - y : y;
+                const float* const from = values + ((c * depth + slice) * height + row) * width;
+                if (mirrors & 4) {
+                    for (int64_t x = 0; x < width; ++x) to[x] = (to[x] + from[width - 1 - x]) * scale;
+                } else {
+                    for (int64_t x = 0; x < width; ++x) to[x] = (to[x] + from[x]) * scale;
+                }
+            }
+        }
+    }
+}
+
 // Divides a slice of sums [classes][n] by its counts [n]; whether a quotient is infinite.
 E2E_EXPORT int e2e_divide_slice(e2e::Half* sums, const e2e::Half* counts, int64_t classes, int64_t n, int threads) {
     const e2e::ScanKernels& kernels = e2e::kernels();
