@@ -183,10 +183,12 @@ def registered_files(nnunet: NnUNet) -> dict[Path, str | None]:
 
 
 def is_ours(text: str | None) -> bool:
+    """Whether the text of a file is one that ``register`` writes; None stands for a file that is not there."""
     return text is not None and text.startswith(FIRST_LINE)
 
 
 def is_registered(nnunet: NnUNet) -> bool:
+    """Whether nnU-Net finds the trainers and planners of this package."""
     return all(is_ours(text) for text in registered_files(nnunet).values())
 
 
@@ -205,6 +207,7 @@ def register(nnunet: NnUNet, experiments: bool | None = None) -> list[Path]:
     """Write the two modules; those that are there already and up to date are left alone.
 
     Args:
+        nnunet: the installation of nnU-Net.
         experiments: whether nnU-Net finds the experiment trainers; None leaves that as it is, which is no at first.
 
     Returns:

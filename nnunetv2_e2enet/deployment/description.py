@@ -77,6 +77,7 @@ class Description:
         return description
 
     def as_json(self) -> dict[str, Any]:
+        """The fields, as JSON can hold them."""
         return asdict(self)
 
     def check(self) -> None:

@@ -134,6 +134,7 @@ def write_onnx(folder: Path, model: PackedModel) -> list[Path]:
 
     Args:
         folder: to be made; it appears when all is written.
+        model: a packed model.
 
     Returns:
         The files.

@@ -20,6 +20,7 @@ def write_volumes(folder: Path, model: PackedModel) -> Path:
 
     Args:
         folder: segmentations of the model, with the file ending of its data set.
+        model: a packed model, whose labels are counted.
 
     Returns:
         The file.

@@ -44,6 +44,7 @@ class KernelL1Norm:
     label: ClassVar[str] = "L1 norm of the kernel"
 
     def score(self, layer: MaskableLayer) -> Tensor:
+        """One number a connection, shaped like ``layer.mask``; float32."""
         return layer.spread(layer.weight.detach()).flatten(2).abs().sum(dim=2, dtype=torch.float32)
 
 
@@ -59,6 +60,11 @@ class InputScaledL1Norm:
     needs_input_deviations: ClassVar[bool] = True
 
     def score(self, layer: MaskableLayer) -> Tensor:
+        """One number a connection, shaped like ``layer.mask``; float32.
+
+        Raises:
+            E2ENetError: the input maps of the layer have not been observed.
+        """
         if layer.input_deviation is None:
             raise E2ENetError(
                 "InputScaledL1Norm found no deviation of the input maps: run the network within TopologyUpdater.observation() "
@@ -73,6 +79,7 @@ class RandomGrowth:
     """Uniform at random (paper, section 3.2, after Mocanu et al., Nature Communications 2018)."""
 
     def score(self, layer: MaskableLayer, generator: torch.Generator) -> Tensor:
+        """One number from 0 to 1 a connection, shaped like ``layer.mask``; float64."""
         return torch.rand(layer.mask.shape, generator=generator, dtype=torch.float64)
 
 
@@ -86,6 +93,11 @@ class GradientGrowth:
     needs_dense_gradients: ClassVar[bool] = True
 
     def score(self, layer: MaskableLayer, generator: torch.Generator) -> Tensor:  # noqa: ARG002 (nothing is random)
+        """One number a connection, shaped like ``layer.mask``; float32.
+
+        Raises:
+            E2ENetError: the layer has no gradient.
+        """
         gradient = layer.weight.grad
         if gradient is None:
             raise E2ENetError(

@@ -10,6 +10,8 @@ from nnunetv2_e2enet.network.connections import MaskableLayer, check_sparsity
 
 
 class Distribution(Protocol):
+    """How many connections of each layer are active."""
+
     def active(self, sparsity: float, layers: Mapping[str, MaskableLayer]) -> dict[str, int]:
         """Active connections of each layer, by its name."""
 
@@ -19,6 +21,11 @@ class Uniform:
     """The same sparsity in every layer: ``round((1 - S) * C_in * C_out)`` active connections (the paper's)."""
 
     def active(self, sparsity: float, layers: Mapping[str, MaskableLayer]) -> dict[str, int]:
+        """Active connections of each layer, by its name.
+
+        Raises:
+            E2ENetError: the sparsity is not from 0 to below 1.
+        """
         check_sparsity(sparsity)
         return {name: layer.connections_at(1 - sparsity) for name, layer in layers.items()}
 
@@ -32,6 +39,11 @@ class ErdosRenyiKernel:
     """
 
     def active(self, sparsity: float, layers: Mapping[str, MaskableLayer]) -> dict[str, int]:
+        """Active connections of each layer, by its name.
+
+        Raises:
+            E2ENetError: the sparsity is not from 0 to below 1.
+        """
         check_sparsity(sparsity)
         raw = {name: sum(layer.shape) / layer.shape.numel() for name, layer in layers.items()}
         dense: set[str] = set()

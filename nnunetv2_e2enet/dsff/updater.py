@@ -43,6 +43,7 @@ class LayerUpdate:
 
     @property
     def replaced(self) -> int:
+        """The number of connections that were grown, as many as were pruned."""
         return int(self.grown.sum())
 
 
@@ -56,6 +57,7 @@ class TopologyUpdate:
 
     @property
     def replaced(self) -> int:
+        """The number of connections that were grown in all layers."""
         return sum(layer.replaced for layer in self.layers)
 
 
@@ -167,7 +169,8 @@ def select(mask: Tensor, importance: Tensor, growth: Tensor, fraction: float) ->
 
     Args:
         mask: bool, True where active.
-        importance, growth: scores, of the mask's shape.
+        importance: scores of the mask's shape; the lowest active ones are pruned.
+        growth: scores of the mask's shape; the highest inactive ones are grown.
         fraction: from 0 to 1.
 
     Returns:

@@ -18,6 +18,7 @@ class Lifetime:
     last: int
 
     def meets(self, other: Lifetime) -> bool:
+        """Whether there is a step at which both are needed."""
         return self.first <= other.last and other.first <= self.last
 
 

@@ -93,6 +93,7 @@ class Session:
             return self._plan
 
     def take_program(self, plan: Plan, patch_size: tuple[int, ...]) -> Program:
+        """A program for patches of this size that no thread uses; a new one if none is idle."""
         with self._lock:
             for index, program in enumerate(plan.idle):
                 if program.patch_size == patch_size:
@@ -101,16 +102,19 @@ class Session:
         return Program(plan.weights, patch_size, plan.core)
 
     def give_back(self, plan: Plan, program: Program) -> None:
+        """Keep a program for the next patch, if the weights are still those of its plan."""
         with self._lock:
             if plan is self._plan:
                 plan.idle.append(program)
                 del plan.idle[:-IDLE_PROGRAMS]
 
     def idle_programs(self) -> list[Program]:
+        """Programs that no thread uses."""
         with self._lock:
             return [] if self._plan is None else list(self._plan.idle)
 
     def release(self) -> None:
+        """Free packed weights and programs."""
         with self._lock:
             self._plan = None
 
@@ -120,6 +124,7 @@ _sessions_lock = threading.Lock()
 
 
 def session_of(network: nn.Module) -> Session:
+    """The session of a network, which lives as long as the network."""
     with _sessions_lock:
         return _sessions.setdefault(network, Session())
 

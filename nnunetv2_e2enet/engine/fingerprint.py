@@ -42,6 +42,7 @@ class Fingerprint:
 
     @classmethod
     def take(cls, tensors: list[Tensor], core: Core) -> Fingerprint:
+        """The fingerprint of the tensors as they are now."""
         return cls(_identity(tensors), _sample(tensors, core), [_sum(tensor, core) for tensor in tensors])
 
     def holds(self, tensors: list[Tensor], core: Core) -> bool:
@@ -60,6 +61,7 @@ class Fingerprint:
         return True
 
     def same_content(self, other: Fingerprint) -> bool:
+        """Whether two fingerprints are of tensors with the same bytes."""
         return self.sums == other.sums
 
 

@@ -57,6 +57,7 @@ class Program:
 
     @property
     def n_bytes(self) -> int:
+        """Memory of all maps and of scratch space."""
         return self._memory.nbytes + self._scratch.nbytes
 
     def run(self, x: Tensor, logits: Sequence[Tensor], threads: int) -> None:

@@ -122,6 +122,7 @@ class TrainingProgram(Program):
 
     @property
     def n_bytes(self) -> int:
+        """Memory of this program alone; programs of the same batch share what no backward pass needs."""
         return super().n_bytes + (self._transient.nbytes if self._like is None else 0)
 
     # ---- building ---------------------------------------------------------------------------------------------------

@@ -35,9 +35,10 @@ class Costs:
 
 
 def count_costs(network: nn.Module, input_shape: Sequence[int], by_engine: bool = False) -> Costs:
-    """Counted on shapes alone, nothing is computed.
+    """Count parameters and multiply-accumulates on shapes alone; nothing is computed.
 
     Args:
+        network: any network, on any device.
         input_shape: batch (of 1), channels, and the patch.
         by_engine: whether an E2ENet is predicted by the CPU engine, not by PyTorch.
     """

@@ -112,8 +112,11 @@ def measure(
     A finished prediction is stored at once, so that an interrupted run goes on where it ended. Each worker holds one case.
 
     Args:
+        models: names of the models.
+        cases: reference and predictions of each case.
+        labels: the classes.
         tolerances: of the surface Dice in mm, one for each class.
-        cache: folder of what earlier runs measured, made if it is missing; None keeps nothing.
+        cache: folder of the results of earlier runs, made if it is missing; None keeps nothing.
         workers: processes; 1 computes in this one.
         progress: told the finished predictions and their number.
 

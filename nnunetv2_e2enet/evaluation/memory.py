@@ -26,13 +26,16 @@ SPARE = 0.9
 
 
 def peak_bytes(design: Design, training: bool, batch_size: int, device: str, threads: int) -> float:
-    """Of one step of training or prediction, above what the process held before it built the network.
+    """Peak memory of one step of training or prediction, above that of the process before it built the network.
 
-    On the CPU that is the growth of the resident set at its highest; on CUDA, what PyTorch has allocated at most.
+    On the CPU, the peak is the largest growth of the resident set; on CUDA, the most that PyTorch has allocated.
 
     Args:
+        design: the network and its plans.
         training: forward and backward with nnU-Net's loss and an optimiser's step; otherwise a forward pass.
         batch_size: patches in the batch.
+        device: ``cpu`` or ``cuda``.
+        threads: of PyTorch.
 
     Returns:
         Bytes; NaN if the process was ended from outside, for want of memory as a rule, or as ``peak_above_now`` says.

@@ -75,7 +75,8 @@ def case_metrics(
     """All classes of one case.
 
     Args:
-        reference, prediction: label maps of one shape, in 2D or 3D.
+        reference: label map in 2D or 3D.
+        prediction: label map of the same shape.
         spacing: mm between voxels, in the order of the axes.
         labels: the classes; voxels that are ``labels.ignore`` in the reference count for nothing.
         tolerances: of the surface Dice in mm, one for each class.
@@ -179,7 +180,7 @@ def _surface_metrics(
 def _surface_distances(
     prediction: Tensor, reference: Tensor, valid: Tensor, spacing: Sequence[float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """mm from each surface voxel of the prediction to the reference's surface, and the other way; NaN where that is empty."""
+    """Millimetres from each surface voxel of the prediction to the reference's surface, and back; NaN to an empty surface."""
     from monai.metrics.utils import get_edge_surface_distance
 
     with warnings.catch_warnings():

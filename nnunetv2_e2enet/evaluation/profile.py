@@ -100,6 +100,8 @@ def profile(designs: Sequence[Design], settings: Settings, progress: Progress = 
     """Count, measure memory, then time all networks in turns.
 
     Args:
+        designs: the networks.
+        settings: what is measured, where, and how often.
         progress: told what is done next.
     """
     torch.set_num_threads(settings.threads)

@@ -183,7 +183,8 @@ def find_reference(sources: Sequence[Source], given: Path | None) -> Path:
     """The folder of reference segmentations.
 
     Args:
-        given: what the user said; otherwise looked up as nnU-Net stores them, by the name of the data set.
+        sources: the models that are compared.
+        given: the folder that the user named; otherwise looked up as nnU-Net stores them, by the name of the data set.
 
     Raises:
         E2ENetError: it is not there.

@@ -89,8 +89,12 @@ def instance_norm(
     """``leaky_relu(instance_norm(x, weight, bias, eps), slope)``, of which only the statistics are computed here.
 
     Args:
-        conv_bias: of the convolution that made ``x`` without it. The norm takes away what it would have added, so that its
-            gradient, which is returned to it, is zero.
+        x: ``(batch, channels, ...)``.
+        weight: scale of each channel; None: 1.
+        bias: offset of each channel; None: 0.
+        eps: added to the variance.
+        slope: of the leaky ReLU below zero.
+        conv_bias: of the convolution that made ``x`` without it. The norm would remove it from ``x``, so its gradient is zero.
     """
     raw, scale, offset = _InstanceNorm.apply(x, weight, bias, eps, slope, conv_bias)  # type: ignore[no-untyped-call]
     return RawMap(raw, scale, offset, slope)
@@ -124,9 +128,12 @@ def norm_gradient(
 
     Args:
         grad: of the activation.
-        x: what was normalised.
-        mean, rstd: of ``statistics``.
-        scale, offset: of the RawMap.
+        x: input of the norm, ``(batch, channels, ...)``.
+        mean: of ``statistics``.
+        rstd: of ``statistics``.
+        scale: of the RawMap.
+        offset: of the RawMap.
+        slope: of the leaky ReLU below zero.
 
     Returns:
         The gradient of ``x``, and the sums over space that make up the gradients of the norm's weight and bias.

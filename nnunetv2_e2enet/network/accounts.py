@@ -34,6 +34,7 @@ class MultiplyAccumulates(NamedTuple):
 
 
 def parameter_counts(network: nn.Module) -> ParameterCounts:
+    """Count the parameters of a network."""
     layers = [layer for _, layer in maskable_layers(network)]
     maskable = sum(layer.shape.numel() for layer in layers)
     total = maskable + sum(p.numel() for p in network.parameters()) - sum(layer.weight.numel() for layer in layers)
@@ -63,6 +64,7 @@ def multiply_accumulates(network: nn.Module, input_shape: Sequence[int]) -> Mult
 
 
 def conv_output_elements(network: nn.Module, input_shape: Sequence[int]) -> int:
+    """Elements of the outputs of all convolutions in a forward pass; counted on shapes alone."""
     elements = 0
 
     def count(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:

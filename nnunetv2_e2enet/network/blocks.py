@@ -52,6 +52,7 @@ class BlockStyle:
 
 
 def as_given(*maps: FeatureMap) -> Sequence[FeatureMap]:
+    """The maps, read as they are."""
     return maps
 
 

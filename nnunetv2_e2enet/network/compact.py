@@ -123,6 +123,7 @@ class CompactConv2d(CompactLayer, MaskedConv2d):
     """A compact ``MaskedConv2d``."""
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """As ``MaskedConv2d.forward``."""
         bias = self.bias if with_bias else None
         if can_compute(self, x):
             return sparse_convolution(x, self.weight, bias, self.active_inputs(), self.stride)
@@ -136,6 +137,7 @@ class CompactConv3d(CompactLayer, MaskedConv3d):
     """A compact ``MaskedConv3d``."""
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """As ``MaskedConv3d.forward``."""
         bias = self.bias if with_bias else None
         if can_compute(self, x):
             return sparse_convolution(x, self.weight, bias, self.active_inputs(), self.stride)
@@ -149,6 +151,7 @@ class CompactConvTranspose2d(CompactLayer, MaskedConvTranspose2d):
     """A compact ``MaskedConvTranspose2d``."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """As ``MaskedConvTranspose2d.forward``."""
         return self.upsampled(*self.grouped(x)) if self.computes_active_only else super().forward(x)
 
 
@@ -156,6 +159,7 @@ class CompactConvTranspose3d(CompactLayer, MaskedConvTranspose3d):
     """A compact ``MaskedConvTranspose3d``."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """As ``MaskedConvTranspose3d.forward``."""
         return self.upsampled(*self.grouped(x)) if self.computes_active_only else super().forward(x)
 
 

@@ -91,10 +91,12 @@ class MaskableLayer(nn.Module):
 
     @property
     def n_connections(self) -> int:
+        """Connections, active or not: input maps times output maps."""
         return self.mask.numel()
 
     @property
     def n_active(self) -> int:
+        """Active connections."""
         return int(self.mask.sum())
 
     @property
@@ -104,18 +106,22 @@ class MaskableLayer(nn.Module):
 
     @property
     def weights_per_connection(self) -> int:
+        """Weights of one kernel."""
         return self.weight[0, 0].numel()
 
     @property
     def n_inputs(self) -> int:
+        """Input maps."""
         return self.mask.shape[self.input_axis]
 
     @property
     def n_outputs(self) -> int:
+        """Output maps."""
         return self.mask.shape[self.output_axis]
 
     @property
     def n_blocks(self) -> int:
+        """Blocks of output maps that share their input maps."""
         return self.n_outputs // self.block_size
 
     def connections_at(self, density: float) -> int:
@@ -252,6 +258,7 @@ class MaskedConv2d(MaskableLayer, nn.Conv2d):
     """``nn.Conv2d`` with a mask; ``with_bias=False`` leaves the bias out."""
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
         out: Tensor = self._conv_forward(x, self.masked_weight(), self.bias if with_bias else None)
         return out
 
@@ -260,6 +267,7 @@ class MaskedConv3d(MaskableLayer, nn.Conv3d):
     """``nn.Conv3d`` with a mask; ``with_bias=False`` leaves the bias out."""
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """``(batch, in, depth, height, width)`` to ``(batch, out, depth, height, width)``."""
         return conv3d(self, x, self.masked_weight(), self.bias if with_bias else None, self.groups)
 
 
@@ -269,6 +277,7 @@ class MaskedConvTranspose2d(MaskableLayer, nn.ConvTranspose2d):
     output_axis = 1
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
         return self.upsampled(x, self.masked_weight(), self.groups)
 
     def upsampled(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -283,6 +292,7 @@ class MaskedConvTranspose3d(MaskableLayer, nn.ConvTranspose3d):
     output_axis = 1
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """``(batch, in, depth, height, width)`` to ``(batch, out, depth, height, width)``."""
         return self.upsampled(x, self.masked_weight(), self.groups)
 
     def upsampled(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:

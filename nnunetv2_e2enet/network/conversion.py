@@ -40,9 +40,11 @@ class DepthShift(nn.Module):
         self.shift_size = shift_size
 
     def forward(self, x: Tensor) -> Tensor:
+        """Move the channel groups of ``(batch, channels, depth, height, width)``."""
         return depth_shift(x, self.shift_size)
 
     def get_extra_state(self) -> Tensor:
+        """The shift size, which is saved with the weights."""
         return torch.tensor(self.shift_size)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -54,6 +56,7 @@ class DepthShift(nn.Module):
             )
 
     def extra_repr(self) -> str:
+        """The shift size, for ``print``."""
         return f"shift_size={self.shift_size}"
 
 

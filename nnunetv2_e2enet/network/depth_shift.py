@@ -123,6 +123,7 @@ def separate(grad: Tensor, widths: Sequence[int], shift_size: int) -> list[Tenso
     Args:
         grad: of the concatenation.
         widths: channels of each map.
+        shift_size: number of channel groups, odd.
     """
     grads = [empty_like(grad, width) for width in widths]
     for index, channels, out_channels, offset in _pieces(widths, shift_size):

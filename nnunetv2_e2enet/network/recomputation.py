@@ -35,6 +35,10 @@ def convolved(
     The convolution is not computed again: its backward pass needs its input, and there recomputation stops.
 
     Args:
+        conv: a convolution of one tensor.
+        read: makes that tensor from the maps.
+        maps: input maps of a block.
+        recompute: whether autograd keeps the maps alone.
         random: whether ``read`` draws random numbers, which are then drawn again.
     """
     if not (recompute and torch.is_grad_enabled()):

@@ -43,18 +43,22 @@ class Fold:
 
     @property
     def trainer(self) -> str:
+        """Name of the trainer."""
         return self.model.name.split("__")[0]
 
     @property
     def plans(self) -> str:
+        """Name of the plans."""
         return self.model.name.split("__")[1]
 
     @property
     def configuration(self) -> str:
+        """Name of the configuration."""
         return self.model.name.split("__")[2]
 
     @property
     def folder(self) -> Path:
+        """nnU-Net's folder of the fold."""
         return self.model / f"fold_{self.number}"
 
     @property
@@ -63,6 +67,7 @@ class Fold:
         return self.model / f"crossval_fold_{self.number}.log"
 
     def state(self) -> FoldState:
+        """How far the fold has come, by the files in its folder."""
         if (self.folder / "checkpoint_final.pth").is_file():
             return FoldState.DONE if (self.folder / "validation" / "summary.json").is_file() else FoldState.TRAINED
         started = any((self.folder / f"checkpoint_{name}.pth").is_file() for name in ("latest", "best"))
@@ -120,6 +125,7 @@ def run_locally(folds: Sequence[Fold], gpus: Sequence[int], watch: Callable[[], 
     """Train folds on this machine, one at a time on each GPU (or one at a time, without a GPU).
 
     Args:
+        folds: to be trained, in this order.
         gpus: numbers of the GPUs.
         watch: called every second while trainings run.
 

@@ -62,6 +62,7 @@ class DSFFMixin(NetworkMixin):
         self._is_prepared = False
 
     def initialize(self) -> None:
+        """As nnU-Net does, with a topology and its history."""
         with one_line_errors():
             super().initialize()
             if not self._is_prepared:  # a class of the user's configures the optimizer without a call of this one's
@@ -123,6 +124,7 @@ class DSFFMixin(NetworkMixin):
         return CosineSchedule(self.num_epochs, self.topology_update_period, self.initial_prune_fraction)
 
     def on_train_start(self) -> None:
+        """As nnU-Net does; the history begins, or goes on at the epoch of the checkpoint."""
         super().on_train_start()
         with one_line_errors():
             self._check_topology()
@@ -151,6 +153,7 @@ class DSFFMixin(NetworkMixin):
             )
 
     def on_train_epoch_start(self) -> None:
+        """As nnU-Net does; then the topology is updated where the schedule says so."""
         super().on_train_epoch_start()
         with one_line_errors():
             self._update_topology()

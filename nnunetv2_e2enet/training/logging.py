@@ -8,7 +8,7 @@ from nnunetv2_e2enet.dsff import TopologyHistory
 
 if TYPE_CHECKING:
 
-    class LocalLogger:
+    class _LocalLogger:
         my_fantastic_logging: dict[str, list[Any]]
 
         def __init__(self, verbose: bool = False) -> None: ...
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
         def get_checkpoint(self) -> dict[str, list[Any]]: ...
         def load_checkpoint(self, checkpoint: dict[str, list[Any]]) -> None: ...
 else:
-    from nnunetv2.training.logging.nnunet_logger import LocalLogger
+    from nnunetv2.training.logging.nnunet_logger import LocalLogger as _LocalLogger
 
 KEYS = ("dsff_sparsity", "dsff_prune_fraction", "dsff_connections_changed", "dsff_explored")
 BORN = "dsff_born"
 
-# nnU-Net's progress plot ends where the shortest list of the log ends, also for a stock trainer that goes on from the checkpoint
-# and knows nothing of DSFF. Lists of DSFF are therefore longer than any training, with None for epochs that are still to come.
+# nnU-Net's progress plot ends where the shortest list of the log ends, also for a stock trainer that goes on from a checkpoint
+# of DSFF. Lists of DSFF are therefore longer than any training, with None for epochs that are still to come.
 _LENGTH = 10_000
 
 
-class DSFFLogger(LocalLogger):
+class DSFFLogger(_LocalLogger):
     """nnU-Net's local logger, with DSFF's values in lists of the same log.
 
     The history has a record an update; the log has a value an epoch, goes with the checkpoint into any folder, and outlives

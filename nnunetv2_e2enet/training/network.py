@@ -49,6 +49,7 @@ class NetworkMixin(Overrides, TrainerBase):
         return architecture
 
     def initialize(self) -> None:
+        """As nnU-Net does, after the architecture of the trainer has been written into the plans."""
         with one_line_errors():
             check_attributes(self, TRAINER_ATTRIBUTES)
             self._write_architecture_into_plans()
@@ -97,6 +98,7 @@ class NetworkMixin(Overrides, TrainerBase):
             super().load_checkpoint(filename_or_checkpoint)
 
     def on_train_start(self) -> None:
+        """As nnU-Net does; files that a killed training left half-written are removed."""
         super().on_train_start()
         if self.local_rank == 0:
             self._remove_leftovers()
@@ -108,6 +110,11 @@ class NetworkMixin(Overrides, TrainerBase):
                 file.unlink()
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """As nnU-Net does.
+
+        Raises:
+            E2ENetError: a weight is not finite.
+        """
         super().on_train_epoch_end(train_outputs)
         with one_line_errors():
             self._check_weights()

@@ -44,10 +44,14 @@ def legend(index: int) -> str:
 def pareto(
     comparison: Comparison, key: str, cost: str, unit: str, caption: str, values: pd.Series, hollow: pd.Series | None = None
 ) -> Chart:
-    """Mean Dice over a cost, with the models that no other beats in both.
+    """Mean Dice over a cost, with a line through the models that no other model beats in both.
 
     Args:
-        cost: its name, for the title.
+        comparison: the models, with their mean Dice.
+        key: name of the figure among those of a page.
+        cost: name of the cost, for the title.
+        unit: of the cost, for the axis.
+        caption: text below the figure.
         values: by model; NaN is not drawn.
         hollow: a second cost of each model, drawn as a hollow mark.
     """

@@ -126,6 +126,7 @@ def inline_svg(figure: Figure, key: str, words: str) -> str:
     """An ``svg`` element for a page: its colours are the page's, so that it is dark in the dark.
 
     Args:
+        figure: drawn with the colours of ``style``.
         key: unlike that of any other figure of the page.
         words: what a screen reader says.
     """

@@ -59,6 +59,7 @@ class Node:
     connections: Mapping[str, int]
 
     def active(self, record: TopologyRecord) -> dict[str, int]:
+        """Active connections by flow."""
         return {flow: record.active[place] for flow, place in self.parts.items()}
 
     def shares(self, record: TopologyRecord) -> dict[str, float]:
