@@ -1,4 +1,4 @@
-"""What the machine has left."""
+"""Free memory of the machine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ GROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes() -> float:
-    """Memory that may still be taken, by a new process or this one; infinity where the system does not say.
+    """Memory that processes can still take; infinity where the system does not say.
 
-    A container's limit counts where it is lower, without what its processes have read from files.
+    A container's limit counts where it is lower; pages of files that its processes have read do not.
     """
     free = math.inf
     if MEMORY.is_file():

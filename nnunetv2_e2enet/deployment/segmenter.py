@@ -137,7 +137,7 @@ class Segmenter:
             device: to predict on.
             step_size: of the sliding window, relative to the patch.
             mirroring: average over mirrored images, where the training mirrored them; 8 times the work in 3D.
-            postprocess: apply what nnU-Net found to help in cross-validation, if the file says so.
+            postprocess: keep the largest components that nnU-Net's cross-validation found to help, if the file names any.
 
         Raises:
             E2ENetError: the file cannot be used, or it is a cascade's second stage.

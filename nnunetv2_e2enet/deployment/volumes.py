@@ -1,4 +1,4 @@
-"""Volumes of what was segmented, as CSV."""
+"""Volumes of segmented labels, as CSV."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from nnunetv2_e2enet.network.connections import MaskableLayer
 class Importance(Protocol):
     """Which active connections are kept.
 
-    An importance may set ``needs_input_deviations = True``: layers then have their ``input_deviation`` when it is asked. Its
-    ``label``, if it has one, names the score in figures; the name of the class does otherwise.
+    An importance may set ``needs_input_deviations = True``: ``score`` then finds ``input_deviation`` in each layer. A
+    ``label`` names the score in figures; without one, the name of the class does.
     """
 
     def score(self, layer: MaskableLayer) -> Tensor:
@@ -26,8 +26,8 @@ class Importance(Protocol):
 class Growth(Protocol):
     """Which inactive connections are tried.
 
-    A growth may set ``needs_dense_gradients = True``: ``weight.grad`` of layers then holds the gradients of all connections
-    when it is asked.
+    A growth may set ``needs_dense_gradients = True``: ``score`` then finds the gradients of all connections in ``weight.grad``
+    of each layer.
     """
 
     def score(self, layer: MaskableLayer, generator: torch.Generator) -> Tensor:
@@ -52,8 +52,8 @@ class KernelL1Norm:
 class InputScaledL1Norm:
     """L1 norm of a connection's kernel times the standard deviation of its input map.
 
-    A small kernel on a map of large amplitude moves the output as much as a large kernel on a map of small amplitude, and this
-    score says so (compare Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024).
+    A small kernel on a map of large amplitude moves the output as much as a large kernel on a map of small amplitude. This score
+    ranks both alike. Compare Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024.
     """
 
     label: ClassVar[str] = "L1 norm of the kernel x deviation of the input map"

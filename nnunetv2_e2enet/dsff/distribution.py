@@ -35,7 +35,7 @@ class ErdosRenyiKernel:
     """Erdős-Rényi-kernel: small layers denser than large ones (Evci et al., "Rigging the Lottery", ICML 2020, section 3).
 
     A layer's density is proportional to the sum of its weight's dimensions over their product. The share of active weights in
-    the whole network is ``1 - S``; layers that would be more than dense are dense, and the others take the rest.
+    all layers is ``1 - S``. A layer whose density would exceed 1 is dense, and the others share the rest.
     """
 
     def active(self, sparsity: float, layers: Mapping[str, MaskableLayer]) -> dict[str, int]:

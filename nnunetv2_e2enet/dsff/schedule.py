@@ -1,4 +1,4 @@
-"""When the topology changes, and how much of it."""
+"""Schedules: when the topology changes, and how much of it."""
 
 from __future__ import annotations
 

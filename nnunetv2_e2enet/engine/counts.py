@@ -1,4 +1,4 @@
-"""What the engine multiplies, counted as it works."""
+"""Multiply-accumulates of the engine, as it computes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward and backward pass of one sample: what the forward pass stores is kept until the backward pass has read it."""
+"""The forward and backward pass of one sample; kept maps stay in memory until the backward pass has read them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TrainingProgram(Program):
         del self._jobs[self._n_forward :]
 
     def empty_between(self) -> None:
-        """Give memory in which nothing is kept for the backward pass back to the system, until it is needed again."""
+        """Return memory without kept maps to the system until the backward pass."""
         for first, last in self._between:
             empty(self._transient, first, last)
 

@@ -1,4 +1,4 @@
-"""The metrics of all cases and models, measured in parallel; joblib keeps what is finished."""
+"""The metrics of all cases and models, measured in parallel; joblib stores finished predictions."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Results:
 
 
 def nan_mean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    """Mean of what is not NaN, and NaN where nothing else is."""
+    """Mean of the values that are not NaN; NaN without any."""
     defined = ~np.isnan(values)
     n = defined.sum(axis=axis)
     total = np.where(defined, values, 0).sum(axis=axis)
@@ -79,7 +79,7 @@ def nan_mean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
 
 
 class FileState(NamedTuple):
-    """A file as it is now: numbers that were measured on it hold as long as its path, size (bytes) and time are the same."""
+    """State of a file: metrics stay valid while its path, size (bytes) and time are the same."""
 
     path: str
     size: int
@@ -93,7 +93,7 @@ class FileState(NamedTuple):
 
 
 def default_cache() -> Path:
-    """Where measured cases are kept: in the user's cache folder."""
+    """The folder of stored metrics, in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "nnunetv2-e2enet" / "metrics"
 

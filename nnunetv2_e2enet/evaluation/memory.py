@@ -97,7 +97,7 @@ def _training_step(design: Design, batch_size: int, device: str) -> Callable[[],
 
 
 def can_measure(device: str) -> bool:
-    """Whether this system tells a process's peak."""
+    """Whether this system reports the peak memory of a process."""
     return device == "cuda" or STATUS.is_file() or sys.platform == "darwin"
 
 
@@ -137,7 +137,7 @@ def _status_bytes(field: str) -> float:
 
 
 def _reset_peak() -> None:
-    """Linux forgets the highest resident set so far, where it lets us."""
+    """Reset the peak of the resident set, where Linux permits it."""
     switch = Path("/proc/self/clear_refs")
     if switch.exists() and os.access(switch, os.W_OK):
         switch.write_text("5", encoding="utf-8")

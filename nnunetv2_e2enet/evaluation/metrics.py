@@ -29,7 +29,7 @@ MAX_VOXELS_AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class Metric:
-    """How a number is named and read."""
+    """Name, unit and direction of a metric."""
 
     key: str
     title: str
@@ -159,7 +159,7 @@ def _surface_metrics(
 ) -> tuple[float, float]:
     """NSD and HD95 of a class that reference and prediction both have.
 
-    Only what is known counts as a surface: a voxel whose neighbours are all in the mask or ignored is not on it.
+    A voxel whose neighbours are all in the mask or ignored is not on the surface.
     """
     import torch
 

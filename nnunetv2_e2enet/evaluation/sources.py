@@ -90,7 +90,7 @@ def _with_models(sources: list[Source], models: Sequence[str]) -> list[Source]:
 
 
 def default_names(folders: Sequence[Path]) -> list[str]:
-    """What tells the folders apart: of nnU-Net's ``trainer__plans__configuration`` the parts that differ.
+    """Names from the parts of nnU-Net's ``trainer__plans__configuration`` in which the folders differ.
 
     Folders of one name are called after the folder that they are in.
     """
@@ -187,7 +187,7 @@ def find_reference(sources: Sequence[Source], given: Path | None) -> Path:
         given: the folder that the user named; otherwise looked up as nnU-Net stores them, by the name of the data set.
 
     Raises:
-        E2ENetError: it is not there.
+        E2ENetError: the folder is not there.
     """
     if given is not None:
         if not given.is_dir():

@@ -1,6 +1,6 @@
-"""What a network costs: parameters, multiply-accumulates, feature maps, bytes kept for backward.
+"""Costs of a network: parameters, multiply-accumulates, feature maps, bytes kept for backward.
 
-All but the parameters are counted by running the network on the meta device, where tensors have shapes and no values.
+All costs but the parameters are counted by running the network on the meta device, where tensors have shapes and no values.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def parameter_counts(network: nn.Module) -> ParameterCounts:
 
 
 def multiply_accumulates(network: nn.Module, input_shape: Sequence[int]) -> MultiplyAccumulates:
-    """Of a prediction, counted with ``torch.utils.flop_counter``, where one multiply-accumulate is two operations."""
+    """Count those of a prediction with ``torch.utils.flop_counter``, where one multiply-accumulate is two operations."""
     training = network.training
     network.eval()
     try:
@@ -103,7 +103,10 @@ def saved_bytes(network: nn.Module, input_shape: Sequence[int]) -> int:
 def run_on_meta(
     network: nn.Module, input_shape: Sequence[int], parameters: dict[str, Tensor] | None = None
 ) -> Tensor | list[Tensor]:
-    """The outputs, tensors of shapes without values; with ``parameters``, meta tensors, in the place of the network's own."""
+    """Run on the meta device; the outputs have shapes and no values.
+
+    ``parameters``, meta tensors, stand in the place of the network's own.
+    """
     if parameters is None:
         parameters = {name: p.detach().to("meta") for name, p in network.named_parameters()}
     buffers = {name: b.to("meta") for name, b in network.named_buffers()}

@@ -1,7 +1,7 @@
-"""DSFF and the depth shift inside other networks: what the paper's authors leave open.
+"""DSFF and the depth shift inside other networks, an open question of the paper.
 
-Works on any network built as those of ``dynamic_network_architectures`` are: an ``encoder``, and a ``decoder`` whose heads are
-``decoder.seg_layers``. Such networks hold modules under several names, so modules are replaced wherever they are held.
+The functions take any network built like those of ``dynamic_network_architectures``: an ``encoder``, and a ``decoder`` with the
+heads ``decoder.seg_layers``. Such networks hold modules under several names, so modules are replaced wherever they are held.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def put_depth_shift(network: nn.Module, shift_size: int) -> nn.Module:
 def converted_network(
     network_class_name: str, *, feature_sparsity: float | None = None, shift_size: int = 1, **arguments: Any
 ) -> nn.Module:
-    """A network with maskable layers or depth shifts, built from what nnU-Net's plans hold.
+    """A network of nnU-Net's plans with maskable layers or depth shifts.
 
     Args:
         network_class_name: of the network to convert, as plans give it.

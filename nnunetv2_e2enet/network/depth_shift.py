@@ -71,7 +71,7 @@ def depth_shift(maps: FeatureMap | Sequence[FeatureMap], shift_size: int) -> Ten
 
 
 def activated(feature_map: FeatureMap) -> Tensor:
-    """A feature map as an ordinary tensor, ``(batch, channels, *space)``: what a block's result is read with.
+    """A feature map as an ordinary tensor, ``(batch, channels, *space)``.
 
     Blocks hand on maps whose norm and activation are still to be computed; only this function and ``depth_shift`` compute them
     with the right gradients.
@@ -145,7 +145,7 @@ def _separated(grad: Tensor, widths: list[int], shift_size: int) -> Sequence[Ten
 
 
 class _DepthShift(torch.autograd.Function):
-    """Nothing is kept: the gradient of a raw map is that of its activation (see RawMap), so both kinds of maps are alike."""
+    """Keeps no tensor: the gradient of a raw map is that of its activation (see RawMap), as for ordinary maps."""
 
     @staticmethod
     def forward(ctx: Any, shift_size: int, slopes: Slopes, *tensors: Tensor) -> Tensor:

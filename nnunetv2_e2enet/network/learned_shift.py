@@ -1,4 +1,4 @@
-"""Depth shift whose offsets are learned: what the paper's authors leave open.
+"""Depth shift whose offsets are learned, an open question of the paper.
 
 Each channel has an offset of its own, a real number of slices, which starts at that of the restricted depth shift. In training
 a channel is interpolated linearly between the two slices nearest to ``d - offset``, so the loss has a gradient with respect to
@@ -37,7 +37,7 @@ class LearnedDepthShift(nn.Module):
         self.whole = False
 
     def whole_offsets(self) -> list[int]:
-        """The export: the slices that each channel moves in prediction."""
+        """The slices by which each channel moves in prediction."""
         return [int(offset) for offset in self.offsets.detach().round().tolist()]
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What autograd keeps for the backward pass, and what it computes again instead."""
+"""Checkpoints that let autograd compute maps again in the backward pass instead of keeping them."""
 
 from __future__ import annotations
 

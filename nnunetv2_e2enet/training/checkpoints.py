@@ -1,4 +1,4 @@
-"""nnU-Net's checkpoints: read without running code from them, compared with what a trainer is about to continue."""
+"""nnU-Net's checkpoints: read without running code from them, and compared with the network of a trainer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _ARCHITECTURE = {
 
 
 def why_not_written(error: BaseException, path: Path) -> str | None:
-    """What to tell a user whose checkpoint could not be written; None for an error that has nothing to do with writing.
+    """The message about a checkpoint that could not be written; None for an error of another kind.
 
     Args:
         error: what ended the attempt.

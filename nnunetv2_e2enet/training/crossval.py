@@ -63,7 +63,7 @@ class Fold:
 
     @property
     def log(self) -> Path:
-        """Where the output of the command goes."""
+        """The file of the command's output."""
         return self.model / f"crossval_fold_{self.number}.log"
 
     def state(self) -> FoldState:
@@ -74,13 +74,13 @@ class Fold:
         return FoldState.STARTED if started else FoldState.NEW
 
     def epoch(self) -> int | None:
-        """The epoch that the newest training log speaks of, None before the first."""
+        """The last epoch in the newest training log, None before the first."""
         logs = sorted(self.folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
         epochs = re.findall(r"Epoch (\d+) ", logs[-1].read_text(errors="replace")) if logs else []
         return int(epochs[-1]) if epochs else None
 
     def command(self) -> list[str]:
-        """What brings this fold to its end from where it is."""
+        """The command that trains and validates the rest of this fold."""
         resume = {FoldState.STARTED: ["--c"], FoldState.TRAINED: ["--val"]}.get(self.state(), [])
         train = [console_command("nnUNetv2_train"), self.dataset, self.configuration, str(self.number)]
         return [*train, "-tr", self.trainer, "-p", self.plans, *self.options, *resume]
@@ -117,7 +117,7 @@ def _run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) 
 
 
 def summary(model: Path, folds: Sequence[int]) -> Path:
-    """Where nnU-Net's accumulation puts the metrics of all folds."""
+    """The file in which nnU-Net's accumulation writes the metrics of all folds."""
     return model / f"crossval_results_folds_{'_'.join(map(str, folds))}" / "summary.json"
 
 

@@ -70,7 +70,7 @@ class DSFFMixin(NetworkMixin):
             self.topology_history = self._follow_topology()
 
     def configure_optimizers(self, *args: Any, **kwargs: Any) -> Any:
-        """As nnU-Net does, after topology and weights have got the form in which they are trained."""
+        """As nnU-Net does, after the start of the topology."""
         if not self._is_prepared:
             self._prepare_network()
             self._is_prepared = True
@@ -87,7 +87,7 @@ class DSFFMixin(NetworkMixin):
         self._is_prepared = True
 
     def _prepare_network(self) -> None:
-        """Bring topology and weights into the form in which they are trained."""
+        """Draw the topology and the initial weights, and store active weights alone where asked to."""
         network = self.unwrapped_network
         for _, layer in maskable_layers(network):
             layer.share_inputs(self.block_size, self.compute_active_only)
@@ -101,7 +101,7 @@ class DSFFMixin(NetworkMixin):
                 store_active_only(layer)
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
-        """Optimizer state of all connections, as checkpoints had it once, is taken for those that are stored."""
+        """As nnU-Net does; of an older checkpoint's optimizer state, that of the stored connections is kept."""
         super().load_checkpoint(filename_or_checkpoint)
         for layer in self.topology_updater.layers.values():
             state = self.optimizer.state.get(layer.weight, {})

@@ -1,6 +1,6 @@
 """Trainers of stock networks: with DSFF, with the depth shift, with other widths; mixins to be put before an nnU-Net trainer.
 
-They take any plans and change nothing but what their names say.
+Each takes any plans and changes one thing.
 """
 
 from __future__ import annotations

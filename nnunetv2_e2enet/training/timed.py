@@ -1,4 +1,4 @@
-"""Trainings of so many seconds, for comparisons at equal cost."""
+"""Trainings with a fixed number of seconds, for comparisons at equal cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TimedMixin(Overrides, TrainerBase):
     """Trains for ``training_seconds`` in ``num_epochs`` epochs; to be put before an nnU-Net trainer.
 
     After the first epoch, the iterations of each epoch follow from the seconds that are left and from those that an iteration
-    of the former epoch took. Validation does not count. ``training_time.json`` in the output folder says what came out.
+    of the former epoch took. Validation does not count. ``training_time.json`` in the output folder holds both.
 
     Attributes:
         training_seconds: of all training iterations together.

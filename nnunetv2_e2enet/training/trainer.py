@@ -26,8 +26,8 @@ WHOLE_SHIFT_FROM = 0.9  # of the epochs, with a learned shift
 class E2ENetMixin(DSFFMixin):
     """Trains E2ENet with dynamic sparse feature fusion; to be put before an nnU-Net trainer.
 
-    ``class MyTrainer(E2ENetMixin, nnUNetTrainerDA5): pass`` is all that a combination takes. Works with any U-Net plans:
-    patch, strides and dimension come from them, channels from here (unless the plans are E2ENet's).
+    ``class MyTrainer(E2ENetMixin, nnUNetTrainerDA5): pass`` combines it with another trainer. Any U-Net plans will do: patch,
+    strides and dimension come from the plans, channels from the trainer (unless the plans are E2ENet's).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How figures look, on paper and on a page. All are matplotlib's; on a page they take their colours from its style."""
+"""The look of figures, drawn by matplotlib for paper and for pages, whose style gives them their colours."""
 
 from __future__ import annotations
 

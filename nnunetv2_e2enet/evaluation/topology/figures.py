@@ -144,7 +144,7 @@ def evolution(folds: Sequence[Fold]) -> Figure:
 
 
 def change(folds: Sequence[Fold]) -> Figure:
-    """How much each update replaced, and how much has been tried."""
+    """Connections that each update replaced, and the share that has been active so far."""
     shown = [fold for fold in folds if fold.logged("dsff_connections_changed")]
     if not shown:
         raise MissingError("the checkpoint's log has no values of DSFF; it was written by an earlier release")
@@ -168,7 +168,7 @@ def change(folds: Sequence[Fold]) -> Figure:
 
 
 def survival(folds: Sequence[Fold]) -> Figure:
-    """What became of the connections of the start, and of those of each update."""
+    """Survival of the connections of the start, and of those of each update."""
     shown = [fold for fold in _with_history(folds) if fold.history.records[0].epoch == 0]
     if not shown:
         raise MissingError("the history does not go back to the start of the training")

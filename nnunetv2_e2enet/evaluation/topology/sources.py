@@ -95,7 +95,7 @@ def read_topologies(path: Path, folds: Sequence[str] = ()) -> list[Fold]:
 
 
 def _newest(folder: Path) -> Path | None:
-    """What nnU-Net would go on from."""
+    """The checkpoint from which nnU-Net would go on."""
     return next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
 
 
