@@ -52,8 +52,8 @@ class KernelL1Norm:
 class InputScaledL1Norm:
     """L1 norm of a connection's kernel times the standard deviation of its input map.
 
-    A small kernel on a map of large amplitude moves the output as much as a large kernel on a map of small amplitude. This score
-    ranks both alike. Compare Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024.
+    A small kernel on a map of large amplitude moves the output as much as a large kernel on a map of small amplitude. Both get
+    the same score. Compare Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024.
     """
 
     label: ClassVar[str] = "L1 norm of the kernel x deviation of the input map"
