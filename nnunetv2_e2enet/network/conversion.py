@@ -1,7 +1,7 @@
 """DSFF and the depth shift inside other networks, an open question of the paper.
 
 The functions take any network built like those of ``dynamic_network_architectures``: an ``encoder``, and a ``decoder`` whose
-heads are ``decoder.seg_layers``. Such networks hold modules under several names, so modules are replaced wherever they are held.
+heads are ``decoder.seg_layers``. Such networks hold modules under several names; a module is replaced under all of them.
 """
 
 from __future__ import annotations
