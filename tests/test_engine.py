@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from timeit import Timer
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import drawn_network, random_network
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,22 +44,8 @@ def on_small_networks_too() -> Iterator[None]:
         yield
 
 
-def make_network(
-    strides: list[list[int]] | None = None, features: list[int] | None = None, seed: int = 0, **settings: object
-) -> E2ENet:
-    strides = strides or [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
-    features = features or [5 + 3 * level for level in range(len(strides))]
-    torch.manual_seed(seed)
-    arguments = {"input_channels": 1, "num_classes": 3, **settings}
-    conv_op = nn.Conv3d if len(strides[0]) == 3 else nn.Conv2d
-    network = E2ENet(n_stages=len(strides), features_per_stage=features, conv_op=conv_op, strides=strides, **arguments)
-    for module in network.modules():
-        if isinstance(module, (nn.InstanceNorm2d, nn.InstanceNorm3d)) and module.weight is not None:
-            nn.init.normal_(module.weight)  # either sign: the pooled flow has to know
-            nn.init.normal_(module.bias)
-        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and module.bias is not None:
-            nn.init.normal_(module.bias)
-    return network.eval()
+def make_network(*shape: Any, **settings: Any) -> E2ENet:
+    return random_network(*shape, biases=True, **settings).eval()
 
 
 def both_ways(network: E2ENet, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -85,34 +73,13 @@ def uses_engine(network: E2ENet, x: Tensor) -> bool:
 
 @st.composite
 def networks_and_inputs(draw: st.DrawFn) -> tuple[E2ENet, Tensor]:
-    dimension = draw(st.sampled_from([2, 3, 3]))
-    levels = draw(st.integers(2, 4))
-    axis_strides = st.sampled_from([1, 2, 2, 2, 3, 4])
-    strides = [
-        [1] * dimension,
-        *(draw(st.lists(axis_strides, min_size=dimension, max_size=dimension)) for _ in range(levels - 1)),
-    ]
-    network = make_network(
-        strides,
-        [draw(st.integers(1, 21)) for _ in range(levels)],
-        seed=draw(st.integers(0, 9)),
-        input_channels=draw(st.integers(1, 4)),
-        num_classes=draw(st.integers(2, 7)),
-        n_conv_per_stage=draw(st.integers(1, 3)),
-        feature_sparsity=draw(st.sampled_from([0.0, 0.3, 0.5, 0.8, 0.9])),
-        shift_size=draw(st.sampled_from([1, 3, 5])),
-        deep_supervision=draw(st.booleans()),
-        conv_bias=draw(st.booleans()),
-    )
-    divisor = [1] * dimension
-    for stride in strides:
-        divisor = [d * s for d, s in zip(divisor, stride, strict=True)]
-    most = 60 if dimension == 2 else 24
+    network, divisor = drawn_network(draw, [1, 2, 2, 2, 3, 4], biases=True)
+    most = 60 if len(divisor) == 2 else 24
     size = [d * draw(st.integers(1, max(1, most // d))) for d in divisor]
     if all(s == d for s, d in zip(size, divisor, strict=True)):
         size[-1] += divisor[-1]  # one voxel at the coarsest level has no instance norm
     x = torch.randn(draw(st.integers(1, 2)), network.input_channels, *size, generator=torch.Generator().manual_seed(1))
-    return network, x * draw(st.sampled_from([1.0, 30.0])) + draw(st.sampled_from([0.0, 5.0]))
+    return network.eval(), x * draw(st.sampled_from([1.0, 30.0])) + draw(st.sampled_from([0.0, 5.0]))
 
 
 def assert_as_exact_as_pytorch(network: E2ENet, x: Tensor) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
+from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +22,7 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.e2enet import E2ENet
 from nnunetv2_e2enet.settings import settings, variable
 
+T = TypeVar("T")
 ENGINE_VARIABLE = variable("engine")
 # Multiply-accumulates of the dense network a patch; below, in mode "auto", there is little to save
 LEAST_WORK = 2e9
@@ -119,14 +121,25 @@ class Session:
             self._plan = None
 
 
-_sessions: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
-_sessions_lock = threading.Lock()
+class OfEachNetwork(Generic[T]):
+    """Objects that live as long as the network that they belong to, by network.
+
+    Args:
+        make: makes the object of a network that has none.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._objects: WeakKeyDictionary[nn.Module, T] = WeakKeyDictionary()
+
+    def of(self, network: nn.Module) -> T:
+        """The object of a network, made now if there is none."""
+        with self._lock:
+            return self._objects.setdefault(network, self._make())
 
 
-def session_of(network: nn.Module) -> Session:
-    """The session of a network, which lives as long as the network."""
-    with _sessions_lock:
-        return _sessions.setdefault(network, Session())
+session_of = OfEachNetwork(Session).of
 
 
 def why_not(network: E2ENet, x: Tensor) -> str | None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nnunetv2_e2enet.engine.automatic import is_disabled, why_not
+from nnunetv2_e2enet.engine.automatic import OfEachNetwork, is_disabled, why_not
 from nnunetv2_e2enet.engine.core import Core, load_core
 from nnunetv2_e2enet.engine.description import NotSupportedError, check_modules, describe
 from nnunetv2_e2enet.engine.training_program import TrainingProgram
@@ -80,14 +79,7 @@ class TrainingSession:
             self._idle.clear()
 
 
-_sessions: WeakKeyDictionary[nn.Module, TrainingSession] = WeakKeyDictionary()
-_sessions_lock = threading.Lock()
-
-
-def training_session_of(network: nn.Module) -> TrainingSession:
-    """The session of a network, which lives as long as the network."""
-    with _sessions_lock:
-        return _sessions.setdefault(network, TrainingSession())
+training_session_of = OfEachNetwork(TrainingSession).of
 
 
 def why_not_train(network: E2ENet, x: Tensor) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from nnunetv2_e2enet.engine import core as abi
-from nnunetv2_e2enet.engine.arena import Lifetime, gaps, place
+from nnunetv2_e2enet.engine.arena import gaps, place
 from nnunetv2_e2enet.engine.core import Core
 from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, empty, pages
 from nnunetv2_e2enet.engine.program import Program
@@ -95,11 +95,7 @@ class TrainingProgram(Program):
         self._threads = threads
 
     def _place(self) -> Floats:
-        lifetimes: dict[Buffer, Lifetime] = {}
-        for index, step in enumerate(self._steps):
-            for buffer in step.buffers:
-                first = lifetimes[buffer].first if buffer in lifetimes else index
-                lifetimes[buffer] = Lifetime(buffer.n_bytes, first, index)
+        lifetimes = self._lifetimes()
         kept = [b for b, life in lifetimes.items() if life.first < self._n_forward <= life.last]
         apart = [] if self.samples == 1 else kept
         others = [b for b in lifetimes if b not in set(apart)]
