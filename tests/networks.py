@@ -1,14 +1,20 @@
-"""E2ENets with random weights for the tests of the engine, of given shapes or of shapes that hypothesis draws."""
+"""For the tests of the engine: E2ENets of random weights, of given or drawn shapes, and their logits both ways."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
+from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.network import E2ENet
+
+KERNELS = [name for name in engine.KERNELS if not isinstance(engine.load_core(name), str)]
+needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core was not built")
 
 
 def random_network(
@@ -57,3 +63,30 @@ def drawn_network(draw: st.DrawFn, axis_strides: Sequence[int], biases: bool) ->
     for stride in strides:
         divisor = [d * s for d, s in zip(divisor, stride, strict=True)]
     return network, divisor
+
+
+def make_network(*shape: Any, **settings: Any) -> E2ENet:
+    return random_network(*shape, biases=True, **settings).eval()
+
+
+def both_ways(network: E2ENet, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits of the engine and of PyTorch; fails where the engine did not run."""
+    with torch.inference_mode():
+        ours = network(x)
+        assert engine.why_pytorch(network) is None
+        with engine.disabled():
+            theirs = network(x)
+    return (ours, theirs) if isinstance(ours, list) else ([ours], [theirs])
+
+
+def assert_same_logits(network: E2ENet, x: Tensor) -> None:
+    ours, theirs = both_ways(network, x)
+    assert [t.shape for t in ours] == [t.shape for t in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= 1e-3 * b.abs().max()
+
+
+def uses_engine(network: E2ENet, x: Tensor) -> bool:
+    with torch.inference_mode():
+        network(x)
+    return engine.why_pytorch(network) is None
