@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 INTEGRATION ?= integration
+# Processes that run tests, with a thread each; 0: one process with all threads
+PROCESSES ?= 2
 # How test-integration runs nnU-Net's commands: processes (estimated 2 hours), mixed (60) or forks (15)
 HARNESS ?= mixed
 # Users with a GPU get their normal torch; elsewhere a fixed release. Override it as in
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 BIN = $(VENV)/bin
+PARALLEL = --numprocesses $(PROCESSES) --dist loadfile
 
 .PHONY: help install register demo test coverage test-slow sanitize test-integration test-versions compatibility results lint docs clean
 
@@ -33,10 +36,10 @@ demo: register  ## phantom data through nnU-Net's commands, E2ENet beside stock 
 	$(BIN)/e2enet demo --folder $(DEMO)
 
 test: install  ## the tests, without the slow ones
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 coverage: install  ## the tests, without the slow ones, and the lines of Python that none of them runs
-	$(BIN)/pytest --cov
+	$(BIN)/pytest $(PARALLEL) --cov
 
 test-slow: install  ## the slow tests
 	$(BIN)/pytest -m slow

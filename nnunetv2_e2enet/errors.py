@@ -1,4 +1,4 @@
-"""What the package raises when its input cannot be used."""
+"""The package's error about input that cannot be used."""
 
 
 class E2ENetError(ValueError):

@@ -13,12 +13,12 @@ from nnunetv2_e2enet.errors import E2ENetError
 
 
 def temporary_path(path: Path) -> Path:
-    """A new hidden name beside ``path``, for what will be renamed to it."""
+    """A new hidden name beside ``path``, for a file that will be renamed to it."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write or replace ``path``; an interruption, a crash or an error (OSError) leaves what was there before.
+    """Write or replace ``path``; an interruption, a crash or an error (OSError) leaves the former file.
 
     The umask decides who may read it, as with any new file.
     """

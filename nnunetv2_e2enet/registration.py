@@ -1,9 +1,9 @@
 """Makes nnU-Net's commands find our trainers and planners.
 
 nnU-Net looks for classes by name in the modules of its own folders. Registration puts one small module into each of the two
-folders; it imports our classes and nothing else. Only files that start with our first line are ever replaced or removed.
+folders, which imports our classes and nothing else. Only files that start with our first line are ever replaced or removed.
 
-A class whose base has moved in a newer nnU-Net is missing alone: all other classes stay available.
+A class whose base has moved in a newer nnU-Net is left out. All other classes stay available.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def find_nnunet() -> NnUNet:
     """The nnU-Net of this Python environment, in site-packages or an editable checkout.
 
     Raises:
-        E2ENetError: it is missing, or of a version that this package does not work with.
+        E2ENetError: nnU-Net is missing, or of a version that this package does not work with.
     """
     spec = importlib.util.find_spec("nnunetv2")
     if spec is None or not spec.submodule_search_locations:
@@ -123,7 +123,7 @@ def find_class(name: str, modules: Iterable[str]) -> type | None:
 
 
 def load_classes(modules: Iterable[str]) -> Classes:
-    """All classes of our modules that the installed nnU-Net has the bases of, and why the others are missing."""
+    """Our classes whose bases the installed nnU-Net has, and why the others are missing."""
     classes = Classes()
     for module in modules:
         try:
@@ -163,7 +163,7 @@ def classes_for_nnunet(*modules: str) -> dict[str, type]:
 
 
 def unregistered(name: str) -> NoReturn:
-    """``__getattr__`` of a registered module, where nnU-Net asks for what is not in it.
+    """``__getattr__`` of a registered module, for names that are not in it.
 
     An experiment trainer that is not registered is named on standard error, with the command that registers it. nnU-Net's
     search goes on, as there may be a class of that name elsewhere.
@@ -174,7 +174,7 @@ def unregistered(name: str) -> NoReturn:
 
 
 def registered_files(nnunet: NnUNet) -> dict[Path, str | None]:
-    """What stands at each place that registration writes to: the path, and the file's text or None where there is none."""
+    """Text of the files that registration writes, by path; None for a missing file."""
     files = {}
     for name in MODULES:
         path = nnunet.folder / name
@@ -183,10 +183,12 @@ def registered_files(nnunet: NnUNet) -> dict[Path, str | None]:
 
 
 def is_ours(text: str | None) -> bool:
+    """Whether the text of a file is one that ``register`` writes; None stands for a file that is not there."""
     return text is not None and text.startswith(FIRST_LINE)
 
 
 def is_registered(nnunet: NnUNet) -> bool:
+    """Whether nnU-Net finds the trainers and planners of this package."""
     return all(is_ours(text) for text in registered_files(nnunet).values())
 
 
@@ -205,6 +207,7 @@ def register(nnunet: NnUNet, experiments: bool | None = None) -> list[Path]:
     """Write the two modules; those that are there already and up to date are left alone.
 
     Args:
+        nnunet: the installation of nnU-Net.
         experiments: whether nnU-Net finds the experiment trainers; None leaves that as it is, which is no at first.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Faster ways to compute, by their purpose: the network asks for a purpose and knows no package that serves it.
+"""Packages that compute faster, by purpose: the network asks for a purpose and names no package.
 
 ``nnunetv2_e2enet/__init__.py`` names the packages. A package is imported when it is first asked for.
 """

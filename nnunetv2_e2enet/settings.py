@@ -1,6 +1,6 @@
-"""How the package computes: one object, whose defaults are environment variables, read once a process.
+"""Settings of the computation: one object, whose defaults are environment variables, read once a process.
 
-The variables are called ``nnUNet_e2enet_`` and a field below. What is computed does not depend on a setting.
+A variable is called ``nnUNet_e2enet_`` and the name of a field below. Results do not depend on a setting.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What ``nnUNetv2_plan_experiment -pl`` finds.
+"""The planners for ``nnUNetv2_plan_experiment -pl``.
 
-``from nnunetv2_e2enet.planners import NAME`` finds each of the classes, and imports nnU-Net no sooner than that.
+``from nnunetv2_e2enet.planners import NAME`` imports any of them. nnU-Net is not imported before that.
 """
 
 from nnunetv2_e2enet.registration import MODULES, PLANNER_MODULE, find_class

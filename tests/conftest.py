@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch
 os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent)  # also of the commands; before anything imports matplotlib
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for tests/test_kernels.py; before anything imports Triton, which reads it then
@@ -22,6 +24,8 @@ from nnunetv2_e2enet import settings
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
 from nnunetv2_e2enet.registration import find_nnunet, has_experiments, is_registered, register, unregister
 
+ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ  # processes that run tests
+REGISTRATION = pytest.StashKey[ExitStack]()
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -52,9 +56,9 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(scope="session")
-def registered() -> Iterator[None]:
-    """nnU-Net finds all our classes while the tests run, and afterwards what it did before."""
+@contextmanager
+def all_classes_registered() -> Iterator[None]:
+    """nnU-Net finds all our classes, and afterwards those that it found before."""
     nnunet = find_nnunet()
     before, experiments = is_registered(nnunet), has_experiments(nnunet)
     register(nnunet, experiments=True)
@@ -63,6 +67,25 @@ def registered() -> Iterator[None]:
         register(nnunet, experiments)
     else:
         unregister(nnunet)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With several processes (``-n``), the one that starts the others registers, before and until all of them run tests."""
+    if config.getoption("numprocesses", None):
+        config.stash[REGISTRATION] = ExitStack()
+        config.stash[REGISTRATION].enter_context(all_classes_registered())
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if REGISTRATION in config.stash:
+        config.stash[REGISTRATION].close()
+
+
+@pytest.fixture(scope="session")
+def registered() -> Iterator[None]:
+    """nnU-Net finds all our classes while the tests run."""
+    with nullcontext() if ONE_OF_SEVERAL else all_classes_registered():
+        yield
 
 
 @pytest.fixture(scope="session")

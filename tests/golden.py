@@ -24,7 +24,7 @@ from unittest.mock import patch
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from support import architecture
 
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.datasets.phantom import LABELS, write_phantom_dataset
@@ -127,29 +127,8 @@ def corrupted(reference: np.ndarray, seed: list[int], error: float) -> np.ndarra
 
 def plans_of_a_unet() -> dict[str, Any]:
     """Plans of a small U-Net, with what building it needs."""
-    n = len(STRIDES)
-    arguments = {
-        "n_stages": n,
-        "features_per_stage": [8 * 2**i for i in range(n)],
-        "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": [[1, 3, 3], *[[3, 3, 3]] * (n - 1)],
-        "strides": STRIDES,
-        "n_conv_per_stage": [2] * n,
-        "n_conv_per_stage_decoder": [2] * (n - 1),
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    }
-    architecture = {
-        "network_class_name": f"{PlainConvUNet.__module__}.PlainConvUNet",
-        "arch_kwargs": arguments,
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
-    configuration = {"patch_size": PATCH, "batch_size": 2, "architecture": architecture}
+    entry = architecture([8 * 2**i for i in range(len(STRIDES))], STRIDES)
+    configuration = {"patch_size": PATCH, "batch_size": 2, "architecture": entry}
     return {
         "dataset_name": DATASET,
         "plans_name": "nnUNetPlans",

@@ -29,6 +29,37 @@ from nnunetv2_e2enet.training.architecture import e2enet_architecture
 
 AMOS_STRIDES = [[1, 1, 1], [1, 2, 2]] + [[2, 2, 2]] * 4
 
+STOCK_NETWORK = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+
+
+def architecture(
+    features: Sequence[int], strides: Sequence[Sequence[int]], network: str = STOCK_NETWORK, **arguments: Any
+) -> dict[str, Any]:
+    """The entry of 3D plans for a network, as nnU-Net's planner writes it for slices that lie far apart."""
+    n = len(strides)
+    layers = "n_blocks_per_stage" if "n_blocks_per_stage" in arguments else "n_conv_per_stage"  # of residual networks
+    return {
+        "network_class_name": network,
+        "arch_kwargs": {
+            "n_stages": n,
+            "features_per_stage": list(features),
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": [[1, 3, 3], *[[3, 3, 3]] * (n - 1)],
+            "strides": [list(stride) for stride in strides],
+            layers: [2] * n,
+            "n_conv_per_stage_decoder": [2] * (n - 1),
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+            **arguments,
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+
 
 def program(name: str) -> str:
     return str(Path(sys.executable).with_name(name))

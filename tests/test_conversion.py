@@ -6,6 +6,7 @@ import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet, ResidualUNet
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from support import architecture
 from torch import nn
 
 from nnunetv2_e2enet.dsff import CosineSchedule, TopologyUpdater
@@ -145,25 +146,7 @@ def test_weights_of_another_shift_size_are_refused() -> None:
 
 @pytest.mark.parametrize("cls", [PlainConvUNet, ResidualEncoderUNet])
 def test_stock_nnunet_builds_it_from_plans_alone(cls: type[nn.Module]) -> None:
-    given = {
-        "network_class_name": f"{cls.__module__}.{cls.__name__}",
-        "arch_kwargs": {
-            "n_stages": 3,
-            "features_per_stage": [4, 6, 8],
-            "conv_op": "torch.nn.modules.conv.Conv3d",
-            "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
-            "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-            "conv_bias": True,
-            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-            **BLOCKS[cls],
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
+    given = architecture([4, 6, 8], [[1, 1, 1], [1, 2, 2], [2, 2, 2]], f"{cls.__module__}.{cls.__name__}", **BLOCKS[cls])
     entry = converted_architecture(given, feature_sparsity=0.75, shift_size=5)
     assert converted_architecture(entry, feature_sparsity=0.75, shift_size=5) == entry  # plans of a model folder
     assert "feature_sparsity" not in given["arch_kwargs"]

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,9 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from support import program
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from support import Project, architecture, program, untrained_model
+from torch import nn
 
 from nnunetv2_e2enet.cli.main import build_parser
+from nnunetv2_e2enet.deployment import write_packed
+from nnunetv2_e2enet.network import E2ENet, maskable_layers
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -64,6 +69,56 @@ def test_commands_exist_with_their_options(page: Path) -> None:
 def test_a_command_that_is_not_there_is_found(line: str) -> None:
     with pytest.raises(AssertionError):
         check(line, line)
+
+
+ALONE = {
+    "e2enet register": "test_registration.py::test_console_commands_are_idempotent",
+    "e2enet info": "test_registration.py::test_nnunet_finds_every_class",
+    "e2enet completion": "test_main.py::test_completion",
+    "pip install": "test_installation.py::test_new_environment",
+    "make docs": "test_docs.py::test_the_site_builds_without_a_warning",
+    ".venv/bin/pytest tests/test_dsff.py": "test_dsff.py::test_cosine_schedule",
+}
+"""Commands that need nothing, each with the test that runs it."""
+DEVELOPMENT = re.compile(r"make (install|lint|test|demo|coverage|test-slow)$|\.venv/bin/(pip install )?pre-commit")
+"""Commands that .ci/run runs, or that take longer than a test."""
+DATA = re.compile(
+    r"\s-[dim] |\b(MODEL_)?FOLDER\b|\bD\b|\b4 3d_fullres|Task04|Dataset004|\$\w*nnUNet_|nnUNet_\w+="
+    r"|hippocampus|checkpoint_final|images|segmentations"
+)
+"""What stands for data, a model or a folder of the reader's."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_run_in_a_test_or_name_their_data(page: Path) -> None:
+    for line in commands(page.read_text()):
+        assert DATA.search(line) or DEVELOPMENT.match(line) or any(line.startswith(start) for start in ALONE), line
+
+
+def test_the_tests_that_run_commands_are_there() -> None:
+    for name in ALONE.values():
+        file, function = name.split("::")
+        assert f"def {function}(" in (ROOT / "tests" / file).read_text(), name
+
+
+def test_python_code_runs(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of every page, with a network, a model and a scan for it; see also test_extending.py."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(next(project.raw.glob("imagesTr/*.nii.gz")), "scan.nii.gz")
+    write_packed(Path("hippocampus.e2enet"), untrained_model(project)[0])
+    sizes = {"n_stages": 3, "features_per_stage": [4, 8, 16], "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]]}
+    ours = E2ENet(1, num_classes=3, conv_op=nn.Conv3d, learned_shift=True, **sizes)
+    stock = get_network_from_plans(*architecture(sizes["features_per_stage"], sizes["strides"]).values(), 1, 3)
+    n_blocks = 0
+    for page in PAGES:
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE):
+            n_blocks += 1
+            names = {"__name__": f"block_{n_blocks}", "network": stock if "make_maskable" in block else ours}
+            exec(compile(block, str(page), "exec"), names)
+    assert n_blocks == 9
+    assert Path("segmentation.nii.gz").is_file()
+    assert all(layer.stores_active_only for _, layer in maskable_layers(ours))
+    assert any(maskable_layers(stock))
 
 
 def commands(text: str) -> Iterator[str]:

@@ -9,7 +9,6 @@ import pickle
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from timeit import Timer
 
@@ -18,22 +17,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import KERNELS, assert_same_logits, both_ways, drawn_network, make_network, needs_core, uses_engine
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_e2enet import engine
-from nnunetv2_e2enet.engine.automatic import TOLERANCES, session_of
+from nnunetv2_e2enet.engine.automatic import session_of
 from nnunetv2_e2enet.engine.core import Core, load_core
 from nnunetv2_e2enet.engine.fingerprint import Fingerprint
-from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.fusion import FusionNode
-from nnunetv2_e2enet.settings import Settings, override, variable
-from nnunetv2_e2enet.settings import settings as current_settings
-
-KERNELS = [name for name in engine.KERNELS if not isinstance(engine.load_core(name), str)]
-needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core was not built")
+from nnunetv2_e2enet.settings import override
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,77 +36,15 @@ def on_small_networks_too() -> Iterator[None]:
         yield
 
 
-def make_network(
-    strides: list[list[int]] | None = None, features: list[int] | None = None, seed: int = 0, **settings: object
-) -> E2ENet:
-    strides = strides or [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
-    features = features or [5 + 3 * level for level in range(len(strides))]
-    torch.manual_seed(seed)
-    arguments = {"input_channels": 1, "num_classes": 3, **settings}
-    conv_op = nn.Conv3d if len(strides[0]) == 3 else nn.Conv2d
-    network = E2ENet(n_stages=len(strides), features_per_stage=features, conv_op=conv_op, strides=strides, **arguments)
-    for module in network.modules():
-        if isinstance(module, (nn.InstanceNorm2d, nn.InstanceNorm3d)) and module.weight is not None:
-            nn.init.normal_(module.weight)  # either sign: the pooled flow has to know
-            nn.init.normal_(module.bias)
-        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and module.bias is not None:
-            nn.init.normal_(module.bias)
-    return network.eval()
-
-
-def both_ways(network: E2ENet, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits of the engine and of PyTorch; fails where the engine did not run."""
-    with torch.inference_mode():
-        ours = network(x)
-        assert engine.why_pytorch(network) is None
-        with engine.disabled():
-            theirs = network(x)
-    return (ours, theirs) if isinstance(ours, list) else ([ours], [theirs])
-
-
-def assert_same_logits(network: E2ENet, x: Tensor) -> None:
-    ours, theirs = both_ways(network, x)
-    assert [t.shape for t in ours] == [t.shape for t in theirs]
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).abs().max() <= 1e-3 * b.abs().max()
-
-
-def uses_engine(network: E2ENet, x: Tensor) -> bool:
-    with torch.inference_mode():
-        network(x)
-    return engine.why_pytorch(network) is None
-
-
 @st.composite
 def networks_and_inputs(draw: st.DrawFn) -> tuple[E2ENet, Tensor]:
-    dimension = draw(st.sampled_from([2, 3, 3]))
-    levels = draw(st.integers(2, 4))
-    axis_strides = st.sampled_from([1, 2, 2, 2, 3, 4])
-    strides = [
-        [1] * dimension,
-        *(draw(st.lists(axis_strides, min_size=dimension, max_size=dimension)) for _ in range(levels - 1)),
-    ]
-    network = make_network(
-        strides,
-        [draw(st.integers(1, 21)) for _ in range(levels)],
-        seed=draw(st.integers(0, 9)),
-        input_channels=draw(st.integers(1, 4)),
-        num_classes=draw(st.integers(2, 7)),
-        n_conv_per_stage=draw(st.integers(1, 3)),
-        feature_sparsity=draw(st.sampled_from([0.0, 0.3, 0.5, 0.8, 0.9])),
-        shift_size=draw(st.sampled_from([1, 3, 5])),
-        deep_supervision=draw(st.booleans()),
-        conv_bias=draw(st.booleans()),
-    )
-    divisor = [1] * dimension
-    for stride in strides:
-        divisor = [d * s for d, s in zip(divisor, stride, strict=True)]
-    most = 60 if dimension == 2 else 24
+    network, divisor = drawn_network(draw, [1, 2, 2, 2, 3, 4], biases=True)
+    most = 60 if len(divisor) == 2 else 24
     size = [d * draw(st.integers(1, max(1, most // d))) for d in divisor]
     if all(s == d for s, d in zip(size, divisor, strict=True)):
         size[-1] += divisor[-1]  # one voxel at the coarsest level has no instance norm
     x = torch.randn(draw(st.integers(1, 2)), network.input_channels, *size, generator=torch.Generator().manual_seed(1))
-    return network, x * draw(st.sampled_from([1.0, 30.0])) + draw(st.sampled_from([0.0, 5.0]))
+    return network.eval(), x * draw(st.sampled_from([1.0, 30.0])) + draw(st.sampled_from([0.0, 5.0]))
 
 
 def assert_as_exact_as_pytorch(network: E2ENet, x: Tensor) -> None:
@@ -521,145 +453,3 @@ def test_segmentations_of_real_scans_are_the_same(
         ties = first - second <= 2e-3
         assert ties.mean() < 0.02
         assert np.array_equal(ours.argmax(0)[~ties], theirs.argmax(0)[~ties])
-
-
-# ---- where PyTorch stays -------------------------------------------------------------------------------------------------
-
-
-@needs_core
-def test_gradients_in_eval_mode_and_training_mode_without_gradients_never_see_it() -> None:
-    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
-    network(x).sum().backward()
-    assert network.decoder.seg_layers[-1].weight.grad is not None
-    network.train()
-    with torch.no_grad():
-        network(x)
-    assert engine.profile(network) == dict.fromkeys(engine.profile(network), 0.0)
-
-
-@needs_core
-def test_off_switch(setting: Callable[..., None]) -> None:
-    setting(engine="off")
-    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
-    assert not uses_engine(network, x)
-    assert "off" in str(engine.why_pytorch(network))
-    assert not engine.status().used
-
-
-def test_unknown_settings_are_errors() -> None:
-    wrong = {"engine": "perhaps", "engine_kernels": "mmx", "engine_storage": "float16", "kernels": "yes"}
-    for name, value in wrong.items():
-        assert Settings.from_environment({variable(name): ""}) == Settings()
-        with pytest.raises(E2ENetError, match=f"nnUNet_e2enet_{name} is '{value}': use one of "):
-            Settings.from_environment({variable(name): value})
-        with pytest.raises(E2ENetError, match=value), override(**{name: value}):
-            pass
-    with pytest.raises(E2ENetError, match="use one of float32, bfloat16"):
-        load_core(storage="float16")
-    given = {"nnUNet_e2enet_engine": "0", "nnUNet_e2enet_engine_storage": "bfloat16"}
-    assert Settings.from_environment(given) == Settings(engine="off", engine_storage="bfloat16")
-
-
-def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = current_settings()
-    monkeypatch.setenv(engine.ENGINE_VARIABLE, "perhaps")
-    assert current_settings() is before
-    with override(engine="off") as changed:
-        assert current_settings() is changed == replace(before, engine="off")
-    assert current_settings() is before
-
-
-@needs_core
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"norm_op": nn.BatchNorm3d}, "BatchNorm3d"),
-        ({"norm_op_kwargs": {"affine": True, "track_running_stats": True}}, "running statistics"),
-        ({"nonlin": nn.ReLU, "nonlin_kwargs": {}}, "ReLU"),
-        ({"nonlin_kwargs": {"negative_slope": 1.5}}, "LeakyReLU"),
-        ({"kernel_size": (3, 3, 3), "shift_size": 1}, "kernel (3, 3, 3)"),
-        ({"kernel_size": (3, 1, 3)}, "kernel (3, 1, 3)"),
-        ({"kernel_size": (1, 3, 5)}, "kernel (1, 3, 5)"),
-    ],
-)
-def test_other_configurations_stay_with_pytorch(settings: dict[str, object], reason: str) -> None:
-    network = make_network(**settings)
-    assert not uses_engine(network, torch.randn(1, 1, 8, 32, 32))
-    assert reason in str(engine.why_pytorch(network))
-    assert not engine.predicts(network, (1, 1, 8, 32, 32))
-
-
-@needs_core
-@pytest.mark.parametrize("settings", [{"norm_op_kwargs": {"affine": False}}, {"dropout_op": nn.Dropout3d}])
-def test_configurations_that_change_nothing_in_eval_mode(settings: dict[str, object]) -> None:
-    assert_same_logits(make_network(**settings), torch.randn(1, 1, 8, 32, 32))
-
-
-@needs_core
-def test_hooks_and_double_precision_stay_with_pytorch() -> None:
-    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
-    handle = network.encoder.register_forward_hook(lambda *_: None)
-    assert not uses_engine(network, x)
-    handle.remove()
-    assert uses_engine(network, x)
-    handle = network.decoder.register_forward_pre_hook(lambda *_: None)
-    assert not uses_engine(network, x)
-    handle.remove()
-    assert not uses_engine(network.double(), x.double())
-
-
-def test_one_voxel_is_an_error_as_in_pytorch() -> None:
-    network, x = make_network(), torch.randn(1, 1, 2, 4, 4)
-    with torch.inference_mode(), pytest.raises(ValueError, match="more than 1 spatial element"):
-        network(x)
-
-
-@needs_core
-def test_counters_see_pytorchs_operations() -> None:
-    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        network(x)
-    assert counter.get_total_flops() > 0
-
-
-@needs_core
-@pytest.mark.parametrize("storage", engine.STORAGES)
-def test_check_mode_compares_the_first_patch(
-    storage: str, setting: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    setting(engine="check", engine_storage=storage)
-    network, x = make_network(deep_supervision=True), torch.randn(1, 1, 8, 32, 32)
-    assert uses_engine(network, x)
-    calls, tolerance = [], TOLERANCES[storage]
-    honest = E2ENet.forward
-
-    def wrong(self: E2ENet, x: Tensor) -> list[Tensor]:
-        calls.append(x)
-        return [level + 3 * tolerance * level.abs().max() for level in honest(self, x)]
-
-    network = make_network(deep_supervision=True)
-    monkeypatch.setattr(E2ENet, "forward", wrong)
-    with torch.inference_mode(), pytest.raises(E2ENetError, match="differ from PyTorch"):
-        engine.accelerate(network, x)
-    assert len(calls) == 1
-
-
-def test_without_a_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnunetv2_e2enet.engine.automatic.load_core", lambda: "the compiled core was not built")
-    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
-    assert not uses_engine(network, x)
-    with torch.inference_mode():
-        logits = network(x)
-        with engine.disabled():
-            assert torch.equal(logits, network(x))
-
-
-@needs_core
-def test_small_networks_are_left_to_pytorch_unless_asked_for(setting: Callable[..., None]) -> None:
-    setting(engine="auto")
-    small, large = make_network(), make_network(features=[32, 64, 64])
-    with torch.inference_mode():
-        small(torch.zeros(1, 1, 4, 16, 16))
-        large(torch.zeros(1, 1, 8, 64, 64))
-    assert "the network is small" in str(engine.why_pytorch(small))
-    assert engine.why_pytorch(large) is None

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import drawn_network, random_network
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
@@ -37,20 +39,8 @@ def on_small_networks_too() -> Iterator[None]:
         yield
 
 
-def make_network(
-    strides: list[list[int]] | None = None, features: list[int] | None = None, seed: int = 0, **options: object
-) -> E2ENet:
-    strides = strides or [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
-    features = features or [5 + 3 * level for level in range(len(strides))]
-    torch.manual_seed(seed)
-    arguments = {"input_channels": 1, "num_classes": 3, "deep_supervision": True, **options}
-    conv_op = nn.Conv3d if len(strides[0]) == 3 else nn.Conv2d
-    network = E2ENet(n_stages=len(strides), features_per_stage=features, conv_op=conv_op, strides=strides, **arguments)
-    for module in network.modules():
-        if isinstance(module, (nn.InstanceNorm2d, nn.InstanceNorm3d)) and module.weight is not None:
-            nn.init.normal_(module.weight)  # either sign: the pooled flow has to know
-            nn.init.normal_(module.bias)
-    return network.train()
+def make_network(*shape: Any, **options: Any) -> E2ENet:
+    return random_network(*shape, **{"deep_supervision": True, **options}).train()
 
 
 def image(network: E2ENet, *size: int, batch: int = 1) -> Tensor:
@@ -132,30 +122,12 @@ def errors(network: E2ENet, x: Tensor) -> tuple[dict[str, float], float]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[E2ENet, Tensor]:
-    dimension = draw(st.sampled_from([2, 3, 3]))
-    levels = draw(st.integers(2, 4))
-    axis_strides = st.lists(st.sampled_from([1, 2, 2]), min_size=dimension, max_size=dimension)
-    strides = [[1] * dimension, *(draw(axis_strides) for _ in range(levels - 1))]
-    network = make_network(
-        strides,
-        [draw(st.integers(1, 21)) for _ in range(levels)],
-        seed=draw(st.integers(0, 9)),
-        input_channels=draw(st.integers(1, 4)),
-        num_classes=draw(st.integers(2, 7)),
-        n_conv_per_stage=draw(st.integers(1, 3)),
-        feature_sparsity=draw(st.sampled_from([0.0, 0.3, 0.5, 0.8, 0.9])),
-        shift_size=draw(st.sampled_from([1, 3, 5])),
-        deep_supervision=draw(st.booleans()),
-        conv_bias=draw(st.booleans()),
-    )
-    divisor = [1] * dimension
-    for stride in strides:
-        divisor = [d * s for d, s in zip(divisor, stride, strict=True)]
-    most = 40 if dimension == 2 else 20
+    network, divisor = drawn_network(draw, [1, 2, 2], biases=False)
+    most = 40 if len(divisor) == 2 else 20
     size = [d * draw(st.integers(1, max(1, most // d))) for d in divisor]
     if all(s <= 2 * d for s, d in zip(size, divisor, strict=True)):
         size[-1] += 3 * divisor[-1]  # what is left of few voxels after their norm is as small as rounding
-    return away_from_kinks(network), image(network, *size, batch=draw(st.integers(1, 3)))
+    return away_from_kinks(network.train()), image(network, *size, batch=draw(st.integers(1, 3)))
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.variants.lr_schedule.nnUNetTrainer_warmup import nnUNetTrainer_warmup
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from support import AMOS_STRIDES, Project, make, run_command, train_epochs, weights
+from support import AMOS_STRIDES, Project, architecture, make, run_command, train_epochs, weights
 from torch import nn
 
 from nnunetv2_e2enet.dsff import random_topology
@@ -350,26 +350,7 @@ def test_offsets_are_whole_at_the_end_of_a_training(in_process: Project) -> None
 # --- sizes --------------------------------------------------------------------------------------------------------------
 
 
-AMOS = {
-    "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-    "arch_kwargs": {
-        "n_stages": 6,
-        "features_per_stage": [32, 64, 128, 256, 320, 320],
-        "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": [[1, 3, 3]] + [[3, 3, 3]] * 5,
-        "strides": AMOS_STRIDES,
-        "n_conv_per_stage": [2] * 6,
-        "n_conv_per_stage_decoder": [2] * 5,
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    },
-    "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-}
+AMOS = architecture([32, 64, 128, 256, 320, 320], AMOS_STRIDES)
 
 
 def network_on_amos(project: Project, name: str) -> nn.Module:

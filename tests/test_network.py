@@ -10,12 +10,13 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from support import AMOS_STRIDES
+from support import AMOS_STRIDES, architecture
 from torch import nn
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, accounts, e2enet_features, maskable_layers
 from nnunetv2_e2enet.network.reference import load_reference_weights, reference_modules
+from nnunetv2_e2enet.training.architecture import NETWORK_CLASS_NAME
 
 
 def small(levels: int = 3, dimension: int = 3, **kwargs: Any) -> E2ENet:
@@ -190,26 +191,9 @@ def test_topology_travels_in_the_state_dict() -> None:
 
 
 def test_stock_nnunet_builds_it_from_plans_alone() -> None:
-    plans_entry = {
-        "n_stages": 3,
-        "features_per_stage": [4, 8, 16],
-        "conv_op": "torch.nn.modules.conv.Conv3d",
-        "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
-        "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-        "n_conv_per_stage": [2, 2, 2],
-        "n_conv_per_stage_decoder": [2, 2],
-        "conv_bias": True,
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-        "feature_sparsity": 0.75,
-        "shift_size": 5,
-    }
-    imports = ["conv_op", "norm_op", "dropout_op", "nonlin"]
-    network = get_network_from_plans("nnunetv2_e2enet.network.E2ENet", plans_entry, imports, 2, 3, deep_supervision=True)
+    strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
+    entry = architecture([4, 8, 16], strides, NETWORK_CLASS_NAME, feature_sparsity=0.75, shift_size=5)
+    network = get_network_from_plans(*entry.values(), 2, 3, deep_supervision=True)
     assert isinstance(network, E2ENet)
     assert network.shift_size == 5
     assert all(layer.n_active == round(0.25 * layer.n_connections) for _, layer in maskable_layers(network))

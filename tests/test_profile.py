@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from support import AMOS_STRIDES, Project
+from support import AMOS_STRIDES, Project, architecture
 from torch import nn
 
 from nnunetv2_e2enet.cli.main import main
@@ -29,29 +28,8 @@ AMOS_PATCH = [64, 160, 160]
 
 def plans_of(strides: list[list[int]], patch: list[int], base: int = 32) -> dict[str, Any]:
     """Plans as nnU-Net writes them, with what building a network needs."""
-    n = len(strides)
-    kernels = [[1, 3, 3] if i == 0 else [3, 3, 3] for i in range(n)]
-    architecture = {
-        "network_class_name": f"{PlainConvUNet.__module__}.PlainConvUNet",
-        "arch_kwargs": {
-            "n_stages": n,
-            "features_per_stage": [min(base * 2**i, 320) for i in range(n)],
-            "conv_op": "torch.nn.modules.conv.Conv3d",
-            "kernel_sizes": kernels,
-            "strides": strides,
-            "n_conv_per_stage": [2] * n,
-            "n_conv_per_stage_decoder": [2] * (n - 1),
-            "conv_bias": True,
-            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }
-    configuration = {"patch_size": patch, "batch_size": 2, "architecture": architecture}
+    entry = architecture([min(base * 2**i, 320) for i in range(len(strides))], strides)
+    configuration = {"patch_size": patch, "batch_size": 2, "architecture": entry}
     return {"plans_name": "nnUNetPlans", "label_manager": "LabelManager", "configurations": {"3d_fullres": configuration}}
 
 

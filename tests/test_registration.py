@@ -1,16 +1,18 @@
-"""Registration writes into the installed nnU-Net, so all but the console commands are tried on a stand-in folder."""
+"""Registration writes into the installed nnU-Net, where other tests look for classes: here it writes into stand-ins of it."""
 
 import json
 import os
 import re
-import subprocess
+import shutil
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from support import program, run_command, run_python
+from support import run_command, run_python
 
 from nnunetv2_e2enet import registration
+from nnunetv2_e2enet.cli import info as info_command
 from nnunetv2_e2enet.cli.main import COMMANDS, main
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.registration import FIRST_LINE, NnUNet, find_nnunet, has_experiments, is_registered, register, unregister
@@ -182,8 +184,11 @@ def test_nnunet_finds_every_class(registered: None) -> None:  # noqa: ARG001
 MAIN = ("", "_S70", "_S90", "_NoMirroring", "_onlyMirror01", "_DA5", "_CELoss", "_DiceLoss", "_Adam3en4")
 
 
-def test_info_lists_the_main_trainers_and_counts_the_others(registered: None, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: ARG001
-    nnunet = find_nnunet()
+@pytest.mark.usefixtures("registered")
+def test_info_lists_the_main_trainers_and_counts_the_others(
+    nnunet: NnUNet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(info_command, "find_nnunet", lambda: nnunet)  # whose modules no other test reads
 
     def info(*options: str) -> str:
         assert main(["info", *options]) == 0
@@ -291,13 +296,22 @@ def test_external_trainer_folder_serves_the_trainers(tmp_path: Path) -> None:
     assert "nnUNetTrainerE2ENet_S70_5epochs ['nnUNetTrainerE2ENet_S70_5epochs', 'nnUNetTrainerE2ENet_S70'" in result.stdout
 
 
-def test_console_commands_are_idempotent() -> None:
-    before, experiments = is_registered(find_nnunet()), has_experiments(find_nnunet())
-    try:
-        assert run_command("e2enet", "register", "--experiments").stdout
-        assert "already registered" in run_command("e2enet", "register").stdout
-        assert run_command("e2enet", "unregister").stdout.count("removed ") == 2
-        assert "not registered" in run_command("e2enet", "unregister").stdout
-    finally:
-        again = ["register", "--experiments" if experiments else "--no-experiments"] if before else ["unregister"]
-        subprocess.run([program("e2enet"), *again], check=True, stdout=subprocess.DEVNULL)
+def test_console_commands_are_idempotent(tmp_path: Path) -> None:
+    """On a copy of nnU-Net, since other tests look for classes in the installed one."""
+    installed = find_nnunet()
+    copy = NnUNet(tmp_path / "nnunetv2", installed.version)
+    shutil.copytree(installed.folder, copy.folder, ignore=shutil.ignore_patterns("__pycache__"))
+    metadata = Path(str(distribution("nnunetv2").locate_file(f"nnunetv2-{installed.version}.dist-info")))
+    shutil.copytree(metadata, tmp_path / metadata.name)
+    unregister(copy)
+
+    def e2enet(command: str, *options: str) -> str:
+        return run_command("e2enet", command, *options, env={"PYTHONPATH": str(tmp_path)}).stdout
+
+    assert e2enet("register", "--experiments").count(str(copy.folder)) >= 2
+    assert is_registered(copy)
+    assert has_experiments(copy)
+    assert "already registered" in e2enet("register")
+    assert e2enet("unregister").count("removed ") == 2
+    assert not is_registered(copy)
+    assert "not registered" in e2enet("unregister")

@@ -69,7 +69,9 @@ def test_the_sanitizer_sees_reads_out_of_bounds(sanitized: Path) -> None:
 def test_networks_of_all_kinds_run_clean(sanitized: Path) -> None:
     """All tests of the engine, the property tests over topologies, strides and shapes among them; memory is not measured."""
     options = ["-q", "-x", "--capture=sys", "--noconftest", "-p", "no:cacheprovider", "-k", "not leak and not two_processes"]
-    options += [str(REPOSITORY / "tests" / name) for name in ("test_engine.py", "test_engine_training.py")]
+    options += [
+        str(REPOSITORY / "tests" / name) for name in ("test_engine.py", "test_engine_choice.py", "test_engine_training.py")
+    ]
     result = run_sanitized(sanitized, f"import pytest, sys; sys.exit(pytest.main({options!r}))")
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     assert re.search(r"\d\d passed", result.stdout)

@@ -1,6 +1,6 @@
-"""What ``nnUNetv2_train -tr`` finds.
+"""The trainers for ``nnUNetv2_train -tr``.
 
-``from nnunetv2_e2enet.trainers import NAME`` finds each of the classes, and imports nnU-Net no sooner than that.
+``from nnunetv2_e2enet.trainers import NAME`` imports any of them. nnU-Net is not imported before that.
 """
 
 from nnunetv2_e2enet.registration import EXPERIMENTS, MODULES, TRAINER_MODULE, find_class

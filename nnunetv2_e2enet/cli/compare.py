@@ -145,7 +145,7 @@ def _measured(comparison: Comparison, console: Console) -> Comparison:
 
 
 def _tolerances(given: list[str], labels: Labels) -> list[float]:
-    """mm for each class, from ``MM`` and ``CLASS=MM``; a class's own counts more than that for all."""
+    """Millimetres for each class, from ``MM`` and ``CLASS=MM``; a class's own counts more than that for all."""
     default, own = 1.0, {}
     for text in given:
         name, sign, number = text.rpartition("=")

@@ -47,19 +47,24 @@ class Workspace:
 
     @property
     def raw(self) -> Path:
+        """nnU-Net's folder of the phantom data set."""
         return self.folder / "nnUNet_raw" / DATASET
 
     @property
     def preprocessed(self) -> Path:
+        """nnU-Net's folder of its preprocessed cases and plans."""
         return self.folder / "nnUNet_preprocessed" / DATASET
 
     def model(self, trainer: str) -> Path:
+        """The model folder of a trainer."""
         return self.folder / "nnUNet_results" / DATASET / f"{trainer}__nnUNetPlans__{CONFIGURATION}"
 
     def predictions(self, trainer: str) -> Path:
+        """The folder of a trainer's segmentations."""
         return self.folder / "predictions" / trainer
 
     def environment(self) -> dict[str, str]:
+        """The environment of this process, with nnU-Net's folders in the workspace."""
         folders = {name: str(self.folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
         # nnU-Net starts 8 export processes however few cores there are
         return {**os.environ, **folders, "nnUNet_def_n_proc": str(min(8, os.cpu_count() or 1))}

@@ -52,7 +52,7 @@ COMMANDS: dict[str, ModuleType] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The arguments of all commands."""
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="e2enet", description="E2ENet for nnU-Net v2.")
     parser.add_argument("--version", action="version", version=f"nnunetv2-e2enet {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")

@@ -1,4 +1,4 @@
-"""What the commands that report numbers have in common: ``--json``, and files that are checked first and written last."""
+"""Options of all commands that report numbers: ``--json``, and files that are checked first and written last."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def _check(args: argparse.Namespace, model: PackedModel) -> None:
 
 
 def _set_threads(device: str) -> None:
-    """As nnUNetv2_predict sets them, for the same results to the bit."""
+    """As nnUNetv2_predict sets them, so that results are the same to the bit."""
     import torch
 
     if device == "cpu":

@@ -1,7 +1,7 @@
-"""What a trained model is besides its weights, checked before anything is made of it.
+"""Description of a trained model without its weights, checked before use.
 
-nnU-Net's plans name Python classes and functions, and nnU-Net calls what it finds under these names. In a file from elsewhere
-a name must not be able to call anything else, so each has to lead to what nnU-Net means by it.
+nnU-Net's plans name Python classes and functions, which nnU-Net calls. A name in a file from elsewhere must not lead to other
+code, so each name has to be that of a class or function of nnU-Net of the right kind.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Description:
         """The description in ``content``, checked.
 
         Raises:
-            E2ENetError: it is not one.
+            E2ENetError: the content is no description.
         """
         names = {entry.name for entry in fields(cls)}
         if not isinstance(content, dict) or set(content) != names:
@@ -77,10 +77,11 @@ class Description:
         return description
 
     def as_json(self) -> dict[str, Any]:
+        """The fields, as JSON can hold them."""
         return asdict(self)
 
     def check(self) -> None:
-        """Raises E2ENetError unless nnU-Net can predict with it, and without anything being called that it means not."""
+        """Raises E2ENetError if prediction would fail or call code outside nnU-Net."""
         with _one_line("the description of the model"):
             _check_types(self)
             plans, settings = self.managers()
@@ -136,7 +137,7 @@ class Description:
 
 @contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """What nnU-Net and torch raise on plans that are none, as an E2ENetError."""
+    """Turns errors of nnU-Net and torch about malformed plans into an E2ENetError."""
     try:
         yield
     except E2ENetError:

@@ -1,4 +1,4 @@
-"""ONNX for other runtimes: one file a fold, and a JSON file with what comes before and after the network.
+"""ONNX for other runtimes: one file a fold, and a JSON file that describes preprocessing and export.
 
 Inactive weights become zeros of ordinary convolutions, which a runtime multiplies like any other number.
 """
@@ -76,7 +76,7 @@ class _PlainShiftBlock(nn.Module):
 
 
 def _centred(x: Tensor) -> Tensor:
-    """What an instance norm leaves as it is. Runtimes sum millions of float32 in one go, which is exact around zero alone."""
+    """A map minus its mean, with the same instance norm. Sums of millions of float32 are exact around zero alone."""
     mean = x
     for axis in range(2, x.dim()):
         mean = mean.mean(axis, keepdim=True)
@@ -94,7 +94,7 @@ def _moved(x: Tensor, offset: int) -> Tensor:
 
 
 def plain_network(network: E2ENet) -> nn.Module:
-    """The same function of one patch without what an exporter does not know: masks and the shift's writes into slices.
+    """The same function of one patch in operations that an exporter knows: without masks and writes into slices.
 
     Args:
         network: in evaluation mode; not changed.
@@ -134,6 +134,7 @@ def write_onnx(folder: Path, model: PackedModel) -> list[Path]:
 
     Args:
         folder: to be made; it appears when all is written.
+        model: a packed model.
 
     Returns:
         The files.
@@ -166,7 +167,7 @@ def write_onnx(folder: Path, model: PackedModel) -> list[Path]:
 
 
 def _runtime_facts(description: Description, files: list[str]) -> dict[str, Any]:
-    """What a program around the network has to know, in nnU-Net's words."""
+    """The facts that a program around the network needs, in nnU-Net's words."""
     plans, settings = description.managers()
     labels = plans.get_label_manager(description.dataset)
     configuration = settings.configuration

@@ -1,4 +1,4 @@
-"""A trained model in one file: all folds, active weights only, and what nnU-Net needs to predict with it.
+"""A trained model in one file: all folds, active weights only, plans, labels and postprocessing.
 
 The file is in the safetensors format, which holds named arrays and text, and nothing that could be executed. Its text is one
 JSON object with the description of the model and a checksum of everything; its arrays are named ``FOLD/NAME``, the names of
@@ -93,7 +93,7 @@ def serialized(description: Mapping[str, Any], arrays: Arrays) -> bytes:
 
 
 def read_packed(path: Path) -> PackedModel:
-    """The model in a file. Nothing in it is executed, and no more memory is taken than what it needs.
+    """The model in a file. Nothing in it is executed. Memory is taken for the model alone.
 
     Raises:
         E2ENetError: the file is missing, truncated, altered or something else, or holds what cannot be used.
@@ -117,7 +117,7 @@ def read_packed(path: Path) -> PackedModel:
 
 
 def checksum(description: Any, arrays: Arrays) -> str:
-    """SHA-256 of all that a file says."""
+    """SHA-256 of the whole content of a file."""
     digest = hashlib.sha256(json.dumps(description).encode())
     for name in sorted(arrays):
         array = np.asarray(arrays[name], order="C")

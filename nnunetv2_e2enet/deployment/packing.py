@@ -1,7 +1,7 @@
-"""The state of a network without what is switched off, and back.
+"""The state of a network without inactive weights, and back.
 
-A maskable layer is stored as the kernels of its active connections, in the order of the mask, and the mask as bits; all else
-as it is. What was explored in training is not stored.
+A maskable layer is stored as the kernels of its active connections, in the order of the mask, and the mask as bits. Other
+tensors are stored as they are. Connections explored in training are not stored.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def pack(state: Mapping[str, Tensor], network: E2ENet) -> Arrays:
 
 
 def unpack(arrays: Mapping[str, NDArray[Any]], network: E2ENet) -> dict[str, Tensor]:
-    """What ``network.load_state_dict`` takes. Connections that are off get the weight zero.
+    """The state for ``network.load_state_dict``; inactive connections get the weight zero.
 
     Raises:
         E2ENetError: ``arrays`` is not of this network.

@@ -38,11 +38,13 @@ def make_predictor(
     """nnU-Net's predictor, ready to predict with all folds of a model; the trainer need not be known to nnU-Net.
 
     Args:
+        model: a packed model.
         device: to predict on.
         step_size: of the sliding window, relative to the patch.
         mirroring: average over mirrored images, where the training mirrored them.
         on_device: keep the logits of a whole image on a GPU.
-        verbose, progress: what nnU-Net prints.
+        verbose: let nnU-Net print the steps of a prediction.
+        progress: let nnU-Net draw a bar over the windows.
     """
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
@@ -131,10 +133,11 @@ class Segmenter:
         """Open a file that ``e2enet export`` wrote. Nothing in it is executed.
 
         Args:
+            path: of the file.
             device: to predict on.
             step_size: of the sliding window, relative to the patch.
             mirroring: average over mirrored images, where the training mirrored them; 8 times the work in 3D.
-            postprocess: apply what nnU-Net found to help in cross-validation, if the file says so.
+            postprocess: keep the largest components that nnU-Net's cross-validation found to help, if the file names any.
 
         Raises:
             E2ENetError: the file cannot be used, or it is a cascade's second stage.

@@ -1,4 +1,4 @@
-"""Volumes of what was segmented, as CSV."""
+"""Volumes of segmented labels, as CSV."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def write_volumes(folder: Path, model: PackedModel, progress: bool = False) -> P
 
     Args:
         folder: segmentations of the model, with the file ending of its data set.
+        model: a packed model, whose labels are counted.
         progress: show a bar.
 
     Returns:

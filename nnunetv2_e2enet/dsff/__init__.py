@@ -1,4 +1,4 @@
-"""How the topology evolves: dynamic sparse feature fusion (paper, section 3.2). Pure torch; knows layers, not the network."""
+"""How the topology evolves: dynamic sparse feature fusion (paper, section 3.2). Needs torch and maskable layers."""
 
 from nnunetv2_e2enet.dsff.criteria import GradientGrowth, Growth, Importance, InputScaledL1Norm, KernelL1Norm, RandomGrowth
 from nnunetv2_e2enet.dsff.distribution import Distribution, ErdosRenyiKernel, Uniform

@@ -15,8 +15,8 @@ from nnunetv2_e2enet.network.connections import MaskableLayer
 class Importance(Protocol):
     """Which active connections are kept.
 
-    An importance may set ``needs_input_deviations = True``: layers then have their ``input_deviation`` when it is asked. Its
-    ``label``, if it has one, names the score in figures; the name of the class does otherwise.
+    An importance may set ``needs_input_deviations = True``: ``score`` then finds ``input_deviation`` in each layer. A
+    ``label`` names the score in figures; without one, the name of the class does.
     """
 
     def score(self, layer: MaskableLayer) -> Tensor:
@@ -26,8 +26,8 @@ class Importance(Protocol):
 class Growth(Protocol):
     """Which inactive connections are tried.
 
-    A growth may set ``needs_dense_gradients = True``: ``weight.grad`` of layers then holds the gradients of all connections
-    when it is asked.
+    A growth may set ``needs_dense_gradients = True``: ``score`` then finds the gradients of all connections in ``weight.grad``
+    of each layer.
     """
 
     def score(self, layer: MaskableLayer, generator: torch.Generator) -> Tensor:
@@ -44,6 +44,7 @@ class KernelL1Norm:
     label: ClassVar[str] = "L1 norm of the kernel"
 
     def score(self, layer: MaskableLayer) -> Tensor:
+        """One number a connection, shaped like ``layer.mask``; float32."""
         return layer.spread(layer.weight.detach()).flatten(2).abs().sum(dim=2, dtype=torch.float32)
 
 
@@ -51,14 +52,19 @@ class KernelL1Norm:
 class InputScaledL1Norm:
     """L1 norm of a connection's kernel times the standard deviation of its input map.
 
-    A small kernel on a map of large amplitude moves the output as much as a large kernel on a map of small amplitude, and this
-    score says so (compare Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024).
+    A small kernel on a map of large amplitude moves the output as much as a large kernel on a map of small amplitude. Both get
+    the same score. Compare Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024.
     """
 
     label: ClassVar[str] = "L1 norm of the kernel x deviation of the input map"
     needs_input_deviations: ClassVar[bool] = True
 
     def score(self, layer: MaskableLayer) -> Tensor:
+        """One number a connection, shaped like ``layer.mask``; float32.
+
+        Raises:
+            E2ENetError: the input maps of the layer have not been observed.
+        """
         if layer.input_deviation is None:
             raise E2ENetError(
                 "InputScaledL1Norm found no deviation of the input maps: run the network within TopologyUpdater.observation() "
@@ -73,6 +79,7 @@ class RandomGrowth:
     """Uniform at random (paper, section 3.2, after Mocanu et al., Nature Communications 2018)."""
 
     def score(self, layer: MaskableLayer, generator: torch.Generator) -> Tensor:
+        """One number from 0 to 1 a connection, shaped like ``layer.mask``; float64."""
         return torch.rand(layer.mask.shape, generator=generator, dtype=torch.float64)
 
 
@@ -86,6 +93,11 @@ class GradientGrowth:
     needs_dense_gradients: ClassVar[bool] = True
 
     def score(self, layer: MaskableLayer, generator: torch.Generator) -> Tensor:  # noqa: ARG002 (nothing is random)
+        """One number a connection, shaped like ``layer.mask``; float32.
+
+        Raises:
+            E2ENetError: the layer has no gradient.
+        """
         gradient = layer.weight.grad
         if gradient is None:
             raise E2ENetError(

@@ -10,6 +10,8 @@ from nnunetv2_e2enet.network.connections import MaskableLayer, check_sparsity
 
 
 class Distribution(Protocol):
+    """How many connections of each layer are active."""
+
     def active(self, sparsity: float, layers: Mapping[str, MaskableLayer]) -> dict[str, int]:
         """Active connections of each layer, by its name."""
 
@@ -19,6 +21,11 @@ class Uniform:
     """The same sparsity in every layer: ``round((1 - S) * C_in * C_out)`` active connections (the paper's)."""
 
     def active(self, sparsity: float, layers: Mapping[str, MaskableLayer]) -> dict[str, int]:
+        """Active connections of each layer, by its name.
+
+        Raises:
+            E2ENetError: the sparsity is not from 0 to below 1.
+        """
         check_sparsity(sparsity)
         return {name: layer.connections_at(1 - sparsity) for name, layer in layers.items()}
 
@@ -28,10 +35,15 @@ class ErdosRenyiKernel:
     """Erdős-Rényi-kernel: small layers denser than large ones (Evci et al., "Rigging the Lottery", ICML 2020, section 3).
 
     A layer's density is proportional to the sum of its weight's dimensions over their product. The share of active weights in
-    the whole network is ``1 - S``; layers that would be more than dense are dense, and the others take the rest.
+    all layers is ``1 - S``. A layer whose density would exceed 1 is dense, and the others share the rest.
     """
 
     def active(self, sparsity: float, layers: Mapping[str, MaskableLayer]) -> dict[str, int]:
+        """Active connections of each layer, by its name.
+
+        Raises:
+            E2ENetError: the sparsity is not from 0 to below 1.
+        """
         check_sparsity(sparsity)
         raw = {name: sum(layer.shape) / layer.shape.numel() for name, layer in layers.items()}
         dense: set[str] = set()

@@ -1,8 +1,8 @@
-"""The history of a topology: one line of JSON an update, in a file that survives whatever ends a training.
+"""The history of a topology: one line of JSON an update, in a file that survives a crash.
 
-The first line says into which *parts* the connections are divided: the flows of a convolution that fuses flows, whole layers
-otherwise. Each following line is the topology at one moment, its numbers in the order of the parts: the start, then every
-update. A line is on the disk before the training goes on, and one that was torn off by a crash is not read.
+The first line lists the *parts* of the connections: the flows of a convolution that fuses flows, otherwise whole layers. Each
+following line is the topology at one moment, its numbers in the order of the parts: the start, then every update. A line is on
+the disk before the training goes on. The incomplete last line of a crash is not read.
 """
 
 from __future__ import annotations
@@ -126,10 +126,10 @@ class TopologyHistory:
         self._rewrite([self._header(), _line(asdict(self.record(epoch)))])
 
     def resume(self, epoch: int) -> None:
-        """Go on after ``epoch`` epochs: forget what the file says of later ones, and what a crash left half-written.
+        """Go on after ``epoch`` epochs, without the file's records of later epochs and its incomplete last line.
 
-        The update after ``epoch`` epochs is still to come: a checkpoint is written before it. A file that is missing, or that
-        says nothing of the time before, begins with the present topology.
+        The update after ``epoch`` epochs is still to come: a checkpoint is written before it. A file that is missing, or
+        without records of the time before, begins with the present topology.
 
         Raises:
             E2ENetError: the file is damaged or of another network, or cannot be written.
@@ -152,13 +152,13 @@ class TopologyHistory:
             self.start(epoch)
 
     def load_born(self, saved: Sequence[Tensor | None]) -> None:
-        """Take over ``born`` of a checkpoint, in the order of the layers; what is missing counts as there from the start."""
+        """Take over ``born`` of a checkpoint, in the order of the layers; missing values stand for the start."""
         for born, values in zip(self.born.values(), saved, strict=False):
             if isinstance(values, Tensor) and values.shape == born.shape:
                 born.copy_(values)
 
     def add(self, update: TopologyUpdate) -> None:
-        """Take note of an update that has just been made, and append its record.
+        """Append the record of an update that has just been made.
 
         Raises:
             E2ENetError: the file cannot be written.
@@ -178,7 +178,7 @@ class TopologyHistory:
             raise _unwritable(self.path, error) from error
 
     def record(self, epoch: int, update: TopologyUpdate | None = None) -> TopologyRecord:
-        """The present topology, after ``epoch`` epochs, and what the update that led to it did."""
+        """The present topology after ``epoch`` epochs, with the changes by the update that led to it."""
         changes = {change.name: change for change in update.layers} if update else {}
         record = TopologyRecord(epoch, round(update.prune_fraction, 6) if update else 0.0, [], [], [], [], [], [], [])
         for name, layer in self.layers.items():
@@ -205,7 +205,7 @@ class TopologyHistory:
 
     @property
     def importance_name(self) -> str:
-        """How figures call the importance."""
+        """Name of the importance in figures."""
         return getattr(self.importance, "label", type(self.importance).__name__)
 
     def _importance(self, layer: MaskableLayer) -> Tensor | None:

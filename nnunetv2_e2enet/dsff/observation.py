@@ -1,4 +1,4 @@
-"""What criteria see of the network before an update: gradients of all connections, deviations of input maps."""
+"""Observations of the network for criteria: gradients of all connections, deviations of input maps."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from nnunetv2_e2enet.network.connections import MaskableLayer
 
 @contextmanager
 def observed(layers: Sequence[MaskableLayer], *, dense_gradients: bool, input_deviations: bool) -> Iterator[None]:
-    """Within this context, one forward and backward pass of the network shows what criteria ask for.
+    """Within this context, one forward and backward pass collects the observations that criteria ask for.
 
-    At its end the mean over all processes of a distributed training is taken. Layers behave as before afterwards.
+    At the end of the context, observations become their mean over all processes of a distributed training.
 
     Args:
         layers: of the network, which is not wrapped.
@@ -45,7 +45,7 @@ def observed(layers: Sequence[MaskableLayer], *, dense_gradients: bool, input_de
 
 
 def finite(layers: Sequence[MaskableLayer], *, dense_gradients: bool, input_deviations: bool) -> bool:
-    """Whether all that was observed is finite: not so after an overflow of half precision."""
+    """Whether all observations are finite; after an overflow of half precision they are not."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in _observations(layers, dense_gradients, input_deviations))
 
 

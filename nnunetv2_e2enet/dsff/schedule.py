@@ -1,4 +1,4 @@
-"""When the topology changes, and how much of it."""
+"""Schedules: when the topology changes, and how much of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from nnunetv2_e2enet.errors import E2ENetError
 
 
 class Schedule(Protocol):
+    """When the topology is updated, and how much of it."""
+
     def is_update(self, epoch: int) -> bool:
         """Whether the topology changes before the first iteration of ``epoch`` (counted from 0)."""
 
@@ -38,9 +40,11 @@ class CosineSchedule:
             raise E2ENetError(f"initial_prune_fraction is {self.initial_fraction}, but it is a share: use 0 to 1")
 
     def is_update(self, epoch: int) -> bool:
+        """Whether ``epoch`` is a multiple of the period, and neither the first epoch nor the last."""
         return epoch % self.period == 0 and 0 < epoch < self.n_epochs - 1
 
     def prune_fraction(self, epoch: int) -> float:
+        """From ``initial_fraction`` at epoch 0 to 0 at the last epoch."""
         progress = min(epoch / (self.n_epochs - 1), 1.0) if self.n_epochs > 1 else 1.0
         return self.initial_fraction * (1 + cos(pi * progress)) / 2
 
@@ -50,7 +54,9 @@ class StaticSchedule:
     """The topology of the start is kept."""
 
     def is_update(self, epoch: int) -> bool:  # noqa: ARG002 (the same answer for every epoch)
+        """False for every epoch."""
         return False
 
     def prune_fraction(self, epoch: int) -> float:  # noqa: ARG002
+        """0 for every epoch."""
         return 0.0

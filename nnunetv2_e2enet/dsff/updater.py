@@ -1,4 +1,4 @@
-"""The one mechanism of dynamic sparse feature fusion: replace the least important connections by others.
+"""The mechanism of dynamic sparse feature fusion: replace the least important connections by others.
 
 The number of active connections of a layer never changes. Where output maps share their input maps in blocks, blocks are
 replaced as connections are: importance and growth score of a block are the sums over its connections. Every update draws its
@@ -27,7 +27,7 @@ from nnunetv2_e2enet.network.connections import MaskableLayer, maskable_layers
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """What one update did to one layer.
+    """The changes of one layer by an update.
 
     Attributes:
         importance: of each connection before the update, like the layer's mask.
@@ -43,12 +43,13 @@ class LayerUpdate:
 
     @property
     def replaced(self) -> int:
+        """The number of connections that were grown, as many as were pruned."""
         return int(self.grown.sum())
 
 
 @dataclass(frozen=True)
 class TopologyUpdate:
-    """What one update did."""
+    """The changes by an update."""
 
     epoch: int
     prune_fraction: float
@@ -56,6 +57,7 @@ class TopologyUpdate:
 
     @property
     def replaced(self) -> int:
+        """The number of connections that were grown in all layers."""
         return sum(layer.replaced for layer in self.layers)
 
 
@@ -70,7 +72,7 @@ class TopologyUpdater:
         seed: of the random numbers that ``growth`` gets.
 
     Attributes:
-        observes: what the criteria need to see before an update; see ``observation``.
+        observes: the observations that the criteria need before an update; see ``observation``.
 
     Raises:
         E2ENetError: ``growth`` needs gradients of all connections, and layers store active weights alone.
@@ -105,15 +107,14 @@ class TopologyUpdater:
         return self.schedule.is_update(epoch) and any(self.observes.values())
 
     def observation(self) -> AbstractContextManager[None]:
-        """A context for the forward and backward pass that shows the criteria what they need, directly before an update.
+        """A context for a forward and backward pass from which the criteria get their observations, before an update.
 
-        The pass is one of its own, whose gradients the optimizer does not see: gradients of connections that are off would
-        count when gradients are clipped.
+        The optimizer must not see the gradients of this pass: those of inactive connections would count in clipping.
         """
         return observed(list(self.layers.values()), **self.observes)
 
     def observation_is_finite(self) -> bool:
-        """Whether an update can be made of what was observed; otherwise another batch, or a smaller loss scale, is needed."""
+        """Whether observations are finite; otherwise another batch, or a smaller loss scale, is needed."""
         return finite(list(self.layers.values()), **self.observes)
 
     @torch.no_grad()
@@ -121,7 +122,7 @@ class TopologyUpdater:
         """Change the topology if there is an update before ``epoch`` (from 0); call it before the epoch's first iteration.
 
         Returns:
-            What was done, or None where there was nothing to do.
+            The changes, or None without an update.
 
         Raises:
             E2ENetError: weights or scores are not finite; nothing has been changed then.
@@ -167,7 +168,8 @@ def select(mask: Tensor, importance: Tensor, growth: Tensor, fraction: float) ->
 
     Args:
         mask: bool, True where active.
-        importance, growth: scores, of the mask's shape.
+        importance: scores of the mask's shape; the lowest active ones are pruned.
+        growth: scores of the mask's shape; the highest inactive ones are grown.
         fraction: from 0 to 1.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How the network runs fast on a CPU: what is switched off is never computed.
+"""The CPU engine: prediction and training over active connections alone.
 
 An E2ENet in eval mode, on the CPU, with gradients off, uses the engine by itself. The settings
 ``engine``, ``engine_kernels`` and ``engine_storage`` (``nnunetv2_e2enet.settings``) say more. See docs/engine.md.

@@ -1,4 +1,4 @@
-"""One piece of memory for all that a program stores: what is not needed at the same time may lie in the same place."""
+"""One piece of memory for all maps of a program; maps that are not needed at the same time may share a place."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Lifetime:
     last: int
 
     def meets(self, other: Lifetime) -> bool:
+        """Whether there is a step at which both are needed."""
         return self.first <= other.last and other.first <= self.last
 
 

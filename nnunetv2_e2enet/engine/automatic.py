@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
+from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +23,7 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.e2enet import E2ENet
 from nnunetv2_e2enet.settings import settings, variable
 
+T = TypeVar("T")
 ENGINE_VARIABLE = variable("engine")
 # Multiply-accumulates of the dense network a patch; below, in mode "auto", there is little to save
 LEAST_WORK = 2e9
@@ -95,6 +97,7 @@ class Session:
             return self._plan
 
     def take_program(self, plan: Plan, patch_size: tuple[int, ...]) -> Program:
+        """A program for patches of this size that no thread uses; a new one if none is idle."""
         with self._lock:
             for index, program in enumerate(plan.idle):
                 if program.patch_size == patch_size:
@@ -103,27 +106,42 @@ class Session:
         return Program(plan.weights, patch_size, plan.core)
 
     def give_back(self, plan: Plan, program: Program) -> None:
+        """Keep a program for the next patch, if the weights are still those of its plan."""
         with self._lock:
             if plan is self._plan:
                 plan.idle.append(program)
                 del plan.idle[:-IDLE_PROGRAMS]
 
     def idle_programs(self) -> list[Program]:
+        """Programs that no thread uses."""
         with self._lock:
             return [] if self._plan is None else list(self._plan.idle)
 
     def release(self) -> None:
+        """Free packed weights and programs."""
         with self._lock:
             self._plan = None
 
 
-_sessions: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
-_sessions_lock = threading.Lock()
+class OfEachNetwork(Generic[T]):
+    """Objects that live as long as the network that they belong to, by network.
+
+    Args:
+        make: makes the object of a network that has none.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._objects: WeakKeyDictionary[nn.Module, T] = WeakKeyDictionary()
+
+    def of(self, network: nn.Module) -> T:
+        """The object of a network, made now if there is none."""
+        with self._lock:
+            return self._objects.setdefault(network, self._make())
 
 
-def session_of(network: nn.Module) -> Session:
-    with _sessions_lock:
-        return _sessions.setdefault(network, Session())
+session_of = OfEachNetwork(Session).of
 
 
 def why_not(network: E2ENet, x: Tensor) -> str | None:

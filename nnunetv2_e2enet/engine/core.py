@@ -31,6 +31,8 @@ _INTS = POINTER(c_int32)
 
 
 class Grid(Structure):
+    """Tiles of a feature map; ``Grid`` of ``native/core.h``."""
+
     _fields_ = (
         ("depth", c_int32),
         ("height", c_int32),
@@ -44,6 +46,8 @@ class Grid(Structure):
 
 
 class Map(Structure):
+    """A feature map in memory, with the norm that it still needs."""
+
     _fields_ = (
         ("data", c_void_p),
         ("channels", c_int64),
@@ -55,6 +59,8 @@ class Map(Structure):
 
 
 class Norm(Structure):
+    """Weights of an instance norm, and the memory for its statistics."""
+
     _fields_ = (
         ("gamma", c_void_p),
         ("beta", c_void_p),
@@ -67,6 +73,8 @@ class Norm(Structure):
 
 
 class WinogradWeights(Structure):
+    """Transformed kernels of a convolution and its connections; see ``ConvWeights``."""
+
     _fields_ = (
         ("weight", c_void_p),
         ("start", c_void_p),
@@ -82,6 +90,8 @@ class WinogradWeights(Structure):
 
 
 class Upsample(Structure):
+    """A transposed convolution from a coarser map; see ``UpsampleWeights``."""
+
     _fields_ = (
         ("coarse", Map),
         ("weight", c_void_p),
@@ -95,6 +105,8 @@ class Upsample(Structure):
 
 
 class ConvJob(Structure):
+    """A convolution at stride 1 over the flows of a node."""
+
     _fields_ = (
         ("flows", Map * 3),
         ("n_flows", c_int32),
@@ -110,6 +122,8 @@ class ConvJob(Structure):
 
 
 class StridedJob(Structure):
+    """A strided convolution of the encoder."""
+
     _fields_ = (
         ("input", Map),
         ("shift", c_void_p),
@@ -122,6 +136,8 @@ class StridedJob(Structure):
 
 
 class PoolJob(Structure):
+    """Max-pooling of a finer map."""
+
     _fields_ = (
         ("input", Map),
         ("halved", c_int32),
@@ -133,10 +149,14 @@ class PoolJob(Structure):
 
 
 class HeadJob(Structure):
+    """A segmentation head: 1 x 1 convolution to logits."""
+
     _fields_ = (("input", Map), ("weight", c_void_p), ("bias", c_void_p), ("classes", c_int32), ("seconds", c_void_p))
 
 
 class NormGradientJob(Structure):
+    """The backward pass of norm and activation."""
+
     _fields_ = (
         ("raw", Map),
         ("gradient", c_void_p),
@@ -155,6 +175,8 @@ class NormGradientJob(Structure):
 
 
 class ConvGradientJob(Structure):
+    """The backward pass of a convolution at stride 1."""
+
     _fields_ = (
         ("flows", Map * 3),
         ("n_flows", c_int32),
@@ -177,6 +199,8 @@ class ConvGradientJob(Structure):
 
 
 class StridedGradientJob(Structure):
+    """The backward pass of a strided convolution."""
+
     _fields_ = (
         ("input", Map),
         ("shift", c_void_p),
@@ -191,6 +215,8 @@ class StridedGradientJob(Structure):
 
 
 class UpsampleGradientJob(Structure):
+    """The backward pass of a transposed convolution."""
+
     _fields_ = (
         ("upsample", Upsample),
         ("gradient", Map),
@@ -207,6 +233,8 @@ class UpsampleGradientJob(Structure):
 
 
 class HeadGradientJob(Structure):
+    """The backward pass of a segmentation head."""
+
     _fields_ = (
         ("input", Map),
         ("into", c_void_p),
@@ -254,6 +282,7 @@ class Core:
 
     @property
     def pixel_bytes(self) -> int:
+        """Bytes of a pixel of a stored map."""
         return STORAGES[self.storage]
 
     def scratch_floats(self, job: Job, threads: int) -> int:
@@ -272,9 +301,11 @@ class Core:
             getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), scratch, threads)
 
     def run_head(self, job: HeadJob, logits: int, scratch: int, threads: int) -> None:
+        """Write the logits of a head; addresses are those of the memory."""
         self._library.e2e_head(self._handle, ctypes.byref(job), logits, scratch, threads)
 
     def import_image(self, image: int, target: Map, threads: int) -> None:
+        """Copy an image into the layout of tiles; ``image`` is its address, ``(channels, *patch)`` of float32."""
         self._library.e2e_import(self._handle, image, ctypes.byref(target), threads)
 
     @property

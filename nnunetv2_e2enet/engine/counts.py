@@ -1,4 +1,4 @@
-"""What the engine multiplies, counted as it works."""
+"""Multiply-accumulates of the engine, as it computes them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def executed_macs(network: E2ENet, patch_size: Sequence[int]) -> int:
     at the border count whole. Transforms, which multiply by constants, are not counted.
 
     Args:
+        network: an E2ENet; its topology counts.
         patch_size: spatial axes.
     """
     sizes: dict[_ConvNd, Sequence[int]] = {}

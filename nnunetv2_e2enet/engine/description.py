@@ -1,4 +1,4 @@
-"""What the engine can run: a network read module by module, or the reason why it has to stay with PyTorch."""
+"""A network read module by module for the engine, or the reason why it has to stay with PyTorch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Stride = tuple[int, int, int]
 
 
 class NotSupportedError(Exception):
-    """The network has something that the engine does not do; the message is the reason, without an end stop."""
+    """The engine does not support the network; the message is the reason, without a full stop."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def check_classes(network: nn.Module) -> None:
 
 
 def check_modules(network: E2ENet) -> None:
-    """That these are the classes that are described here, without hooks, in float32 on the CPU.
+    """Check that all modules are of known classes, without hooks, in float32 on the CPU.
 
     Raises:
         NotSupportedError: with the reason.
@@ -125,7 +125,7 @@ def check_modules(network: E2ENet) -> None:
 
 
 def check_hooks(network: nn.Module) -> None:
-    """Hooks come and go without a change of the weights.
+    """Check for hooks, which come and go without a change of the weights.
 
     Raises:
         NotSupportedError: a module has forward hooks.

@@ -1,4 +1,4 @@
-"""Whether the weights are still those that were packed: cheap enough to ask before every patch."""
+"""A check that the weights are still those that were packed, cheap enough for every patch."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ class Fingerprint:
 
     @classmethod
     def take(cls, tensors: list[Tensor], core: Core) -> Fingerprint:
+        """The fingerprint of the tensors as they are now."""
         return cls(_identity(tensors), _sample(tensors, core), [_sum(tensor, core) for tensor in tensors])
 
     def holds(self, tensors: list[Tensor], core: Core) -> bool:
-        """Whether nothing seems to have been written since: identity and sample of all tensors, and some of them in full."""
+        """Whether the tensors appear unchanged: compares identity and sample of all, and some of them in full."""
         if self.identity != _identity(tensors) or self.sample != _sample(tensors, core):
             return False
         checked = 0
@@ -60,6 +61,7 @@ class Fingerprint:
         return True
 
     def same_content(self, other: Fingerprint) -> bool:
+        """Whether two fingerprints are of tensors with the same bytes."""
         return self.sums == other.sums
 
 

@@ -82,6 +82,7 @@ class Buffer:
         self._first = guard * chunk_bytes
 
     def place_at(self, address: int) -> None:
+        """Set the address of the first pixel in memory that begins at ``address``."""
         self.address = address + self._first
 
 
@@ -107,9 +108,11 @@ class StoredMap:
 
     @property
     def grid(self) -> Grid:
+        """Tiles of the map."""
         return self.buffer.grid
 
     def struct(self) -> Map:
+        """The map as the kernels take it."""
         norm = self.norm
         return Map(
             self.buffer.address,

@@ -57,6 +57,7 @@ class Program:
 
     @property
     def n_bytes(self) -> int:
+        """Memory of all maps and of scratch space."""
         return self._memory.nbytes + self._scratch.nbytes
 
     def run(self, x: Tensor, logits: Sequence[Tensor], threads: int) -> None:
@@ -87,16 +88,21 @@ class Program:
 
     def _place(self) -> Floats:
         """Memory for all maps, each of which has its own from the step that writes it to the last that reads it."""
-        lifetimes: dict[Buffer, Lifetime] = {}
-        for index, step in enumerate(self._steps):
-            for buffer in step.buffers:
-                first = lifetimes[buffer].first if buffer in lifetimes else index
-                lifetimes[buffer] = Lifetime(buffer.n_bytes, first, index)
+        lifetimes = self._lifetimes()
         offsets, n_bytes = place(list(lifetimes.values()))
         memory = pages(n_bytes // np.float32().itemsize)
         for buffer, offset in zip(lifetimes, offsets, strict=True):
             buffer.place_at(memory.ctypes.data + offset)
         return memory
+
+    def _lifetimes(self) -> dict[Buffer, Lifetime]:
+        """Of each buffer, the steps from the first to the last that read or write it."""
+        lifetimes: dict[Buffer, Lifetime] = {}
+        for index, step in enumerate(self._steps):
+            for buffer in step.buffers:
+                first = lifetimes[buffer].first if buffer in lifetimes else index
+                lifetimes[buffer] = Lifetime(buffer.n_bytes, first, index)
+        return lifetimes
 
     # ---- building ---------------------------------------------------------------------------------------------------
 

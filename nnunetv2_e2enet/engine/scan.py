@@ -78,6 +78,7 @@ class Rule:
 
     @property
     def classes(self) -> int:
+        """Classes of the logits."""
         return len(self.labels) - self.regions
 
 
@@ -140,9 +141,11 @@ class ScanCore:
     def labeler(
         self, axes: tuple[Axis, Axis, Axis], rule: Rule, strides: tuple[int, int], width: int, out: NDArray[np.generic]
     ) -> Labeler:
-        """What turns finished slices of logits into labels.
+        """An object that turns finished slices of logits into labels.
 
         Args:
+            axes: where the voxels of the result lie among the logits, slices first.
+            rule: which label the logits of a voxel have.
             strides: of classes and of rows in a slice of logits, in elements.
             width: of a row of logits.
             out: uint8 or uint16, as large as the axes; rows are contiguous.

@@ -1,4 +1,4 @@
-"""What the engine says about itself."""
+"""Reports of the engine: status, reasons, times."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def status() -> Status:
 
 
 def peak_flops(threads: int) -> float:
-    """What this CPU can do: floating-point operations a second in a loop of multiply-adds.
+    """Peak of this CPU: floating-point operations a second in a loop of multiply-adds.
 
     Raises:
         E2ENetError: there is no compiled core.

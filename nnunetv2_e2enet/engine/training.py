@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nnunetv2_e2enet.engine.automatic import is_disabled, why_not
+from nnunetv2_e2enet.engine.automatic import OfEachNetwork, is_disabled, why_not
 from nnunetv2_e2enet.engine.core import Core, load_core
 from nnunetv2_e2enet.engine.description import NotSupportedError, check_modules, describe
 from nnunetv2_e2enet.engine.training_program import TrainingProgram
@@ -52,6 +51,7 @@ class TrainingSession:
     def take_programs(
         self, weights: TrainingWeights, core: Core, patch_size: tuple[int, ...], n: int
     ) -> list[TrainingProgram]:
+        """Programs for the samples of a batch that no thread uses; new ones if none are idle."""
         with self._lock:
             for index, programs in enumerate(self._idle):
                 if len(programs) == n and programs[0].patch_size == patch_size:
@@ -61,28 +61,25 @@ class TrainingSession:
         return [first, *(TrainingProgram(weights, patch_size, core, n, first) for _ in range(n - 1))]
 
     def give_back(self, weights: TrainingWeights, programs: list[TrainingProgram]) -> None:
+        """Keep the programs for the next batch, if the weights still lie where they did."""
         with self._lock:
             if weights is self._weights:
                 self._idle.append(programs)
                 del self._idle[:-IDLE_BATCHES]
 
     def idle_programs(self) -> list[TrainingProgram]:
+        """Programs that no thread uses."""
         with self._lock:
             return [program for programs in self._idle for program in programs]
 
     def release(self) -> None:
+        """Free places of weights and programs."""
         with self._lock:
             self._weights = None
             self._idle.clear()
 
 
-_sessions: WeakKeyDictionary[nn.Module, TrainingSession] = WeakKeyDictionary()
-_sessions_lock = threading.Lock()
-
-
-def training_session_of(network: nn.Module) -> TrainingSession:
-    with _sessions_lock:
-        return _sessions.setdefault(network, TrainingSession())
+training_session_of = OfEachNetwork(TrainingSession).of
 
 
 def why_not_train(network: E2ENet, x: Tensor) -> str | None:

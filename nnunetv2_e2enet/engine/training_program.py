@@ -1,4 +1,4 @@
-"""The forward and backward pass of one sample: what the forward pass stores is kept until the backward pass has read it."""
+"""The forward and backward pass of one sample; kept maps stay in memory until the backward pass has read them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from nnunetv2_e2enet.engine import core as abi
-from nnunetv2_e2enet.engine.arena import Lifetime, gaps, place
+from nnunetv2_e2enet.engine.arena import gaps, place
 from nnunetv2_e2enet.engine.core import Core
 from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, empty, pages
 from nnunetv2_e2enet.engine.program import Program
@@ -60,7 +60,7 @@ class TrainingProgram(Program):
         del self._jobs[self._n_forward :]
 
     def empty_between(self) -> None:
-        """Give memory in which nothing is kept for the backward pass back to the system, until it is needed again."""
+        """Return memory without kept maps to the system until the backward pass."""
         for first, last in self._between:
             empty(self._transient, first, last)
 
@@ -95,11 +95,7 @@ class TrainingProgram(Program):
         self._threads = threads
 
     def _place(self) -> Floats:
-        lifetimes: dict[Buffer, Lifetime] = {}
-        for index, step in enumerate(self._steps):
-            for buffer in step.buffers:
-                first = lifetimes[buffer].first if buffer in lifetimes else index
-                lifetimes[buffer] = Lifetime(buffer.n_bytes, first, index)
+        lifetimes = self._lifetimes()
         kept = [b for b, life in lifetimes.items() if life.first < self._n_forward <= life.last]
         apart = [] if self.samples == 1 else kept
         others = [b for b in lifetimes if b not in set(apart)]
@@ -122,6 +118,7 @@ class TrainingProgram(Program):
 
     @property
     def n_bytes(self) -> int:
+        """Memory of this program alone; programs of the same batch share what no backward pass needs."""
         return super().n_bytes + (self._transient.nbytes if self._like is None else 0)
 
     # ---- building ---------------------------------------------------------------------------------------------------

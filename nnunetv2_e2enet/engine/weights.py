@@ -66,6 +66,8 @@ class UpsampleWeights:
 
 @dataclass(frozen=True)
 class NormWeights:
+    """Weights of an instance norm and the slope of the leaky ReLU behind it."""
+
     gamma: Floats
     beta: Floats
     eps: float
@@ -87,6 +89,8 @@ class PackedBlock:
 
 @dataclass(frozen=True)
 class PackedNode:
+    """A fusion node: transposed convolution, pooling, and convolutions."""
+
     upsample: UpsampleWeights
     up_stride: tuple[int, int, int]
     pool_stride: tuple[int, int, int] | None
@@ -158,6 +162,7 @@ class ConvLayout:
     dense: bool
 
     def holding(self, weight: Floats) -> ConvWeights:
+        """A convolution with these connections and the weights ``[36][connection]``."""
         return ConvWeights(
             weight, self.start, self.output, self.index, self.chunk_first, self.inputs, self.outputs, self.dense
         )
@@ -241,6 +246,7 @@ def _pack_node(node: Node) -> PackedNode:
 
 
 def pack(description: Description) -> PackedWeights:
+    """Bring the weights of a network into the layout of the kernels."""
     return PackedWeights(
         input_channels=description.input_channels,
         features=description.features,

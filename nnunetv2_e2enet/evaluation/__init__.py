@@ -1,1 +1,1 @@
-"""How a model is judged and shown."""
+"""Accuracy, costs and topologies of models: numbers, tables, charts and pages."""

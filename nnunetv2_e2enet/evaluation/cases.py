@@ -1,4 +1,4 @@
-"""Which cases are compared. All that does not match is named in one message, before any voxel is read."""
+"""The cases of a comparison. One message names all mismatches, before any voxel is read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Geometry:
     direction: tuple[float, ...]
 
     def difference(self, other: Geometry) -> str | None:
-        """What differs from ``other``, for people; None where both are the same grid."""
+        """The difference to ``other`` in words; None where both are the same grid."""
         if self.size != other.size:
             return f"{_times(self.size)} voxels, the reference has {_times(other.size)}"
         if not np.allclose(self.spacing, other.spacing, rtol=1e-3):

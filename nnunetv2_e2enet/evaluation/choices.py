@@ -1,4 +1,4 @@
-"""What the command line offers; apart, so that it can say so without importing PyTorch."""
+"""Choices of command line options, in a module that does not import PyTorch."""
 
 BESIDE = ("e2enet", "nnunet", "resenc")
 """Networks that can be built from plans."""

@@ -1,4 +1,4 @@
-"""A whole comparison: what was measured, how sure it is, what it costs."""
+"""A whole comparison: metrics, uncertainty, costs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FAILURE_DICE = 0.5
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model beside its predictions.
+    """Costs and trainings of a model, and their origin.
 
     Attributes:
         costs: None where there is no checkpoint to build the network from; ``note`` says why.
@@ -53,13 +53,13 @@ class ModelFacts:
 
     @property
     def name(self) -> str:
-        """As tables call the model."""
+        """Name of the model in tables."""
         return self.source.name
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that tables, files and the report show.
+    """All numbers of tables, files and the report.
 
     Attributes:
         tolerances: of the surface Dice in mm, by class.

@@ -184,9 +184,9 @@ def cost_notes(comparison: Comparison) -> str:
     """Explains the columns of the costs."""
     a1, a2 = comparison.weights
     text = (
-        "Active: what the sparse topology leaves to compute. Executed: what PyTorch multiplies, zeros included, so the two "
-        f"differ. PT score = {a1:g} x Dice / best Dice + {a2:g} x (fewest active parameters / parameters + least MAC / MAC), "
-        "higher is better."
+        "Active: products with active connections and dense layers. Executed: products that PyTorch computes, "
+        f"zeros included. PT score = {a1:g} x Dice / best Dice + {a2:g} x (fewest active parameters / parameters + least MAC "
+        "/ MAC), higher is better."
     )
     if not comparable_patches(comparison):
         patches = ", ".join(f"{m.name} {' x '.join(map(str, m.patch_size))}" for m in comparison.models if m.costs)

@@ -1,4 +1,4 @@
-"""What a network costs, counted: parameters and multiply-accumulates, stored, active, executed; by level and flow."""
+"""Counted costs of a network: parameters and multiply-accumulates, stored, active, executed; by level and flow."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Costs:
         parameters_stored: in memory and in checkpoints.
         parameters_active: of these, the ones in use with the present topology.
         macs_dense: multiply-accumulates of all connections.
-        macs_active: of the active connections and the dense layers: what the topology leaves to compute.
-        macs_executed: what the program that predicts really multiplies.
+        macs_active: of the active connections and the dense layers.
+        macs_executed: products with weights that the predicting program computes.
     """
 
     parameters_stored: int
@@ -35,9 +35,10 @@ class Costs:
 
 
 def count_costs(network: nn.Module, input_shape: Sequence[int], by_engine: bool = False) -> Costs:
-    """Counted on shapes alone, nothing is computed.
+    """Count parameters and multiply-accumulates on shapes alone; nothing is computed.
 
     Args:
+        network: any network, on any device.
         input_shape: batch (of 1), channels, and the patch.
         by_engine: whether an E2ENet is predicted by the CPU engine, not by PyTorch.
     """
@@ -51,7 +52,7 @@ def count_costs(network: nn.Module, input_shape: Sequence[int], by_engine: bool 
 
 @dataclass(frozen=True)
 class Share:
-    """What one flow of one level costs. Fields as in ``Costs``; biases and norms are a flow of their own."""
+    """Costs of one flow of one level. Fields as in ``Costs``; biases and norms are a flow of their own."""
 
     level: int
     flow: str

@@ -1,4 +1,4 @@
-"""The metrics of all cases and models, measured in parallel; joblib keeps what is finished."""
+"""The metrics of all cases and models, measured in parallel; joblib stores finished predictions."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Results:
 
 
 def nan_mean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    """Mean of what is not NaN, and NaN where nothing else is."""
+    """Mean of the values that are not NaN; NaN without any."""
     defined = ~np.isnan(values)
     n = defined.sum(axis=axis)
     total = np.where(defined, values, 0).sum(axis=axis)
@@ -79,7 +79,7 @@ def nan_mean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
 
 
 class FileState(NamedTuple):
-    """A file as it is now: numbers that were measured on it hold as long as its path, size (bytes) and time are the same."""
+    """State of a file: metrics stay valid while its path, size (bytes) and time are the same."""
 
     path: str
     size: int
@@ -93,7 +93,7 @@ class FileState(NamedTuple):
 
 
 def default_cache() -> Path:
-    """Where measured cases are kept: in the user's cache folder."""
+    """The folder of stored metrics, in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "nnunetv2-e2enet" / "metrics"
 
@@ -112,8 +112,11 @@ def measure(
     A finished prediction is stored at once, so that an interrupted run goes on where it ended. Each worker holds one case.
 
     Args:
+        models: names of the models.
+        cases: reference and predictions of each case.
+        labels: the classes.
         tolerances: of the surface Dice in mm, one for each class.
-        cache: folder of what earlier runs measured, made if it is missing; None keeps nothing.
+        cache: folder of the results of earlier runs, made if it is missing; None keeps nothing.
         workers: processes; 1 computes in this one.
         progress: told the finished predictions and their number.
 

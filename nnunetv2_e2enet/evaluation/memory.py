@@ -26,13 +26,16 @@ SPARE = 0.9
 
 
 def peak_bytes(design: Design, training: bool, batch_size: int, device: str, threads: int) -> float:
-    """Of one step of training or prediction, above what the process held before it built the network.
+    """Peak memory of one step of training or prediction, above that of the process before it built the network.
 
-    On the CPU that is the growth of the resident set at its highest; on CUDA, what PyTorch has allocated at most.
+    On the CPU, the peak is the largest growth of the resident set; on CUDA, the most that PyTorch has allocated.
 
     Args:
+        design: the network and its plans.
         training: forward and backward with nnU-Net's loss and an optimiser's step; otherwise a forward pass.
         batch_size: patches in the batch.
+        device: ``cpu`` or ``cuda``.
+        threads: of PyTorch.
 
     Returns:
         Bytes; NaN if the process was ended from outside, for want of memory as a rule, or as ``peak_above_now`` says.
@@ -94,7 +97,7 @@ def _training_step(design: Design, batch_size: int, device: str) -> Callable[[],
 
 
 def can_measure(device: str) -> bool:
-    """Whether this system tells a process's peak."""
+    """Whether this system reports the peak memory of a process."""
     return device == "cuda" or STATUS.is_file() or sys.platform == "darwin"
 
 
@@ -134,7 +137,7 @@ def _status_bytes(field: str) -> float:
 
 
 def _reset_peak() -> None:
-    """Linux forgets the highest resident set so far, where it lets us."""
+    """Reset the peak of the resident set, where Linux permits it."""
     switch = Path("/proc/self/clear_refs")
     if switch.exists() and os.access(switch, os.W_OK):
         switch.write_text("5", encoding="utf-8")

@@ -29,7 +29,7 @@ MAX_VOXELS_AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class Metric:
-    """How a number is named and read."""
+    """Name, unit and direction of a metric."""
 
     key: str
     title: str
@@ -75,7 +75,8 @@ def case_metrics(
     """All classes of one case.
 
     Args:
-        reference, prediction: label maps of one shape, in 2D or 3D.
+        reference: label map in 2D or 3D.
+        prediction: label map of the same shape.
         spacing: mm between voxels, in the order of the axes.
         labels: the classes; voxels that are ``labels.ignore`` in the reference count for nothing.
         tolerances: of the surface Dice in mm, one for each class.
@@ -158,7 +159,7 @@ def _surface_metrics(
 ) -> tuple[float, float]:
     """NSD and HD95 of a class that reference and prediction both have.
 
-    Only what is known counts as a surface: a voxel whose neighbours are all in the mask or ignored is not on it.
+    A voxel whose neighbours are all in the mask or ignored is not on the surface.
     """
     import torch
 
@@ -179,7 +180,7 @@ def _surface_metrics(
 def _surface_distances(
     prediction: Tensor, reference: Tensor, valid: Tensor, spacing: Sequence[float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """mm from each surface voxel of the prediction to the reference's surface, and the other way; NaN where that is empty."""
+    """Millimetres from each surface voxel of the prediction to the reference's surface, and back; NaN to an empty surface."""
     from monai.metrics.utils import get_edge_surface_distance
 
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Networks as nnU-Net builds them, from model folders, plans and data sets; and what trainings left behind."""
+"""Networks as nnU-Net builds them, from model folders, plans and data sets; and the records of their trainings."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Design:
 
 @dataclass(frozen=True)
 class Training:
-    """What one fold left behind.
+    """The record of one fold's training.
 
     Attributes:
         fold: its name.

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers formatted for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NOTHING = "–"  # noqa: RUF001 (an en dash)
 
 
 def value(number: float, metric: Metric) -> str:
-    """With the digits of its metric."""
+    """A metric, with the digits of its unit."""
     return NOTHING if math.isnan(number) else f"{number:.{metric.digits}f}"
 
 

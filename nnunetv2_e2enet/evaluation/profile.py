@@ -1,4 +1,4 @@
-"""What networks cost on this machine: counted, measured, side by side."""
+"""Costs of networks on this machine, counted and measured side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """Settings of a measurement.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
@@ -100,6 +100,8 @@ def profile(designs: Sequence[Design], settings: Settings, progress: Progress = 
     """Count, measure memory, then time all networks in turns.
 
     Args:
+        designs: the networks.
+        settings: what is measured, where, and how often.
         progress: told what is done next.
     """
     torch.set_num_threads(settings.threads)
@@ -123,7 +125,7 @@ def profile(designs: Sequence[Design], settings: Settings, progress: Progress = 
 
 
 def steps(designs: Sequence[Design], settings: Settings) -> int:
-    """How often ``profile`` tells its progress."""
+    """The number of times that ``profile`` reports progress."""
     one = 1 + 2 * settings.with_memory + (settings.rounds + 1) * settings.with_time
     return len(designs) * one
 
@@ -172,7 +174,7 @@ def time_in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of forward passes in inference mode, A B C A B C …, after a pass of each that does not count.
 
-    What else happens on the machine, and its temperature, thus meets all networks alike.
+    Other load on the machine, and its temperature, thus affect all networks equally.
     """
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     images = {name: torch.randn(tuple(shape)).to(settings.device, DTYPES[settings.dtype]) for name, shape in shapes.items()}

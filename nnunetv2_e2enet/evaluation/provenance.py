@@ -1,4 +1,4 @@
-"""With what a result was made: versions, machine, command."""
+"""Versions, machine and command behind a result."""
 
 from __future__ import annotations
 

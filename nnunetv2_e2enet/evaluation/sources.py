@@ -90,7 +90,7 @@ def _with_models(sources: list[Source], models: Sequence[str]) -> list[Source]:
 
 
 def default_names(folders: Sequence[Path]) -> list[str]:
-    """What tells the folders apart: of nnU-Net's ``trainer__plans__configuration`` the parts that differ.
+    """Names from the parts of nnU-Net's ``trainer__plans__configuration`` in which the folders differ.
 
     Folders of one name are called after the folder that they are in.
     """
@@ -183,10 +183,11 @@ def find_reference(sources: Sequence[Source], given: Path | None) -> Path:
     """The folder of reference segmentations.
 
     Args:
-        given: what the user said; otherwise looked up as nnU-Net stores them, by the name of the data set.
+        sources: the models that are compared.
+        given: the folder that the user named; otherwise looked up as nnU-Net stores them, by the name of the data set.
 
     Raises:
-        E2ENetError: it is not there.
+        E2ENetError: the folder is not there.
     """
     if given is not None:
         if not given.is_dir():

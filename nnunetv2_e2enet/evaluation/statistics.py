@@ -1,4 +1,4 @@
-"""How sure a difference is: bootstrap intervals, paired tests, the performance trade-off score.
+"""Uncertainty of differences: bootstrap intervals, paired tests; and the performance trade-off score.
 
 The unit is a case. scipy, statsmodels and scikit-posthocs do the mathematics.
 """

@@ -1,4 +1,4 @@
-"""What ``e2enet profile`` is asked about: model folders, plans files, data sets; and the networks beside them."""
+"""Subjects of ``e2enet profile``: model folders, plans files, data sets; and the networks beside them."""
 
 from __future__ import annotations
 

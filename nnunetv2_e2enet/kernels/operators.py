@@ -214,6 +214,7 @@ class _Map(NamedTuple):
 
 
 def regroup(tensors: Sequence[Tensor], slopes: Sequence[float]) -> list[_Map]:
+    """The maps of a flat list of tensors; a slope of NaN says that a map has no norm."""
     rest = iter(tensors)
     return [
         _Map(next(rest), None if isnan(slope) else (next(rest).contiguous(), next(rest).contiguous(), slope))
@@ -241,4 +242,5 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
+    """The dtype in which kernels compute: float64 for float64, otherwise float32."""
     return tl.float64 if dtype == torch.float64 else tl.float32

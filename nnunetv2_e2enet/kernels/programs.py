@@ -20,6 +20,7 @@ def channels_of_tile(channels, BLOCK_C: tl.constexpr):  # noqa: N803
 
 @triton.jit
 def voxels_of_tile(start, BLOCK_V: tl.constexpr):  # noqa: N803
+    """Indices of the ``BLOCK_V`` voxels from ``start`` on, as a column."""
     return start + tl.arange(0, BLOCK_V)[:, None]
 
 

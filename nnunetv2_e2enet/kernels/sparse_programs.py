@@ -38,6 +38,7 @@ def gathered(
 
 @triton.jit
 def position(voxel, height, width):
+    """Depth, row and column of a voxel's index."""
     return voxel // (height * width), voxel // width % height, voxel % width
 
 

@@ -1,4 +1,4 @@
-"""What is computed: the network and its costs. Pure torch."""
+"""The network and its costs, in torch alone."""
 
 from nnunetv2_e2enet.network.accounts import MultiplyAccumulates, ParameterCounts
 from nnunetv2_e2enet.network.compact import store_active_only

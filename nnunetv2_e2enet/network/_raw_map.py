@@ -26,9 +26,8 @@ class RawMap(NamedTuple):
     """A feature map ``leaky_relu(raw * scale + offset)`` that has not been computed.
 
     Attributes:
-        raw: ``(batch, channels, *space)``, a convolution's output. In autograd's graph it stands for the activation: its
-            readers send the gradient with respect to the *activation* along it, and ``instance_norm`` turns the sum of them
-            into that with respect to the convolution's output, once.
+        raw: ``(batch, channels, *space)``, a convolution's output. In autograd's graph it stands for the activation: readers
+            return d loss / d activation, and ``instance_norm`` converts their sum to d loss / d raw once.
         scale, offset: ``(batch, channels, 1, ...)``, the norm as an affine map; at least float32, without gradient.
         slope: of the leaky ReLU.
     """
@@ -43,7 +42,7 @@ FeatureMap = Tensor | RawMap
 
 
 def values_of(feature_map: FeatureMap) -> Tensor:
-    """The tensor that says shape, dtype and device."""
+    """A tensor with the shape, dtype and device of the map."""
     return feature_map.raw if isinstance(feature_map, RawMap) else feature_map
 
 
@@ -58,13 +57,13 @@ Slopes = tuple[float | None, ...]
 
 
 def flatten(maps: Sequence[FeatureMap]) -> tuple[list[Tensor], Slopes]:
-    """The tensors of feature maps, for what takes nothing else, and what ``regroup`` has to know."""
+    """The tensors of feature maps, for functions that take tensors alone, and the slopes that ``regroup`` needs."""
     tensors = [t for m in maps for t in ((m.raw, m.scale, m.offset) if isinstance(m, RawMap) else (m,))]
     return tensors, tuple(m.slope if isinstance(m, RawMap) else None for m in maps)
 
 
 def regroup(tensors: Sequence[Tensor], slopes: Slopes) -> list[FeatureMap]:
-    """The feature maps whose tensors these are."""
+    """The reverse of ``flatten``."""
     rest = iter(tensors)
     return [next(rest) if slope is None else RawMap(next(rest), next(rest), next(rest), slope) for slope in slopes]
 
@@ -79,7 +78,7 @@ def raw_map(x: Tensor, norm: nn.Module, nonlin: nn.Module, conv_bias: Tensor | N
 
 
 def can_stay_raw(norm: nn.Module, nonlin: nn.Module) -> bool:
-    """Whether a norm and an activation are no more than statistics of a map and a leaky ReLU."""
+    """Whether a norm is an instance norm without running statistics, and an activation a leaky ReLU."""
     return type(norm) in INSTANCE_NORMS and not norm.track_running_stats and type(nonlin) is nn.LeakyReLU
 
 
@@ -89,8 +88,12 @@ def instance_norm(
     """``leaky_relu(instance_norm(x, weight, bias, eps), slope)``, of which only the statistics are computed here.
 
     Args:
-        conv_bias: of the convolution that made ``x`` without it. The norm takes away what it would have added, so that its
-            gradient, which is returned to it, is zero.
+        x: ``(batch, channels, ...)``.
+        weight: scale of each channel; None: 1.
+        bias: offset of each channel; None: 0.
+        eps: added to the variance.
+        slope: of the leaky ReLU below zero.
+        conv_bias: of the convolution that made ``x`` without it. The norm would remove it from ``x``, so its gradient is zero.
     """
     raw, scale, offset = _InstanceNorm.apply(x, weight, bias, eps, slope, conv_bias)  # type: ignore[no-untyped-call]
     return RawMap(raw, scale, offset, slope)
@@ -124,9 +127,12 @@ def norm_gradient(
 
     Args:
         grad: of the activation.
-        x: what was normalised.
-        mean, rstd: of ``statistics``.
-        scale, offset: of the RawMap.
+        x: input of the norm, ``(batch, channels, ...)``.
+        mean: of ``statistics``.
+        rstd: of ``statistics``.
+        scale: of the RawMap.
+        offset: of the RawMap.
+        slope: of the leaky ReLU below zero.
 
     Returns:
         The gradient of ``x``, and the sums over space that make up the gradients of the norm's weight and bias.
@@ -161,7 +167,7 @@ def _gradient_of_part(
 def _in_parts(*maps: Tensor) -> list[tuple[Tensor, ...]]:
     """The same channels of each map together, ``(channels, voxels)`` and views of the first map at least.
 
-    They are so few that what is computed on the way stays small; in the cache of a CPU. A compiler decides itself.
+    Parts are small enough for intermediate results to stay in the cache of a CPU. A compiler chooses its own parts.
     """
     flat = [m.flatten(2) for m in maps]
     if torch.compiler.is_compiling():
@@ -173,7 +179,7 @@ def _in_parts(*maps: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 class _InstanceNorm(torch.autograd.Function):
-    """The affine map that instance norm is; backward is that of norm and leaky ReLU together."""
+    """Instance norm as an affine map; the backward pass is that of norm and leaky ReLU together."""
 
     @staticmethod
     def forward(

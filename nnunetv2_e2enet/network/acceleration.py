@@ -1,6 +1,6 @@
-"""Where faster ways to compute are asked first (``nnunetv2_e2enet.registry``): an engine for the CPU, kernels for the GPU.
+"""Asks the registered engine (CPU) and kernels (GPU) before PyTorch computes; see ``nnunetv2_e2enet.registry``.
 
-Every pass that they compute has its counterpart in PyTorch here in ``network``.
+Every pass of the engine and the kernels has a counterpart in PyTorch in ``network``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def accelerated(network: nn.Module, x: Tensor) -> Tensor | list[Tensor] | None:
 
 
 def _is_watched() -> bool:
-    """Whether something wants to see the operations themselves: a dispatch mode (counters, fake tensors) or a transform."""
+    """Whether a dispatch mode (counters, fake tensors) or a transform is active, which has to see PyTorch's operations."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -54,7 +54,7 @@ def kernels_status() -> str:
 
 
 def kernels_for(x: Tensor) -> Any:
-    """The package of fused kernels if it shall compute with ``x``, else None.
+    """The package of fused kernels where the kernels compute with ``x``, else None.
 
     The setting "auto": on CUDA where Triton is installed and ``prepare_kernels`` has found them to agree with PyTorch. "on":
     wherever they run, unchecked. "off": never.
@@ -63,9 +63,9 @@ def kernels_for(x: Tensor) -> Any:
 
 
 def prepare_kernels(device: torch.device) -> None:
-    """Decide whether the fused kernels compute on this kind of device, once a process: before networks compute there.
+    """Decide whether the fused kernels compute on this kind of device, before a network computes there.
 
-    Compiled networks ask ``kernels_for`` while they are traced, when nothing can be checked any more.
+    The check runs once a process. Compiled networks ask ``kernels_for`` while they are traced, too late for a check.
 
     Raises:
         E2ENetError: the setting is "on" without Triton.

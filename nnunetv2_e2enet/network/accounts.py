@@ -1,6 +1,6 @@
-"""What a network costs: parameters, multiply-accumulates, feature maps, bytes kept for backward.
+"""Costs of a network: parameters, multiply-accumulates, feature maps, bytes kept for backward.
 
-All but the parameters are counted by running the network on the meta device, where tensors have shapes and no values.
+All costs but the parameters are counted by running the network on the meta device, where tensors have shapes and no values.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class MultiplyAccumulates(NamedTuple):
 
 
 def parameter_counts(network: nn.Module) -> ParameterCounts:
+    """Count the parameters of a network."""
     layers = [layer for _, layer in maskable_layers(network)]
     maskable = sum(layer.shape.numel() for layer in layers)
     total = maskable + sum(p.numel() for p in network.parameters()) - sum(layer.weight.numel() for layer in layers)
@@ -42,7 +43,7 @@ def parameter_counts(network: nn.Module) -> ParameterCounts:
 
 
 def multiply_accumulates(network: nn.Module, input_shape: Sequence[int]) -> MultiplyAccumulates:
-    """Of a prediction, counted with ``torch.utils.flop_counter``, where one multiply-accumulate is two operations."""
+    """Count those of a prediction with ``torch.utils.flop_counter``, where one multiply-accumulate is two operations."""
     training = network.training
     network.eval()
     try:
@@ -63,6 +64,7 @@ def multiply_accumulates(network: nn.Module, input_shape: Sequence[int]) -> Mult
 
 
 def conv_output_elements(network: nn.Module, input_shape: Sequence[int]) -> int:
+    """Elements of the outputs of all convolutions in a forward pass; counted on shapes alone."""
     elements = 0
 
     def count(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -101,7 +103,10 @@ def saved_bytes(network: nn.Module, input_shape: Sequence[int]) -> int:
 def run_on_meta(
     network: nn.Module, input_shape: Sequence[int], parameters: dict[str, Tensor] | None = None
 ) -> Tensor | list[Tensor]:
-    """The outputs, tensors of shapes without values; with ``parameters``, meta tensors, in the place of the network's own."""
+    """Run on the meta device; the outputs have shapes and no values.
+
+    ``parameters``, meta tensors, stand in the place of the network's own.
+    """
     if parameters is None:
         parameters = {name: p.detach().to("meta") for name, p in network.named_parameters()}
     buffers = {name: b.to("meta") for name, b in network.named_buffers()}

@@ -28,7 +28,7 @@ KERNEL_SIZE = (1, 3, 3)
 
 @dataclass(frozen=True)
 class BlockStyle:
-    """What all shift blocks of a network have in common; the names are those of nnU-Net's plans.
+    """Settings of all shift blocks of a network, named as in nnU-Net's plans.
 
     Attributes:
         dimension: 2 or 3. In 2D there is no depth and nothing is shifted.
@@ -52,6 +52,7 @@ class BlockStyle:
 
 
 def as_given(*maps: FeatureMap) -> Sequence[FeatureMap]:
+    """The maps, read as they are."""
     return maps
 
 
@@ -61,12 +62,12 @@ class ShiftBlock(nn.Module):
     Args:
         in_channels: channels of the concatenation.
         out_channels: channels of the result.
-        style: what the blocks of the network have in common.
+        style: settings of all blocks.
         stride: of the convolution; the shift comes before it.
         maskable: whether DSFF may switch connections of the convolution off.
 
     Attributes:
-        recompute: one of RECOMPUTE; what autograd keeps of this block, never what is computed.
+        recompute: one of RECOMPUTE, the maps of this block that autograd keeps; results do not depend on it.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class ShiftBlock(nn.Module):
         self.nonlin = style.nonlin(**style.nonlin_kwargs)
 
     def forward(self, *maps: FeatureMap, flows: Callable[..., Sequence[FeatureMap]] = as_given) -> FeatureMap:
-        """The block over ``flows(*maps)``; what ``flows`` computes is computed again in the backward pass if need be."""
+        """The block over ``flows(*maps)``. The backward pass computes ``flows`` again where ``recompute`` asks for it."""
         recompute = self.recompute != "none" and self.training and torch.is_grad_enabled()
 
         def read(*maps: FeatureMap) -> Tensor:
@@ -121,7 +122,7 @@ class ShiftBlock(nn.Module):
 
 
 def chain(blocks: Iterable[nn.Module], *maps: FeatureMap, flows: Callable[..., Sequence[FeatureMap]] = as_given) -> FeatureMap:
-    """One shift block after the other; what autograd keeps is what their ``recompute`` says."""
+    """One shift block after the other; their ``recompute`` decides which maps autograd keeps."""
     *others, last = cast(Iterable[ShiftBlock], blocks)
     if not others:
         return cast(FeatureMap, last(*maps, flows=flows))

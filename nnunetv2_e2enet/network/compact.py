@@ -1,7 +1,7 @@
 """Maskable layers that store the weights of active connections alone.
 
 All blocks of such a layer have equally many input maps, so that the weights are those of a grouped convolution with a group
-for each block. State dicts hold, and are loaded from, the weights of all connections, as those of any maskable layer do.
+for each block. State dicts hold the weights of all connections, as for any maskable layer, and loading expects them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ class CompactLayer(MaskableLayer):
     """A maskable layer whose ``weight``, its gradient and optimizer state are those of active connections.
 
     ``store_active_only`` makes one. The values of ``weight`` are in the order of the mask, so their places change with the
-    topology: an average of weights over a training is one of state dicts. A new topology must have as many inputs in each
-    block.
+    topology. A mean over a training is one of state dicts. A new topology must have as many inputs in each block.
     """
 
     stores_active_only = True
 
     @property
     def computes_active_only(self) -> bool:
-        """Whether the forward pass gathers; not where it would have to pad otherwise than with zeros."""
+        """Whether the forward pass gathers input maps: with zero padding only."""
         return self.training and getattr(self, "padding_mode", "zeros") == "zeros"
 
     def grouped(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -78,17 +77,17 @@ class CompactLayer(MaskableLayer):
         return self.spread(self.weight)
 
     def clear_inactive_weights(self) -> None:
-        """Of connections that are off no weights are stored."""
+        """Nothing to do: weights of inactive connections are not stored."""
 
     def share_inputs(self, block_size: int, equal_blocks: bool = False) -> None:  # noqa: ARG002
-        """Raises E2ENetError: the blocks are what the stored weights are of."""
+        """Raises E2ENetError: the stored weights belong to the present blocks."""
         raise E2ENetError("the layer stores its active weights alone, whose blocks are what they are: build it anew")
 
     def change_topology(self, mask: Tensor, restarted: Tensor, states: Sequence[Tensor] = ()) -> None:
         """As for any maskable layer.
 
         Raises:
-            E2ENetError: the new topology has not as many inputs in each block.
+            E2ENetError: a block of the new topology has another number of inputs.
         """
         if not self.fits_blocks(mask):
             raise E2ENetError(
@@ -123,6 +122,7 @@ class CompactConv2d(CompactLayer, MaskedConv2d):
     """A compact ``MaskedConv2d``."""
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """As ``MaskedConv2d.forward``."""
         bias = self.bias if with_bias else None
         if can_compute(self, x):
             return sparse_convolution(x, self.weight, bias, self.active_inputs(), self.stride)
@@ -136,6 +136,7 @@ class CompactConv3d(CompactLayer, MaskedConv3d):
     """A compact ``MaskedConv3d``."""
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """As ``MaskedConv3d.forward``."""
         bias = self.bias if with_bias else None
         if can_compute(self, x):
             return sparse_convolution(x, self.weight, bias, self.active_inputs(), self.stride)
@@ -149,6 +150,7 @@ class CompactConvTranspose2d(CompactLayer, MaskedConvTranspose2d):
     """A compact ``MaskedConvTranspose2d``."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """As ``MaskedConvTranspose2d.forward``."""
         return self.upsampled(*self.grouped(x)) if self.computes_active_only else super().forward(x)
 
 
@@ -156,6 +158,7 @@ class CompactConvTranspose3d(CompactLayer, MaskedConvTranspose3d):
     """A compact ``MaskedConvTranspose3d``."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """As ``MaskedConvTranspose3d.forward``."""
         return self.upsampled(*self.grouped(x)) if self.computes_active_only else super().forward(x)
 
 

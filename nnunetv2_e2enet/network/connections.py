@@ -36,7 +36,7 @@ def check_sparsity(sparsity: float) -> None:
 
 
 class _StraightThroughMask(torch.autograd.Function):
-    """Masked weights forward, the dense gradient backward: what gradient growth looks at."""
+    """Masked weights forward, the dense gradient backward, for gradient growth."""
 
     @staticmethod
     def forward(_ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
@@ -91,10 +91,12 @@ class MaskableLayer(nn.Module):
 
     @property
     def n_connections(self) -> int:
+        """Connections, active or not: input maps times output maps."""
         return self.mask.numel()
 
     @property
     def n_active(self) -> int:
+        """Active connections."""
         return int(self.mask.sum())
 
     @property
@@ -104,31 +106,35 @@ class MaskableLayer(nn.Module):
 
     @property
     def weights_per_connection(self) -> int:
+        """Weights of one kernel."""
         return self.weight[0, 0].numel()
 
     @property
     def n_inputs(self) -> int:
+        """Input maps."""
         return self.mask.shape[self.input_axis]
 
     @property
     def n_outputs(self) -> int:
+        """Output maps."""
         return self.mask.shape[self.output_axis]
 
     @property
     def n_blocks(self) -> int:
+        """Blocks of output maps that share their input maps."""
         return self.n_outputs // self.block_size
 
     def connections_at(self, density: float) -> int:
-        """How many connections are active at a density: the nearest number that is made of whole, or equal, blocks."""
+        """Active connections at a density: the nearest number that whole blocks, or equal blocks, can have."""
         if self.equal_blocks:
             return max(1, round(density * self.n_inputs)) * self.n_outputs
         return round(density * self.n_connections / self.block_size) * self.block_size
 
     def share_inputs(self, block_size: int, equal_blocks: bool = False) -> None:
-        """From now on blocks of ``block_size`` output maps share their input maps: topologies that are set, and updates.
+        """Let blocks of ``block_size`` output maps share their input maps in all topologies from now on.
 
         All blocks of a layer are of the same size. Where ``block_size`` does not divide the output maps, it is the largest
-        number below that does: 24 of 48 maps for 32. With ``equal_blocks`` all have the same number of input maps as well.
+        number below that does: 24 of 48 maps for 32. With ``equal_blocks`` all blocks have the same number of input maps.
 
         Raises:
             E2ENetError: ``block_size`` is not a whole number of at least 1.
@@ -147,7 +153,7 @@ class MaskableLayer(nn.Module):
         return sums
 
     def from_blocks(self, blocks: Tensor) -> Tensor:
-        """The reverse of ``by_block``: what is said of a block is said of each of its output maps."""
+        """The reverse of ``by_block``: each output map of a block gets the number of the block."""
         return blocks.repeat_interleave(self.block_size, self.output_axis)
 
     def shared_block_size(self) -> int:
@@ -159,13 +165,13 @@ class MaskableLayer(nn.Module):
     def block_inputs(self, block_size: int) -> list[Tensor]:
         """The input maps of each block of output maps: their indices in ascending order, one tensor a block.
 
-        A block takes as input what any of its maps does, so that this serves masks of any structure.
+        A block's inputs are the union of its maps' inputs, so masks of any structure have them.
         """
         maps = self.mask.movedim(self.output_axis, 0)
         return [block.any(0).nonzero().flatten() for block in maps.split(block_size)]
 
     def fits_blocks(self, mask: Tensor | None = None) -> bool:
-        """Whether the output maps of each block share their inputs, equally many of them if they are to be; in ``mask``."""
+        """Whether the output maps of each block share their inputs in ``mask``, with ``equal_blocks`` equally many."""
         mask = self.mask if mask is None else mask
         equal = not self.equal_blocks or bool((mask.sum(self.input_axis) == self._inputs_per_block).all())
         return equal and torch.equal(mask, self.from_blocks(self.by_block(mask).bool()))
@@ -192,7 +198,7 @@ class MaskableLayer(nn.Module):
 
     @torch.no_grad()
     def set_topology(self, mask: Tensor) -> None:
-        """Start from this topology: set the mask, forget what was explored, zero the weights that are off."""
+        """Start from this topology: set the mask, mark nothing else as explored, zero the inactive weights."""
         self.change_topology(mask, torch.zeros_like(self.mask))
         self.explored.copy_(mask)
 
@@ -252,6 +258,7 @@ class MaskedConv2d(MaskableLayer, nn.Conv2d):
     """``nn.Conv2d`` with a mask; ``with_bias=False`` leaves the bias out."""
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
         out: Tensor = self._conv_forward(x, self.masked_weight(), self.bias if with_bias else None)
         return out
 
@@ -260,6 +267,7 @@ class MaskedConv3d(MaskableLayer, nn.Conv3d):
     """``nn.Conv3d`` with a mask; ``with_bias=False`` leaves the bias out."""
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """``(batch, in, depth, height, width)`` to ``(batch, out, depth, height, width)``."""
         return conv3d(self, x, self.masked_weight(), self.bias if with_bias else None, self.groups)
 
 
@@ -269,6 +277,7 @@ class MaskedConvTranspose2d(MaskableLayer, nn.ConvTranspose2d):
     output_axis = 1
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
         return self.upsampled(x, self.masked_weight(), self.groups)
 
     def upsampled(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -283,6 +292,7 @@ class MaskedConvTranspose3d(MaskableLayer, nn.ConvTranspose3d):
     output_axis = 1
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """``(batch, in, depth, height, width)`` to ``(batch, out, depth, height, width)``."""
         return self.upsampled(x, self.masked_weight(), self.groups)
 
     def upsampled(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -296,7 +306,7 @@ MASKED_CONV_TRANSPOSE: dict[int, Callable[..., MaskableLayer]] = {2: MaskedConvT
 
 
 def maskable_layers(network: nn.Module) -> Iterator[tuple[str, MaskableLayer]]:
-    """Name and layer of everything in ``network`` that DSFF can prune and grow, in a fixed order."""
+    """Name and layer of all maskable layers of a network, in a fixed order."""
     for name, module in network.named_modules():
         if isinstance(module, MaskableLayer):
             yield name, module

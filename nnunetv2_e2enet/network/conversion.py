@@ -1,7 +1,7 @@
-"""DSFF and the depth shift inside other networks: what the paper's authors leave open.
+"""DSFF and the depth shift inside other networks, an open question of the paper.
 
-Works on any network built as those of ``dynamic_network_architectures`` are: an ``encoder``, and a ``decoder`` whose heads are
-``decoder.seg_layers``. Such networks hold modules under several names, so modules are replaced wherever they are held.
+The functions take any network built like those of ``dynamic_network_architectures``: an ``encoder``, and a ``decoder`` whose
+heads are ``decoder.seg_layers``. Such networks hold modules under several names; a module is replaced under all of them.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ class DepthShift(nn.Module):
         self.shift_size = shift_size
 
     def forward(self, x: Tensor) -> Tensor:
+        """Move the channel groups of ``(batch, channels, depth, height, width)``."""
         return depth_shift(x, self.shift_size)
 
     def get_extra_state(self) -> Tensor:
+        """The shift size, which is saved with the weights."""
         return torch.tensor(self.shift_size)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -54,6 +56,7 @@ class DepthShift(nn.Module):
             )
 
     def extra_repr(self) -> str:
+        """The shift size, for ``print``."""
         return f"shift_size={self.shift_size}"
 
 
@@ -109,7 +112,7 @@ def put_depth_shift(network: nn.Module, shift_size: int) -> nn.Module:
 def converted_network(
     network_class_name: str, *, feature_sparsity: float | None = None, shift_size: int = 1, **arguments: Any
 ) -> nn.Module:
-    """A network with maskable layers or depth shifts, built from what nnU-Net's plans hold.
+    """A network of nnU-Net's plans with maskable layers or depth shifts.
 
     Args:
         network_class_name: of the network to convert, as plans give it.

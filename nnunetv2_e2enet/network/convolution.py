@@ -15,6 +15,7 @@ class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` that leaves its bias out when asked to."""
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
         out: Tensor = self._conv_forward(x, self.weight, self.bias if with_bias else None)
         return out
 
@@ -23,6 +24,7 @@ class Conv3d(nn.Conv3d):
     """``nn.Conv3d`` that leaves its bias out when asked to, see also ``over_slices``."""
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """``(batch, in, depth, height, width)`` to ``(batch, out, depth, height, width)``."""
         return conv3d(self, x, self.weight, self.bias if with_bias else None)
 
 
@@ -36,7 +38,8 @@ def conv3d(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None, gro
     Args:
         layer: says stride, padding and dilation.
         x: ``(batch, channels, depth, height, width)``.
-        weight, bias: shaped as a convolution of so many groups takes them.
+        weight: ``(out, in / groups, *kernel)``.
+        bias: ``(out,)``, or None.
         groups: of the convolution.
     """
     if layer.padding_mode != "zeros":

@@ -71,7 +71,7 @@ def depth_shift(maps: FeatureMap | Sequence[FeatureMap], shift_size: int) -> Ten
 
 
 def activated(feature_map: FeatureMap) -> Tensor:
-    """A feature map as an ordinary tensor, ``(batch, channels, *space)``: what a block's result is read with.
+    """A feature map as an ordinary tensor, ``(batch, channels, *space)``.
 
     Blocks hand on maps whose norm and activation are still to be computed; only this function and ``depth_shift`` compute them
     with the right gradients.
@@ -123,6 +123,7 @@ def separate(grad: Tensor, widths: Sequence[int], shift_size: int) -> list[Tenso
     Args:
         grad: of the concatenation.
         widths: channels of each map.
+        shift_size: number of channel groups, odd.
     """
     grads = [empty_like(grad, width) for width in widths]
     for index, channels, out_channels, offset in _pieces(widths, shift_size):
@@ -144,7 +145,7 @@ def _separated(grad: Tensor, widths: list[int], shift_size: int) -> Sequence[Ten
 
 
 class _DepthShift(torch.autograd.Function):
-    """Nothing is kept: the gradient of a raw map is that of its activation (see RawMap), so both kinds of maps are alike."""
+    """Keeps no tensor: the gradient of a raw map is that of its activation (see RawMap), as for ordinary maps."""
 
     @staticmethod
     def forward(ctx: Any, shift_size: int, slopes: Slopes, *tensors: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def e2enet_features(n_stages: int, base: int = 48, maximum: int = 320) -> list[i
 class E2ENet(nn.Module):
     """Efficient-to-efficient network with dynamic sparse feature fusion.
 
-    The arguments are what nnU-Net's plans hold, so stock nnU-Net builds the network from a plans file. A fresh network has a
+    The arguments are those of nnU-Net's plans, so stock nnU-Net builds the network from a plans file. A fresh network has a
     random topology of the given sparsity, drawn from torch's global random state.
 
     Args:
@@ -156,7 +156,7 @@ class E2ENet(nn.Module):
 
     @property
     def recompute(self) -> str:
-        """What the backward pass of a training computes again instead of keeping it; results do not depend on it.
+        """Which maps the backward pass computes again; results do not depend on it.
 
         "none" keeps everything. "blocks" (the default) keeps one map of each shift block, the output of its convolution, and
         computes norms, activations, shifts, concatenations and the upward and downward flow again. "nodes" keeps one map of
@@ -185,7 +185,7 @@ class E2ENet(nn.Module):
             )
 
     def get_extra_state(self) -> Tensor:
-        """The shift size travels with the weights, which would fit a network that shifts otherwise."""
+        """The shift size, saved with the weights, since their shapes do not depend on it."""
         return torch.tensor(self._effective_shift_size)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -262,7 +262,7 @@ def _check_levels(n_stages: int) -> None:
 
 
 def _given(**arguments: Any) -> dict[str, Any]:
-    """Those that are not None; of the others BlockStyle has defaults."""
+    """The arguments that are not None; BlockStyle has defaults for the others."""
     return {name: value for name, value in arguments.items() if value is not None}
 
 

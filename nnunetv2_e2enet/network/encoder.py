@@ -20,7 +20,7 @@ class Encoder(nn.Module):
         features_per_stage: channels of each level.
         strides: stride into each level, one number an axis.
         n_conv_per_stage: shift blocks in each level.
-        style: what the blocks of the network have in common.
+        style: settings of all blocks.
     """
 
     def __init__(

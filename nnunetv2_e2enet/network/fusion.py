@@ -33,7 +33,7 @@ class FusionNode(nn.Module):
         strides: stride into each level.
         flows: names of the flows that the node fuses, of SOURCES.
         n_blocks: shift blocks; 2 in the last node of a level, otherwise 1.
-        style: what the blocks of the network have in common.
+        style: settings of all blocks.
 
     Attributes:
         stage, level: of the node.
@@ -115,14 +115,14 @@ class FusionDecoder(nn.Module):
     A subclass that overrides ``flows`` is another wiring (docs/extending.md).
 
     ``deep_supervision`` and ``seg_layers`` are named and ordered as in ``dynamic_network_architectures``: heads from the
-    coarsest to the finest, ``seg_layers[-1]`` gives the segmentation. They are those to which nnU-Net's loss gives weight.
+    coarsest to the finest, ``seg_layers[-1]`` gives the segmentation. nnU-Net's loss gives weight to each of these heads.
 
     Args:
         features_per_stage: channels of each level, finest first.
         strides: stride into each level.
         num_classes: output channels of the heads.
         deep_supervision: whether ``forward`` returns the outputs of all heads.
-        style: what the blocks of the network have in common.
+        style: settings of all blocks.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class FusionDecoder(nn.Module):
         )
 
     def flows(self, stage: int, level: int) -> Sequence[str]:  # noqa: ARG002 (a wiring may differ from stage to stage)
-        """Names of the flows that a node fuses, of SOURCES: all that come from a level that exists."""
+        """Names of the flows that a node fuses, of SOURCES: those from levels that exist."""
         return [flow for flow, source in SOURCES.items() if level + source >= 0]
 
     def forward(self, maps: Sequence[FeatureMap]) -> Tensor | list[Tensor]:

@@ -1,4 +1,4 @@
-"""Depth shift whose offsets are learned: what the paper's authors leave open.
+"""Depth shift whose offsets are learned, an open question of the paper.
 
 Each channel has an offset of its own, a real number of slices, which starts at that of the restricted depth shift. In training
 a channel is interpolated linearly between the two slices nearest to ``d - offset``, so the loss has a gradient with respect to
@@ -37,10 +37,11 @@ class LearnedDepthShift(nn.Module):
         self.whole = False
 
     def whole_offsets(self) -> list[int]:
-        """The export: the slices that each channel moves in prediction."""
+        """The slices by which each channel moves in prediction."""
         return [int(offset) for offset in self.offsets.detach().round().tolist()]
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """The concatenation of the maps, ``(batch, channels, depth, height, width)``, each channel moved by its offset."""
         x = maps[0] if len(maps) == 1 else torch.cat(tuple(maps), dim=1)
         if not self.training and not torch.compiler.is_compiling():  # a graph has no place for the values of parameters
             return torch.empty_like(x) if x.is_meta else _whole_shift(x, self.whole_offsets())
@@ -75,6 +76,7 @@ def _whole_shift(x: Tensor, offsets: Sequence[int]) -> Tensor:
 
 
 def learned_shifts(network: nn.Module) -> Iterator[LearnedDepthShift]:
+    """All learned shifts of a network."""
     for module in network.modules():
         if isinstance(module, LearnedDepthShift):
             yield module

@@ -1,8 +1,8 @@
-"""How feature maps lie in memory: channel after channel, as ever, or channels last, all channels of a voxel side by side.
+"""Order of feature maps in memory: channel after channel, or channels last, with all channels of a voxel side by side.
 
-Which is faster depends on the device; what is computed does not depend on it. After
-``network.to(memory_format=CHANNELS_LAST[dimension])`` convolutions write their maps as their weights lie, and whatever reads
-these maps follows.
+The device decides which order is faster; results do not depend on it. After
+``network.to(memory_format=CHANNELS_LAST[dimension])`` convolutions write maps in the format of their weights, and readers keep
+the format of their maps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The format for what is made from a map; the ordinary one if the map is not contiguous at all."""
+    """The format for results that are computed from a map; the ordinary one if the map is not contiguous at all."""
     return CHANNELS_LAST[x.dim() - 2] if is_channels_last(x) else torch.contiguous_format
 
 

@@ -1,4 +1,4 @@
-"""What autograd keeps for the backward pass, and what it computes again instead."""
+"""Checkpoints that let autograd compute maps again in the backward pass instead of keeping them."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ def convolved(
     The convolution is not computed again: its backward pass needs its input, and there recomputation stops.
 
     Args:
+        conv: a convolution of one tensor.
+        read: makes that tensor from the maps.
+        maps: input maps of a block.
+        recompute: whether autograd keeps the maps alone.
         random: whether ``read`` draws random numbers, which are then drawn again.
     """
     if not (recompute and torch.is_grad_enabled()):

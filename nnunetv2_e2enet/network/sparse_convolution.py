@@ -1,4 +1,4 @@
-"""Convolutions over the input maps of each block alone, where the kernels compute: nothing is gathered in memory."""
+"""Convolutions by the GPU kernels over the input maps of each block alone, without gathering them in memory."""
 
 from __future__ import annotations
 

@@ -61,8 +61,10 @@ def resampled_axes(
     """As ``resample_data_or_seg_to_shape`` with order 1, and order 0 on an axis that is resampled separately.
 
     Args:
-        shape, spacing: of the logits.
-        new_shape, new_spacing: of the result.
+        shape: of the logits.
+        new_shape: of the result.
+        spacing: of the logits, mm.
+        new_spacing: of the result, mm.
         options: ``SEPARATE_Z``, as plans give them.
     """
     _, separate = determine_do_sep_z_and_axis(options.pop("force_separate_z", False), spacing, new_spacing, **options)
@@ -88,13 +90,13 @@ def _centres(size: int, new_size: int) -> NDArray[np.float64]:
 
 
 def _nearest(size: int, new_size: int) -> Axis:
-    """scipy's ``map_coordinates`` of order 0 with edges repeated; each voxel itself where the sizes are the same."""
+    """As scipy's ``map_coordinates`` of order 0 with edges repeated; each voxel itself where the sizes are the same."""
     places = np.floor(_centres(size, new_size) + 0.5)
     return _axis(size, places, places, np.zeros(new_size))
 
 
 def _linear(size: int, new_size: int) -> Axis:
-    """scipy's ``zoom`` of order 1 with edges repeated and pixels as areas, to which skimage's ``resize`` comes."""
+    """As scipy's ``zoom`` of order 1 with edges repeated and pixels as areas, to which skimage's ``resize`` comes."""
     places = _centres(size, new_size)
     lower = np.floor(places)
     return _axis(size, lower, lower + 1, places - lower)
@@ -117,8 +119,13 @@ class Export:
         shape: Sequence[int],
         strides: tuple[int, int],
     ) -> None:
-        """
+        """Look up how the logits of this scan are resampled and labelled.
+
         Args:
+            core: the compiled functions.
+            plans: of the model.
+            configuration: of the model.
+            labels: of the model.
             properties: of the preprocessed image, as nnU-Net's preprocessor gives them.
             shape: of the logits, ``(depth, height, width)``.
             strides: of classes and rows in a slice of logits, in elements.

@@ -92,7 +92,10 @@ def segment(predictor: nnUNetPredictor, core: ScanCore, data: Tensor, properties
     window has left them; of several, the mean has to be known.
 
     Args:
+        predictor: nnU-Net's predictor with the weights of all folds.
+        core: the compiled functions.
         data: float32, ``(channels, depth, height, width)``.
+        properties: of the preprocessed image, as nnU-Net's preprocessor gives them.
 
     Raises:
         E2ENetError: there is too little memory.
@@ -191,7 +194,10 @@ def write(predictor: nnUNetPredictor, segmentation: Segmentation, target: str, p
     """A file as nnU-Net writes it, which appears whole or not at all.
 
     Args:
+        predictor: nnU-Net's predictor, which knows the format of the files.
+        segmentation: of the image that was read.
         target: path without nnU-Net's file ending.
+        properties: of the preprocessed image.
 
     Raises:
         OSError, RuntimeError: it cannot be written.

@@ -22,12 +22,12 @@ from nnunetv2.preprocessing.resampling.default_resampling import resample_data_o
 
 from nnunetv2_e2enet.engine.scan import Rule, ScanCore, load_scan_core
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.machine import is_out_of_memory
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.prediction import export
 from nnunetv2_e2enet.prediction.known import why_unknown
 from nnunetv2_e2enet.prediction.scans import Preprocessed, Segmentation, preprocessed_ahead, preprocessing, segment, write
 from nnunetv2_e2enet.settings import settings, variable
-from nnunetv2_e2enet.training.checkpoints import is_out_of_memory
 
 PREDICTOR_VARIABLE = variable("predictor")
 

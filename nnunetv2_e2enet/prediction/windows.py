@@ -31,8 +31,11 @@ class SlidingSums:
     """
 
     def __init__(self, core: ScanCore, classes: int, size: Sequence[int], windows: Sequence[Window]) -> None:
-        """
+        """Make room for the slices of the first windows.
+
         Args:
+            core: the compiled functions.
+            classes: of the logits.
             size: of the padded image, ``(depth, height, width)``.
             windows: in the order in which they will be added, first slices first.
         """
@@ -64,6 +67,7 @@ class SlidingSums:
         """Adds ``logits * weights``.
 
         Args:
+            window: where the logits lie in the scan.
             logits: float32, ``(classes, depth, height, width)``.
             weights: float16, ``(depth, height, width)``.
         """
@@ -134,7 +138,9 @@ def slide(
     """Predicts all windows and hands on slices as they are finished.
 
     Args:
+        sums: of the whole scan, empty.
         data: the padded image, ``(channels, depth, height, width)``.
+        slicers: the windows, as nnU-Net lists them.
         predict: logits of one patch, a batch of one.
         weights: of the voxels of a patch.
         take: gets the place of the first of some consecutive slices, and the slices.

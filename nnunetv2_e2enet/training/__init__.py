@@ -1,1 +1,1 @@
-"""nnU-Net's side of E2ENet: what its trainers and planners are made of."""
+"""Mixins for nnU-Net's trainers and planners, and checks of nnU-Net's checkpoints and interface."""

@@ -35,7 +35,8 @@ def e2enet_architecture(
 
     Args:
         architecture: of any configuration of any plans; not changed.
-        base_num_features, max_num_features: channels of the finest level and upper limit, where the plans are not E2ENet's.
+        base_num_features: channels of the finest level, where the plans are not E2ENet's.
+        max_num_features: upper limit of the channels of a level, where the plans are not E2ENet's.
         settings: arguments of E2ENet that override those of the plans, such as ``feature_sparsity`` and ``shift_size``.
 
     Raises:

@@ -1,8 +1,7 @@
-"""nnU-Net's checkpoints: read without running code from them, compared with what a trainer is about to continue."""
+"""nnU-Net's checkpoints: read without running code from them, and compared with the network of a trainer."""
 
 from __future__ import annotations
 
-import errno
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.machine import is_out_of_memory
 from nnunetv2_e2enet.network.blocks import KERNEL_SIZE
 
 # nnU-Net logs numpy numbers. Their pickles name these two functions and the types of the numbers; nothing else is allowed.
@@ -30,7 +30,6 @@ _ALLOWED: list[Any] = [
 _reading = Lock()  # what is allowed holds for all threads, and ends with the first that has read
 
 _ZIP_WRITER = ("PytorchStreamWriter", "inline_container")  # torch's writer of checkpoints; its errors are RuntimeErrors
-_ALLOCATORS = ("out of memory", "can't allocate memory")  # on a GPU; on a CPU, where torch raises a RuntimeError
 
 _KEYS = ("network_weights", "optimizer_state", "current_epoch", "init_args", "trainer_name")
 # What has to agree, with the value where plans do not name it; the rest of a network shows in the shapes of its weights.
@@ -49,7 +48,7 @@ _ARCHITECTURE = {
 
 
 def why_not_written(error: BaseException, path: Path) -> str | None:
-    """What to tell a user whose checkpoint could not be written; None for an error that has nothing to do with writing.
+    """The message about a checkpoint that could not be written; None for an error of another kind.
 
     Args:
         error: what ended the attempt.
@@ -64,14 +63,6 @@ def why_not_written(error: BaseException, path: Path) -> str | None:
     else:
         return None
     return f"{what}: former checkpoints are intact. {remedy} and resume with --c"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU or the system had no memory left for a tensor or an object."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    said_so = isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATORS)
-    return said_so or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def _is_write_failure(error: BaseException) -> bool:

@@ -43,39 +43,44 @@ class Fold:
 
     @property
     def trainer(self) -> str:
+        """Name of the trainer."""
         return self.model.name.split("__")[0]
 
     @property
     def plans(self) -> str:
+        """Name of the plans."""
         return self.model.name.split("__")[1]
 
     @property
     def configuration(self) -> str:
+        """Name of the configuration."""
         return self.model.name.split("__")[2]
 
     @property
     def folder(self) -> Path:
+        """nnU-Net's folder of the fold."""
         return self.model / f"fold_{self.number}"
 
     @property
     def log(self) -> Path:
-        """Where the output of the command goes."""
+        """The file of the command's output."""
         return self.model / f"crossval_fold_{self.number}.log"
 
     def state(self) -> FoldState:
+        """How far the fold has come, by the files in its folder."""
         if (self.folder / "checkpoint_final.pth").is_file():
             return FoldState.DONE if (self.folder / "validation" / "summary.json").is_file() else FoldState.TRAINED
         started = any((self.folder / f"checkpoint_{name}.pth").is_file() for name in ("latest", "best"))
         return FoldState.STARTED if started else FoldState.NEW
 
     def epoch(self) -> int | None:
-        """The epoch that the newest training log speaks of, None before the first."""
+        """The last epoch in the newest training log, None before the first."""
         logs = sorted(self.folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
         epochs = re.findall(r"Epoch (\d+) ", logs[-1].read_text(errors="replace")) if logs else []
         return int(epochs[-1]) if epochs else None
 
     def command(self) -> list[str]:
-        """What brings this fold to its end from where it is."""
+        """The command that trains and validates the rest of this fold."""
         resume = {FoldState.STARTED: ["--c"], FoldState.TRAINED: ["--val"]}.get(self.state(), [])
         train = [console_command("nnUNetv2_train"), self.dataset, self.configuration, str(self.number)]
         return [*train, "-tr", self.trainer, "-p", self.plans, *self.options, *resume]
@@ -112,7 +117,7 @@ def _run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) 
 
 
 def summary(model: Path, folds: Sequence[int]) -> Path:
-    """Where nnU-Net's accumulation puts the metrics of all folds."""
+    """The file in which nnU-Net's accumulation writes the metrics of all folds."""
     return model / f"crossval_results_folds_{'_'.join(map(str, folds))}" / "summary.json"
 
 
@@ -120,6 +125,7 @@ def run_locally(folds: Sequence[Fold], gpus: Sequence[int], watch: Callable[[], 
     """Train folds on this machine, one at a time on each GPU (or one at a time, without a GPU).
 
     Args:
+        folds: to be trained, in this order.
         gpus: numbers of the GPUs.
         watch: called every second while trainings run.
 

@@ -62,6 +62,7 @@ class DSFFMixin(NetworkMixin):
         self._is_prepared = False
 
     def initialize(self) -> None:
+        """As nnU-Net does, with a topology and its history."""
         with one_line_errors():
             super().initialize()
             if not self._is_prepared:  # a class of the user's configures the optimizer without a call of this one's
@@ -69,7 +70,7 @@ class DSFFMixin(NetworkMixin):
             self.topology_history = self._follow_topology()
 
     def configure_optimizers(self, *args: Any, **kwargs: Any) -> Any:
-        """As nnU-Net does, after topology and weights have got the form in which they are trained."""
+        """As nnU-Net does, after the start of the topology."""
         if not self._is_prepared:
             self._prepare_network()
             self._is_prepared = True
@@ -86,7 +87,7 @@ class DSFFMixin(NetworkMixin):
         self._is_prepared = True
 
     def _prepare_network(self) -> None:
-        """Bring topology and weights into the form in which they are trained."""
+        """Draw the topology and the initial weights, and store active weights alone where asked to."""
         network = self.unwrapped_network
         for _, layer in maskable_layers(network):
             layer.share_inputs(self.block_size, self.compute_active_only)
@@ -100,7 +101,7 @@ class DSFFMixin(NetworkMixin):
                 store_active_only(layer)
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
-        """Optimizer state of all connections, as checkpoints had it once, is taken for those that are stored."""
+        """As nnU-Net does; of an older checkpoint's optimizer state, that of the stored connections is kept."""
         super().load_checkpoint(filename_or_checkpoint)
         for layer in self.topology_updater.layers.values():
             state = self.optimizer.state.get(layer.weight, {})
@@ -123,6 +124,7 @@ class DSFFMixin(NetworkMixin):
         return CosineSchedule(self.num_epochs, self.topology_update_period, self.initial_prune_fraction)
 
     def on_train_start(self) -> None:
+        """As nnU-Net does; the history begins, or goes on at the epoch of the checkpoint."""
         super().on_train_start()
         with one_line_errors():
             self._check_topology()
@@ -151,6 +153,7 @@ class DSFFMixin(NetworkMixin):
             )
 
     def on_train_epoch_start(self) -> None:
+        """As nnU-Net does; then the topology is updated where the schedule says so."""
         super().on_train_epoch_start()
         with one_line_errors():
             self._update_topology()

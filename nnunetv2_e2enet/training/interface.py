@@ -1,4 +1,4 @@
-"""What this package relies on in nnU-Net's classes, checked before it is used: a change there is said in one line."""
+"""Checks of the methods and attributes of nnU-Net's classes that this package uses: a change there gives one line of error."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ PLANNER_ATTRIBUTES = (
 
 
 class Overrides:
-    """Base of a mixin for a class of nnU-Net. Each public method of the mixin must be one of nnU-Net's, and take the same.
+    """Base of a mixin for a class of nnU-Net. Each public method must be one of nnU-Net's, with the same parameters.
 
-    It is compared with the first definition in nnU-Net, as variants of it may take something else, which the mixin overrides.
-    Optional parameters that nnU-Net adds behind the others are accepted: nobody has to pass them.
+    A method is compared with nnU-Net's first definition of it, since variants of nnU-Net may change the parameters.
+    Optional parameters that nnU-Net adds behind the others are accepted.
 
     Attributes:
         own_hooks: methods of the mixin that nnU-Net does not have.
 
     Raises:
-        E2ENetError: on definition of a class from mixin and nnU-Net, if nnU-Net has no such method or it takes something else.
+        E2ENetError: on definition of a class, if nnU-Net has no such method, or one with other parameters.
     """
 
     own_hooks: tuple[str, ...] = ()

@@ -8,63 +8,68 @@ from nnunetv2_e2enet.dsff import TopologyHistory
 
 if TYPE_CHECKING:
 
-    class LocalLogger:
+    class _LocalLogger:
+        my_fantastic_logging: dict[str, list[Any]]
+
         def __init__(self, verbose: bool = False) -> None: ...
         def log(self, key: str, value: Any, epoch: int) -> None: ...
         def get_value(self, key: str, step: int | None) -> Any: ...
         def get_checkpoint(self) -> dict[str, list[Any]]: ...
         def load_checkpoint(self, checkpoint: dict[str, list[Any]]) -> None: ...
 else:
-    from nnunetv2.training.logging.nnunet_logger import LocalLogger
+    from nnunetv2.training.logging.nnunet_logger import LocalLogger as _LocalLogger
 
 KEYS = ("dsff_sparsity", "dsff_prune_fraction", "dsff_connections_changed", "dsff_explored")
 BORN = "dsff_born"
 
-# nnU-Net's progress plot ends where the shortest list of the log does, also that of a stock trainer that goes on from the
-# checkpoint and knows nothing of ours. So they are longer in checkpoints than any training.
+# nnU-Net's progress plot ends where the shortest list of the log ends, also for a stock trainer that goes on from a checkpoint
+# of DSFF. Lists of DSFF are therefore longer than any training, with None for epochs that are still to come.
 _LENGTH = 10_000
 
 
-class DSFFLogger(LocalLogger):
-    """nnU-Net's local logger, with DSFF's values beside its own.
+class DSFFLogger(_LocalLogger):
+    """nnU-Net's local logger, with DSFF's values in lists of the same log.
 
-    A checkpoint's ``logging`` has them as lists, one entry an epoch, then None. ``dsff_born`` has one tensor a maskable layer:
-    see ``TopologyHistory.born``.
+    The history has a record an update; the log has a value an epoch, goes with the checkpoint into any folder, and outlives
+    epochs of a stock trainer. In a checkpoint, ``logging`` also has ``dsff_born``, one tensor a maskable layer: see
+    ``TopologyHistory.born``.
 
     Args:
-        history: whose ``born`` travels along.
+        history: the history whose ``born`` is saved and loaded.
         verbose: as in nnU-Net.
     """
 
     def __init__(self, history: TopologyHistory, verbose: bool = False) -> None:
         super().__init__(verbose)
         self.history = history
-        self.dsff: dict[str, list[float | None]] = {key: [] for key in KEYS}
+        self.my_fantastic_logging.update(_empty())
 
     def log(self, key: str, value: Any, epoch: int) -> None:
-        if key not in self.dsff:
+        """As in nnU-Net; a value of DSFF may leave out epochs and may be logged again."""
+        if key not in KEYS:
             super().log(key, value, epoch)
             return
-        earlier = self.dsff[key][:epoch]
-        self.dsff[key] = [*earlier, *[None] * (epoch - len(earlier)), float(value)]
+        values = self.my_fantastic_logging[key]
+        values.extend([None] * (epoch + 1 - len(values)))
+        values[epoch] = float(value)
 
     def get_value(self, key: str, step: int | None) -> Any:
-        if key not in self.dsff:
-            return super().get_value(key, step)
-        return self.dsff[key] if step is None else self.dsff[key][step]
+        """As in nnU-Net; a list of DSFF ends with the last epoch that has a value."""
+        value = super().get_value(key, step)
+        if key not in KEYS or step is not None:
+            return value
+        return value[: max((epoch + 1 for epoch, logged in enumerate(value) if logged is not None), default=0)]
 
     def get_checkpoint(self) -> dict[str, list[Any]]:
-        ours: dict[str, list[Any]] = {**self.dsff, BORN: [born.cpu() for born in self.history.born.values()]}
-        return {
-            **super().get_checkpoint(),
-            **{key: [*values, *[None] * (_LENGTH - len(values))] for key, values in ours.items()},
-        }
+        """The whole log, with ``dsff_born``."""
+        born = [values.cpu() for values in self.history.born.values()]
+        return {**super().get_checkpoint(), BORN: [*born, *[None] * (_LENGTH - len(born))]}
 
     def load_checkpoint(self, checkpoint: dict[str, list[Any]]) -> None:
-        """The checkpoint may lack our values, or some of them: it may be older, or a stock trainer's."""
-        super().load_checkpoint({key: values for key, values in checkpoint.items() if not key.startswith("dsff_")})
-        for key in KEYS:
-            values = checkpoint.get(key, [])
-            logged = [i for i, value in enumerate(values) if value is not None]
-            self.dsff[key] = values[: logged[-1] + 1] if logged else []
-        self.history.load_born(checkpoint.get(BORN, []))
+        """Take over a log that may lack values of DSFF: of an older release, or of a stock trainer."""
+        super().load_checkpoint({**_empty(), **checkpoint})
+        self.history.load_born(self.my_fantastic_logging.pop(BORN, []))
+
+
+def _empty() -> dict[str, list[float | None]]:
+    return {key: [None] * _LENGTH for key in KEYS}

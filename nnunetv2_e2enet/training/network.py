@@ -1,4 +1,4 @@
-"""Mixin that trains another network than the plans say, with checkpoints that are whole."""
+"""Mixin that trains another network than that of the plans, and writes checkpoints whole or not at all."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def one_line_errors() -> Iterator[None]:
 
 
 class NetworkMixin(Overrides, TrainerBase):
-    """Trains another network than the plans say; to be put before an nnU-Net trainer.
+    """Trains another network than that of the plans; to be put before an nnU-Net trainer.
 
-    What is trained is written into the model folder's ``plans.json`` and into checkpoints, so prediction needs no settings.
+    The network is described in the model folder's ``plans.json`` and in checkpoints, so prediction needs no settings.
     Checkpoints are written whole and checked before they are continued, and a training that diverges stops.
     """
 
@@ -49,13 +49,14 @@ class NetworkMixin(Overrides, TrainerBase):
         return architecture
 
     def initialize(self) -> None:
+        """As nnU-Net does, after the architecture of the trainer has been written into the plans."""
         with one_line_errors():
             check_attributes(self, TRAINER_ATTRIBUTES)
             self._write_architecture_into_plans()
             super().initialize()
 
     def _write_architecture_into_plans(self) -> None:
-        """From here on the plans describe what is trained: nnU-Net copies them into the model folder and into checkpoints."""
+        """Let the plans describe this network: nnU-Net copies them into the model folder and into checkpoints."""
         configuration = self.configuration_manager.configuration
         architecture = self.network_architecture(configuration["architecture"])
         configuration["architecture"] = architecture
@@ -70,7 +71,7 @@ class NetworkMixin(Overrides, TrainerBase):
         return unwrapped
 
     def save_checkpoint(self, filename: str) -> None:
-        """As nnU-Net does, but a file that is there is replaced only by one that is complete."""
+        """As nnU-Net does, but only a complete file replaces an existing one."""
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
@@ -97,17 +98,23 @@ class NetworkMixin(Overrides, TrainerBase):
             super().load_checkpoint(filename_or_checkpoint)
 
     def on_train_start(self) -> None:
+        """As nnU-Net does; files that a killed training left half-written are removed."""
         super().on_train_start()
         if self.local_rank == 0:
             self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
-        """Of what a killed training was about to write."""
+        """Temporary files of a killed training."""
         for pattern in ("checkpoint_*.pth.tmp", f".{HISTORY_FILE}.*.tmp"):
             for file in Path(self.output_folder).glob(pattern):
                 file.unlink()
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """As nnU-Net does.
+
+        Raises:
+            E2ENetError: a weight is not finite.
+        """
         super().on_train_epoch_end(train_outputs)
         with one_line_errors():
             self._check_weights()

@@ -12,8 +12,8 @@ from nnunetv2_e2enet.network import maskable_layers
 def share_topology(network: nn.Module) -> None:
     """Give all processes the topology of the first one, and keep DistributedDataParallel from sending it again.
 
-    It would send all masks before each forward pass. Updates are the same on all ranks anyway (``TopologyUpdater``). To be
-    called before DistributedDataParallel wraps the network, or what ``torch.compile`` made of it.
+    DistributedDataParallel would send all masks before each forward pass, though updates are the same on all ranks
+    (``TopologyUpdater``). Call this before DistributedDataParallel wraps the network, compiled or not.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return

@@ -95,6 +95,7 @@ class E2ENetPlannerMixin(Overrides, PlannerBase):
         approximate_n_voxels_dataset: float,
         _cache: dict[str, Any],
     ) -> dict[str, Any]:
+        """As nnU-Net does, with E2ENet as the network."""
         with one_line_errors():
             plan: dict[str, Any] = super().get_plans_for_configuration(
                 spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache

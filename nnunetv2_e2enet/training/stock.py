@@ -1,6 +1,6 @@
 """Trainers of stock networks: with DSFF, with the depth shift, with other widths; mixins to be put before an nnU-Net trainer.
 
-They take any plans and change nothing but what their names say.
+Each takes any plans and changes one thing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ class StockDSFFMixin(DSFFMixin):
     shift_size = 1  # channel groups of a depth shift in the place of the kernels' depth; 1 = kernels as planned
 
     def network_architecture(self, architecture: dict[str, Any]) -> dict[str, Any]:
+        """The entry of the plans, with maskable layers in the decoder."""
         return converted_architecture(architecture, feature_sparsity=self.feature_sparsity, shift_size=self.shift_size)
 
 
@@ -27,6 +28,7 @@ class DepthShiftMixin(NetworkMixin):
     shift_size = 3  # channel groups of the depth shift, odd
 
     def network_architecture(self, architecture: dict[str, Any]) -> dict[str, Any]:
+        """The entry of the plans, with the depth shift before each convolution."""
         return converted_architecture(architecture, shift_size=self.shift_size)
 
 
@@ -36,4 +38,5 @@ class ScaledMixin(NetworkMixin):
     width = 1.0  # times the plans' channels
 
     def network_architecture(self, architecture: dict[str, Any]) -> dict[str, Any]:
+        """The entry of the plans, with other numbers of channels."""
         return scaled_architecture(architecture, self.width)

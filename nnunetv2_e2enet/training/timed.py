@@ -1,4 +1,4 @@
-"""Trainings of so many seconds, for comparisons at equal cost."""
+"""Trainings with a fixed number of seconds, for comparisons at equal cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TimedMixin(Overrides, TrainerBase):
     """Trains for ``training_seconds`` in ``num_epochs`` epochs; to be put before an nnU-Net trainer.
 
     After the first epoch, the iterations of each epoch follow from the seconds that are left and from those that an iteration
-    of the former epoch took. Validation does not count. ``training_time.json`` in the output folder says what came out.
+    of the former epoch took. Validation does not count. ``training_time.json`` in the output folder holds both.
 
     Attributes:
         training_seconds: of all training iterations together.
@@ -44,6 +44,7 @@ class TimedMixin(Overrides, TrainerBase):
         self._epoch_started = 0.0
 
     def on_train_epoch_start(self) -> None:
+        """As nnU-Net does, with as many iterations as fit into the epoch's share of the time."""
         super().on_train_epoch_start()
         self.num_iterations_per_epoch = self._planned_iterations()
         self._epoch_started = time.monotonic()
@@ -56,6 +57,7 @@ class TimedMixin(Overrides, TrainerBase):
         return planned
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """As nnU-Net does, and takes the time of an iteration."""
         super().on_train_epoch_end(train_outputs)
         seconds = time.monotonic() - self._epoch_started
         self._spent += seconds
@@ -63,6 +65,7 @@ class TimedMixin(Overrides, TrainerBase):
         self._seconds_per_iteration = seconds / len(train_outputs)
 
     def on_train_end(self) -> None:
+        """As nnU-Net does, and writes the seconds and iterations of the training."""
         super().on_train_end()
         if self.local_rank == 0:
             content = {"seconds": self._spent, "iterations": self._iterations}

@@ -26,8 +26,8 @@ WHOLE_SHIFT_FROM = 0.9  # of the epochs, with a learned shift
 class E2ENetMixin(DSFFMixin):
     """Trains E2ENet with dynamic sparse feature fusion; to be put before an nnU-Net trainer.
 
-    ``class MyTrainer(E2ENetMixin, nnUNetTrainerDA5): pass`` is all that a combination takes. Works with any U-Net plans:
-    patch, strides and dimension come from them, channels from here (unless the plans are E2ENet's).
+    ``class MyTrainer(E2ENetMixin, nnUNetTrainerDA5): pass`` combines it with another trainer. Any U-Net plans will do: patch,
+    strides and dimension come from the plans, channels from the trainer (unless the plans are E2ENet's).
     """
 
     def __init__(
@@ -50,6 +50,11 @@ class E2ENetMixin(DSFFMixin):
         self.recompute = "blocks"  # in the backward pass; "none" is faster, "nodes" takes less memory (docs/memory.md)
 
     def initialize(self) -> None:
+        """As nnU-Net does.
+
+        Raises:
+            E2ENetError: the patch is not divisible by the strides of the network.
+        """
         super().initialize()
         with one_line_errors():
             network = cast(E2ENet, self.unwrapped_network)
@@ -63,6 +68,7 @@ class E2ENetMixin(DSFFMixin):
             network.to(memory_format=CHANNELS_LAST[network.dimension])  # type: ignore[call-overload]
 
     def network_architecture(self, architecture: dict[str, Any]) -> dict[str, Any]:
+        """The entry of the plans for E2ENet with the settings of the trainer."""
         result = e2enet_architecture(
             architecture,
             self.base_num_features,
@@ -91,6 +97,7 @@ class E2ENetMixin(DSFFMixin):
         return names
 
     def on_train_epoch_start(self) -> None:
+        """As nnU-Net does; learned shifts are whole from the last tenth of the epochs on."""
         super().on_train_epoch_start()
         if self.current_epoch >= int(WHOLE_SHIFT_FROM * self.num_epochs):
             hold_whole_offsets(self.unwrapped_network, self.optimizer)

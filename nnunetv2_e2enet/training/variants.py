@@ -1,4 +1,4 @@
-"""Trainer classes that differ from another in settings alone, or in the class of nnU-Net that they extend."""
+"""Trainer classes that differ in settings alone, or in the class of nnU-Net that they extend."""
 
 from __future__ import annotations
 

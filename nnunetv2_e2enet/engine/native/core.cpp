@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "driver.h"
+#include "export.h"
 
 namespace e2e {
 namespace {
@@ -28,12 +29,6 @@ uint64_t checksum_sample(const unsigned char* bytes, int64_t n, int64_t place) {
 
 }  // namespace
 }  // namespace e2e
-
-#if defined(__GNUC__) || defined(__clang__)
-#define E2E_EXPORT extern "C" __attribute__((visibility("default")))
-#else
-#define E2E_EXPORT extern "C"
-#endif
 
 E2E_EXPORT int e2e_abi() { return 4; }
 

@@ -13,6 +13,7 @@
 #endif
 
 #define E2E_NAMESPACE scan_generic
+#include "export.h"
 #include "scan_kernels.h"
 
 const e2e::ScanKernels* e2e::scan_kernels_generic() { return &E2E_NAMESPACE::kTable; }
@@ -96,12 +97,6 @@ void label_rows(const ScanKernels& kernels, const LabelJob& job, int64_t z, int6
 
 }  // namespace
 }  // namespace e2e
-
-#if defined(__GNUC__) || defined(__clang__)
-#define E2E_EXPORT extern "C" __attribute__((visibility("default")))
-#else
-#define E2E_EXPORT extern "C"
-#endif
 
 E2E_EXPORT int64_t e2e_label_job_size() { return sizeof(e2e::LabelJob); }
 

@@ -1,1 +1,1 @@
-"""HTML pages that need nothing else: no network, no script, no other file."""
+"""HTML pages without network access, scripts or other files."""

@@ -44,10 +44,14 @@ def legend(index: int) -> str:
 def pareto(
     comparison: Comparison, key: str, cost: str, unit: str, caption: str, values: pd.Series, hollow: pd.Series | None = None
 ) -> Chart:
-    """Mean Dice over a cost, with the models that no other beats in both.
+    """Mean Dice over a cost, with a line through the models that no other model beats in both.
 
     Args:
-        cost: its name, for the title.
+        comparison: the models, with their mean Dice.
+        key: name of the figure among those of a page.
+        cost: name of the cost, for the title.
+        unit: of the cost, for the axis.
+        caption: text below the figure.
         values: by model; NaN is not drawn.
         hollow: a second cost of each model, drawn as a hollow mark.
     """
@@ -237,8 +241,8 @@ def critical_differences(comparison: Comparison, metric: Metric) -> Chart:
         pd.Series(test.mean_ranks, names),
         pd.DataFrame(test.p_nemenyi, names, names),
         ax=axes,
-        label_fmt_left="{label} ({rank:.2f})",
-        label_fmt_right="{label} ({rank:.2f})",
+        label_fmt_left="{label} ({rank:.2f})\u00a0",
+        label_fmt_right="\u00a0{label} ({rank:.2f})",
         label_props={"fontsize": 9},
         text_h_margin=0.08,
         crossbar_props={"color": INK, "linewidth": 3},

@@ -1,4 +1,4 @@
-"""How figures look, on paper and on a page. All are matplotlib's; on a page they take their colours from its style."""
+"""The look of figures, drawn by matplotlib for paper and for pages, whose style gives them their colours."""
 
 from __future__ import annotations
 
@@ -126,6 +126,7 @@ def inline_svg(figure: Figure, key: str, words: str) -> str:
     """An ``svg`` element for a page: its colours are the page's, so that it is dark in the dark.
 
     Args:
+        figure: drawn with the colours of ``style``.
         key: unlike that of any other figure of the page.
         words: what a screen reader says.
     """

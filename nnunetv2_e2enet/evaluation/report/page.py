@@ -69,7 +69,7 @@ def _cost_charts(comparison: Comparison) -> list[Chart]:
             "macs",
             "multiply-accumulates",
             "G",
-            "Filled: what the topology leaves to compute. Hollow: what is executed. Top left is best.",
+            "Filled: active multiply-accumulates. Hollow: executed ones. Top left is best.",
             costs["macs_active"] / 1e9,
             costs["macs_executed"] / 1e9,
         ),

@@ -43,6 +43,7 @@ def pictures(comparison: Comparison, images: Path | None) -> list[Picture]:
     """The cases of lowest and of highest mean Dice, and those on which the first two models differ most.
 
     Args:
+        comparison: the models and cases.
         images: folder of ``CASE_0000`` files; the segmentations are shown without the image where it is None.
     """
     drawn = []

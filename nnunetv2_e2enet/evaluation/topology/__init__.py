@@ -1,1 +1,1 @@
-"""What dynamic sparse feature fusion has learned: numbers, figures and a page from checkpoints and histories."""
+"""Topologies that DSFF has learned: numbers, figures and a page from checkpoints and histories."""

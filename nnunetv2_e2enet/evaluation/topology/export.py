@@ -73,7 +73,7 @@ def _node(fold: Fold, node: Node) -> dict[str, Any]:
 
 
 def fold_table(folds: Sequence[Fold]) -> Table:
-    """What became of the connections of each fold, and the active ones of each flow."""
+    """Survival of the connections of each fold, and the active ones of each flow."""
     rows = []
     for fold in folds:
         layers = fold.connections.layers.values()

@@ -144,7 +144,7 @@ def evolution(folds: Sequence[Fold]) -> Figure:
 
 
 def change(folds: Sequence[Fold]) -> Figure:
-    """How much each update replaced, and how much has been tried."""
+    """Connections that each update replaced, and the share that has been active so far."""
     shown = [fold for fold in folds if fold.logged("dsff_connections_changed")]
     if not shown:
         raise MissingError("the checkpoint's log has no values of DSFF; it was written by an earlier release")
@@ -168,7 +168,7 @@ def change(folds: Sequence[Fold]) -> Figure:
 
 
 def survival(folds: Sequence[Fold]) -> Figure:
-    """What became of the connections of the start, and of those of each update."""
+    """Survival of the connections of the start, and of those of each update."""
     shown = [fold for fold in _with_history(folds) if fold.history.records[0].epoch == 0]
     if not shown:
         raise MissingError("the history does not go back to the start of the training")
@@ -293,44 +293,44 @@ VIEWS: dict[str, tuple[str, str, Callable[[Sequence[Fold]], Figure]]] = {
     "architecture": (
         "The network that was learned",
         "Columns are stages (0 is the encoder), rows are levels, numbers are channels. The width of a line is the share "
-        "of its flow's connections that are active: thick flows are those that were found useful. Double circles have an "
+        "of its flow's connections that are active: thick flows have kept or gained connections. Double circles have an "
         "output.",
         architecture,
     ),
     "flow_shares": (
         "Where the connections of each node come from",
-        "Of the active connections of each fusion node, the share from each direction: at several epochs where there is a "
-        "history (0 is the random start, with the shares of the channels), otherwise in the checkpoint (end).",
+        "Share of each direction in the active connections of a fusion node, at several epochs of the history (0 is the "
+        "random start, with the shares of the channels). Without a history: in the checkpoint (end).",
         flow_shares,
     ),
     "evolution": (
         "Flows over the training",
-        "Above: active connections of each flow, all nodes together, over all that the flow could have. Below: mean "
+        "Above: active connections of each flow over all its connections, in all nodes together. Below: mean "
         "importance of the connections that stayed active, by the criterion of the training. A line for each fold.",
         evolution,
     ),
     "change": (
         "What the updates changed",
-        "Above: connections that each update replaced, over those that are active. Below: connections that have been "
-        "active at any time, over all there are.",
+        "Above: connections that each update replaced, over the active ones. Below: connections that have been active at any "
+        "time, over all connections.",
         change,
     ),
     "survival": (
         "How long connections live",
-        "Above: of the connections of the random start, those that have been active ever since. Below: of those that were"
-        " switched on at one moment (0 is the start), those that are active in the checkpoint.",
+        "Above: share of the connections of the random start that have been active ever since. Below: share of the "
+        "connections switched on after so many epochs (0 is the start) that are active in the checkpoint.",
         survival,
     ),
     "depth": (
         "Importance by depth group",
-        "The depth shift moves the input maps of a node in groups, by so many slices. Left: mean L1 norm of the active "
-        "kernels of each group, over that of the whole node. Right: its active connections over all.",
+        "The depth shift moves the input maps of a node in groups, each by a number of slices. Left: mean L1 norm of the "
+        "active kernels of each group, over that of the whole node. Right: its active connections over all of them.",
         depth,
     ),
     "agreement": (
         "Agreement of the folds",
-        "For each pair of folds, the connections that are active in both, over those that are active in one of them; the "
-        "bar is what independent random topologies of the same densities have in common.",
+        "For each pair of folds, connections that are active in both, over those that are active in one of them. The bar is "
+        "the expected value for independent random topologies of the same densities.",
         agreement,
     ),
     "losses": (

@@ -1,4 +1,4 @@
-"""What the figures show, as numbers."""
+"""The numbers of the figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLOWS = ("forward", "upward", "downward")
 
 
 class MissingError(Exception):
-    """A view needs what is not there; the message says what."""
+    """The data of a view are missing; the message says which."""
 
 
 def fusion_network(folds: Sequence[Fold]) -> E2ENet:
@@ -59,6 +59,7 @@ class Node:
     connections: Mapping[str, int]
 
     def active(self, record: TopologyRecord) -> dict[str, int]:
+        """Active connections by flow."""
         return {flow: record.active[place] for flow, place in self.parts.items()}
 
     def shares(self, record: TopologyRecord) -> dict[str, float]:
@@ -88,7 +89,7 @@ def nodes(fold: Fold) -> list[Node]:
 
 
 def kind_of(fold: Fold, part: Part) -> str:
-    """The flow, or what else a part of a network is."""
+    """The kind of a part: its flow, or another name for a layer without flows."""
     if part.flow:
         return part.flow
     if fold.network is not None:

@@ -50,6 +50,7 @@ class Fold:
 
     @property
     def has_history(self) -> bool:
+        """Whether the history of the topology could be read."""
         return not self.why_no_history
 
     def logged(self, key: str) -> list[float]:
@@ -62,6 +63,7 @@ def read_topologies(path: Path, folds: Sequence[str] = ()) -> list[Fold]:
     """All trainings in a model folder or in a fold's folder, or the one of a checkpoint.
 
     Args:
+        path: model folder, fold's folder, or checkpoint.
         folds: names of those that are wanted, such as ``0`` or ``all``; empty for all that are there.
 
     Raises:
@@ -93,7 +95,7 @@ def read_topologies(path: Path, folds: Sequence[str] = ()) -> list[Fold]:
 
 
 def _newest(folder: Path) -> Path | None:
-    """What nnU-Net would go on from."""
+    """The checkpoint from which nnU-Net would go on."""
     return next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
 
 

@@ -1,0 +1,165 @@
+"""Where the engine steps in and where PyTorch computes: settings, other configurations, hooks, a missing core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from networks import assert_same_logits, make_network, needs_core, uses_engine
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nnunetv2_e2enet import engine
+from nnunetv2_e2enet.engine.automatic import TOLERANCES
+from nnunetv2_e2enet.engine.core import load_core
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.settings import Settings, override, variable
+from nnunetv2_e2enet.settings import settings as current_settings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_small_networks_too() -> Iterator[None]:
+    with override(engine="on"):
+        yield
+
+
+@needs_core
+def test_gradients_in_eval_mode_and_training_mode_without_gradients_never_see_it() -> None:
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    network(x).sum().backward()
+    assert network.decoder.seg_layers[-1].weight.grad is not None
+    network.train()
+    with torch.no_grad():
+        network(x)
+    assert engine.profile(network) == dict.fromkeys(engine.profile(network), 0.0)
+
+
+@needs_core
+def test_off_switch(setting: Callable[..., None]) -> None:
+    setting(engine="off")
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    assert not uses_engine(network, x)
+    assert "off" in str(engine.why_pytorch(network))
+    assert not engine.status().used
+
+
+def test_unknown_settings_are_errors() -> None:
+    wrong = {"engine": "perhaps", "engine_kernels": "mmx", "engine_storage": "float16", "kernels": "yes"}
+    for name, value in wrong.items():
+        assert Settings.from_environment({variable(name): ""}) == Settings()
+        with pytest.raises(E2ENetError, match=f"nnUNet_e2enet_{name} is '{value}': use one of "):
+            Settings.from_environment({variable(name): value})
+        with pytest.raises(E2ENetError, match=value), override(**{name: value}):
+            pass
+    with pytest.raises(E2ENetError, match="use one of float32, bfloat16"):
+        load_core(storage="float16")
+    given = {"nnUNet_e2enet_engine": "0", "nnUNet_e2enet_engine_storage": "bfloat16"}
+    assert Settings.from_environment(given) == Settings(engine="off", engine_storage="bfloat16")
+
+
+def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = current_settings()
+    monkeypatch.setenv(engine.ENGINE_VARIABLE, "perhaps")
+    assert current_settings() is before
+    with override(engine="off") as changed:
+        assert current_settings() is changed == replace(before, engine="off")
+    assert current_settings() is before
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"norm_op": nn.BatchNorm3d}, "BatchNorm3d"),
+        ({"norm_op_kwargs": {"affine": True, "track_running_stats": True}}, "running statistics"),
+        ({"nonlin": nn.ReLU, "nonlin_kwargs": {}}, "ReLU"),
+        ({"nonlin_kwargs": {"negative_slope": 1.5}}, "LeakyReLU"),
+        ({"kernel_size": (3, 3, 3), "shift_size": 1}, "kernel (3, 3, 3)"),
+        ({"kernel_size": (3, 1, 3)}, "kernel (3, 1, 3)"),
+        ({"kernel_size": (1, 3, 5)}, "kernel (1, 3, 5)"),
+    ],
+)
+def test_other_configurations_stay_with_pytorch(settings: dict[str, object], reason: str) -> None:
+    network = make_network(**settings)
+    assert not uses_engine(network, torch.randn(1, 1, 8, 32, 32))
+    assert reason in str(engine.why_pytorch(network))
+    assert not engine.predicts(network, (1, 1, 8, 32, 32))
+
+
+@needs_core
+@pytest.mark.parametrize("settings", [{"norm_op_kwargs": {"affine": False}}, {"dropout_op": nn.Dropout3d}])
+def test_configurations_that_change_nothing_in_eval_mode(settings: dict[str, object]) -> None:
+    assert_same_logits(make_network(**settings), torch.randn(1, 1, 8, 32, 32))
+
+
+@needs_core
+def test_hooks_and_double_precision_stay_with_pytorch() -> None:
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    handle = network.encoder.register_forward_hook(lambda *_: None)
+    assert not uses_engine(network, x)
+    handle.remove()
+    assert uses_engine(network, x)
+    handle = network.decoder.register_forward_pre_hook(lambda *_: None)
+    assert not uses_engine(network, x)
+    handle.remove()
+    assert not uses_engine(network.double(), x.double())
+
+
+def test_one_voxel_is_an_error_as_in_pytorch() -> None:
+    network, x = make_network(), torch.randn(1, 1, 2, 4, 4)
+    with torch.inference_mode(), pytest.raises(ValueError, match="more than 1 spatial element"):
+        network(x)
+
+
+@needs_core
+def test_counters_see_pytorchs_operations() -> None:
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        network(x)
+    assert counter.get_total_flops() > 0
+
+
+@needs_core
+@pytest.mark.parametrize("storage", engine.STORAGES)
+def test_check_mode_compares_the_first_patch(
+    storage: str, setting: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting(engine="check", engine_storage=storage)
+    network, x = make_network(deep_supervision=True), torch.randn(1, 1, 8, 32, 32)
+    assert uses_engine(network, x)
+    calls, tolerance = [], TOLERANCES[storage]
+    honest = E2ENet.forward
+
+    def wrong(self: E2ENet, x: Tensor) -> list[Tensor]:
+        calls.append(x)
+        return [level + 3 * tolerance * level.abs().max() for level in honest(self, x)]
+
+    network = make_network(deep_supervision=True)
+    monkeypatch.setattr(E2ENet, "forward", wrong)
+    with torch.inference_mode(), pytest.raises(E2ENetError, match="differ from PyTorch"):
+        engine.accelerate(network, x)
+    assert len(calls) == 1
+
+
+def test_without_a_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnunetv2_e2enet.engine.automatic.load_core", lambda: "the compiled core was not built")
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    assert not uses_engine(network, x)
+    with torch.inference_mode():
+        logits = network(x)
+        with engine.disabled():
+            assert torch.equal(logits, network(x))
+
+
+@needs_core
+def test_small_networks_are_left_to_pytorch_unless_asked_for(setting: Callable[..., None]) -> None:
+    setting(engine="auto")
+    small, large = make_network(), make_network(features=[32, 64, 64])
+    with torch.inference_mode():
+        small(torch.zeros(1, 1, 4, 16, 16))
+        large(torch.zeros(1, 1, 8, 64, 64))
+    assert "the network is small" in str(engine.why_pytorch(small))
+    assert engine.why_pytorch(large) is None
