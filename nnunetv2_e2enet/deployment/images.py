@@ -27,6 +27,7 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
     Args:
         paths: such a folder alone, which is given back; or one image, a path for each channel of the model: a file that
             SimpleITK reads, a folder of DICOM slices, or one of the slices. The case is called as the first of them.
+        model: says which channels and which file ending are expected.
 
     Raises:
         E2ENetError: there is no such image, it cannot be read, or not as many channels are given as the model has.

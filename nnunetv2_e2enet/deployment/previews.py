@@ -36,6 +36,7 @@ def write_previews(folder: Path, images: Sequence[Path], model: PackedModel, pro
     Args:
         folder: segmentations of the model.
         images: the first channel of each case, named as nnU-Net wants it.
+        model: a packed model, whose labels are drawn.
         progress: show a bar.
 
     Raises:

@@ -115,8 +115,10 @@ class ScanCore:
         """``sums = (sums + values.flip(axes)) * scale``, each operation rounded to float32.
 
         Args:
-            sums, values: float32, contiguous, ``(classes, depth, height, width)``.
+            sums: float32, contiguous, ``(classes, depth, height, width)``.
+            values: as ``sums``.
             axes: 1 to 3.
+            scale: of the sums, once the values were added.
         """
         assert sums.shape == values.shape
         assert sums.dtype == values.dtype == torch.float32

@@ -109,6 +109,7 @@ def read_volume(file: Path) -> sitk.Image:
 
 
 def read_on_grid_of(volume: sitk.Image, file: Path, image: Path) -> NDArray[np.integer]:
+    """The voxels of a segmentation, ``(depth, height, width)``, of a volume that was read from the file ``image``."""
     segmentation = read_volume(file)
     same_size = segmentation.GetSize() == volume.GetSize()
     if not same_size or not np.allclose(segmentation.GetSpacing(), volume.GetSpacing(), rtol=1e-3):
@@ -150,6 +151,7 @@ def _draw(
 
 
 def cut(volume: NDArray[Voxel], plane: Plane, index: int) -> NDArray[Voxel]:
+    """One slice, its rows and columns in the order of the axes that are left."""
     pixels: NDArray[Voxel] = np.moveaxis(volume, plane.axis, 0)[index]
     return pixels
 
@@ -202,6 +204,11 @@ def label_style(rank: int) -> tuple[str, LineStyle]:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
+    """Write or replace a PNG, whole or not at all.
+
+    Raises:
+        E2ENetError: it cannot be written.
+    """
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as staging:
             finished = Path(staging) / path.name

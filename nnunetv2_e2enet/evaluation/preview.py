@@ -69,7 +69,7 @@ class Scan:
 
     @property
     def size(self) -> tuple[float, float, float]:
-        """mm along depth, height and width."""
+        """Millimetres along depth, height and width."""
         depth, height, width = (n * mm for n, mm in zip(self.image.shape, self.spacing, strict=True))
         return depth, height, width
 

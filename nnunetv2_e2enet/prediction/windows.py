@@ -108,6 +108,7 @@ def predict_mirrored(core: ScanCore, network: Callable[[Tensor], Tensor], patch:
     The sums are nnU-Net's in its order, so the mean is the same to the bit. Logits are mirrored while they are added.
 
     Args:
+        core: adds the logits.
         network: gives float32 logits that may be overwritten.
         patch: ``(1, channels, *size)``.
         axes: of the patch's size, that may be mirrored; None for none.
