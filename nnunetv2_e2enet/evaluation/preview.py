@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet.errors import E2ENetError
@@ -45,7 +45,7 @@ WIDTH_INCHES, MOST_INCHES, MARGIN_INCHES, HEADING_INCHES = 10.0, 20.0, 0.08, 0.3
 FONT_SIZE, SMALL = 10.0, 8.0
 PAPER, INK, QUIET = "black", "#E8E8E8", "#9A9A9A"
 LINE_WIDTH = 1.3
-HALO = [withStroke(linewidth=LINE_WIDTH + 1.5, foreground=(0, 0, 0, 0.6))]
+HALO: list[AbstractPathEffect] = [withStroke(linewidth=LINE_WIDTH + 1.5, foreground=(0, 0, 0, 0.6))]
 """Around lines and letters, for those on bright tissue."""
 
 
@@ -193,7 +193,7 @@ def _write_on(cell: Axes, scan: Scan, plane: Plane, index: int) -> None:
     letter = (POSITIVE if place >= 0 else NEGATIVE)[plane.axis]
     style: dict[str, Any] = {"transform": cell.transAxes, "color": INK, "size": FONT_SIZE, "path_effects": HALO}
     cell.text(0.02, 0.98, f"{plane.name}, {letter} {abs(place):.0f} mm", ha="left", va="top", **style)
-    left, right, upper, lower = EDGES[plane.name]
+    left, right, upper, lower = tuple(EDGES[plane.name])
     cell.text(0.02, 0.5, left, ha="left", va="center", **style)
     cell.text(0.98, 0.5, right, ha="right", va="center", **style)
     cell.text(0.5, 0.98, upper, ha="center", va="top", **style)
