@@ -42,7 +42,13 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return paths
 
 
-def drawn(path: Path, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, **options: bool) -> Figure:
+def drawn(
+    path: Path,
+    files: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    labels: dict[str, list[int]] | None = None,
+    ct: bool = False,
+) -> Figure:
     """What was written to ``path``."""
     figures: list[Figure] = []
     save = preview.save_figure
@@ -52,7 +58,7 @@ def drawn(path: Path, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch,
         save(figure, target)
 
     monkeypatch.setattr(preview, "save_figure", keep)
-    write_preview(path, *files, LABELS, **options)
+    write_preview(path, *files, labels or LABELS, ct)
     (figure,) = figures
     return figure
 
@@ -93,7 +99,7 @@ def test_contours_lie_around_the_labels_in_planes_through_them(
     assert not coronal.yaxis_inverted()  # the first slice, inferior, is below
     assert set("RLAP") < set(texts(axial))
     # slice 6, row 8 and column 28, where the lesion is as well
-    assert [texts(axes)[0] for axes in figure.axes[:3]] == ["Axial, F 76 mm", "Coronal, A 10 mm", "Sagittal, L 8 mm"]
+    assert [texts(axes)[0] for axes in figure.axes[:3]] == ["Axial\nF 76 mm", "Coronal\nA 10 mm", "Sagittal\nL 8 mm"]
 
 
 def test_the_legend_has_volumes(tmp_path: Path, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,8 +145,15 @@ def test_nothing_found_and_more_labels_than_room(
     assert not any(contours(axes) for axes in figure.axes)
     monkeypatch.undo()
     many = {f"a label with a rather long name {i}": [i] for i in range(1, 118)}
-    write_preview(tmp_path / "many.png", *files, many)
-    assert imread(tmp_path / "many.png").size
+    figure = drawn(tmp_path / "many.png", files, monkeypatch, many)
+    legend = figure.axes[3].get_legend()
+    assert legend is not None
+    *named, last = (text.get_text() for text in legend.get_texts())
+    assert [text for text in named if not text.endswith("not found")] == [
+        "a label with a rather long name 1, 8.0 ml",
+        "a label with a rather long name 2, less than 0.1 ml",
+    ]
+    assert last == f"and {117 - len(named)} others, not found"
 
 
 def test_what_cannot_be_drawn(tmp_path: Path, files: tuple[Path, Path]) -> None:

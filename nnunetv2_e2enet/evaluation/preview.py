@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.overlay import (
     DOTS_PER_INCH,
+    LINE_STYLES,
+    OKABE_ITO,
     PLANES,
     LineStyle,
     Plane,
@@ -43,6 +46,8 @@ POSITIVE, NEGATIVE = "HPL", "FAR"
 
 WIDTH_INCHES, MOST_INCHES, MARGIN_INCHES, HEADING_INCHES = 10.0, 20.0, 0.08, 0.36
 FONT_SIZE, SMALL = 10.0, 8.0
+FONT_SIZES = (FONT_SIZE, SMALL, 6.5)
+MOST_STYLES = len(OKABE_ITO) * len(LINE_STYLES)
 PAPER, INK, QUIET = "black", "#E8E8E8", "#9A9A9A"
 LINE_WIDTH = 1.3
 HALO: list[AbstractPathEffect] = [withStroke(linewidth=LINE_WIDTH + 1.5, foreground=(0, 0, 0, 0.6))]
@@ -72,6 +77,15 @@ class Scan:
         """Millimetres along depth, height and width."""
         depth, height, width = (n * mm for n, mm in zip(self.image.shape, self.spacing, strict=True))
         return depth, height, width
+
+    @cached_property
+    def _counts(self) -> NDArray[np.integer]:
+        """Voxels of each value of the segmentation."""
+        return np.bincount(np.maximum(self.segmentation, 0).astype(np.int64).ravel())
+
+    def volume(self, values: Sequence[int]) -> float:
+        """Millilitres of all voxels with one of these values."""
+        return prod(self.spacing) / 1000 * sum(int(self._counts[v]) for v in values if v < len(self._counts))
 
     @cached_property
     def places(self) -> list[int]:
@@ -157,14 +171,20 @@ def _draw_plane(cell: Axes, scan: Scan, plane: Plane, labels: Mapping[str, Seque
     cell.set_axis_off()
     # a border of background closes the contour of what touches the edge of the scan
     y, x = ((np.arange(-1, scan.image.shape[axis] + 1) + 0.5) * scan.spacing[axis] for axis in (down, across))
-    for rank, values in enumerate(labels.values()):
-        mask = np.pad(np.isin(classes, list(values)), 1)
+    for name, rank in _ranks(scan, labels).items():
+        mask = np.pad(np.isin(classes, list(labels[name])), 1)
         if mask.any():
             colour, line_style = _style(rank)
             lines = cell.contour(x, y, mask, levels=[0.5], colors=[colour], linewidths=LINE_WIDTH, linestyles=line_style)
             lines.set_path_effects(HALO)
     _mark_other_planes(cell, scan, (down, across), (tall, wide))
     _write_on(cell, scan, plane, index)
+
+
+def _ranks(scan: Scan, labels: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """What colours and lines go by: the place of a label among all, or among those found where all are too many to differ."""
+    names = list(labels) if len(labels) <= MOST_STYLES else [name for name in labels if scan.volume(labels[name])]
+    return {name: rank for rank, name in enumerate(names)}
 
 
 def _style(rank: int) -> tuple[tuple[float, float, float], LineStyle]:
@@ -182,7 +202,7 @@ def _mark_other_planes(cell: Axes, scan: Scan, axes: tuple[int, int], size: tupl
             ((start * size[1], end * size[1]), (down, down)),
             ((across, across), (start * size[0], end * size[0])),
         ):
-            cell.plot(xs, ys, color=QUIET, linewidth=0.8)
+            cell.plot(xs, ys, color=QUIET, linewidth=0.8, path_effects=HALO)
 
 
 def _write_on(cell: Axes, scan: Scan, plane: Plane, index: int) -> None:
@@ -192,7 +212,7 @@ def _write_on(cell: Axes, scan: Scan, plane: Plane, index: int) -> None:
     place = scan.grid.TransformContinuousIndexToPhysicalPoint(middle)[2 - plane.axis]
     letter = (POSITIVE if place >= 0 else NEGATIVE)[plane.axis]
     style: dict[str, Any] = {"transform": cell.transAxes, "color": INK, "size": FONT_SIZE, "path_effects": HALO}
-    cell.text(0.02, 0.98, f"{plane.name}, {letter} {abs(place):.0f} mm", ha="left", va="top", **style)
+    cell.text(0.02, 0.98, f"{plane.name}\n{letter} {abs(place):.0f} mm", ha="left", va="top", **style)
     left, right, upper, lower = tuple(EDGES[plane.name])
     cell.text(0.02, 0.5, left, ha="left", va="center", **style)
     cell.text(0.98, 0.5, right, ha="right", va="center", **style)
@@ -204,33 +224,36 @@ def _draw_scale(cell: Axes, width: float) -> None:
     """A bar of a round number of millimetres, for all planes."""
     mm = max((n for n in (5, 10, 20, 50, 100) if n <= width / 4), default=1)
     start = 1 - 0.03 - mm / width
-    cell.plot([start, 0.97], [0.03, 0.03], color=INK, linewidth=2, transform=cell.transAxes)
+    style: dict[str, Any] = {"color": INK, "transform": cell.transAxes, "path_effects": HALO}
+    cell.plot([start, 0.97], [0.03, 0.03], linewidth=2, **style)
     text = f"{mm // 10} cm" if mm >= 10 else f"{mm} mm"
-    cell.text(start + mm / width / 2, 0.04, text, color=INK, size=SMALL, ha="center", va="bottom", transform=cell.transAxes)
+    cell.text(start + mm / width / 2, 0.04, text, size=SMALL, ha="center", va="bottom", **style)
 
 
 def _draw_legend(cell: Axes, scan: Scan, labels: Mapping[str, Sequence[int]], inches: tuple[float, float]) -> None:
-    """Names and volumes of all labels, or of as many as there is room for; the largest, then."""
+    """Names and volumes of the labels that were found, then names of the others; as many as there is room for."""
     cell.set_axis_off()
-    counts = np.bincount(np.maximum(scan.segmentation, 0).astype(np.int64).ravel())
-    voxel = float(np.prod(scan.spacing)) / 1000
-    volumes = {name: voxel * sum(int(counts[v]) for v in values if v < len(counts)) for name, values in labels.items()}
-    longest = max(map(len, labels)) + 10
-    columns = max(1, min(2, int(inches[0] * 72 / (0.6 * SMALL * longest))))
-    room = max(1, columns * int(inches[1] * 72 / (1.5 * SMALL)) - 1)
-    shown = set(sorted(volumes, key=lambda name: -volumes[name])[:room])
-    entries = []
-    for rank, (name, volume) in enumerate(volumes.items()):
-        if name in shown:
-            colour, line_style = _style(rank)
-            text = f"{name}, {_millilitres(volume)}" if volume else f"{name}, not found"
-            entries.append((Line2D([], [], color=colour if volume else "none", linestyle=line_style, linewidth=2), text))
-    if len(shown) < len(volumes):
-        entries.append((Line2D([], [], color="none"), f"and {len(volumes) - len(shown)} smaller"))
+    ranks = _ranks(scan, labels)
+    found = [
+        (Line2D([], [], color=colour, linestyle=line_style, linewidth=2), f"{name}, {_millilitres(scan.volume(labels[name]))}")
+        for name, (colour, line_style) in ((name, _style(rank)) for name, rank in ranks.items())
+        if scan.volume(labels[name])
+    ]
+    nothing = Line2D([], [], color="none")
+    entries = found + [(nothing, f"{name}, not found") for name in labels if not scan.volume(labels[name])]
+    width, height = (72 * side for side in inches)
+    longest = max(len(text) for _, text in entries)
+    for size in FONT_SIZES:
+        columns, rows = max(1, int(width / (size * (0.58 * longest + 3.5)))), max(1, int(height / (1.5 * size)))
+        if len(entries) <= rows * columns:
+            break
+    else:
+        left_out = len(entries) - rows * columns + 1
+        others = "others, not found" if left_out <= len(entries) - len(found) else "more"
+        entries = [*entries[:-left_out], (nothing, f"and {left_out} {others}")]
     handles, texts = zip(*entries, strict=True)
-    size = FONT_SIZE if len(entries) * 1.5 * FONT_SIZE < inches[1] * 72 else SMALL
-    per_column = 1 if len(entries) * 1.5 * SMALL < inches[1] * 72 else columns
-    legend = cell.legend(handles, texts, loc="center", ncols=per_column, fontsize=size, frameon=False)
+    columns = ceil(len(entries) / rows)
+    legend = cell.legend(handles, texts, loc="center", ncols=columns, fontsize=size, frameon=False, labelspacing=0.3)
     for written, text in zip(legend.get_texts(), texts, strict=True):
         written.set_color(QUIET if text.endswith("not found") else INK)
 
