@@ -37,8 +37,15 @@ def _sparse_convolutions(x: Tensor, like: Tensor) -> dict[str, tuple[Sequence[Te
     of_shifted = torch.zeros_like(shifted).index_add(1, inputs.flatten(), of_gathered)
     (of_x,) = separate(of_shifted, [5], 3)
     grad, stride = expected.detach(), [1, 1, 1]
+    up = [1, 3, 3]
+    upsampled = F.conv_transpose3d(
+        gathered.detach(), weight.unflatten(0, (2, 16)).transpose(1, 2).flatten(0, 1), None, up, groups=2
+    )
     return {
-        "convolve": ([sparse.convolve(x, weight, inputs, stride, 3)], [grad]),
+        "convolve": (
+            [sparse.convolve(x, weight, inputs, stride, 3), sparse.convolve(x, weight, inputs, up, 3, transposed=True)],
+            [grad, upsampled],
+        ),
         "input_gradient": ([sparse.input_gradient(grad, weight, inputs, x, stride, 3)], [of_x]),
         "weight_gradient": ([sparse.weight_gradient(grad, x, inputs, [1, 3, 3], stride, 3)], [of_weight]),
     }
