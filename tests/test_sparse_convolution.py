@@ -15,6 +15,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from support import Project, make
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +27,8 @@ from nnunetv2_e2enet.network.acceleration import prepare_kernels
 from nnunetv2_e2enet.network.depth_shift import depth_shift
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST, is_channels_last
 from nnunetv2_e2enet.settings import override
+from nnunetv2_e2enet.trainers.e2enet_experiment_trainers import nnUNetTrainerE2ENet_B16active
+from nnunetv2_e2enet.training.variants import variant
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
@@ -170,6 +174,91 @@ def test_a_training_in_blocks_is_the_same(compiled: bool) -> None:
         torch.testing.assert_close(found, expected)
     for name, parameter in parameters.items():
         torch.testing.assert_close(found_parameters[name], parameter, atol=1e-9, rtol=1e-6)
+
+
+def in_blocks(network: E2ENet, block_size: int, seed: int) -> E2ENet:
+    for _, layer in maskable_layers(network):
+        layer.share_inputs(block_size, equal_blocks=True)
+    random_topology(network, 0.5, Uniform(), seed)
+    return network
+
+
+@pytest.mark.usefixtures("fused_kernels")
+def test_a_network_that_predicts_stores_active_blocks_of_the_weights_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other: of blocks, of blocks of another size, of single connections, of blocks again."""
+    strides = [[1, 1], [2, 2]]
+    with override(kernels="off"):
+        networks = [
+            in_blocks(E2ENet(1, 2, 2, [16, 32], nn.Conv2d, strides, feature_sparsity=0.5), size, seed).to(DEVICE).eval()
+            for size, seed in ((16, 0), (32, 1), (1, 2), (16, 3))
+        ]
+    predicting = E2ENet(1, 2, 2, [16, 32], nn.Conv2d, strides, feature_sparsity=0.5).to(DEVICE).eval()
+    predicting.predicts_only = True
+    assert predicting.state_dict().keys() == networks[0].state_dict().keys()
+    x = torch.randn(1, 1, 8, 8, device=DEVICE)
+    calls: list[int] = []
+    programs = registry.load("kernels").sparse.programs
+    whole = programs.convolve_blocks
+
+    class Noted:
+        def __getitem__(self, grid: Any) -> Any:
+            calls.append(grid)
+            return whole[grid]
+
+    monkeypatch.setattr(programs, "convolve_blocks", Noted())
+    for network, in_equal_blocks in zip(networks, (True, True, False, True), strict=True):
+        calls.clear()
+        predicting.load_state_dict(network.state_dict())
+        layers = [layer for _, layer in maskable_layers(predicting)]
+        assert [layer.stores_active_only for layer in layers] == [in_equal_blocks] * len(layers)
+        with torch.no_grad():
+            found = predicting(x)
+            assert len(calls) == len(layers) * in_equal_blocks  # the transposed convolution too
+            with override(kernels="off"):
+                prepare_kernels(DEVICE)
+                expected = network(x)
+            prepare_kernels(DEVICE)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        for name, value in predicting.state_dict().items():
+            assert torch.equal(value, network.state_dict()[name])
+
+
+def test_without_kernels_a_network_that_predicts_stays_dense() -> None:
+    if DEVICE.type == "cuda":
+        pytest.skip("there is a GPU")
+    network = in_blocks(E2ENet(1, 2, 2, [16, 32], nn.Conv2d, [[1, 1], [2, 2]], feature_sparsity=0.5), 16, 0)
+    predicting = deepcopy(network)
+    predicting.predicts_only = True
+    predicting.load_state_dict(network.state_dict())
+    assert not any(layer.stores_active_only for _, layer in maskable_layers(predicting))
+
+
+@pytest.mark.usefixtures("fused_kernels")
+def test_nnunets_predictor_uses_active_blocks(in_process: Project) -> None:
+    cls = variant(nnUNetTrainerE2ENet_B16active, "small", base_num_features=16, max_num_features=16)
+    cls.__name__ = nnUNetTrainerE2ENet_B16active.__name__  # which the predictor looks for
+    with override(kernels="off"):
+        trainer = make(cls, in_process, in_process.tiny_plans())
+        trainer.initialize()
+    layers = [layer for _, layer in maskable_layers(trainer.network)]
+    assert not trainer.network.predicts_only
+    assert all(layer.stores_active_only for layer in layers)
+    model, fold = Path(trainer.output_folder_base), Path(trainer.output_folder)
+    fold.mkdir(parents=True, exist_ok=True)
+    (model / "plans.json").write_text(json.dumps(trainer.plans_manager.plans))
+    (model / "dataset.json").write_text(json.dumps(trainer.dataset_json))
+    trainer.save_checkpoint(str(fold / "checkpoint_final.pth"))
+    predictor = nnUNetPredictor(use_mirroring=False, device=DEVICE, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), (0,))
+    image = torch.randn(1, 8, 16, 16)
+    found = predictor.predict_logits_from_preprocessed_data(image)
+    stored = [layer.weight.shape for _, layer in maskable_layers(predictor.network)]
+    assert stored == [layer.weight.shape for layer in layers]
+    trainer.set_deep_supervision_enabled(False)
+    with override(kernels="off"), torch.no_grad():
+        prepare_kernels(DEVICE)
+        (expected,) = trainer.network.eval()(image[None].to(DEVICE))
+    torch.testing.assert_close(found, expected.cpu().to(found.dtype), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.slow

@@ -4,10 +4,11 @@ A layer's output maps are blocks, each of which reads its own ``n_inputs`` input
 ``(blocks, n_inputs)``. What a product reads is gathered in its addresses; so is the depth shift, where ``GROUPS`` is not 1.
 No program writes what another one writes, so that results do not depend on an order.
 
-The kernel is ``KD x KH x KW``, half of it is padding. In a transposed convolution, whose kernel is its stride, each place becomes
-``UD x UH x UW`` voxels, its parts, each with weights of its own; otherwise a place is a voxel. Places are counted by ``out_depth``
-and so on, and the weights of a connection lie part after part, tap after tap. Maps have a stride for voxels and one for channels. Offsets within a map
-are of 64 bits.
+The kernel is ``KD x KH x KW``, half of it padding. In a transposed convolution, whose kernel is its stride, each place becomes
+``UD x UH x UW`` voxels, its parts, each with weights of its own; otherwise a place is a voxel. Sizes of results, ``out_depth``
+and so on, count places. The weights of a connection lie part after part, tap after tap.
+
+Maps have a stride for voxels and one for channels. Offsets within a map are of 64 bits.
 """
 
 # mypy: ignore-errors
