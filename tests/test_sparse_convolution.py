@@ -248,7 +248,7 @@ def test_nnunets_predictor_uses_active_blocks(in_process: Project) -> None:
     (model / "plans.json").write_text(json.dumps(trainer.plans_manager.plans))
     (model / "dataset.json").write_text(json.dumps(trainer.dataset_json))
     trainer.save_checkpoint(str(fold / "checkpoint_final.pth"))
-    predictor = nnUNetPredictor(use_mirroring=False, device=DEVICE, allow_tqdm=False)
+    predictor = nnUNetPredictor(use_gaussian=False, use_mirroring=False, device=DEVICE, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), (0,))
     image = torch.randn(1, 8, 16, 16)
     found = predictor.predict_logits_from_preprocessed_data(image)
