@@ -133,6 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=DOCS / "results.md")
     given = parser.parse_args(arguments)
     records = given.records or sorted((given.page.parent / "results").glob("*.json"))
+    text = given.page.read_text(encoding="utf-8")
+    if not all(marker in text for marker in (BEGIN, END, GPU_BEGIN, GPU_END)):
+        raise SystemExit(f"{given.page} lacks the markers {BEGIN}, {END}, {GPU_BEGIN}, {GPU_END}, between which the tables go")
     lines = []
     for file in records:
         record = json.loads(file.read_text())
@@ -143,20 +146,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not records:
         lines = ["No training on real scans has been recorded yet.", ""]
     gpu = [json.loads(file.read_text()) for file in sorted((given.page.parent / "results" / "gpu").glob("*.json"))]
-    text = between(given.page.read_text(encoding="utf-8"), BEGIN, END, lines)
+    text = between(text, BEGIN, END, lines)
     files.write_atomically(given.page, between(text, GPU_BEGIN, GPU_END, gpu_results.section(gpu)))
 
 
 def between(text: str, begin: str, end: str, lines: Sequence[str]) -> str:
-    """A page with these lines between two of its markers.
-
-    Raises:
-        SystemExit: it lacks one.
-    """
-    before, begin_found, rest = text.partition(begin)
-    _, end_found, after = rest.partition(end)
-    if not begin_found or not end_found:
-        raise SystemExit(f"the page lacks the markers {begin} and {end}, between which the tables go")
+    """A page with these lines between two of its markers."""
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
     return "\n".join([f"{before}{begin}", "", *lines, ""]).rstrip("\n") + f"\n\n{end}{after}"
 
 

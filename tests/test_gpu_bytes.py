@@ -23,10 +23,11 @@ SIZES = [(8, 16, 16), (8, 8, 8)]
 HALF = 2  # bytes of a voxel in mixed precision
 
 
-def count(kernels: str, channels_last: bool = False, active_only: bool = False) -> gpu_bytes.Step:
+def count(kernels: str, channels_last: bool = False, levels: int = 2, active_only: bool = False) -> gpu_bytes.Step:
     torch.manual_seed(0)
+    strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]][:levels]
     with override(kernels=kernels):
-        network = E2ENet(1, 2, 2, CHANNELS, nn.Conv3d, [[1, 1, 1], [1, 2, 2]], deep_supervision=False)
+        network = E2ENet(1, 2, levels, [*CHANNELS, 48][:levels], nn.Conv3d, strides, deep_supervision=False)
         if active_only:
             for _, layer in maskable_layers(network):
                 layer.share_inputs(16, equal_blocks=True)
@@ -71,7 +72,7 @@ def test_passes_of_pytorch_move_more() -> None:
 def test_channels_last_survives_the_compiler(active_only: bool) -> None:
     """In the lowered graphs every convolution and every operator reads maps whose channels come last."""
     last, first = (
-        [m for moves in count("on", channels_last, active_only).values() for m in moves if m.channels_last]
+        [m for moves in count("on", channels_last, 3, active_only).values() for m in moves if m.channels_last]
         for channels_last in (True, False)
     )
     assert {m.kind for m in last} == {
