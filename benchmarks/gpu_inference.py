@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = contestants.Record(given.output, header)
 
     contestants.as_nnunet_trains(given.device)
+    torch._dynamo.config.cache_size_limit = 8 * len(given.contestants)  # of networks of one class: others would run eagerly
     ready: dict[str, Callable[[], float]] = {}
     for name in given.contestants:
         trainer, network, patch = build(name, plans, dataset, given.configuration, given.device)

@@ -24,6 +24,7 @@ from nnunetv2_e2enet.network.sparse_convolution import sparse_convolution
 from nnunetv2_e2enet.settings import variable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+FEW = ("nnU-Net", "E2ENet 0.8", "E2ENet 0.8, channels last", "E2ENet 0.8, blocks of 16")
 TRAINED = ("nnU-Net", "E2ENet 0.8", "E2ENet 0.9")
 
 
@@ -159,22 +160,20 @@ def synchronize(device: str) -> None:
 
 
 def stage_prediction(_: Session) -> dict[str, Measurement]:
-    volume = ("--volume", "128", "320", "320", "--rounds", "3")
-    ways = {"patch": (), "patch, compiled": ("--compile",), "volume": volume}
-    return {f"3 {way}": Measurement(partial(predicted, options)) for way, options in ways.items()}
+    return {f"3 {way}": Measurement(partial(predicted, way)) for way in ("patch", "patch, compiled", "volume")}
 
 
-def predicted(options: tuple[str, ...], session: Session) -> Any:
-    output = session.folder / f"prediction{len(options)}.json"
-    command = [sys.executable, "benchmarks/gpu_inference.py", "-d", "4", "--device", session.device, "--output", str(output)]
-    tried = ["nnU-Net", "E2ENet 0.8"]
-    if session.tiny:
-        options = tuple("20" if option.isdigit() and int(option) > 16 else option for option in options)
-    command += ["--plan", "tiny" if session.tiny else "amos", *options]
-    command += ["--rounds", "2", "--contestants", *tried] if session.tiny else []
-    environment = {**os.environ, "nnUNet_preprocessed": str(session.preprocessed)}
-    environment |= {"TORCH_COMPILE_DISABLE": "1"} if session.tiny else {}
+def predicted(way: str, session: Session) -> Any:
+    output = session.folder / "prediction.json"
     output.unlink(missing_ok=True)
+    names = FEW[:2] if session.tiny else FEW if way != "patch" else tuple(contestants.CONTESTANTS)
+    size = (20, 20, 20) if session.tiny else (128, 320, 320)
+    options = {"patch": [], "patch, compiled": ["--compile"], "volume": ["--volume", *map(str, size)]}[way]
+    rounds = "2" if session.tiny else "3" if way == "volume" else "20"
+    command = [sys.executable, "benchmarks/gpu_inference.py", "-d", "4", "--device", session.device, "--output", str(output)]
+    command += ["--plan", "tiny" if session.tiny else "amos", "--contestants", *names, "--rounds", rounds, *options]
+    environment = {**os.environ, "nnUNet_preprocessed": str(session.preprocessed)}
+    environment |= {"TORCH_COMPILE_DISABLE": "1"} if session.tiny else {}  # a compiler need not be there
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
     result = json.loads(output.read_text())
     output.unlink()
@@ -227,8 +226,8 @@ def milliseconds(way: Callable[[], torch.Tensor], device: str, rounds: int = 20)
 
 
 def stage_profile(session: Session) -> dict[str, Measurement]:
-    names = ("nnU-Net", "E2ENet 0.8", "E2ENet 0.8, channels last", "E2ENet 0.8, blocks of 16")
-    return {f"5 {name}": Measurement(partial(profiled, name)) for name in (names[:2] if session.tiny else names)}
+    names = FEW[:2] if session.tiny else FEW
+    return {f"5 {name}": Measurement(partial(profiled, name)) for name in names}
 
 
 def profiled(contestant: str, session: Session) -> Any:
