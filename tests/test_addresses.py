@@ -159,7 +159,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_addresses_in_maps_of_more_than_two_to_the_32_values(name: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = registry.load("kernels")
-    monkeypatch.setattr(kernels.sparse, "CHUNK", 512)  # or a program takes a while
+    monkeypatch.setattr(kernels.sparse, "CHUNK", 2048)  # or a program takes a while
     module, attribute, call = calls(kernels, last)[name]
     home = getattr(module, attribute) if attribute else module
     programs = {
