@@ -16,7 +16,7 @@ from typing import Any
 import contestants
 import gpu_training
 import torch
-from training_memory import ACTIVE, PLANS, STOCK, Candidate
+from training_memory import ACTIVE, PLANS, STOCK, TINY, Candidate
 
 from nnunetv2_e2enet.network.convolution import over_slices
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST
@@ -116,8 +116,8 @@ def timed_step(step: Step, session: Session) -> dict[str, Any]:
     """Milliseconds of training steps, 3 x 30 of them, and the bytes allocated at the peak."""
     device, tiny = session.device, session.tiny
     contestants.as_nnunet_trains(device)
-    plan, rounds, steps = ("Hippocampus", 1, 2) if tiny else ("AMOS", 3, 30)
-    candidate = Candidate(step.kind, plan, (16, 16, 16) if tiny else PLANS[plan][1], 5 if tiny else 16)
+    plan, rounds, steps = ("tiny", 1, 2) if tiny else ("AMOS", 3, 30)
+    candidate = Candidate(step.kind, plan, (PLANS | TINY)[plan][1], 16)
     network: Any = candidate.build().to(device)
     x = torch.randn(candidate.input_shape(1 if tiny else 2), device=device)
     if step.channels_last:

@@ -43,6 +43,8 @@ PLANS = {
     "anisotropic": ([[1, 1, 1], [1, 2, 2], [1, 2, 2]] + [[2, 2, 2]] * 3, (16, 256, 256)),
     "2D": ([[1, 1]] + [[2, 2]] * 7, (512, 512)),
 }
+TINY = {"tiny": ([[1, 1, 1], [2, 2, 2]], (16, 16, 16))}
+"""With which other programs are tried."""
 STOCK = "nnU-Net"
 ACTIVE = "B16active"
 
@@ -57,7 +59,7 @@ class Candidate:
     outputs: int = CLASSES
 
     def build(self, deep_supervision: bool = True) -> nn.Module:
-        strides, _ = PLANS[self.plan]
+        strides, _ = (PLANS | TINY)[self.plan]
         if self.kind == STOCK:
             return stock_network(strides)
         conv = nn.Conv3d if len(strides[0]) == 3 else nn.Conv2d
