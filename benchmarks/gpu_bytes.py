@@ -38,6 +38,7 @@ from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode
 from torch._inductor.virtualized import V
+from torch._prims_common import suggest_memory_format
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.node import map_aggregate
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -147,8 +148,7 @@ def as_on_cuda() -> Iterator[None]:
 
     def conv_format(x: Tensor, weight: Tensor, _backend: Any) -> torch.memory_format:
         form = CHANNELS_LAST[x.dim() - 2]
-        channels_last = any(t.is_contiguous(memory_format=form) and not t.is_contiguous() for t in (x, weight))
-        return form if channels_last else torch.contiguous_format
+        return form if form in map(suggest_memory_format, (x, weight)) else torch.contiguous_format
 
     answers = [
         (CudaInterface, "get_device_properties", lambda *_: GPU),

@@ -85,7 +85,8 @@ class CompactLayer(MaskableLayer):
 
     def _by_output(self) -> Tensor:
         """The weights of a transposed convolution as those of an ordinary one: ``(outputs, inputs per block, *kernel)``."""
-        return self.weight.unflatten(0, (self.n_blocks, -1)).transpose(1, 2).flatten(0, 1)
+        weight: Tensor = self.weight.unflatten(0, (self.n_blocks, -1)).transpose(1, 2).flatten(0, 1)
+        return weight
 
     def masked_weight(self) -> Tensor:
         """The weights of all connections, zero where they are off."""
@@ -218,9 +219,9 @@ def store_active_only(layer: MaskableLayer) -> None:
 
 def store_all(layer: MaskableLayer) -> None:
     """The reverse of ``store_active_only``, in the same place; any other layer stays as it is."""
-    if isinstance(layer, CompactLayer):
+    if layer.stores_active_only:
         layer.weight.data = layer.spread(layer.weight.data)
-        del layer.active_inputs
+        del layer._buffers["active_inputs"]
         layer.__class__ = next(cls for cls, compact in COMPACT.items() if compact is type(layer))
 
 
