@@ -221,7 +221,7 @@ def store_all(layer: MaskableLayer) -> None:
     """The reverse of ``store_active_only``, in the same place; any other layer stays as it is."""
     if layer.stores_active_only:
         layer.weight.data = layer.spread(layer.weight.data)
-        del layer._buffers["active_inputs"]
+        delattr(layer, "active_inputs")
         layer.__class__ = next(cls for cls, compact in COMPACT.items() if compact is type(layer))
 
 
