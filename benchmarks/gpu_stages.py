@@ -102,9 +102,16 @@ def stage_tests(_: Session) -> dict[str, Measurement]:
 
 
 def passed(file: str, session: Session) -> dict[str, Any]:
-    """On a CPU the programs run in Triton's interpreter."""
-    command = [sys.executable, "-m", "pytest", f"tests/{file}", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=session.seconds, check=False)
+    """Of the installed package, from another folder than the repository. On a CPU the programs run in Triton's interpreter.
+
+    Raises:
+        RuntimeError: the tests could not be run.
+    """
+    where = ["-c", str(REPOSITORY / "pyproject.toml"), "--rootdir", str(REPOSITORY), "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(REPOSITORY / "tests" / file), "-q", *where]
+    done = subprocess.run(command, cwd=session.folder, capture_output=True, text=True, check=False)
+    if done.returncode > 1:
+        raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-3000:]}{done.stderr[-1000:]}")
     return {"passed": done.returncode == 0, "end": done.stdout[-3000:]}
 
 
