@@ -36,9 +36,13 @@ SAME_RESULTS = ("nnU-Net, channels last", "E2ENet 0.8, channels last")
 ABLATIONS = ("E2ENet 0.8, static mask", "E2ENet, dense", "E2ENet 0.8, blocks of 16")
 """Those that answer another question than which network to take."""
 
+COMMIT_FILE = "commit.txt"  # beside this one, where there is no git
 WITHOUT_GPU = "measured without a GPU: says nothing about one"
 AMOS = {"patch_size": [64, 160, 160], "batch_size": 2}
 AMOS_STRIDES = [[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 4]
+TINY = {"patch_size": [16, 16, 16], "batch_size": 2}
+PLANS = ("own", "amos", "tiny")
+"""What is put into the plans of a data set: nothing, nnU-Net's plan for AMOS, a patch with which a program is tried."""
 
 
 def trainer_class(name: str) -> Any:
@@ -54,6 +58,16 @@ def load_plans(dataset: str, plans: str) -> tuple[dict[str, Any], dict[str, Any]
         int(dataset) if dataset.isdigit() else dataset
     )
     return json.loads((folder / f"{plans}.json").read_text()), json.loads((folder / "dataset.json").read_text())
+
+
+def load(dataset: str, plans: str, configuration: str, plan: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Plans and description of a preprocessed data set, with one of PLANS put into them."""
+    loaded, description = load_plans(dataset, plans)
+    if plan == "amos":
+        return as_amos(loaded, configuration), amos_labels(description)
+    if plan == "tiny":
+        loaded["configurations"][configuration].update(TINY)
+    return loaded, description
 
 
 def as_amos(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
@@ -130,7 +144,10 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the repository that this file lies in, with a mark if files differ from it."""
+    """Of the repository that this file lies in, with a mark if files differ from it; of a bundle, that it was made of."""
+    noted = Path(__file__).with_name(COMMIT_FILE)
+    if noted.is_file():
+        return noted.read_text().strip()
     described = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
     found = subprocess.run(described, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"

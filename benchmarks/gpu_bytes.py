@@ -38,6 +38,7 @@ from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode
 from torch._inductor.virtualized import V
+from torch._prims_common import suggest_memory_format
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.node import map_aggregate
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -67,11 +68,13 @@ class Moved:
         kind: "convolution", the name of one of our operators, or "fused" for what Inductor writes itself.
         bytes: read and written.
         launches: kernels.
+        channels_last: of a convolution and of our operators, whether each map that is read lies channels last.
     """
 
     kind: str
     bytes: int
     launches: int = 1
+    channels_last: tuple[bool, ...] = ()
 
 
 OURS: dict[str, Callable[[int, Any], tuple[int, int]]] = {
@@ -145,8 +148,7 @@ def as_on_cuda() -> Iterator[None]:
 
     def conv_format(x: Tensor, weight: Tensor, _backend: Any) -> torch.memory_format:
         form = CHANNELS_LAST[x.dim() - 2]
-        channels_last = any(t.is_contiguous(memory_format=form) and not t.is_contiguous() for t in (x, weight))
-        return form if channels_last else torch.contiguous_format
+        return form if form in map(suggest_memory_format, (x, weight)) else torch.contiguous_format
 
     answers = [
         (CudaInterface, "get_device_properties", lambda *_: GPU),
@@ -206,13 +208,21 @@ def moved_by(node: BaseSchedulerNode) -> Moved | None:
     if operator is None:
         return None
     namespace, _, name = operator.name().partition("::")
-    if "convolution" in name:
-        return Moved("convolution", count)
-    if namespace == "e2enet" and name.startswith("sparse"):
-        return Moved("convolution", *OURS[name](count, node.node))
+    formats = tuple(formats_of(node))
     if namespace == "e2enet":
-        return Moved(name, *OURS[name](count, node.node))
-    return Moved(name, count)
+        kind = "convolution" if name.startswith("sparse") else name
+        return Moved(kind, *OURS[name](count, node.node), formats)
+    return Moved("convolution", count, 1, formats) if "convolution" in name else Moved(name, count)
+
+
+def formats_of(node: BaseSchedulerNode) -> Iterator[bool]:
+    """Of the maps of several channels that a library's call or an operator reads: whether their channels come last."""
+    assert node.node is not None
+    for value in node.node.inputs:
+        size = [int(s) for s in value.get_size()]
+        is_map = len(size) > 3 and size[1] > 1 and max(size[2:]) > 3  # and not weights
+        if is_map:
+            yield int(value.get_stride()[1]) == 1
 
 
 def summary(step: Step) -> dict[str, dict[str, int]]:
@@ -222,6 +232,8 @@ def summary(step: Step) -> dict[str, dict[str, int]]:
             "bytes": sum(m.bytes for m in moves if m.kind != "convolution"),
             "convolution_bytes": sum(m.bytes for m in moves if m.kind == "convolution"),
             "launches": sum(m.launches for m in moves if m.kind != "convolution"),
+            "maps_read": sum(len(m.channels_last) for m in moves),
+            "channels_last": sum(sum(m.channels_last) for m in moves),
         }
         for name, moves in step.items()
     }
@@ -257,7 +269,15 @@ CONTESTANTS = {
 
 def report(plan: str, counted: dict[str, Step], batch_size: int, details: bool, console: Console) -> None:
     table = Table(title=f"{plan}, batch {batch_size}, float16: a compiled step, without convolutions")
-    for column in ("", "forward", "backward", "both, over nnU-Net", "launches", "convolutions' inputs and outputs"):
+    for column in (
+        "",
+        "forward",
+        "backward",
+        "both, over nnU-Net",
+        "launches",
+        "convolutions' inputs and outputs",
+        "maps channels last",
+    ):
         table.add_column(column, justify="left" if not column else "right")
     base = None
     for name, step in counted.items():
@@ -270,6 +290,7 @@ def report(plan: str, counted: dict[str, Step], batch_size: int, details: bool, 
             f"{both / base:.2f}",
             " + ".join(str(p["launches"]) for p in passes.values()),
             f"{sum(p['convolution_bytes'] for p in passes.values()) / 2**30:.2f} GiB",
+            "{} of {}".format(*(sum(p[kind] for p in passes.values()) for kind in ("channels_last", "maps_read"))),
         )
     console.print(table)
     for name, step in counted.items() if details else ():

@@ -1,24 +1,28 @@
 """Time and peak memory of a prediction on a GPU: E2ENet beside stock nnU-Net.
 
 Networks predict one patch after the other as nnU-Net's predictor lets them: evaluation mode, mixed precision, no gradients;
-weights are random. All contestants are timed in turn, round by round, so that a machine whose speed drifts drifts for all:
-read the ratios, which are taken round by round.
+weights are random. With ``--volume`` the predictor itself predicts a volume of noise, patch by patch, without mirroring. All
+contestants are timed in turn, round by round, so that a machine whose speed drifts drifts for all: read the ratios, which are
+taken round by round.
 
-    python benchmarks/gpu_inference.py -d 4 --amos
-    python benchmarks/gpu_inference.py -d 4 --amos --compile     # as with nnUNet_compile=1
+    python benchmarks/gpu_inference.py -d 4 --plan amos
+    python benchmarks/gpu_inference.py -d 4 --plan amos --volume 128 320 320
+    python benchmarks/gpu_inference.py -d 4 --plan amos --compile     # as with nnUNet_compile=1
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import contestants
 import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -26,8 +30,8 @@ from torch import Tensor, nn
 
 def build(
     contestant: str, plans: dict[str, Any], dataset: dict[str, Any], configuration: str, device: str
-) -> tuple[nn.Module, Tensor]:
-    """The network as its trainer builds it, and a patch."""
+) -> tuple[Any, nn.Module, Tensor]:
+    """A trainer, the network as it builds it, and a patch."""
     with contestants.temporary_results():
         trainer = contestants.trainer_class(contestant)(
             {**plans, "continue_training": False}, configuration, 0, dataset, torch.device(device)
@@ -36,7 +40,7 @@ def build(
         trainer.initialize()
     trainer.set_deep_supervision_enabled(False)
     patch = torch.randn(1, trainer.num_input_channels, *trainer.configuration_manager.patch_size, device=device)
-    return trainer.network.eval(), patch
+    return trainer, trainer.network.eval(), patch
 
 
 def predict(network: nn.Module, patch: Tensor) -> float:
@@ -50,12 +54,31 @@ def predict(network: nn.Module, patch: Tensor) -> float:
     return time.perf_counter() - begin
 
 
+def predictor_of(trainer: Any, network: nn.Module) -> nnUNetPredictor:
+    predictor = nnUNetPredictor(use_mirroring=False, device=trainer.device, allow_tqdm=False)
+    predictor.manual_initialization(
+        *(network, trainer.plans_manager, trainer.configuration_manager, None, trainer.dataset_json),
+        *(type(trainer).__name__, None),
+    )
+    return predictor
+
+
+def predict_volume(predictor: nnUNetPredictor, volume: Tensor) -> float:
+    """Seconds of a volume, ``(channels, *space)``, up to its logits."""
+    begin = time.perf_counter()
+    predictor.predict_sliding_window_return_logits(volume)
+    if predictor.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", "--dataset", required=True, help="a preprocessed data set, by name or number")
     parser.add_argument("-c", "--configuration", default="3d_fullres")
     parser.add_argument("-p", "--plans", default="nnUNetPlans")
-    parser.add_argument("--amos", action="store_true", help="network and patch of nnU-Net's plans for AMOS")
+    parser.add_argument("--plan", choices=contestants.PLANS, default="own", help="amos: network and patch of nnU-Net's")
+    parser.add_argument("--volume", type=int, nargs="+", help="voxels an axis: predict a whole volume in the place of a patch")
     parser.add_argument("--contestants", nargs="+", default=list(contestants.CONTESTANTS), choices=contestants.CONTESTANTS)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=20)
@@ -63,31 +86,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("gpu_inference.json"))
     given = parser.parse_args(arguments)
     contestants.check_device(given.device)
-    plans, dataset = contestants.load_plans(given.dataset, given.plans)
-    if given.amos:
-        plans, dataset = contestants.as_amos(plans, given.configuration), contestants.amos_labels(dataset)
+    plans, dataset = contestants.load(given.dataset, given.plans, given.configuration, given.plan)
     settings = {name: value for name, value in vars(given).items() if name not in ("output", "contestants")}
+    what = "a patch" if given.volume is None else f"a volume of {' x '.join(map(str, given.volume))}"
     header = {"settings": settings, "machine": {**contestants.machine(given.device), "compiled": given.compile}}
     record = contestants.Record(given.output, header)
 
     contestants.as_nnunet_trains(given.device)
-    ready = {}
+    torch._dynamo.config.cache_size_limit = 8 * len(given.contestants)  # of networks of one class: others would run eagerly
+    ready: dict[str, Callable[[], float]] = {}
     for name in given.contestants:
-        network, patch = build(name, plans, dataset, given.configuration, given.device)
-        ready[name] = (torch.compile(network) if given.compile else network, patch)
-        predict(*ready[name])
+        trainer, network, patch = build(name, plans, dataset, given.configuration, given.device)
+        network = cast(nn.Module, torch.compile(network)) if given.compile else network
+        if given.volume is None:
+            ready[name] = partial(predict, network, patch)
+        else:
+            volume = torch.randn(patch.shape[1], *given.volume)
+            ready[name] = partial(predict_volume, predictor_of(trainer, network), volume)
+        ready[name]()
         if given.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        predict(*ready[name])
+        ready[name]()
         peak = {"peak_bytes_above_weights": torch.cuda.max_memory_allocated() - before} if given.device == "cuda" else {}
         record.add(name, peak)
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(given.rounds):
-        for name, (network, patch) in ready.items():
-            seconds[name].append(predict(network, patch))
+        for name, once in ready.items():
+            seconds[name].append(once())
 
-    table = Table(title=f"Prediction of a patch, {header['machine']['device']}")
+    table = Table(title=f"Prediction of {what}, {header['machine']['device']}")
     for column in ("", "ms, median (least to most)", "over nnU-Net", "peak GiB above weights"):
         table.add_column(column, justify="right")
     for name, values in seconds.items():

@@ -6,8 +6,8 @@ deep supervision are as in a training; the first update of the topology would be
 
     export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...
     python benchmarks/gpu_training.py -d 4                       # a preprocessed data set, its own plans
-    python benchmarks/gpu_training.py -d 4 --amos                # network, patch and batch of nnU-Net's plans for AMOS
-    python benchmarks/gpu_training.py -d 4 --amos --profile      # and where the time of a step goes
+    python benchmarks/gpu_training.py -d 4 --plan amos                # network, patch and batch of nnU-Net's plans for AMOS
+    python benchmarks/gpu_training.py -d 4 --plan amos --profile      # and where the time of a step goes
 
 Results are in ``--output``, written after each measurement; what is there already is not measured again.
 """
@@ -38,7 +38,7 @@ class Settings:
     dataset: str
     configuration: str
     plans: str
-    amos: bool
+    plan: str
     epochs: int
     iterations: int
     validation_iterations: int
@@ -85,9 +85,7 @@ def timed(base: Any, settings: Settings, loading: bool) -> Any:
 
 def measure(contestant: str, settings: Settings, loading: bool, profile: bool) -> dict[str, Any]:
     """Train one contestant; seconds of the fastest epoch and bytes at the peak."""
-    plans, dataset = contestants.load_plans(settings.dataset, settings.plans)
-    if settings.amos:
-        plans, dataset = contestants.as_amos(plans, settings.configuration), contestants.amos_labels(dataset)
+    plans, dataset = contestants.load(settings.dataset, settings.plans, settings.configuration, settings.plan)
     plans["continue_training"] = False
     torch.manual_seed(0)
     cls = timed(contestants.trainer_class(contestant), settings, loading)
@@ -157,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-d", "--dataset", required=True, help="a preprocessed data set, by name or number")
     parser.add_argument("-c", "--configuration", default="3d_fullres")
     parser.add_argument("-p", "--plans", default="nnUNetPlans")
-    parser.add_argument("--amos", action="store_true", help="network, patch and batch of nnU-Net's plans for AMOS")
+    parser.add_argument("--plan", choices=contestants.PLANS, default="own", help="amos: network, patch and batch of nnU-Net's")
     parser.add_argument("--contestants", nargs="+", default=list(contestants.CONTESTANTS), choices=contestants.CONTESTANTS)
     parser.add_argument("--loading", nargs="+", default=["without", "with"], choices=["without", "with"])
     parser.add_argument("--epochs", type=int, default=5)
@@ -169,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     contestants.check_device(given.device)
     settings = Settings(
-        *(given.dataset, given.configuration, given.plans, given.amos),
+        *(given.dataset, given.configuration, given.plans, given.plan),
         *(given.epochs, given.iterations, given.validation_iterations, given.device),
     )
     record = contestants.Record(given.output, {"settings": asdict(settings), "machine": contestants.machine(given.device)})

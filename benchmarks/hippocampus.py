@@ -227,10 +227,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 return
             if key not in record.results:
                 record.add(key, {**result(fold), "machine": contestants.machine(given.device), "commit": contestants.commit()})
-    compare(models, given.folder)
+    if len(models) > 1:
+        compare(models, given.folder)
     for key, value in record.results.items():
         print(f"{key:45} Dice {value['dice']:.4f}, {value['median_epoch_seconds']:.1f} s an epoch")
-    print(f"all is done: {given.folder / 'comparison.html'}")
+    print(f"all is done: {record.file}")
 
 
 if __name__ == "__main__":

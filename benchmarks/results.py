@@ -1,9 +1,10 @@
-"""Tables and figures of docs/results.md from the records of trainings on real scans: ``make results``.
+"""Tables and figures of docs/results.md from the records of trainings on real scans and of a GPU: ``make results``.
 
     python benchmarks/results.py [RECORD ...] [--page PAGE]
 
 Records are what benchmarks/hippocampus.py writes, by default all of docs/results/*.json. The page gets, between its two
-markers, one section a record; a figure a record goes beside the record. Everything is computed from the records alone.
+markers, one section a record; a figure a record goes beside the record. Between two other markers it gets the tables of
+docs/results/gpu/*.json, which benchmarks/gpu_session.py writes. Everything is computed from the records alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import contestants
+import gpu_results
 import numpy as np
 
 from nnunetv2_e2enet import files
@@ -24,6 +26,7 @@ from nnunetv2_e2enet.evaluation.statistics import Interval, mean_interval
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- make results: begin -->", "<!-- make results: end -->"
+GPU_BEGIN, GPU_END = "<!-- make results, gpu: begin -->", "<!-- make results, gpu: end -->"
 POINTS = 100  # of Dice
 
 Record = Mapping[str, Any]
@@ -130,10 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=DOCS / "results.md")
     given = parser.parse_args(arguments)
     records = given.records or sorted((given.page.parent / "results").glob("*.json"))
-    before, begin, rest = given.page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{given.page} lacks the markers {BEGIN} and {END}, between which the tables go")
+    text = given.page.read_text(encoding="utf-8")
+    if not all(marker in text for marker in (BEGIN, END, GPU_BEGIN, GPU_END)):
+        raise SystemExit(f"{given.page} lacks the markers {BEGIN}, {END}, {GPU_BEGIN}, {GPU_END}, between which the tables go")
     lines = []
     for file in records:
         record = json.loads(file.read_text())
@@ -143,7 +145,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files.write_atomically(folder / f"{file.stem}.svg", drawing.svg(figure(record)))
     if not records:
         lines = ["No training on real scans has been recorded yet.", ""]
-    files.write_atomically(given.page, "\n".join([f"{before}{BEGIN}", "", *lines, ""]).rstrip("\n") + f"\n\n{END}{after}")
+    gpu = [json.loads(file.read_text()) for file in sorted((given.page.parent / "results" / "gpu").glob("*.json"))]
+    text = between(text, BEGIN, END, lines)
+    files.write_atomically(given.page, between(text, GPU_BEGIN, GPU_END, gpu_results.section(gpu)))
+
+
+def between(text: str, begin: str, end: str, lines: Sequence[str]) -> str:
+    """A page with these lines between two of its markers."""
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return "\n".join([f"{before}{begin}", "", *lines, ""]).rstrip("\n") + f"\n\n{end}{after}"
 
 
 if __name__ == "__main__":

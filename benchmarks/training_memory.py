@@ -43,6 +43,8 @@ PLANS = {
     "anisotropic": ([[1, 1, 1], [1, 2, 2], [1, 2, 2]] + [[2, 2, 2]] * 3, (16, 256, 256)),
     "2D": ([[1, 1]] + [[2, 2]] * 7, (512, 512)),
 }
+TINY = {"tiny": ([[1, 1, 1], [2, 2, 2]], (16, 16, 16))}
+"""With which other programs are tried."""
 STOCK = "nnU-Net"
 ACTIVE = "B16active"
 
@@ -57,12 +59,12 @@ class Candidate:
     outputs: int = CLASSES
 
     def build(self, deep_supervision: bool = True) -> nn.Module:
-        strides, _ = PLANS[self.plan]
+        strides, _ = (PLANS | TINY)[self.plan]
         if self.kind == STOCK:
-            return stock_network(strides)
+            return stock_network(strides, self.outputs)
         conv = nn.Conv3d if len(strides[0]) == 3 else nn.Conv2d
         levels = len(strides)
-        arguments = (1, CLASSES, levels, e2enet_features(levels), conv, strides)
+        arguments = (1, self.outputs, levels, e2enet_features(levels), conv, strides)
         if self.kind == ACTIVE:
             with torch.device("cpu"):  # what is stored depends on the topology's values
                 return in_active_blocks(E2ENet(*arguments, deep_supervision=deep_supervision))
@@ -153,14 +155,14 @@ def forward_backward(network: nn.Module, x: torch.Tensor) -> None:
     loss.backward()
 
 
-def stock_network(strides: list[list[int]]) -> PlainConvUNet:
+def stock_network(strides: list[list[int]], classes: int) -> PlainConvUNet:
     dimension = len(strides[0])
     conv, norm = (nn.Conv3d, nn.InstanceNorm3d) if dimension == 3 else (nn.Conv2d, nn.InstanceNorm2d)
     features = [min(32 * 2**i, 320 if dimension == 3 else 512) for i in range(len(strides))]
     kernels = [[1 if s == 1 else 3 for s in following] for following in strides[1:]]  # flat until an axis is divided
     kernels.append([3] * dimension)
     return PlainConvUNet(
-        *(1, len(strides), features, conv, kernels, strides, 2, CLASSES, 2, True, norm, {"eps": 1e-5, "affine": True}),
+        *(1, len(strides), features, conv, kernels, strides, 2, classes, 2, True, norm, {"eps": 1e-5, "affine": True}),
         *(None, None, nn.LeakyReLU, {"inplace": True}),
         deep_supervision=True,
     )

@@ -45,7 +45,8 @@ def train(trainer: Any, rank: int, compiled: bool) -> dict[str, Any]:
     network = torch.compile(trainer.network, backend="eager") if compiled else trainer.network
     trainer.network = DistributedDataParallel(network, bucket_cap_mb=2**-4)
     trainer.is_ddp, trainer.local_rank = True, rank
-    assert not any(buffer.dtype == torch.bool for buffer in trainer.network.modules_buffers), "masks are sent with each step"
+    sent = {buffer.dtype for buffer in trainer.network.modules_buffers}
+    assert not sent & {torch.bool, torch.int64}, "masks or the indices that follow from them are sent with each step"
     for _ in range(2):
         trainer.on_epoch_start()
         trainer.on_train_epoch_start()

@@ -56,9 +56,10 @@ def test_training(tiny: Project, tmp_path: Path, capsys: pytest.CaptureFixture[s
         gpu_training.main([*command, "--epochs", "3"])
 
 
-def test_prediction(tiny: Project, tmp_path: Path) -> None:  # noqa: ARG001
+@pytest.mark.parametrize("volume", [[], ["--volume", "8", "20", "16"]])
+def test_prediction(tiny: Project, tmp_path: Path, volume: list[str]) -> None:  # noqa: ARG001
     output = tmp_path / "out.json"
-    gpu_inference.main(["-d", "993", "-p", PLANS, "--device", "cpu", "--rounds", "2", "--output", str(output)])
+    gpu_inference.main(["-d", "993", "-p", PLANS, "--device", "cpu", "--rounds", "2", "--output", str(output), *volume])
     content = json.loads(output.read_text())
     assert content["machine"]["warning"] == contestants.WITHOUT_GPU
     assert {name: len(result["seconds"]) for name, result in content["results"].items()} == {"nnU-Net": 2, "E2ENet": 2}
@@ -69,7 +70,7 @@ def test_contestants_with_channels_last(tiny: Project, monkeypatch: pytest.Monke
     plans, dataset = contestants.load_plans("993", PLANS)
     assert set(contestants.SAME_RESULTS) == {name for name in CONTESTANTS if "channels last" in name}
     for name in contestants.SAME_RESULTS:
-        network, patch = gpu_inference.build(name, plans, dataset, "3d_fullres", "cpu")
+        _, network, patch = gpu_inference.build(name, plans, dataset, "3d_fullres", "cpu")
         weights = [p for p in network.parameters() if p.dim() == 5 and p.shape[1] > 1 and p[0, 0].numel() > 1]
         assert len(weights) > 5
         assert all(p.is_contiguous(memory_format=torch.channels_last_3d) and not p.is_contiguous() for p in weights)

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.dsff import CosineSchedule, GradientGrowth, RandomGrowth, TopologyUpdater
-from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.network import E2ENet, maskable_layers, store_active_only
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,35 @@ def test_topology_updates_compile_nothing(
     with torch.no_grad(), engine.disabled():
         compiled_outputs, outputs = compiled(x), network(x)
     assert all(torch.equal(a, b) for a, b in zip(compiled_outputs, outputs, strict=True))
+
+
+@pytest.mark.usefixtures("fused_kernels")
+@pytest.mark.parametrize("active_only", [False, True])
+def test_topology_updates_compile_nothing_where_the_kernels_compute(active_only: bool) -> None:
+    """Of single connections and of stored active blocks, whose indices change with each update; loading weights too."""
+    pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
+    torch._dynamo.reset()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = E2ENet(1, 2, 2, [4, 6], nn.Conv2d, [[1, 1], [2, 2]], deep_supervision=True, feature_sparsity=0.5).to(device)
+    for _, layer in maskable_layers(network) if active_only else ():
+        layer.share_inputs(2, equal_blocks=True)
+        layer.set_random_topology(layer.connections_at(0.5))
+        store_active_only(layer)
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9)
+    updater = TopologyUpdater(network, CosineSchedule(10, 1))
+    counter = CompileCounter()
+    compiled = torch.compile(network, backend=counter, fullgraph=True)
+    x = torch.randn(1, 1, 4, 4, device=device)
+    for epoch in range(3):
+        optimizer.zero_grad()
+        sum(output.square().mean() for output in compiled(x)).backward()
+        optimizer.step()
+        update = updater.update(epoch + 1, optimizer)
+        assert update is not None
+        assert update.replaced > 0
+    network.load_state_dict(network.state_dict())
+    found, expected = compiled(x), network(x)
+    assert counter.frame_count == 1
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert counter.op_count > 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.network import E2ENet, maskable_layers, store_active_only
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
 from nnunetv2_e2enet.settings import override
 
@@ -23,10 +23,16 @@ SIZES = [(8, 16, 16), (8, 8, 8)]
 HALF = 2  # bytes of a voxel in mixed precision
 
 
-def count(kernels: str, channels_last: bool = False) -> gpu_bytes.Step:
+def count(kernels: str, channels_last: bool = False, levels: int = 2, active_only: bool = False) -> gpu_bytes.Step:
     torch.manual_seed(0)
+    strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]][:levels]
     with override(kernels=kernels):
-        network = E2ENet(1, 2, 2, CHANNELS, nn.Conv3d, [[1, 1, 1], [1, 2, 2]], deep_supervision=False)
+        network = E2ENet(1, 2, levels, [*CHANNELS, 48][:levels], nn.Conv3d, strides, deep_supervision=False)
+        if active_only:
+            for _, layer in maskable_layers(network):
+                layer.share_inputs(16, equal_blocks=True)
+                layer.set_random_topology(layer.connections_at(0.5))
+                store_active_only(layer)
         if channels_last:
             network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         prepare_kernels(torch.device("cpu"))
@@ -60,3 +66,25 @@ def test_passes_of_pytorch_move_more() -> None:
     ours, theirs = (gpu_bytes.summary(count(kernels)) for kernels in ("on", "off"))
     for direction in ("forward", "backward"):
         assert ours[direction]["bytes"] < 0.75 * theirs[direction]["bytes"]
+
+
+@pytest.mark.parametrize("active_only", [False, True])
+def test_channels_last_survives_the_compiler(active_only: bool) -> None:
+    """In the lowered graphs every convolution and every operator reads maps whose channels come last."""
+    last, first = (
+        [m for moves in count("on", channels_last, 3, active_only).values() for m in moves if m.channels_last]
+        for channels_last in (True, False)
+    )
+    assert {m.kind for m in last} == {
+        "convolution",
+        "statistics",
+        "join",
+        "separate",
+        "norm_gradient",
+        "pool",
+        "pool_gradient",
+    }
+    for moved in last:
+        assert all(moved.channels_last), moved
+    assert len(last) == len(first)
+    assert not any(any(moved.channels_last) for moved in first)

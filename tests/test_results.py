@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import contestants
 import numpy as np
 import pytest
 import results
@@ -14,7 +15,7 @@ import results
 from nnunetv2_e2enet.evaluation.statistics import mean_interval
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE = f"Before.\n\n{results.BEGIN}\n\nwhat was there\n\n{results.END}\n\nAfter.\n"
+PAGE = f"Before.\n\n{results.BEGIN}\n\nwhat was there\n\n{results.END}\n\n{results.GPU_BEGIN}\n{results.GPU_END}\n\nAfter.\n"
 
 
 def run(case_dice: dict[str, list[float]], parameters: int = 1_500_000) -> dict[str, Any]:
@@ -104,8 +105,48 @@ def test_what_does_not_belong_together_is_refused(page: Path) -> None:
 
 def test_the_page_is_what_the_records_give(tmp_path: Path) -> None:
     shutil.copy(DOCS / "results.md", tmp_path)
+    records = DOCS / "results"
     (tmp_path / "results").mkdir()
-    for record in (DOCS / "results").glob("*.json"):
-        shutil.copy(record, tmp_path / "results")
+    for record in records.rglob("*.json"):
+        target = tmp_path / "results" / record.relative_to(records)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(record, target)
     results.main(["--page", str(tmp_path / "results.md")])
     assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text(), "run `make results`"
+
+
+def gpu_record(what: str, result: Any, warning: bool = False) -> dict[str, Any]:
+    machine = {"device": "some GPU", "torch": "2.13.0", **({"warning": contestants.WITHOUT_GPU} if warning else {})}
+    return {"what": what, "commit": "0123456789", "machine": machine, "result": result}
+
+
+def test_tables_of_a_gpu(page: Path) -> None:
+    records = [
+        gpu_record("1 test_kernels.py", {"passed": True, "end": "....\n=== 60 passed in 9.0s ===\n"}),
+        gpu_record("2 nnU-Net, compiled", {"milliseconds": [40.0, 43.0, 41.0], "peak_bytes": 3 * 2**30}),
+        gpu_record("3 patch", {"results": {"E2ENet 0.8": {"seconds": [0.02, 0.03, 0.04], "over_nnunet": 0.9}}}),
+        gpu_record("4 48 maps", {"conv3d": [2.0, 2.5, 1.5]}),
+        gpu_record("5 nnU-Net", [{"operation": "convolution", "calls": 3, "share": 0.5}]),
+        gpu_record("6 E2ENet 0.8", {"E2ENet 0.8 | fold 0": {"dice": 0.9, "epochs": 100, "median_epoch_seconds": 9.0}}),
+    ]
+    folder = page.parent / "results" / "gpu"
+    folder.mkdir()
+    for record in records:
+        (folder / f"{record['what']}.json").write_text(json.dumps(record))
+    results.main(["--page", str(page)])
+    text = page.read_text()
+    for row in (
+        "| test_kernels.py | passed: 60 passed in 9.0s |",
+        "| nnU-Net, compiled | 41.0 (40.0 to 43.0) ms, peak 3.00 GiB |",
+        "| patch: E2ENet 0.8 | 30.0 (20.0 to 40.0) ms, 0.90 of nnU-Net's |",
+        "| 48 maps: conv3d | 2.00 (1.50 to 2.50) ms |",
+        "| nnU-Net | convolution 50% |",
+        "| E2ENet 0.8, fold 0 | Dice 0.9000 after 100 epochs of 9.0 s |",
+    ):
+        assert row in text
+    assert text.count("some GPU, torch 2.13.0, 0123456789.") == len(records)
+    results.main(["--page", str(page)])
+    assert page.read_text() == text
+    (folder / "dry.json").write_text(json.dumps(gpu_record("2 blocks", {"milliseconds": [1.0]}, warning=True)))
+    with pytest.raises(SystemExit, match="'2 blocks' is of a dry run without a GPU"):
+        results.main(["--page", str(page)])

@@ -15,6 +15,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from support import Project, make
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +27,8 @@ from nnunetv2_e2enet.network.acceleration import prepare_kernels
 from nnunetv2_e2enet.network.depth_shift import depth_shift
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST, is_channels_last
 from nnunetv2_e2enet.settings import override
+from nnunetv2_e2enet.trainers.e2enet_experiment_trainers import nnUNetTrainerE2ENet_B16active
+from nnunetv2_e2enet.training.variants import variant
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
@@ -39,28 +43,36 @@ def kernels() -> Any:
     return registry.load("kernels")
 
 
-@settings(deadline=None, max_examples=4)
+CONVOLUTIONS = [((1, 3, 3), (1, 1, 1)), ((1, 3, 3), (1, 2, 2)), ((3, 1, 3), (2, 1, 2)), ((3, 3), (1, 2))]
+"""Kernel and stride."""
+TRANSPOSED = [(2, 2, 2), (1, 2, 2), (3, 1, 2), (2, 2)]
+"""Kernel and stride at once."""
+
+
+@settings(deadline=None, max_examples=6)
 @given(
     st.tuples(st.integers(1, 3), st.integers(2, 5), st.integers(3, 5)),
-    st.sampled_from([((1, 3, 3), (1, 1, 1)), ((1, 3, 3), (1, 2, 2)), ((3, 1, 3), (2, 1, 2)), ((3, 3), (1, 2))]),
+    st.sampled_from([*((*conv, False) for conv in CONVOLUTIONS), *((up, up, True) for up in TRANSPOSED)]),
     st.sampled_from([(7, 3, 4, 2), (23, 19, 16, 2), (40, 33, 24, 1)]),
     st.sampled_from([1, 3, 5]),
     st.booleans(),
     st.sampled_from(DTYPES),
 )
-@example((3, 5, 3), ((1, 3, 3), (1, 1, 1)), (23, 19, 16, 2), 3, True, torch.float16)
-@example((3, 3, 5), ((1, 3, 3), (1, 1, 1)), (23, 19, 16, 2), 3, False, torch.float32)
+@example((3, 5, 3), ((1, 3, 3), (1, 1, 1), False), (23, 19, 16, 2), 3, True, torch.float16)
+@example((3, 3, 5), ((1, 3, 3), (1, 1, 1), False), (23, 19, 16, 2), 3, False, torch.float32)
+@example((3, 3, 5), ((2, 2, 2), (2, 2, 2), True), (23, 19, 16, 2), 3, False, torch.float16)
+@example((2, 5, 3), ((1, 2, 2), (1, 2, 2), True), (23, 19, 24, 1), 1, True, torch.float32)
 def test_the_kernels_compute_what_pytorch_does(
     kernels: Any,
     size: tuple[int, ...],
-    conv: tuple[tuple[int, ...], tuple[int, ...]],
+    conv: tuple[tuple[int, ...], tuple[int, ...], bool],
     maps: tuple[int, int, int, int],
     shift_size: int,
     last: bool,
     dtype: torch.dtype,
 ) -> None:
     """Odd sizes, strides, both orders in memory, blocks of other sizes than a tile."""
-    (kernel, stride), (channels, n_inputs, block_size, blocks) = conv, maps
+    (kernel, stride, transposed), (channels, n_inputs, block_size, blocks) = conv, maps
     size, shift_size = size[-len(kernel) :], shift_size if len(kernel) == 3 else 1
     generator = torch.Generator().manual_seed(0)
 
@@ -75,12 +87,17 @@ def test_the_kernels_compute_what_pytorch_does(
     exact_x, exact_weight = (t.double().requires_grad_() for t in (x, weight))
     shifted = depth_shift(exact_x, shift_size)
     gathered = torch.cat([shifted[:, block] for block in inputs], dim=1)
-    function = F.conv3d if len(kernel) == 3 else F.conv2d
-    expected = function(gathered, exact_weight, None, stride, [k // 2 for k in kernel], 1, blocks)
+    if transposed:
+        function = F.conv_transpose3d if len(kernel) == 3 else F.conv_transpose2d
+        grouped = exact_weight.unflatten(0, (blocks, block_size)).transpose(1, 2).flatten(0, 1)
+        expected = function(gathered, grouped, None, stride, groups=blocks)
+    else:
+        function = F.conv3d if len(kernel) == 3 else F.conv2d
+        expected = function(gathered, exact_weight, None, stride, [k // 2 for k in kernel], 1, blocks)
     grad = random(*expected.shape)
     of_x, of_weight = torch.autograd.grad(expected, (exact_x, exact_weight), grad.double())
 
-    options = (list(stride), shift_size)
+    options = (list(stride), shift_size, transposed)
     found = kernels.convolve(x, weight, inputs, *options)
     assert is_channels_last(found) == is_channels_last(x)
     found_of_x = kernels.input_gradient(grad, weight, inputs, x, *options)
@@ -88,7 +105,8 @@ def test_the_kernels_compute_what_pytorch_does(
     found_of_weight = kernels.weight_gradient(grad, x, inputs, list(kernel), *options)
     for f, e in ((found, expected), (found_of_x, of_x), (found_of_weight, of_weight)):
         torch.testing.assert_close(f.double(), e, rtol=0, atol=TOLERANCE[dtype] * float(e.detach().abs().max()))
-    assert torch.equal(found_of_x, kernels.input_gradient(grad, weight, inputs, x, *options))
+    assert torch.equal(found_of_x, kernels.input_gradient(grad, weight, inputs, x, *options))  # no order of threads matters
+    assert torch.equal(found_of_weight, kernels.weight_gradient(grad, x, inputs, list(kernel), *options))
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -96,13 +114,20 @@ def test_operators_are_well_behaved(kernels: Any, last: bool) -> None:
     form = torch.channels_last_3d if last else torch.contiguous_format
     x, grad = (torch.randn(2, c, 3, 4, 4, device=DEVICE).contiguous(memory_format=form) for c in (5, 32))
     weight, inputs = torch.randn(32, 3, 1, 3, 3, device=DEVICE), torch.tensor([[0, 2, 3], [1, 2, 4]], device=DEVICE)
-    assert kernels.convolve(x, weight, inputs, [1, 1, 1], 3).shape == grad.shape
+    assert kernels.convolve(x, weight, inputs, [1, 1, 1], 3, False).shape == grad.shape
     calls = {
-        "sparse_convolution": (x, weight, inputs, [1, 1, 1], 3),
-        "sparse_input_gradient": (grad, weight, inputs, x, [1, 1, 1], 3),
-        "sparse_weight_gradient": (grad, x, inputs, [1, 3, 3], [1, 1, 1], 3),
+        "sparse_convolution": (x, weight, inputs, [1, 1, 1], 3, False),
+        "sparse_input_gradient": (grad, weight, inputs, x, [1, 1, 1], 3, False),
+        "sparse_weight_gradient": (grad, x, inputs, [1, 3, 3], [1, 1, 1], 3, False),
     }
-    for name, arguments in calls.items():
+    up, finer = [1, 2, 2], torch.randn(2, 32, 3, 8, 8, device=DEVICE).contiguous(memory_format=form)
+    weights = torch.randn(32, 3, *up, device=DEVICE)
+    transposed = {
+        "sparse_convolution": (x, weights, inputs, up, 3, True),
+        "sparse_input_gradient": (finer, weights, inputs, x, up, 3, True),
+        "sparse_weight_gradient": (finer, x, inputs, up, up, 3, True),
+    }
+    for name, arguments in (*calls.items(), *transposed.items()):
         operator = getattr(torch.ops.e2enet, name).default
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -151,16 +176,102 @@ def test_a_training_in_blocks_is_the_same(compiled: bool) -> None:
         torch.testing.assert_close(found_parameters[name], parameter, atol=1e-9, rtol=1e-6)
 
 
+def in_blocks(network: E2ENet, block_size: int, seed: int) -> E2ENet:
+    for _, layer in maskable_layers(network):
+        layer.share_inputs(block_size, equal_blocks=True)
+    random_topology(network, 0.5, Uniform(), seed)
+    return network
+
+
+@pytest.mark.usefixtures("fused_kernels")
+def test_a_network_that_predicts_stores_active_blocks_of_the_weights_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other: of blocks, of blocks of another size, of single connections, of blocks again."""
+    strides = [[1, 1], [2, 2]]
+    with override(kernels="off"):
+        networks = [
+            in_blocks(E2ENet(1, 2, 2, [16, 32], nn.Conv2d, strides, feature_sparsity=0.5), size, seed).to(DEVICE).eval()
+            for size, seed in ((16, 0), (32, 1), (1, 2), (16, 3))
+        ]
+    predicting = E2ENet(1, 2, 2, [16, 32], nn.Conv2d, strides, feature_sparsity=0.5).to(DEVICE).eval()
+    predicting.predicts_only = True
+    assert predicting.state_dict().keys() == networks[0].state_dict().keys()
+    x = torch.randn(1, 1, 8, 8, device=DEVICE)
+    calls: list[int] = []
+    programs = registry.load("kernels").sparse.programs
+    whole = programs.convolve_blocks
+
+    class Noted:
+        def __getitem__(self, grid: Any) -> Any:
+            calls.append(grid)
+            return whole[grid]
+
+    monkeypatch.setattr(programs, "convolve_blocks", Noted())
+    for network, in_equal_blocks in zip(networks, (True, True, False, True), strict=True):
+        calls.clear()
+        predicting.load_state_dict(network.state_dict())
+        layers = [layer for _, layer in maskable_layers(predicting)]
+        assert [layer.stores_active_only for layer in layers] == [in_equal_blocks] * len(layers)
+        with torch.no_grad():
+            found = predicting(x)
+            assert len(calls) == len(layers) * in_equal_blocks  # the transposed convolution too
+            with override(kernels="off"):
+                prepare_kernels(DEVICE)
+                expected = network(x)
+            prepare_kernels(DEVICE)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        for name, value in predicting.state_dict().items():
+            assert torch.equal(value, network.state_dict()[name])
+
+
+def test_without_kernels_a_network_that_predicts_stays_dense() -> None:
+    if DEVICE.type == "cuda":
+        pytest.skip("there is a GPU")
+    network = in_blocks(E2ENet(1, 2, 2, [16, 32], nn.Conv2d, [[1, 1], [2, 2]], feature_sparsity=0.5), 16, 0)
+    predicting = deepcopy(network)
+    predicting.predicts_only = True
+    predicting.load_state_dict(network.state_dict())
+    assert not any(layer.stores_active_only for _, layer in maskable_layers(predicting))
+
+
+@pytest.mark.usefixtures("fused_kernels")
+def test_nnunets_predictor_uses_active_blocks(in_process: Project) -> None:
+    cls = variant(nnUNetTrainerE2ENet_B16active, "small", base_num_features=16, max_num_features=16)
+    cls.__name__ = nnUNetTrainerE2ENet_B16active.__name__  # which the predictor looks for
+    with override(kernels="off"):
+        trainer = make(cls, in_process, in_process.tiny_plans())
+        trainer.initialize()
+    layers = [layer for _, layer in maskable_layers(trainer.network)]
+    assert not trainer.network.predicts_only
+    assert all(layer.stores_active_only for layer in layers)
+    model, fold = Path(trainer.output_folder_base), Path(trainer.output_folder)
+    fold.mkdir(parents=True, exist_ok=True)
+    (model / "plans.json").write_text(json.dumps(trainer.plans_manager.plans))
+    (model / "dataset.json").write_text(json.dumps(trainer.dataset_json))
+    trainer.save_checkpoint(str(fold / "checkpoint_final.pth"))
+    predictor = nnUNetPredictor(use_gaussian=False, use_mirroring=False, device=DEVICE, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), (0,))
+    image = torch.randn(1, 8, 16, 16)
+    found = predictor.predict_logits_from_preprocessed_data(image)
+    stored = [layer.weight.shape for _, layer in maskable_layers(predictor.network)]
+    assert stored == [layer.weight.shape for layer in layers]
+    trainer.set_deep_supervision_enabled(False)
+    with override(kernels="off"), torch.no_grad():
+        prepare_kernels(DEVICE)
+        (expected,) = trainer.network.eval()(image[None].to(DEVICE))
+    torch.testing.assert_close(found, expected.cpu().to(found.dtype), rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.slow
 def test_compiled_for_gpus_they_use_tensor_cores() -> None:
     """In a process of its own, without the interpreter; for sm_80 and sm_90."""
     pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
-    program = "import gpu_compile as g, json; print(json.dumps([g.compiled(p, a) for p in g.PROGRAMS for a in (80, 90)]))"
+    each = "g.compiled(p, k, a) for p in g.PROGRAMS for k in g.KINDS for a in g.ARCHITECTURES"
+    program = f"import gpu_compile as g, json; print(json.dumps([{each}]))"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(BENCHMARKS)}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == 6
+    assert len(found) == 12
     for each in found:
         assert each["tensor_core_instructions"] > 0
         assert each["registers"] <= 255

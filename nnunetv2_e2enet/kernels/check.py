@@ -24,23 +24,29 @@ def wrong_kernel(device: torch.device) -> str | None:
     return next((name for dtype, form in cases if (name := _wrong_kernel(device, dtype, form))), None)
 
 
-def _sparse_convolutions(x: Tensor, like: Tensor) -> dict[str, tuple[Sequence[Tensor], Sequence[Tensor]]]:
+def _sparse_convolutions(x: Tensor, transposed: bool) -> dict[str, tuple[Sequence[Tensor], Sequence[Tensor]]]:
     """Two blocks of 16 output maps over 3 of 5 input maps each, after a depth shift."""
     generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(32, 3, 1, 3, 3, generator=generator).to(like)
+    weight = torch.randn(32, 3, 1, 3, 3, generator=generator).to(x)
     inputs = torch.tensor([[0, 2, 3], [1, 2, 4]], device=x.device)
     shifted = join([x], 3)
     gathered = torch.cat([shifted[:, block] for block in inputs], dim=1).requires_grad_()
     dense = weight.detach().requires_grad_()
-    expected = F.conv3d(gathered, dense, padding=(0, 1, 1), groups=2)
+    if transposed:
+        stride, by_input = [1, 3, 3], dense.unflatten(0, (2, 16)).transpose(1, 2).flatten(0, 1)
+        expected = F.conv_transpose3d(gathered, by_input, None, stride, groups=2)
+    else:
+        stride = [1, 1, 1]
+        expected = F.conv3d(gathered, dense, padding=(0, 1, 1), groups=2)
     of_gathered, of_weight = torch.autograd.grad(expected, (gathered, dense), expected)
     of_shifted = torch.zeros_like(shifted).index_add(1, inputs.flatten(), of_gathered)
     (of_x,) = separate(of_shifted, [5], 3)
-    grad, stride = expected.detach(), [1, 1, 1]
+    grad, options = expected.detach(), (stride, 3, transposed)
+    kind = "transposed " if transposed else ""
     return {
-        "convolve": ([sparse.convolve(x, weight, inputs, stride, 3)], [grad]),
-        "input_gradient": ([sparse.input_gradient(grad, weight, inputs, x, stride, 3)], [of_x]),
-        "weight_gradient": ([sparse.weight_gradient(grad, x, inputs, [1, 3, 3], stride, 3)], [of_weight]),
+        f"{kind}convolve": ([sparse.convolve(x, weight, inputs, *options)], [grad]),
+        f"{kind}input_gradient": ([sparse.input_gradient(grad, weight, inputs, x, *options)], [of_x]),
+        f"{kind}weight_gradient": ([sparse.weight_gradient(grad, x, inputs, [1, 3, 3], *options)], [of_weight]),
     }
 
 
@@ -67,7 +73,7 @@ def _wrong_kernel(device: torch.device, dtype: torch.dtype, memory_format: torch
         "pool": ((found, raw), (expected.detach(), F.max_pool3d(join(maps[:1], 1), stride))),
         "pool_gradient": ([gradient], [unpooled]),
     }
-    results |= _sparse_convolutions(x, grad)
+    results |= _sparse_convolutions(x, transposed=False) | _sparse_convolutions(x, transposed=True)
     tolerance = TOLERANCES[dtype]
     for name, (results_found, results_expected) in results.items():
         for f, e in zip(results_found, results_expected, strict=True):

@@ -23,57 +23,82 @@ WARPS = 8  # of a program: with fewer, a thread has not enough registers for its
 CHUNK = 16 * 1024  # voxels of each sample over which one program sums weight gradients
 
 
-def convolve(x: Tensor, weight: Tensor, inputs: Tensor, stride: Sequence[int], shift_size: int = 1) -> Tensor:
+def convolve(
+    x: Tensor, weight: Tensor, inputs: Tensor, stride: Sequence[int], shift_size: int = 1, transposed: bool = False
+) -> Tensor:
     """The convolution, without bias, of a map after its depth shift.
 
     Args:
         x: ``(batch, channels, *space)``.
-        weight: ``(outputs, inputs of a block, *kernel)``, the kernel of odd sizes, padded by half of it.
+        weight: ``(outputs, inputs of a block, *kernel)``, the kernel of odd sizes, padded by half of it; or, of a transposed
+            convolution, of the sizes of the stride, not padded.
         inputs: ``(blocks, inputs of a block)``, the input maps of each block of consecutive output maps.
         stride: of the convolution.
         shift_size: groups of the depth shift; 1 moves nothing.
+        transposed: whether it is a transposed convolution, whose kernel is its stride.
     """
-    out: Tensor = _convolve(x, weight, inputs, list(stride), shift_size)
+    out: Tensor = _convolve(x, weight, inputs, list(stride), shift_size, transposed)
     return out
 
 
 def input_gradient(
-    grad: Tensor, weight: Tensor, inputs: Tensor, x: Tensor, stride: Sequence[int], shift_size: int = 1
+    grad: Tensor,
+    weight: Tensor,
+    inputs: Tensor,
+    x: Tensor,
+    stride: Sequence[int],
+    shift_size: int = 1,
+    transposed: bool = False,
 ) -> Tensor:
     """The gradient of ``x``, of which shape and memory format are looked at, from that of the result of ``convolve``."""
-    out: Tensor = _input_gradient(grad, weight, inputs, x, list(stride), shift_size)
+    out: Tensor = _input_gradient(grad, weight, inputs, x, list(stride), shift_size, transposed)
     return out
 
 
 def weight_gradient(
-    grad: Tensor, x: Tensor, inputs: Tensor, kernel: Sequence[int], stride: Sequence[int], shift_size: int = 1
+    grad: Tensor,
+    x: Tensor,
+    inputs: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    shift_size: int = 1,
+    transposed: bool = False,
 ) -> Tensor:
     """The gradient of the weights, at least float32, from that of the result of ``convolve``."""
-    out: Tensor = _weight_gradient(grad, x, inputs, list(kernel), list(stride), shift_size)
+    out: Tensor = _weight_gradient(grad, x, inputs, list(kernel), list(stride), shift_size, transposed)
     return out
 
 
 @custom_op("e2enet::sparse_convolution", mutates_args=())
-def _convolve(x: Tensor, weight: Tensor, inputs: Tensor, stride: list[int], shift_size: int) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, inputs: Tensor, stride: list[int], shift_size: int, transposed: bool) -> Tensor:
     x, weight = x.contiguous(memory_format=memory_format(x)), weight.contiguous()
-    out = _result(x, weight.shape[0], stride)
-    shapes = _Shapes(x, out, inputs, weight.shape[2:], stride, shift_size)
-    grid = (triton.cdiv(prod(out.shape[2:]), VOXELS), inputs.shape[0], x.shape[0])
+    out = _result(x, weight.shape[0], stride, transposed)
+    shapes = _Shapes(x, out, inputs, weight.shape[2:], stride, shift_size, transposed)
+    grid = (triton.cdiv(shapes.places, VOXELS), inputs.shape[0] * shapes.parts, x.shape[0])
     with torch.cuda.device_of(x):
         programs.convolve_blocks[grid](x, weight, inputs.contiguous(), out, *shapes.sizes, **shapes.constants)
     return out
 
 
 @_convolve.register_fake
-def _(x: Tensor, weight: Tensor, inputs: Tensor, stride: list[int], shift_size: int) -> Tensor:  # noqa: ARG001
-    return _result(x, weight.shape[0], stride)
+def _(
+    x: Tensor,
+    weight: Tensor,
+    inputs: Tensor,  # noqa: ARG001
+    stride: list[int],
+    shift_size: int,  # noqa: ARG001
+    transposed: bool,
+) -> Tensor:
+    return _result(x, weight.shape[0], stride, transposed)
 
 
 @custom_op("e2enet::sparse_input_gradient", mutates_args=())
-def _input_gradient(grad: Tensor, weight: Tensor, inputs: Tensor, x: Tensor, stride: list[int], shift_size: int) -> Tensor:
+def _input_gradient(
+    grad: Tensor, weight: Tensor, inputs: Tensor, x: Tensor, stride: list[int], shift_size: int, transposed: bool
+) -> Tensor:
     grad, weight = grad.contiguous(memory_format=memory_format(x)), weight.contiguous()
     sums = empty_like(x, x.shape[1], wide_dtype(x.dtype)).zero_()
-    shapes = _Shapes(sums, grad, inputs, weight.shape[2:], stride, shift_size)
+    shapes = _Shapes(sums, grad, inputs, weight.shape[2:], stride, shift_size, transposed)
     grid = (triton.cdiv(prod(x.shape[2:]), VOXELS), x.shape[0])
     with torch.cuda.device_of(x):
         programs.gradient_of_inputs[grid](
@@ -90,16 +115,19 @@ def _(
     x: Tensor,
     stride: list[int],  # noqa: ARG001
     shift_size: int,  # noqa: ARG001
+    transposed: bool,  # noqa: ARG001
 ) -> Tensor:
     return empty_like(x, x.shape[1])
 
 
 @custom_op("e2enet::sparse_weight_gradient", mutates_args=())
-def _weight_gradient(grad: Tensor, x: Tensor, inputs: Tensor, kernel: list[int], stride: list[int], shift_size: int) -> Tensor:
+def _weight_gradient(
+    grad: Tensor, x: Tensor, inputs: Tensor, kernel: list[int], stride: list[int], shift_size: int, transposed: bool
+) -> Tensor:
     x = x.contiguous(memory_format=memory_format(x))
     grad = grad.contiguous(memory_format=memory_format(x))
-    shapes = _Shapes(x, grad, inputs, kernel, stride, shift_size)
-    parts = triton.cdiv(prod(grad.shape[2:]), CHUNK)
+    shapes = _Shapes(x, grad, inputs, kernel, stride, shift_size, transposed)
+    parts = triton.cdiv(shapes.places, CHUNK)
     sums = grad.new_empty((parts, grad.shape[1], inputs.shape[1], *kernel), dtype=wide_dtype(x.dtype))
     grid = (parts, inputs.shape[0] * prod(kernel), triton.cdiv(inputs.shape[1], shapes.constants["BLOCK_K"]))
     with torch.cuda.device_of(x):
@@ -110,13 +138,22 @@ def _weight_gradient(grad: Tensor, x: Tensor, inputs: Tensor, kernel: list[int],
 
 
 @_weight_gradient.register_fake
-def _(grad: Tensor, x: Tensor, inputs: Tensor, kernel: list[int], stride: list[int], shift_size: int) -> Tensor:  # noqa: ARG001
+def _(
+    grad: Tensor,
+    x: Tensor,
+    inputs: Tensor,
+    kernel: list[int],
+    stride: list[int],  # noqa: ARG001
+    shift_size: int,  # noqa: ARG001
+    transposed: bool,  # noqa: ARG001
+) -> Tensor:
     return grad.new_empty((grad.shape[1], inputs.shape[1], *kernel), dtype=wide_dtype(x.dtype))
 
 
-def _result(x: Tensor, outputs: int, stride: Sequence[int]) -> Tensor:
-    shape = (x.shape[0], outputs, *((size - 1) // s + 1 for size, s in zip(x.shape[2:], stride, strict=True)))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+def _result(x: Tensor, outputs: int, stride: Sequence[int], transposed: bool) -> Tensor:
+    pairs = zip(x.shape[2:], stride, strict=True)
+    space = [size * s if transposed else (size - 1) // s + 1 for size, s in pairs]
+    return torch.empty((x.shape[0], outputs, *space), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 class _Shapes:
@@ -124,21 +161,36 @@ class _Shapes:
 
     Args:
         x, out: the convolution's input and result, or tensors of their shape and memory format.
-        inputs, kernel, stride, shift_size: as ``convolve`` takes them.
+        inputs, kernel, stride, shift_size, transposed: as ``convolve`` takes them.
+
+    Attributes:
+        places: of a channel of the result.
+        parts: voxels that a place becomes.
     """
 
     def __init__(
-        self, x: Tensor, out: Tensor, inputs: Tensor, kernel: Sequence[int], stride: Sequence[int], shift_size: int
+        self,
+        x: Tensor,
+        out: Tensor,
+        inputs: Tensor,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        shift_size: int,
+        transposed: bool,
     ) -> None:
         channels, outputs = x.shape[1], out.shape[1]
         block_size = outputs // inputs.shape[0]
         last = is_channels_last(x)
-        in_3d = [[1] * (5 - t.dim()) + list(t.shape[2:]) for t in (x, out)]
+        size, out_size, kernel, stride = ([1] * (5 - x.dim()) + list(s) for s in (x.shape[2:], out.shape[2:], kernel, stride))
+        one = [1, 1, 1]
+        step, kernel, up = (one, one, stride) if transposed else (stride, kernel, one)
+        grid = [o // u for o, u in zip(out_size, up, strict=True)]
+        self.places, self.parts = prod(grid), prod(up)
         strides = [(t.shape[1], 1) if last else (1, prod(t.shape[2:])) for t in (x, out)]
-        self.sizes = [inputs.shape[1], channels, outputs, *in_3d[0], *in_3d[1], *strides[0], *strides[1], block_size]
-        kernel_3d, stride_3d = ([1] * (3 - len(sizes)) + list(sizes) for sizes in (kernel, stride))
+        self.sizes = [inputs.shape[1], channels, outputs, *size, *grid, *strides[0], *strides[1], block_size]
+        names = ("SD", "SH", "SW", "KD", "KH", "KW", "UD", "UH", "UW")
         self.constants: dict[str, Any] = {
-            **dict(zip(("SD", "SH", "SW", "KD", "KH", "KW"), (*stride_3d, *kernel_3d), strict=True)),
+            **dict(zip(names, (*step, *kernel, *up), strict=True)),
             "GROUPS": shift_size if channels >= shift_size else 1,
             "BLOCK_V": VOXELS,
             "BLOCK_N": max(16, triton.next_power_of_2(block_size)),

@@ -4,8 +4,11 @@ A layer's output maps are blocks, each of which reads its own ``n_inputs`` input
 ``(blocks, n_inputs)``. What a product reads is gathered in its addresses; so is the depth shift, where ``GROUPS`` is not 1.
 No program writes what another one writes, so that results do not depend on an order.
 
-The kernel is ``KD x KH x KW``, half of it is padding. Maps have a stride for voxels and one for channels. Offsets within a map
-are of 64 bits.
+The kernel is ``KD x KH x KW``, half of it padding. In a transposed convolution, whose kernel is its stride, each place becomes
+``UD x UH x UW`` voxels, its parts, each with weights of its own; otherwise a place is a voxel. Sizes of results, ``out_depth``
+and so on, count places. The weights of a connection lie part after part, tap after tap.
+
+Maps have a stride for voxels and one for channels. Offsets within a map are of 64 bits.
 """
 
 # mypy: ignore-errors
@@ -40,6 +43,23 @@ def gathered(
 def position(voxel, height, width):
     """Depth, row and column of a voxel's index."""
     return voxel // (height * width), voxel // width % height, voxel % width
+
+
+@triton.jit
+def voxel_of_part(
+    d,
+    h,
+    w,
+    part,
+    height,
+    width,
+    UD: tl.constexpr,  # noqa: N803
+    UH: tl.constexpr,  # noqa: N803
+    UW: tl.constexpr,  # noqa: N803
+):
+    """Of a place in a map that is ``UD x UH x UW`` times as large as the places."""
+    row = (d.to(tl.int64) * UD + part // (UH * UW)) * (height * UH) + h * UH + part // UW % UH
+    return row * (width * UW) + w * UW + part % UW
 
 
 @triton.jit
@@ -78,14 +98,18 @@ def convolve_blocks(
     KD: tl.constexpr,  # noqa: N803
     KH: tl.constexpr,  # noqa: N803
     KW: tl.constexpr,  # noqa: N803
+    UD: tl.constexpr,  # noqa: N803
+    UH: tl.constexpr,  # noqa: N803
+    UW: tl.constexpr,  # noqa: N803
     GROUPS: tl.constexpr,  # noqa: N803
     BLOCK_V: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
     BLOCK_K: tl.constexpr,  # noqa: N803
     WIDE: tl.constexpr,  # noqa: N803
 ):
-    """The output maps of one block at a tile of voxels."""
-    block, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """The output maps of one block at one part of a tile of places."""
+    block, part = tl.program_id(1) // (UD * UH * UW), tl.program_id(1) % (UD * UH * UW)
+    sample = tl.program_id(2).to(tl.int64)
     voxel = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = voxel < out_depth * out_height * out_width
     d, h, w = position(voxel, out_height, out_width)
@@ -97,7 +121,8 @@ def convolve_blocks(
     for first in range(0, n_inputs, BLOCK_K):
         channel, exists, moved = gathered(block, first, inputs, n_inputs, n_channels, GROUPS, BLOCK_K)
         place = first + tl.arange(0, BLOCK_K)
-        rows = weight + (output[None, :].to(tl.int64) * n_inputs + place[:, None]) * (KD * KH * KW)
+        rows = output[None, :].to(tl.int64) * n_inputs + place[:, None]
+        rows = weight + (rows * (UD * UH * UW) + part) * (KD * KH * KW)
         for tap in range(KD * KH * KW):  # not unrolled, which would spill registers
             at_d = d * SD + tap // (KH * KW) - KD // 2
             at_h = h * SH + tap // KW % KH - KH // 2
@@ -107,8 +132,9 @@ def convolve_blocks(
             )
             weights = tl.load(rows + tap, exists[:, None] & in_block[None, :], other=0)
             total = tl.dot(values, weights, total, input_precision="ieee", out_dtype=WIDE)
-    out += sample * n_outputs * out_depth * out_height * out_width
-    out += voxel.to(tl.int64)[:, None] * out_voxel_stride + output.to(tl.int64)[None, :] * out_channel_stride
+    out += sample * n_outputs * out_depth * out_height * out_width * (UD * UH * UW)
+    to = voxel_of_part(d, h, w, part, out_height, out_width, UD, UH, UW)
+    out += to[:, None] * out_voxel_stride + output.to(tl.int64)[None, :] * out_channel_stride
     tl.store(out, total.to(out.dtype.element_ty), inside[:, None] & in_block[None, :])
 
 
@@ -139,6 +165,9 @@ def gradient_of_inputs(
     KD: tl.constexpr,  # noqa: N803
     KH: tl.constexpr,  # noqa: N803
     KW: tl.constexpr,  # noqa: N803
+    UD: tl.constexpr,  # noqa: N803
+    UH: tl.constexpr,  # noqa: N803
+    UW: tl.constexpr,  # noqa: N803
     GROUPS: tl.constexpr,  # noqa: N803
     BLOCK_V: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
@@ -147,13 +176,13 @@ def gradient_of_inputs(
 ):
     """What all blocks add to a tile of voxels of their inputs, block after block, in ``out``, which is zero before.
 
-    ``depth`` and so on are of the input, ``out_depth`` and so on of the convolution's result, whose gradient ``grad`` is.
+    ``depth`` and so on are of the input, ``out_depth`` and so on of the places of the result, whose gradient ``grad`` is.
     """
     sample = tl.program_id(1).to(tl.int64)
     voxel = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = voxel < depth * height * width
     d, h, w = position(voxel, height, width)
-    grad += sample * n_outputs * out_depth * out_height * out_width
+    grad += sample * n_outputs * out_depth * out_height * out_width * (UD * UH * UW)
     out += sample * n_channels * depth * height * width
     n = tl.arange(0, BLOCK_N)
     in_block = n < block_size
@@ -162,19 +191,24 @@ def gradient_of_inputs(
         for first in range(0, n_inputs, BLOCK_K):
             channel, exists, moved = gathered(block, first, inputs, n_inputs, n_channels, GROUPS, BLOCK_K)
             place = first + tl.arange(0, BLOCK_K)
-            rows = weight + (output[:, None].to(tl.int64) * n_inputs + place[None, :]) * (KD * KH * KW)
+            rows = output[:, None].to(tl.int64) * n_inputs + place[None, :]
+            rows = weight + rows * (UD * UH * UW * KD * KH * KW)
             total = tl.zeros([BLOCK_V, BLOCK_K], WIDE)
-            for tap in range(KD * KH * KW):  # not unrolled, which would spill registers
+            for each in range(UD * UH * UW * KD * KH * KW):  # not unrolled, which would spill registers
+                part, tap = each // (KD * KH * KW), each % (KD * KH * KW)
                 at_d = d + KD // 2 - tap // (KH * KW)
                 at_h = h + KH // 2 - tap // KW % KH
                 at_w = w + KW // 2 - tap % KW
                 meets = inside & (at_d >= 0) & (at_h >= 0) & (at_w >= 0)
                 meets = meets & (at_d % SD == 0) & (at_h % SH == 0) & (at_w % SW == 0)
+                at_d = at_d // SD * UD + part // (UH * UW)
+                at_h = at_h // SH * UH + part // UW % UH
+                at_w = at_w // SW * UW + part % UW
                 values = gather_tile(
-                    grad, at_d // SD, at_h // SH, at_w // SW, meets, output, in_block, output * 0,
-                    out_depth, out_height, out_width, out_voxel_stride, out_channel_stride,
+                    grad, at_d, at_h, at_w, meets, output, in_block, output * 0,
+                    out_depth * UD, out_height * UH, out_width * UW, out_voxel_stride, out_channel_stride,
                 )  # fmt: skip
-                weights = tl.load(rows + tap, in_block[:, None] & exists[None, :], other=0)
+                weights = tl.load(rows + each, in_block[:, None] & exists[None, :], other=0)
                 total = tl.dot(values, weights, total, input_precision="ieee", out_dtype=WIDE)
             to = d[:, None] - moved[None, :]
             valid = inside[:, None] & exists[None, :] & (to >= 0) & (to < depth)
@@ -212,15 +246,19 @@ def gradient_of_weights(
     KD: tl.constexpr,  # noqa: N803
     KH: tl.constexpr,  # noqa: N803
     KW: tl.constexpr,  # noqa: N803
+    UD: tl.constexpr,  # noqa: N803
+    UH: tl.constexpr,  # noqa: N803
+    UW: tl.constexpr,  # noqa: N803
     GROUPS: tl.constexpr,  # noqa: N803
     BLOCK_V: tl.constexpr,  # noqa: N803
     BLOCK_N: tl.constexpr,  # noqa: N803
     BLOCK_K: tl.constexpr,  # noqa: N803
     WIDE: tl.constexpr,  # noqa: N803
 ):
-    """The gradient of one block's weights at one tap, summed over a chunk of the voxels of each sample."""
-    part, block = tl.program_id(0), tl.program_id(1) // (KD * KH * KW)
-    tap = tl.program_id(1) % (KD * KH * KW)
+    """The gradient of one block's weights at one tap of a part, summed over a chunk of the places of each sample."""
+    taps: tl.constexpr = UD * UH * UW * KD * KH * KW
+    share, block, each = tl.program_id(0), tl.program_id(1) // taps, tl.program_id(1) % taps
+    part, tap = each // (KD * KH * KW), each % (KD * KH * KW)
     first = tl.program_id(2) * BLOCK_K
     elements = out_depth * out_height * out_width
     channel, exists, moved = gathered(block, first, inputs, n_inputs, n_channels, GROUPS, BLOCK_K)
@@ -229,11 +267,11 @@ def gradient_of_weights(
     output = block * block_size + n
     total = tl.zeros([BLOCK_N, BLOCK_K], WIDE)
     zero = tl.program_id(0).to(tl.int64) * 0
-    stop = tl.minimum((part + 1) * chunk, elements)
+    stop = tl.minimum((share + 1) * chunk, elements)
     for sample in range(batch):
         of_x = x + (zero + sample) * n_channels * depth * height * width
-        of_grad = grad + (zero + sample) * n_outputs * elements
-        for start in range(part * chunk, stop, BLOCK_V):
+        of_grad = grad + (zero + sample) * n_outputs * elements * (UD * UH * UW)
+        for start in range(share * chunk, stop, BLOCK_V):
             voxel = start + tl.arange(0, BLOCK_V)
             inside = voxel < stop
             d, h, w = position(voxel, out_height, out_width)
@@ -243,12 +281,13 @@ def gradient_of_weights(
             values = gather_tile(
                 of_x, at_d, at_h, at_w, inside, channel, exists, moved, depth, height, width, voxel_stride, channel_stride
             )
+            at = voxel_of_part(d, h, w, part, out_height, out_width, UD, UH, UW)
             gradients = tl.load(
-                of_grad + voxel.to(tl.int64)[None, :] * out_voxel_stride + output.to(tl.int64)[:, None] * out_channel_stride,
+                of_grad + at[None, :] * out_voxel_stride + output.to(tl.int64)[:, None] * out_channel_stride,
                 inside[None, :] & in_block[:, None],
                 other=0,
             )
             total = tl.dot(gradients, values, total, input_precision="ieee", out_dtype=WIDE)
     place = first + tl.arange(0, BLOCK_K)
-    row = (part.to(tl.int64) * n_outputs + output)[:, None] * n_inputs + place[None, :]
-    tl.store(parts + row * (KD * KH * KW) + tap, total, in_block[:, None] & exists[None, :])
+    row = (share.to(tl.int64) * n_outputs + output)[:, None] * n_inputs + place[None, :]
+    tl.store(parts + row * taps + each, total, in_block[:, None] & exists[None, :])

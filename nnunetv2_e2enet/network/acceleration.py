@@ -53,6 +53,12 @@ def kernels_status() -> str:
     return "used" if mode == "on" else "used, after a check in each process"
 
 
+def kernels_may_compute() -> bool:
+    """Whether a network that is built now may meet the fused kernels on the device that it is moved to."""
+    mode, installed = settings().kernels, importlib.util.find_spec("triton") is not None
+    return installed and (mode == "on" or (mode == "auto" and torch.cuda.is_available()))
+
+
 def kernels_for(x: Tensor) -> Any:
     """The package of fused kernels where the kernels compute with ``x``, else None.
 

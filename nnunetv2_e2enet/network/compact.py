@@ -23,7 +23,9 @@ from nnunetv2_e2enet.network.connections import (
 )
 from nnunetv2_e2enet.network.convolution import conv3d
 from nnunetv2_e2enet.network.memory_format import is_channels_last
-from nnunetv2_e2enet.network.sparse_convolution import can_compute, sparse_convolution
+from nnunetv2_e2enet.network.sparse_convolution import can_compute, can_upsample, sparse_convolution
+
+LEAST_BLOCK = 16  # output maps of a block that is worth a matrix product of its own
 
 
 class CompactLayer(MaskableLayer):
@@ -31,9 +33,13 @@ class CompactLayer(MaskableLayer):
 
     ``store_active_only`` makes one. The values of ``weight`` are in the order of the mask, so their places change with the
     topology. A mean over a training is one of state dicts. A new topology must have as many inputs in each block.
+
+    Attributes:
+        active_inputs: the input maps of each block in ascending order, ``(blocks, inputs per block)``; follows the mask.
     """
 
     stores_active_only = True
+    active_inputs: Tensor
 
     @property
     def computes_active_only(self) -> bool:
@@ -46,17 +52,21 @@ class CompactLayer(MaskableLayer):
         Shapes follow from block size and sparsity alone, so that a new topology changes indices and nothing else.
         """
         axis = -1 if is_channels_last(x) else 1  # of a view, so that the result has its channels last too
-        inputs = x.movedim(1, axis).index_select(axis, self.active_inputs().flatten()).movedim(axis, 1)
+        inputs = x.movedim(1, axis).index_select(axis, self.active_inputs.flatten()).movedim(axis, 1)
         return inputs, self.weight, self.n_blocks
 
-    def active_inputs(self) -> Tensor:
-        """The input maps of equal blocks in ascending order, ``(blocks, inputs per block)``."""
+    def find_inputs(self) -> Tensor:
+        """What ``active_inputs`` is for the present mask."""
         blocks = self.mask.movedim(self.output_axis, 0)[:: self.block_size].to(torch.uint8)
-        return blocks.argsort(dim=1, descending=True, stable=True)[:, : self._inputs_per_block]
+        return blocks.argsort(dim=1, descending=True, stable=True)[:, : self._inputs_per_block].contiguous()
+
+    def _set_mask(self, mask: Tensor) -> None:
+        super()._set_mask(mask)
+        self.active_inputs.copy_(self.find_inputs())
 
     def _places(self) -> tuple[Tensor, Tensor]:
         """Of the active connections in a tensor ``(blocks, input maps, ...)``."""
-        inputs = self.active_inputs()
+        inputs = self.active_inputs
         return torch.arange(len(inputs), device=inputs.device)[:, None], inputs
 
     def gather(self, values: Tensor) -> Tensor:
@@ -71,6 +81,11 @@ class CompactLayer(MaskableLayer):
         active = active.transpose(1, 2) if self.output_axis == 0 else active
         blocks = values.new_zeros(self.n_blocks, self.n_inputs, *active.shape[2:]).index_put(self._places(), active)
         return blocks.transpose(1, 2).flatten(0, 1).movedim(0, self.output_axis).contiguous()
+
+    def _by_output(self) -> Tensor:
+        """The weights of a transposed convolution as those of an ordinary one: ``(outputs, inputs per block, *kernel)``."""
+        weight: Tensor = self.weight.unflatten(0, (self.n_blocks, -1)).transpose(1, 2).flatten(0, 1)
+        return weight
 
     def masked_weight(self) -> Tensor:
         """The weights of all connections, zero where they are off."""
@@ -111,6 +126,7 @@ class CompactLayer(MaskableLayer):
         parameter, stored = self.weight, self.weight.data
         parameter.data = self.spread(stored)
         super()._load_from_state_dict(state_dict, prefix, *args)  # with torch's own checks
+        self.active_inputs = self.active_inputs.to(self.mask.device).copy_(self.find_inputs())
         active = self.gather(self.weight.data)
         if self.weight is parameter:
             parameter.data = stored.copy_(active)
@@ -125,7 +141,7 @@ class CompactConv2d(CompactLayer, MaskedConv2d):
         """As ``MaskedConv2d.forward``."""
         bias = self.bias if with_bias else None
         if can_compute(self, x):
-            return sparse_convolution(x, self.weight, bias, self.active_inputs(), self.stride)
+            return sparse_convolution(x, self.weight, bias, self.active_inputs, self.stride)
         if not self.computes_active_only:
             return super().forward(x, with_bias)
         x, weight, groups = self.grouped(x)
@@ -139,7 +155,7 @@ class CompactConv3d(CompactLayer, MaskedConv3d):
         """As ``MaskedConv3d.forward``."""
         bias = self.bias if with_bias else None
         if can_compute(self, x):
-            return sparse_convolution(x, self.weight, bias, self.active_inputs(), self.stride)
+            return sparse_convolution(x, self.weight, bias, self.active_inputs, self.stride)
         if not self.computes_active_only:
             return super().forward(x, with_bias)
         x, weight, groups = self.grouped(x)
@@ -151,6 +167,8 @@ class CompactConvTranspose2d(CompactLayer, MaskedConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """As ``MaskedConvTranspose2d.forward``."""
+        if can_upsample(self, x):
+            return sparse_convolution(x, self._by_output(), self.bias, self.active_inputs, self.stride, transposed=True)
         return self.upsampled(*self.grouped(x)) if self.computes_active_only else super().forward(x)
 
 
@@ -159,6 +177,8 @@ class CompactConvTranspose3d(CompactLayer, MaskedConvTranspose3d):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """As ``MaskedConvTranspose3d.forward``."""
+        if can_upsample(self, x):
+            return sparse_convolution(x, self._by_output(), self.bias, self.active_inputs, self.stride, transposed=True)
         return self.upsampled(*self.grouped(x)) if self.computes_active_only else super().forward(x)
 
 
@@ -195,4 +215,23 @@ def store_active_only(layer: MaskableLayer) -> None:
             "equal_blocks=True) and set_random_topology before store_active_only"
         )
     layer.__class__ = COMPACT[type(layer)]
+    assert isinstance(layer, CompactLayer)
+    layer.register_buffer("active_inputs", layer.find_inputs(), persistent=False)
     layer.weight.data = layer.gather(layer.weight.data)
+
+
+def store_all(layer: MaskableLayer) -> None:
+    """The reverse of ``store_active_only``, in the same place; any other layer stays as it is."""
+    if layer.stores_active_only:
+        layer.weight.data = layer.spread(layer.weight.data)
+        delattr(layer, "active_inputs")
+        layer.__class__ = next(cls for cls, compact in COMPACT.items() if compact is type(layer))
+
+
+def store_active_if_in_blocks(layer: MaskableLayer) -> None:
+    """``store_active_only`` where the mask alone shows equal blocks that are worth it, and nothing where it does not."""
+    block_size = layer.shared_block_size()
+    per_block = layer.mask.sum(layer.input_axis)
+    if block_size >= LEAST_BLOCK and not layer.mask.all() and bool((per_block == per_block[0]).all()) and per_block[0]:
+        layer.share_inputs(block_size, equal_blocks=True)
+        store_active_only(layer)

@@ -213,10 +213,13 @@ class MaskableLayer(nn.Module):
         """
         tensors = (self.weight, *states)
         spread = [self.spread(tensor).masked_fill_(self.over_kernel(restarted), 0) for tensor in tensors]
-        self.mask.copy_(mask)
+        self._set_mask(mask)
         for tensor, values in zip(tensors, spread, strict=True):
             tensor.copy_(self.gather(values))
         self.clear_inactive_weights()
+
+    def _set_mask(self, mask: Tensor) -> None:
+        self.mask.copy_(mask)
 
     @torch.no_grad()
     def set_random_topology(self, n_active: int, generator: torch.Generator | None = None) -> None:

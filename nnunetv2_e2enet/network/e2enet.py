@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pydoc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, cast
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import accounts
-from nnunetv2_e2enet.network.acceleration import accelerated, prepare_kernels
+from nnunetv2_e2enet.network.acceleration import accelerated, kernels_may_compute, prepare_kernels
 from nnunetv2_e2enet.network.blocks import CONV, KERNEL_SIZE, BlockStyle, ShiftBlock
+from nnunetv2_e2enet.network.compact import store_active_if_in_blocks, store_all
 from nnunetv2_e2enet.network.connections import MaskableLayer, check_sparsity, he_normal_, maskable_layers
 from nnunetv2_e2enet.network.depth_shift import check_shift_size
 from nnunetv2_e2enet.network.encoder import Encoder
@@ -61,6 +62,8 @@ class E2ENet(nn.Module):
     Attributes:
         encoder: backbone with ``stages``, ``output_channels``, ``strides``.
         decoder: fusion stages with ``deep_supervision`` and ``seg_layers``.
+        predicts_only: whether it is built to predict. Of weights whose topology is in equal blocks, only active ones are then
+            stored, where the kernels may compute them.
         key_to_encoder, key_to_stem, keys_to_in_proj, key_to_lpe: as in ``AbstractDynamicNetworkArchitectures``.
     """
 
@@ -129,6 +132,7 @@ class E2ENet(nn.Module):
         self.keys_to_in_proj = ("encoder.stages.0.0.conv",)
         self.key_to_lpe = None
 
+        self.predicts_only = False
         self.recompute = "blocks"
         self._start()
 
@@ -147,6 +151,18 @@ class E2ENet(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._prepare_kernels()
         return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of any module; see ``predicts_only``."""
+        layers = [layer for _, layer in maskable_layers(self)]
+        if self.predicts_only:
+            for layer in layers:
+                store_all(layer)  # the blocks of these weights may be others
+        keys = super().load_state_dict(state_dict, *args, **kwargs)
+        if self.predicts_only and kernels_may_compute():
+            for layer in layers:
+                store_active_if_in_blocks(layer)
+        return keys
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """``(batch, input_channels, *patch)`` to ``(batch, num_classes, *patch)``; a list of them with deep supervision."""

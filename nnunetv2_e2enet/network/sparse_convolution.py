@@ -22,10 +22,22 @@ def can_compute(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
     return plain and x.dim() > 2 and kernels_for(x) is not None
 
 
+def can_upsample(layer: nn.ConvTranspose2d | nn.ConvTranspose3d, x: Tensor) -> bool:
+    """Whether the kernels take the transposed convolution of a layer that stores active weights alone."""
+    apart = layer.kernel_size == layer.stride and not any(layer.padding) and not any(layer.output_padding)
+    return apart and all(d == 1 for d in layer.dilation) and x.dim() > 2 and kernels_for(x) is not None
+
+
 def sparse_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, inputs: Tensor, stride: Sequence[int], shift_size: int = 1
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: Tensor,
+    stride: Sequence[int],
+    shift_size: int = 1,
+    transposed: bool = False,
 ) -> Tensor:
-    """The convolution of a layer that ``can_compute``, of a map after its depth shift.
+    """The convolution of a layer that ``can_compute`` or ``can_upsample``, of a map after its depth shift.
 
     Args:
         x: ``(batch, channels, *space)``.
@@ -34,20 +46,23 @@ def sparse_convolution(
         inputs: ``(blocks, inputs of a block)``, the input maps of each block of consecutive output maps.
         stride: of the convolution.
         shift_size: groups of the depth shift; 1 moves nothing.
+        transposed: whether it is a transposed convolution, whose kernel is its stride.
     """
     if torch.is_autocast_enabled(x.device.type):  # as PyTorch casts what its own convolutions take
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    out: Tensor = _SparseConvolution.apply(x, weight, inputs, list(stride), shift_size)  # type: ignore[no-untyped-call]
+    out: Tensor = _SparseConvolution.apply(x, weight, inputs, list(stride), shift_size, transposed)  # type: ignore[no-untyped-call]
     return out if bias is None else out + bias.to(out.dtype).reshape(-1, *[1] * (out.dim() - 2))
 
 
 class _SparseConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, inputs: Tensor, stride: list[int], shift_size: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, inputs: Tensor, stride: list[int], shift_size: int, transposed: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, inputs)
-        ctx.options = stride, shift_size
-        out: Tensor = kernels_for(x).convolve(x, weight, inputs, stride, shift_size)
+        ctx.options = stride, shift_size, transposed
+        out: Tensor = kernels_for(x).convolve(x, weight, inputs, *ctx.options)
         return out
 
     @staticmethod
@@ -57,4 +72,4 @@ class _SparseConvolution(torch.autograd.Function):
         kernels = kernels_for(x)
         of_x = kernels.input_gradient(grad, weight, inputs, x, *ctx.options) if ctx.needs_input_grad[0] else None
         of_weight = kernels.weight_gradient(grad, x, inputs, list(weight.shape[2:]), *ctx.options)
-        return of_x, of_weight.to(weight.dtype), None, None, None
+        return of_x, of_weight.to(weight.dtype), None, None, None, None

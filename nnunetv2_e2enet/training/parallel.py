@@ -17,10 +17,11 @@ def share_topology(network: nn.Module) -> None:
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return
-    names = []
-    for name, layer in maskable_layers(network):
-        for kind, flags in (("mask", layer.mask), ("explored", layer.explored)):
-            names += [f"{name}.{kind}", f"_orig_mod.{name}.{kind}"]
+    kinds = ("mask", "explored", "active_inputs")  # the last of layers that store active weights alone
+    layers = dict(maskable_layers(network))
+    names = [f"{prefix}{name}.{kind}" for name in layers for kind in kinds for prefix in ("", "_orig_mod.")]
+    for layer in layers.values():
+        for flags in (layer.mask, layer.explored):
             sent = flags.to(torch.uint8)  # gloo sends no bool
             distributed.broadcast(sent, src=0)
             flags.copy_(sent.bool())

@@ -62,8 +62,9 @@ class E2ENetMixin(DSFFMixin):
             network.check_patch_size(self.configuration_manager.patch_size)
 
     def _prepare_network(self) -> None:
-        super()._prepare_network()
         network = cast(E2ENet, self.unwrapped_network)
+        network.predicts_only = False  # of two levels it has one head, as one that predicts
+        super()._prepare_network()
         if self.channels_last:
             network.to(memory_format=CHANNELS_LAST[network.dimension])  # type: ignore[call-overload]
 
@@ -112,11 +113,7 @@ class E2ENetMixin(DSFFMixin):
     ) -> nn.Module:
         """E2ENet for a configuration; one of other plans is built with E2ENet's defaults."""
         architecture = e2enet_architecture(configuration_manager.configuration["architecture"])
-        if not enable_deep_supervision:  # to predict
-            from nnunetv2_e2enet.prediction import install
-
-            install()
-        network: nn.Module = get_network_from_plans(
+        network: E2ENet = get_network_from_plans(
             architecture["network_class_name"],
             architecture["arch_kwargs"],
             architecture["_kw_requires_import"],
@@ -125,4 +122,9 @@ class E2ENetMixin(DSFFMixin):
             allow_init=True,
             deep_supervision=enable_deep_supervision,
         )
+        if not enable_deep_supervision:  # to predict
+            from nnunetv2_e2enet.prediction import install
+
+            install()
+            network.predicts_only = True
         return network

@@ -1,0 +1,126 @@
+"""What benchmarks/gpu_session.py needs on a machine without a network, in one folder: wheels, repository, data, installer."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import distribution, requires, version
+from pathlib import Path
+
+import contestants
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PART_BYTES = 60 * 10**6
+OURS = "nnunetv2-e2enet"
+WANTED = (OURS, "pytest", "hypothesis", "setuptools")
+TORCH = ("torch", "triton")
+THERE = (*TORCH, "nvidia", "cuda")
+"""How names of distributions begin that a machine with a GPU has already."""
+PLATFORMS = [*(f"manylinux_2_{n}_x86_64" for n in (35, 34, 31, 28, 27, 24, 17)), "manylinux2014_x86_64", "manylinux1_x86_64"]
+
+INSTALL = """#!/bin/sh
+# Makes the environment beside this file, from it alone. PYTHON: the interpreter that has torch, python3 unless given.
+set -e
+here=$(cd "$(dirname "$0")" && pwd)
+"${{PYTHON:-python3}}" -m venv {options}"$here/environment"
+pip="$here/environment/bin/python -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-cache-dir"
+$pip "$here"/wheels*/*.whl
+CC=false CXX=false $pip --no-build-isolation "$here/repository"  # without the core, which is for CPUs
+"""
+
+
+def bundle(folder: Path, preprocessed: Path, python: str, with_torch: bool) -> None:
+    """Write the folder; wheels that are there are not fetched again.
+
+    Args:
+        folder: to write.
+        preprocessed: the data set's folder in nnUNet_preprocessed.
+        python: version of the machine's Python, such as "3.12".
+        with_torch: whether torch and Triton go along, in the versions that are installed here.
+    """
+    there = {wheel.name for wheel in folder.glob("wheels*/*.whl")}
+    names = sorted(needed([*WANTED, *(TORCH if with_torch else ())], python, () if with_torch else THERE))
+    new = folder / "new"
+    new.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: fetch(name, new, python, there), names))
+    sort_into_parts(folder, new.glob("*.whl"))
+    shutil.rmtree(new)
+    shutil.rmtree(folder / "repository", ignore_errors=True)
+    (folder / "repository").mkdir()
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=REPOSITORY, check=True, capture_output=True).stdout
+    subprocess.run(["tar", "-x", "-C", str(folder / "repository")], input=archive, check=True)
+    (folder / "repository" / "benchmarks" / contestants.COMMIT_FILE).write_text(contestants.commit() + "\n")
+    target = folder / "nnUNet_preprocessed" / preprocessed.name
+    shutil.copytree(preprocessed, target, dirs_exist_ok=True)
+    (target / "prepared").touch()  # which benchmarks/hippocampus.py looks for
+    install = folder / "install.sh"
+    install.write_text(INSTALL.format(options="" if with_torch else "--system-site-packages "))
+    install.chmod(0o755)
+
+
+def needed(names: Sequence[str], python: str, there: tuple[str, ...]) -> set[str]:
+    """Distributions that these ones need, directly or not, but for those that are there, and for ours."""
+    environment = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0"}
+    found: set[str] = set()
+    todo = [Requirement(name) for name in names]
+    while todo:
+        requirement = todo.pop()
+        name = requirement.name.lower().replace("_", "-")
+        if name in found or name.startswith(there):
+            continue
+        found.add(name)
+        for text in requires(distribution(name).metadata["Name"]) or []:
+            other = Requirement(text)
+            extras = requirement.extras or {""}
+            if other.marker is None or any(other.marker.evaluate({**environment, "extra": extra}) for extra in extras):
+                todo.append(other)
+    return found - {OURS}
+
+
+def fetch(name: str, target: Path, python: str, there: Iterable[str]) -> None:
+    """A wheel of the version that is installed here; built here where only its source is distributed.
+
+    Raises:
+        SystemExit: pip finds none.
+    """
+    wanted = f"{name}=={version(name)}"
+    if any(wheel.lower().startswith(wanted.lower().replace("-", "_").replace("==", "-") + "-") for wheel in there):
+        return
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    binary = [
+        "--only-binary=:all:",
+        "--python-version",
+        python,
+        "--implementation",
+        "cp",
+        *(f"--platform={p}" for p in PLATFORMS),
+    ]
+    download = subprocess.run(
+        [*pip, "download", "--no-deps", *binary, "-d", str(target), wanted], check=False, capture_output=True
+    )
+    if download.returncode:
+        built = subprocess.run(
+            [*pip, "wheel", "--no-deps", "-w", str(target), wanted], check=False, capture_output=True, text=True
+        )
+        if built.returncode:
+            raise SystemExit(
+                f"there is no wheel of {wanted} for Python {python}, and none can be built:\n{built.stderr[-2000:]}"
+            )
+
+
+def sort_into_parts(folder: Path, wheels: Iterable[Path]) -> None:
+    """Folders ``wheels0``, ``wheels1`` … of at most PART_BYTES each; a wheel that is larger has one of its own."""
+    for wheel in sorted(wheels, key=lambda w: -w.stat().st_size):
+        number = 0
+        while (part := folder / f"wheels{number}").is_dir():
+            if sum(w.stat().st_size for w in part.iterdir()) + wheel.stat().st_size <= PART_BYTES:
+                break
+            number += 1
+        part.mkdir(exist_ok=True)
+        wheel.rename(part / wheel.name)
