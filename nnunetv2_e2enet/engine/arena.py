@@ -48,12 +48,12 @@ def most_at_once(lifetimes: Sequence[Lifetime]) -> int:
 
 
 def gaps(pieces: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """First and last byte (exclusive) of all that lies between pieces that do not overlap, from 0 to ``size``."""
+    """First and last byte (exclusive) of all that no piece covers, from 0 to ``size``."""
     found, end = [], 0
     for first, last in sorted([*pieces, (size, size)]):
         if first > end:
             found.append((end, first))
-        end = last
+        end = max(end, last)
     return found
 
 

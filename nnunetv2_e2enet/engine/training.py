@@ -197,6 +197,7 @@ class _Network(torch.autograd.Function):
             )
         programs, ctx.programs = ctx.programs, None
         weights: TrainingWeights = ctx.weights
+        weights.refresh(parameters, torch.get_num_threads(), backward=True)
         gradients = [torch.zeros(shape, dtype=torch.float32) for shape in weights.shapes]
         given = [*grads, *[None] * (len(ctx.shapes) - len(grads))]
         logits = [torch.zeros(s) if g is None else g.contiguous() for s, g in zip(ctx.shapes, given, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import Structure, c_int32
 from functools import partial
 
@@ -17,7 +17,9 @@ from nnunetv2_e2enet.engine.program import Program
 from nnunetv2_e2enet.engine.training_weights import TrainedBlock, TrainedNode, TrainingWeights
 from nnunetv2_e2enet.engine.weights import PackedBlock, PackedNode
 
-WORTH_EMPTYING = 32 << 20  # bytes in one piece: below, new pages cost more than the memory is worth
+Piece = tuple[int, int]  # of memory: first and last byte (exclusive)
+
+WORTH_EMPTYING = 128 << 20  # bytes: below, new pages cost more than the memory is worth
 
 
 class TrainingProgram(Program):
@@ -77,9 +79,12 @@ class TrainingProgram(Program):
             setattr(bound, field, gradients[parameter].data_ptr())
         for level, head in self._head_jobs:
             head.logits = logits[level].data_ptr()
-        for job in self._backward_jobs:
+        for step, job in enumerate(self._backward_jobs, self._n_forward):
             assert not isinstance(job, tuple)
             self._core.run(job, self._scratch.ctypes.data, threads)
+            if step == self._done_at:
+                for first, last in self._done:
+                    empty(self._transient, first, last)
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
@@ -107,14 +112,32 @@ class TrainingProgram(Program):
         offsets = dict(zip(others, self._offsets, strict=True))
         for buffer, offset in offsets.items():
             buffer.place_at(self._transient.ctypes.data + offset)
-        held = [(offsets[b], offsets[b] + b.n_bytes) for b in kept if b in offsets]
-        self._between = [(a, b) for a, b in gaps(held, self._transient.nbytes) if b - a >= WORTH_EMPTYING]
+        self._between = self._idle((offsets[b], offsets[b] + b.n_bytes) for b in kept if b in offsets)
+        self._done_at, self._done = 0, list[Piece]()
+        if self.samples == 1:  # the next sample would take the same memory again
+            self._plan_release([(lifetimes[b].last, (offset, offset + b.n_bytes)) for b, offset in offsets.items()])
         memory = pages(sum(b.n_bytes for b in apart) // np.float32().itemsize)
         address = memory.ctypes.data
         for buffer in apart:
             buffer.place_at(address)
             address += buffer.n_bytes
         return memory
+
+    def _plan_release(self, stored: Sequence[tuple[int, Piece]]) -> None:
+        """The first step of the backward pass after which enough memory is never needed again.
+
+        All of it is in use soon after the backward pass has begun, and the gradients of parameters are still to come.
+        """
+        for step in range(self._n_forward, len(self._steps)):
+            done = self._idle(piece for last, piece in stored if last > step)
+            if done:
+                self._done_at, self._done = step, done
+                return
+
+    def _idle(self, held: Iterable[Piece]) -> list[Piece]:
+        """The memory around these pieces, if there is enough of it."""
+        found = gaps(held, self._transient.nbytes)
+        return found if sum(last - first for first, last in found) >= WORTH_EMPTYING else []
 
     @property
     def n_bytes(self) -> int:

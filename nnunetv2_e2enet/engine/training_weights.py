@@ -29,6 +29,7 @@ from nnunetv2_e2enet.network.connections import maskable_layers
 from nnunetv2_e2enet.network.e2enet import E2ENet
 
 TAPS = 9
+POINTS = 36  # of a kernel in the Winograd domain
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ class TrainingWeights:
             features=description.features,
             strides=description.strides,
             encoder=[
-                [self._block(block, module) for block, module in zip(level, modules.children(), strict=True)]
+                [
+                    self._block(block, module, is_first=block is description.encoder[0][0])
+                    for block, module in zip(level, modules.children(), strict=True)
+                ]
                 for level, modules in zip(description.encoder, encoder.stages, strict=True)
             ],
             stages=self._stages(description, decoder.stages),
@@ -122,9 +126,14 @@ class TrainingWeights:
         layers = [layer for _, layer in maskable_layers(network)]
         return all(torch.equal(mask, layer.mask) for mask, layer in zip(self._masks, layers, strict=True))
 
-    def refresh(self, parameters: Sequence[Tensor], threads: int) -> None:
-        """Pack the present values of all parameters."""
+    def refresh(self, parameters: Sequence[Tensor], threads: int, backward: bool = False) -> None:
+        """Pack the present values of all parameters.
+
+        Turned kernels take the memory of the kernels that the forward pass reads, and are packed for the backward pass only.
+        """
         for packing in self._packings:
+            if packing.turned != backward:
+                continue
             weight = parameters[packing.parameter].detach().contiguous()
             places, target, n = packing.places.ctypes.data, packing.target.ctypes.data, len(packing.places)
             if packing.kernels:
@@ -150,9 +159,11 @@ class TrainingWeights:
         self._packings.append(Packing(parameter, flat, target))
         return target
 
-    def _kernels(self, parameter: int, layout: ConvLayout, places: Tensor, turned: bool) -> ConvWeights:
+    def _kernels(
+        self, parameter: int, layout: ConvLayout, places: Tensor, memory: Floats, turned: bool = False
+    ) -> ConvWeights:
         flat = np.ascontiguousarray(places.numpy(), np.int32)
-        target = np.empty((36, len(flat)), np.float32)
+        target = memory[: POINTS * len(flat)].reshape(POINTS, len(flat))
         self._packings.append(Packing(parameter, flat, target, kernels=True, turned=turned))
         return layout.holding(target)
 
@@ -165,7 +176,7 @@ class TrainingWeights:
             block.slope,
         )
 
-    def _block(self, block: Block, module: nn.Module) -> TrainedBlock:
+    def _block(self, block: Block, module: nn.Module, is_first: bool = False) -> TrainedBlock:
         outputs, inputs = block.mask.shape
         norm = module.norm
         assert isinstance(module.conv, nn.Module)
@@ -176,10 +187,14 @@ class TrainingWeights:
         conv = turned = direct = turned_direct = None
         if block.stride == (1, 1, 1):
             layout, back = lay_out_conv(block.mask), lay_out_conv(block.mask.T)
-            conv = self._kernels(parameter, layout, layout.places, turned=False)
+            sizes = POINTS * len(layout.places), POINTS * len(back.places)
+            memory = np.empty(max(sizes), np.float32)
+            # The backward pass computes the first map of the network once more
+            other = np.empty(sizes[1], np.float32) if is_first else memory
+            conv = self._kernels(parameter, layout, layout.places, memory)
             # The place (in, out) of a connection from outputs to inputs, as a place (out, in)
             places = torch.where(back.places < 0, -1, back.places % outputs * inputs + back.places // outputs)
-            turned = self._kernels(parameter, back, places, turned=True)
+            turned = self._kernels(parameter, back, places, other, turned=True)
             dots = self._dense_places(block.mask) if layout.dense else layout.places
         else:
             taps = torch.arange(outputs * inputs * TAPS).reshape(outputs, inputs, TAPS)
