@@ -1,17 +1,15 @@
 // Shift blocks at stride 1: Winograd's F(4 x 4, 3 x 3) over flows that stay where they are.
 #include <algorithm>
-#include <optional>
 
 #include "driver.h"
 #include "flows.h"
-#include "upsampler.h"
 
 namespace e2e {
 namespace {
 
 constexpr int64_t kPrivateFloats = 3 << 19;    // of transformed tiles up to which each thread works on blocks of its own
 constexpr int64_t kSharedFloats = 3 << 20;     // of transformed tiles that threads hold together otherwise
-constexpr int64_t kPairFloats = 6144;          // of one point's inputs up to which the inputs of two stay in the first-level cache
+constexpr int64_t kPairFloats = 6144;          // of one point's inputs up to which those of two stay in the first-level cache
 constexpr int64_t kStreamBytes = 32 << 20;     // a map that will not stay in any cache is written past them
 
 struct Schedule {
@@ -20,18 +18,16 @@ struct Schedule {
     bool shared;        // threads work together on `blocks` blocks at a time
     int64_t blocks;
     int at_once = 1;     // points that are multiplied together
-    bool bands = false;  // each thread computes the upward flow under its own blocks
 
     // What a block is does not depend on the number of threads, so that results do not either.
-    Schedule(const Kernels& kernels, const ConvJob& job, int64_t slices, bool banded, int threads) {
+    Schedule(const Kernels& kernels, const ConvJob& job, int64_t slices, int threads) {
         const WinogradWeights& w = job.weights;
         const int64_t total = divide_up(slices * job.out.grid.slice, kernels.lanes);
         const int64_t per_vector = (kPoints * int64_t{kernels.lanes}) * (w.inputs + w.outputs);
         const int64_t most = std::min<int64_t>(total, kernels.lanes == 16 ? 4 : kMaxVectors - 1);
-        const bool small = total <= 16 || 2 * per_vector > kPrivateFloats;
-        vectors = static_cast<int>(small ? most : std::min(most, std::max<int64_t>(2, kPrivateFloats / 2 / per_vector)));
+        const int64_t fit = std::min(most, std::max<int64_t>(2, kPrivateFloats / 4 / per_vector));
+        vectors = static_cast<int>(total <= 16 || per_vector * fit > kPrivateFloats ? most : fit);
         shared = per_vector * vectors > kPrivateFloats || total < 4 * int64_t{threads} * vectors;
-        bands = banded && !shared;
         blocks = 1;
         if (shared) blocks = std::max<int64_t>(1, std::min(divide_up(total, vectors), kSharedFloats / (per_vector * vectors)));
         v_pitch = odd_lines(int64_t{w.inputs} * vectors * kernels.lanes);
@@ -39,7 +35,8 @@ struct Schedule {
         if (shared) return;
         v_pitch = m_pitch = std::max(v_pitch, m_pitch);
         const int64_t widest = w.chunks ? divide_up(w.inputs, w.chunks) : w.inputs;
-        if (!w.dense && widest * vectors * kernels.lanes <= kPairFloats) at_once = 2;
+        // With fewer lanes, or registers, the sums of two points do not fit in them.
+        if (!w.dense && kernels.lanes == 16 && widest * vectors * kernels.lanes <= kPairFloats) at_once = 2;
     }
 };
 
@@ -47,7 +44,7 @@ class Convolution {
   public:
     Convolution(const Kernels& kernels, const ConvJob& job, int threads)
         : kernels_(kernels), job_(job), flows_(kernels, job.flows, job.n_flows, job.upward, job.shift, job.upsample, job.out.grid),
-          schedule_(plan(kernels, job, flows_, threads)), bands_(kernels, job), threads_(threads) {
+          schedule_(kernels, job, flows_.slices(), threads), threads_(threads) {
         const Grid& grid = job.out.grid;
         halved_ = {job.halved, job.norm.gamma, kHalvedChannel * job.out.channels};
         stream_ = job.out.channels * kPhases * grid.tiles * kernels.pixel_bytes > kStreamBytes;
@@ -61,11 +58,7 @@ class Convolution {
         } else {
             v_ = scratch.take(threads_ * (kPoints + schedule_.at_once) * schedule_.v_pitch);
         }
-        if (schedule_.bands) {
-            bands_.reserve(scratch, threads_, int64_t{schedule_.vectors} * kernels_.lanes);
-        } else {
-            flows_.reserve(scratch, threads_);
-        }
+        flows_.reserve(scratch, threads_);
         return scratch.used();
     }
 
@@ -84,7 +77,7 @@ class Convolution {
             StopWatch watch(job_.seconds, thread);
             for (int64_t first = 0; first < depth; first += flows_.slices(), of_round += most.count * channels_out) {
                 const int64_t last = std::min(depth, first + flows_.slices());
-                if (job_.upward >= 0 && !schedule_.bands) {
+                if (job_.upward >= 0) {
                     failure.guard([&] { flows_.upsample(channels, first, last, thread, team); });
                     #pragma omp barrier
                     watch.lap(kUpsample);
@@ -103,13 +96,6 @@ class Convolution {
     }
 
   private:
-    // Blocks run over all slices where a thread can compute the upward flow under its own, otherwise over those of a round.
-    static Schedule plan(const Kernels& kernels, const ConvJob& job, Flows& flows, int threads) {
-        const Schedule alone(kernels, job, job.out.grid.depth, Bands::takes(job), 1);
-        if (alone.bands) flows.take_all();
-        return Schedule(kernels, job, flows.slices(), alone.bands, threads);
-    }
-
     int64_t blocks_of(int64_t first, int64_t last) const {
         const int64_t slice = job_.out.grid.slice;
         return divide_up(divide_up(last * slice, kernels_.lanes) - first * slice / kernels_.lanes, schedule_.vectors);
@@ -120,21 +106,18 @@ class Convolution {
     }
 
     // Points from `point` on, as many as are multiplied at once.
-    void multiply(const float* v, float* m, int point, int vectors, Ahead* ahead = nullptr) const {
+    void multiply(const float* v, float* m, int point, int vectors) const {
         const WinogradWeights& w = job_.weights;
         v += point * schedule_.v_pitch;
         m += point * schedule_.m_pitch;
         if (w.dense) {
-            const int groups = static_cast<int>(divide_up(w.outputs, kDenseRows));
-            const float* weight = w.weight + int64_t{point} * groups * kDenseRows * w.inputs;
-            for (int group = 0; group < groups; ++group) {
-                if (ahead) ahead->ask();
-                kernels_.dense_product(&v, 1, w.inputs, weight, group, group + 1, w.outputs, m, vectors);
-            }
+            const int64_t groups = divide_up(w.outputs, kDenseRows);
+            const float* weight = w.weight + point * groups * kDenseRows * w.inputs;
+            kernels_.dense_product(&v, 1, w.inputs, weight, 0, static_cast<int>(groups), w.outputs, m, vectors);
             return;
         }
         for (int32_t chunk = 0; chunk < w.chunks; ++chunk) {
-            const SparseRows rows{w.start + chunk * (w.outputs + 1), w.output + chunk * w.outputs, w.index, w.outputs, ahead};
+            const SparseRows rows{w.start + chunk * (w.outputs + 1), w.output + chunk * w.outputs, w.index, w.outputs};
             const float* part = v + int64_t{w.chunk_first[chunk]} * vectors * kernels_.lanes;
             const float* weight = w.weight + point * w.connections;
             if (schedule_.at_once == 2) {
@@ -145,48 +128,21 @@ class Convolution {
         }
     }
 
-    // What the block from `first` on reads, and no block before it: in each channel the chunk that the row of tiles below lies in,
-    // or a part of it.
-    Ahead look_ahead(const Channel* channels, int64_t first, const std::optional<Band>& band, std::vector<const char*>& pieces) const {
-        const Grid& grid = job_.out.grid;
-        const int64_t below = divide_up(grid.tiles_x, kChunk) * kChunk, tiles = int64_t{schedule_.vectors} * kernels_.lanes;
-        pieces.clear();
-        for (int32_t c = 0; c < job_.weights.inputs; ++c) {
-            const Channel& channel = channels[c];
-            if (channel.ring || first + below + tiles <= channel.lo || first + below >= channel.hi) continue;
-            push_pieces(kernels_, channel.data, 1, channel.chunk, first + channel.move + below, tiles, pieces);
-        }
-        if (band) band->look_ahead(std::min(grid.tiles, first + tiles + grid.tiles_x + 1), pieces);
-        const int64_t lines = int64_t{kernels_.lanes} * kPhases * kernels_.pixel_bytes / 64;
-        const int64_t count = static_cast<int64_t>(pieces.size());
-        const WinogradWeights& w = job_.weights;
-        const int64_t rows = kPoints * (w.dense ? divide_up(w.outputs, kDenseRows) : int64_t{w.chunks} * w.outputs) / schedule_.at_once;
-        return {pieces.data(), count, lines, divide_up(count * lines, rows), 0, 0};
-    }
-
     // Each thread takes blocks of tiles through all three steps. What points become lies where the points before them lay, which
     // are not needed any more: the less memory, the more of it is in the second-level cache.
-    void alone(Channel* channels, int64_t first, int64_t last, Statistics* statistics, StopWatch& watch, int thread, int team) {
+    void alone(const Channel* channels, int64_t first, int64_t last, Statistics* statistics, StopWatch& watch, int thread, int team) {
         const Grid& grid = job_.out.grid;
         const int64_t begin = first * grid.slice / kernels_.lanes, end = divide_up(last * grid.slice, kernels_.lanes);
         const Units units(blocks_of(first, last));
         const Share share = units.share(thread, team);
         float* m = v_ + thread * (kPoints + schedule_.at_once) * schedule_.v_pitch;
         float* v = m + schedule_.at_once * schedule_.v_pitch;
-        std::vector<const char*> pieces;
-        std::optional<Band> band;
-        if (schedule_.bands) bands_.start(band, channels, (begin + share.first * schedule_.vectors) * kernels_.lanes, thread);
         for (int64_t block = share.first; block < share.last; ++block) {
             const int64_t vector = begin + block * schedule_.vectors, tile = vector * kernels_.lanes;
             const int n = vectors_at(vector, end);
-            if (band) {
-                band->reach(std::min(grid.tiles, tile + n * kernels_.lanes + grid.tiles_x + 1));
-                watch.lap(kUpsample);
-            }
-            kernels_.transform_ready(channels, job_.weights.inputs, grid, tile, n, v, schedule_.v_pitch);
+            kernels_.input_transform(channels, job_.weights.inputs, grid, tile, n, v, schedule_.v_pitch);
             watch.lap(kInput);
-            Ahead ahead = block + 1 < share.last ? look_ahead(channels, tile + n * kernels_.lanes, band, pieces) : Ahead{};
-            for (int p = 0; p < kPoints; p += schedule_.at_once) multiply(v, m, p, n, &ahead);
+            for (int p = 0; p < kPoints; p += schedule_.at_once) multiply(v, m, p, n);
             watch.lap(kProduct);
             kernels_.output_transform(m, schedule_.m_pitch, 0, job_.weights.outputs, grid, tile, n, job_.out.data, halved_,
                                       stream_, statistics + units.of(block) * job_.out.channels);
@@ -239,7 +195,6 @@ class Convolution {
     const ConvJob& job_;
     Flows flows_;
     const Schedule schedule_;
-    Bands bands_;
     const int threads_;
     bool stream_ = false;
     Halved halved_{};

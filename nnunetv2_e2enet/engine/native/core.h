@@ -52,7 +52,6 @@ struct Channel {
     int64_t chunk;
     int64_t move;
     int64_t lo, hi;
-    int64_t ring;  // tiles, whole chunks: tile f lies where f % ring would; 0: no ring
     float scale, offset, slope;
     // Where the input is the gradient of a conv's output: `data` is that of the map after norm and activation, `raw` the output
     // itself. scale * (data past the activation) + by_raw * (raw - mean) + constant.
@@ -100,31 +99,12 @@ struct Halved {
     int64_t chunk;
 };
 
-// Memory that will be read soon: pieces of so many cache lines, asked for a few lines at a time while something else is computed.
-// (Always inline: GCC takes a function that only prefetches for one without effect, and drops the call.)
-struct Ahead {
-    const char* const* pieces;
-    int64_t count, lines;  // pieces, and cache lines of each
-    int64_t at_once;       // lines
-    int64_t piece, line;   // next
-
-    inline __attribute__((always_inline)) void ask() {
-        for (int64_t n = at_once; n > 0 && piece < count; --n) {
-            __builtin_prefetch(pieces[piece] + 64 * line, 0, 2);
-            if (++line < lines) continue;
-            line = 0;
-            ++piece;
-        }
-    }
-};
-
 // Connections by output map: row r feeds output[r] with connections start[r] ... start[r + 1] - 1.
 struct SparseRows {
     const int32_t* start;
     const int32_t* output;
     const uint16_t* index;  // input map of a connection
     int32_t rows;
-    Ahead* ahead = nullptr;  // what to ask for meanwhile
 };
 
 // Tiles that lie beside each other in a row of a grid and in one chunk, and where they go.
@@ -157,9 +137,6 @@ struct Kernels {
     int pixel_bytes;
     // V[point][channel][tile of the block] = transformed input; memory of the block after is asked for meanwhile
     void (*input_transform)(const Channel* channels, int n, const Grid& grid, int64_t first, int vectors, float* v,
-                            int64_t v_pitch);
-    // The same of a block whose memory was asked for before
-    void (*transform_ready)(const Channel* channels, int n, const Grid& grid, int64_t first, int vectors, float* v,
                             int64_t v_pitch);
     // M[output][tile] = (or +=) sum over connections of weight * V[index][tile]
     void (*sparse_product)(const float* v, float* m, const SparseRows& rows, const float* weight, int vectors, bool add);

@@ -188,15 +188,6 @@ inline __attribute__((always_inline)) void prefetch_chunk(const Kernels& kernels
     for (int64_t i = 0; i < kChannel * kernels.pixel_bytes; i += 64) __builtin_prefetch(first + i, 0, 3);
 }
 
-// Of so many channels a part of the chunk that a tile lies in, to be asked for a vector's share at a time.
-inline void push_pieces(const Kernels& kernels, const Pixels* data, int64_t channels, int64_t chunk, int64_t tile, int64_t tiles,
-                        std::vector<const char*>& pieces) {
-    const int64_t lane = tile & (kChunk - 1), piece = int64_t{kernels.lanes} * kPhases * kernels.pixel_bytes;
-    const char* first = static_cast<const char*>(data) + (place(tile - lane, chunk) + lane * kPhases) * kernels.pixel_bytes;
-    for (int64_t c = 0; c < channels; ++c, first += kChannel * kernels.pixel_bytes)
-        for (int64_t i = 0; i < tiles / kernels.lanes; ++i) pieces.push_back(first + i * piece);
-}
-
 inline float scale_of(const Map& map, int64_t c) { return map.scale ? map.scale[c] : 1.0f; }
 inline float offset_of(const Map& map, int64_t c) { return map.offset ? map.offset[c] : 0.0f; }
 inline float slope_of(const Map& map) { return map.scale ? map.slope : 1.0f; }
@@ -207,10 +198,9 @@ inline int64_t tiles_in_chunk(int64_t tile, int64_t stride) { return (kChunk - 1
 
 // The upward flow of some output slices, written where the convolution reads it.
 struct UpsampleTarget {
-    Pixels* data;    // tile 0 is the first of first_slice, or in a ring the first of all
+    Pixels* data;    // tile 0 is the first of first_slice
     int64_t chunk;   // pixels from one chunk to the next
     int64_t first_slice, last_slice;
-    int64_t ring = 0;  // tiles, whole chunks: tile f lies where f % ring would; 0: no ring
 };
 int64_t upsample_scratch(const Kernels& kernels, const Upsample& job);
 void upsample_slices(const Kernels& kernels, const Upsample& job, const Grid& fine, const int32_t* shift,

@@ -24,7 +24,6 @@ class Flows {
     }
 
     int64_t slices() const { return slices_; }  // of the output in one round
-    void take_all() { slices_ = grid_.depth; }
 
     void reserve(Scratch& scratch, int threads) {
         if (upward_ < 0) return;

@@ -9,7 +9,7 @@ namespace E2E_NAMESPACE {
 
 static void gradient_transform(const e2e::Channel* channels, int n, const e2e::Grid& grid, int64_t first, int vectors, float* v,
                                int64_t v_pitch, float* m, int64_t m_pitch) {
-    transform_block<true, true>(channels, n, grid, first, vectors, v, v_pitch, m, m_pitch);
+    transform_block<true>(channels, n, grid, first, vectors, v, v_pitch, m, m_pitch);
 }
 
 // ---- sums over tiles --------------------------------------------------------------------------------------------------

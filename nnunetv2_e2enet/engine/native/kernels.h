@@ -37,7 +37,6 @@ template <int N>
 static void sparse_rows(const float* v, float* m, const SparseRows& rows, const float* weight, bool add) {
     constexpr int64_t tiles = N * kLanes;
     for (int32_t r = 0; r < rows.rows; ++r) {
-        if (rows.ahead) rows.ahead->ask();
         float* target = m + rows.output[r] * tiles;
         Vec a[N], b[N];
         for (int i = 0; i < N; ++i) {
@@ -70,7 +69,6 @@ static void sparse_pair_rows(const float* v, float* m, int64_t pitch, const Spar
                              int64_t weight_pitch, bool add) {
     constexpr int64_t tiles = N * kLanes;
     for (int32_t r = 0; r < rows.rows; ++r) {
-        if (rows.ahead) rows.ahead->ask();
         float* target = m + rows.output[r] * tiles;
         Vec a[2][N], b[2][N];
         for (int p = 0; p < 2; ++p)
@@ -236,7 +234,7 @@ static int64_t multiply_add_only(int64_t rounds) {
 }
 
 static const e2e::Kernels kTable = {
-    kLanes,      sizeof(Pixel), input_transform, transform_ready, sparse_product, sparse_pair, dense_product, output_transform,
+    kLanes,      sizeof(Pixel), input_transform, sparse_product, sparse_pair, dense_product, output_transform,
     store_phase, kUpsampleTiles, activate_block,  upsample_product, gather,        pool,
     multiply_add_only, pixels_row,
 #ifdef E2E_BFLOAT16

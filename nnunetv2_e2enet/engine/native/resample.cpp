@@ -2,11 +2,72 @@
 #include <algorithm>
 
 #include "driver.h"
-#include "upsampler.h"
 #include "window.h"
 
 namespace e2e {
 namespace {
+
+// Strides of 1 or 2 in the plane: a coarse tile becomes whole fine tiles. Vectors run over coarse tiles, whatever rows and slices
+// they lie in; only what is stored is cut into the rows of fine tiles.
+class Upsampler {
+  public:
+    Upsampler(const Kernels& kernels, const Upsample& job, const Grid& fine, const UpsampleTarget& target, float* scratch)
+        : kernels_(kernels), job_(job), fine_(fine), target_(target), pixels_(scratch),
+          pitch_(job.coarse.channels * kernels.upsample_tiles) {}
+
+    static bool takes(const Upsample& job) { return job.stride[1] <= 2 && job.stride[2] <= 2; }
+    static int64_t floats(const Kernels& kernels, const Upsample& job) {
+        return kPhases * job.coarse.channels * kernels.upsample_tiles;
+    }
+
+    // The block of coarse tiles from `first` on, activated.
+    void load(int64_t first) {
+        const Map& coarse = job_.coarse;
+        const int64_t there = place(first, coarse.grid.chunk);
+        for (int64_t c = 0; c < coarse.channels; ++c)
+            kernels_.activate_block(at(kernels_, coarse.data, c * kChannel + there), scale_of(coarse, c), offset_of(coarse, c),
+                                    slope_of(coarse), pixels_ + c * kernels_.upsample_tiles, pitch_);
+        rows_ = cut_rows(coarse.grid, first, kernels_.upsample_tiles);
+    }
+
+    // Output channels of the block that was loaded, at one position of the stride in depth.
+    void multiply(int position, const Group& group) {
+        const int sh = job_.stride[1], sw = job_.stride[2];
+        for (int below = 0; below < sh; ++below) {
+            pieces_.cut(rows_, fine_, job_.stride, position + group.shift, below, target_.first_slice, target_.last_slice,
+                        target_.chunk, kernels_.lanes, kernels_.upsample_tiles);
+            if (pieces_.pieces.empty()) continue;
+            for (int row = below * kTile / sh; row < (below + 1) * kTile / sh; ++row)
+                for (int column = 0; column < kTile / sw; ++column) multiply_pixel(position, group, row, column);
+        }
+    }
+
+  private:
+    void multiply_pixel(int position, const Group& group, int row, int column) const {
+        const int sh = job_.stride[1], sw = job_.stride[2];
+        UpsampleTask task{};
+        task.ways = sw;
+        task.subs = sh * sw;
+        for (int way = 0; way < sw; ++way) task.pixels[way] = pixels_ + (row * kTile + column + way * kTile / sw) * pitch_;
+        task.weight = job_.weight + position * job_.connections * task.subs;
+        task.first_row = group.first;
+        task.last_row = group.last;
+        for (int s = 0; s < task.subs; ++s)
+            task.out[s] = at(kernels_, target_.data, ((sh * row + s / sw) % kTile * kTile + sw * column + s % sw) * kChunk);
+        task.pieces = pieces_.pieces.data();
+        task.first_piece = pieces_.first.data();
+        kernels_.upsample_product(task, {job_.start, job_.output, job_.index, job_.outputs});
+    }
+
+    const Kernels& kernels_;
+    const Upsample& job_;
+    const Grid& fine_;
+    const UpsampleTarget& target_;
+    float* pixels_;
+    const int64_t pitch_;
+    std::vector<Segment> rows_;
+    Pieces pieces_;
+};
 
 // Other strides: pixel by pixel.
 void upsample_plainly(const Kernels& kernels, const Upsample& job, const Grid& fine, int64_t slice, const Group& group,

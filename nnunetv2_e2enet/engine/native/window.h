@@ -49,21 +49,20 @@ class Pieces {
 
     // Coarse slice d is fine slice d * stride[0] + offset, counted from the first of the slices that there are.
     void cut(const std::vector<Segment>& rows, const Grid& fine, const int32_t* stride, int64_t offset, int below,
-             int64_t first_slice, int64_t last_slice, int64_t chunk, int lanes, int64_t coarse_tiles, int64_t ring = 0) {
+             int64_t first_slice, int64_t last_slice, int64_t chunk, int lanes, int64_t coarse_tiles) {
         const int sw = stride[2];
         pieces.clear();
         first.clear();
         for (const Segment& r : rows) {
             const int64_t slice = r.slice * stride[0] + offset, row = r.row * stride[1] + below;
             if (slice < first_slice || slice >= last_slice || row >= fine.tiles_y) continue;
-            const int64_t tile = (ring ? slice : slice - first_slice) * fine.slice + row * fine.tiles_x + r.column * sw;
+            const int64_t tile = (slice - first_slice) * fine.slice + row * fine.tiles_x + r.column * sw;
             const int64_t count = std::min(r.count * sw, fine.tiles_x - r.column * sw);
             for (int64_t done = 0; done < count;) {
                 const int64_t lane = r.lane * sw + done, in_vector = lane % lanes;
                 const int64_t n = std::min({count - done, lanes - in_vector, tiles_in_chunk(tile + done, 1)});
                 first.resize(static_cast<size_t>(lane / lanes + 1), static_cast<int>(pieces.size()));
-                const int64_t there = ring ? (tile + done) % ring : tile + done;
-                pieces.push_back({place(there, chunk) - in_vector, static_cast<uint32_t>(((int64_t{1} << n) - 1) << in_vector)});
+                pieces.push_back({place(tile + done, chunk) - in_vector, static_cast<uint32_t>(((int64_t{1} << n) - 1) << in_vector)});
                 done += n;
             }
         }

@@ -113,7 +113,7 @@ class Reach {
             for (int i = 0; i < counts_[g]; ++i) {
                 const int64_t tile = base + i * kLanes;
                 Vector& s = sources_[g][i];
-                s.place = e2e::place(channel.ring ? (tile % channel.ring + channel.ring) % channel.ring : tile, channel.chunk);
+                s.place = e2e::place(tile, channel.chunk);
                 if (whole_[g]) continue;
                 const uint32_t lanes = bits_between(tile, lo, hi);
                 s.some = lanes != 0;
@@ -274,11 +274,11 @@ static inline __attribute__((always_inline)) void prefetch_ahead(const e2e::Chan
 constexpr int kSoon = 4;  // channels between asking for memory and reading it
 
 static inline bool same_reach(const e2e::Channel& a, const e2e::Channel& b) {
-    return a.lo == b.lo && a.hi == b.hi && a.move == b.move && a.chunk == b.chunk && a.ring == b.ring;
+    return a.lo == b.lo && a.hi == b.hi && a.move == b.move && a.chunk == b.chunk;
 }
 
 // Transformed inputs of a block, or with Gradient those of a conv's gradient (unless v is null) and A y A^T besides.
-template <bool Gradient, bool Ask>
+template <bool Gradient>
 static inline void transform_block(const e2e::Channel* channels, int n, const e2e::Grid& grid, int64_t first, int vectors,
                                    float* v, int64_t v_pitch, float* m, int64_t m_pitch) {
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
@@ -308,7 +308,7 @@ static inline void transform_block(const e2e::Channel* channels, int n, const e2
         const int soon = c - 1 + kSoon;
         for (int i = 0; i < vectors; ++i) {
             const int64_t at = (c - 1) * tiles + i * kLanes;
-            if (Ask) prefetch_ahead<Gradient>(channels[soon % n], grid, first + soon / n * tiles, i);
+            prefetch_ahead<Gradient>(channels[soon % n], grid, first + soon / n * tiles, i);
             if (Gradient) transform_gradient(windows[(c - 1) % 2], last->skip[1] + i * kLanes, m + at, m_pitch);
             if (Gradient && !v) continue;
             if (last->any) {
@@ -322,12 +322,7 @@ static inline void transform_block(const e2e::Channel* channels, int n, const e2
 
 static void input_transform(const e2e::Channel* channels, int n, const e2e::Grid& grid, int64_t first, int vectors, float* v,
                             int64_t v_pitch) {
-    transform_block<false, true>(channels, n, grid, first, vectors, v, v_pitch, nullptr, 0);
-}
-
-static void transform_ready(const e2e::Channel* channels, int n, const e2e::Grid& grid, int64_t first, int vectors, float* v,
-                            int64_t v_pitch) {
-    transform_block<false, false>(channels, n, grid, first, vectors, v, v_pitch, nullptr, 0);
+    transform_block<false>(channels, n, grid, first, vectors, v, v_pitch, nullptr, 0);
 }
 
 static inline void start_statistics(e2e::Statistics& s, const float* pixel) {
