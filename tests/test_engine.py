@@ -334,6 +334,32 @@ def test_any_number_of_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@needs_core
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(
+    ("strides", "patch"),
+    [
+        ([[1, 1, 1], [1, 2, 2], [2, 2, 2]], [8, 40, 32]),
+        ([[1, 1, 1], [2, 2, 2], [2, 2, 2]], [8, 36, 52]),
+        ([[1, 1, 1], [1, 1, 3], [2, 2, 1]], [6, 24, 48]),
+    ],
+)
+def test_results_are_the_same_for_any_number_of_threads(kernels: str, strides: list[list[int]], patch: list[int]) -> None:
+    x, before = torch.randn(1, 1, *patch), torch.get_num_threads()
+    logits = []
+    try:
+        with override(engine_kernels=kernels), torch.inference_mode():
+            for threads in (1, 2, 3, 7):  # with one, blocks are a thread's own, with seven they are shared
+                torch.set_num_threads(threads)
+                network = make_network(strides, [20, 24, 28], n_conv_per_stage=2, feature_sparsity=0.5)
+                logits.append(network(x))
+                assert engine.why_pytorch(network) is None
+    finally:
+        torch.set_num_threads(before)
+    for other in logits[1:]:
+        assert torch.equal(other, logits[0])
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 

@@ -6,7 +6,7 @@ An E2ENet in eval mode, on the CPU, with gradients off, uses the engine by itsel
 
 from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, disabled, predicts
 from nnunetv2_e2enet.engine.core import KERNELS, KERNELS_VARIABLE, STORAGE_VARIABLE, STORAGES, load_core
-from nnunetv2_e2enet.engine.counts import executed_macs
+from nnunetv2_e2enet.engine.counts import executed_macs, product_macs
 from nnunetv2_e2enet.engine.status import Status, peak_flops, profile, release, status, why_pytorch
 from nnunetv2_e2enet.engine.training import train, trains
 
@@ -23,6 +23,7 @@ __all__ = [
     "load_core",
     "peak_flops",
     "predicts",
+    "product_macs",
     "profile",
     "release",
     "status",

@@ -31,6 +31,7 @@ LEAST_TRAINING_WORK = 2e8
 KEPT_BY_MALLOC = 32 << 20  # bytes, in glibc
 TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-1}  # of the largest logit, in mode "check", by how maps are stored
 IDLE_PROGRAMS = 2  # kept for the next patch; more are made while more threads predict at once
+IDLE_BYTES = 1 << 30  # of all that are kept but the last used one
 
 _local = threading.local()
 
@@ -102,7 +103,7 @@ class Session:
             for index, program in enumerate(plan.idle):
                 if program.patch_size == patch_size:
                     return plan.idle.pop(index)
-            plan.idle[: max(0, len(plan.idle) - IDLE_PROGRAMS + 1)] = []
+            _drop_idle(plan.idle, IDLE_PROGRAMS - 1, 0)
         return Program(plan.weights, patch_size, plan.core)
 
     def give_back(self, plan: Plan, program: Program) -> None:
@@ -110,7 +111,7 @@ class Session:
         with self._lock:
             if plan is self._plan:
                 plan.idle.append(program)
-                del plan.idle[:-IDLE_PROGRAMS]
+                _drop_idle(plan.idle, IDLE_PROGRAMS, 1)
 
     def idle_programs(self) -> list[Program]:
         """Programs that no thread uses."""
@@ -121,6 +122,12 @@ class Session:
         """Free packed weights and programs."""
         with self._lock:
             self._plan = None
+
+
+def _drop_idle(idle: list[Program], most: int, always: int) -> None:
+    """Drops those used longest ago until ``most`` are left, which take ``IDLE_BYTES`` beside the ``always`` last ones."""
+    while len(idle) > most or sum(program.n_bytes for program in idle[: len(idle) - always]) > IDLE_BYTES:
+        del idle[0]
 
 
 class OfEachNetwork(Generic[T]):

@@ -25,7 +25,8 @@ TIMERS = (
     *("gradients of upsampling", "gradients of strided convs", "gradients of heads"),
 )
 
-_ABI = 4
+_ABI = 5
+_OUT_OF_MEMORY = -1
 _FLOATS = POINTER(c_float)
 _INTS = POINTER(c_int32)
 
@@ -290,23 +291,27 @@ class Core:
         if isinstance(job, (PoolJob, NormGradientJob)):
             return 0
         if isinstance(job, HeadJob):
-            return int(self._library.e2e_head(self._handle, ctypes.byref(job), None, None, threads))
-        return int(getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), None, threads))
+            return _checked(self._library.e2e_head(self._handle, ctypes.byref(job), None, None, threads))
+        return _checked(getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), None, threads))
 
     def run(self, job: Job, scratch: int, threads: int) -> None:
-        """Any job but that of a head."""
+        """Any job but that of a head.
+
+        Raises:
+            MemoryError: the core found no memory.
+        """
         if isinstance(job, PoolJob):
-            self._library.e2e_pool(self._handle, ctypes.byref(job), threads)
+            _checked(self._library.e2e_pool(self._handle, ctypes.byref(job), threads))
         else:
-            getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), scratch, threads)
+            _checked(getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), scratch, threads))
 
     def run_head(self, job: HeadJob, logits: int, scratch: int, threads: int) -> None:
         """Write the logits of a head; addresses are those of the memory."""
-        self._library.e2e_head(self._handle, ctypes.byref(job), logits, scratch, threads)
+        _checked(self._library.e2e_head(self._handle, ctypes.byref(job), logits, scratch, threads))
 
     def import_image(self, image: int, target: Map, threads: int) -> None:
         """Copy an image into the layout of tiles; ``image`` is its address, ``(channels, *patch)`` of float32."""
-        self._library.e2e_import(self._handle, image, ctypes.byref(target), threads)
+        _checked(self._library.e2e_import(self._handle, image, ctypes.byref(target), threads))
 
     @property
     def dot_shape(self) -> tuple[int, int]:
@@ -342,6 +347,15 @@ class Core:
         return int(self._library.e2e_sample((c_void_p * n)(*addresses), (c_int64 * n)(*n_bytes), n))
 
 
+def _checked(result: int) -> int:
+    """What a function of the core returned, negative where it failed (``core.cpp``)."""
+    if result == _OUT_OF_MEMORY:
+        raise MemoryError("the CPU engine found no memory")
+    if result < 0:
+        raise RuntimeError("the CPU engine failed; please report this with the output of `e2enet info`")
+    return result
+
+
 def _declare(library: ctypes.CDLL) -> None:
     pointer = c_void_p
     signatures: dict[str, tuple[type | None, list[type]]] = {
@@ -351,8 +365,8 @@ def _declare(library: ctypes.CDLL) -> None:
         "e2e_pack_kernels": (None, [pointer, pointer, c_int64, ctypes.c_int, pointer, ctypes.c_int]),
         "e2e_pack_weights": (None, [pointer, pointer, c_int64, pointer, ctypes.c_int]),
         "e2e_dot_shape": (None, [pointer, pointer]),
-        "e2e_pool": (None, [pointer, pointer, ctypes.c_int]),
-        "e2e_import": (None, [pointer, pointer, pointer, ctypes.c_int]),
+        "e2e_pool": (c_int64, [pointer, pointer, ctypes.c_int]),
+        "e2e_import": (c_int64, [pointer, pointer, pointer, ctypes.c_int]),
         "e2e_checksum": (ctypes.c_uint64, [pointer, c_int64, ctypes.c_int]),
         "e2e_multiply_add_only": (c_int64, [pointer, c_int64, ctypes.c_int]),
         "e2e_sample": (ctypes.c_uint64, [pointer, pointer, c_int64]),

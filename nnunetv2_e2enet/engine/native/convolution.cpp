@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kPrivateFloats = 3 << 19;    // of transformed tiles up to which each thread works on blocks of its own
 constexpr int64_t kSharedFloats = 3 << 20;     // of transformed tiles that threads hold together otherwise
+constexpr int64_t kPairFloats = 6144;          // of one point's inputs up to which those of two stay in the first-level cache
 constexpr int64_t kStreamBytes = 32 << 20;     // a map that will not stay in any cache is written past them
 
 struct Schedule {
@@ -16,21 +17,26 @@ struct Schedule {
     int64_t v_pitch, m_pitch;
     bool shared;        // threads work together on `blocks` blocks at a time
     int64_t blocks;
+    int at_once = 1;     // points that are multiplied together
 
+    // What a block is does not depend on the number of threads, so that results do not either.
     Schedule(const Kernels& kernels, const ConvJob& job, int64_t slices, int threads) {
-        const Grid& grid = job.out.grid;
         const WinogradWeights& w = job.weights;
-        const int64_t total = divide_up(slices * grid.slice, kernels.lanes);
+        const int64_t total = divide_up(slices * job.out.grid.slice, kernels.lanes);
         const int64_t per_vector = (kPoints * int64_t{kernels.lanes}) * (w.inputs + w.outputs);
-        const int most = kernels.lanes == 16 ? 4 : kMaxVectors - 1;
-        vectors = static_cast<int>(std::min<int64_t>(most, std::max<int64_t>(2, kPrivateFloats / 4 / per_vector)));
+        const int64_t most = std::min<int64_t>(total, kernels.lanes == 16 ? 4 : kMaxVectors - 1);
+        const int64_t fit = std::min(most, std::max<int64_t>(2, kPrivateFloats / 4 / per_vector));
+        vectors = static_cast<int>(total <= 16 || per_vector * fit > kPrivateFloats ? most : fit);
         shared = per_vector * vectors > kPrivateFloats || total < 4 * int64_t{threads} * vectors;
-        if (shared) vectors = static_cast<int>(std::min<int64_t>(most, total));
         blocks = 1;
         if (shared) blocks = std::max<int64_t>(1, std::min(divide_up(total, vectors), kSharedFloats / (per_vector * vectors)));
         v_pitch = odd_lines(int64_t{w.inputs} * vectors * kernels.lanes);
         m_pitch = odd_lines(int64_t{w.outputs} * vectors * kernels.lanes);
-        if (!shared) v_pitch = m_pitch = std::max(v_pitch, m_pitch);
+        if (shared) return;
+        v_pitch = m_pitch = std::max(v_pitch, m_pitch);
+        const int64_t widest = w.chunks ? divide_up(w.inputs, w.chunks) : w.inputs;
+        // With fewer lanes, or registers, the sums of two points do not fit in them.
+        if (!w.dense && kernels.lanes == 16 && widest * vectors * kernels.lanes <= kPairFloats) at_once = 2;
     }
 };
 
@@ -50,44 +56,56 @@ class Convolution {
             v_ = scratch.take(schedule_.blocks * kPoints * schedule_.v_pitch);
             m_ = scratch.take(schedule_.blocks * kPoints * schedule_.m_pitch);
         } else {
-            v_ = scratch.take(threads_ * (kPoints + 1) * schedule_.v_pitch);
+            v_ = scratch.take(threads_ * (kPoints + schedule_.at_once) * schedule_.v_pitch);
         }
         flows_.reserve(scratch, threads_);
         return scratch.used();
     }
 
     void run() {
-        std::vector<Statistics> statistics(static_cast<size_t>(threads_ * job_.out.channels), Statistics{});
-        const std::vector<Channel> described = flows_.channels();
+        const Grid& grid = job_.out.grid;
+        const int64_t depth = grid.depth, rounds = divide_up(depth, flows_.slices()), channels_out = job_.out.channels;
+        const Units most(blocks_of(0, flows_.slices()));  // in a round
+        std::vector<Statistics> statistics(static_cast<size_t>(rounds * most.count * channels_out), Statistics{});
+        std::vector<std::vector<Channel>> of_threads(static_cast<size_t>(threads_), flows_.channels());
+        Failure failure;
         #pragma omp parallel num_threads(threads_)
         {
             const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-            std::vector<Channel> channels = described;
-            Statistics* own = statistics.data() + thread * job_.out.channels;
+            Channel* channels = of_threads[static_cast<size_t>(thread)].data();
+            Statistics* of_round = statistics.data();
             StopWatch watch(job_.seconds, thread);
-            for (int64_t first = 0; first < job_.out.grid.depth; first += flows_.slices()) {
-                const int64_t last = std::min<int64_t>(job_.out.grid.depth, first + flows_.slices());
+            for (int64_t first = 0; first < depth; first += flows_.slices(), of_round += most.count * channels_out) {
+                const int64_t last = std::min(depth, first + flows_.slices());
                 if (job_.upward >= 0) {
-                    flows_.upsample(channels.data(), first, last, thread, team);
+                    failure.guard([&] { flows_.upsample(channels, first, last, thread, team); });
                     #pragma omp barrier
                     watch.lap(kUpsample);
                 }
                 if (schedule_.shared) {
-                    together(channels.data(), first, last, own, watch, thread, team);
+                    together(channels, first, last, of_round, watch, thread, team);
                 } else {
-                    alone(channels.data(), first, last, own, watch, thread, team);
+                    failure.guard([&] { alone(channels, first, last, of_round, watch, thread, team); });
                 }
+                if (stream_) finish_streams();
                 #pragma omp barrier
             }
         }
-        finish_norm(job_.norm, statistics, job_.out.channels);
+        failure.rethrow();
+        finish_norm(job_.norm, statistics, channels_out);
     }
 
   private:
+    int64_t blocks_of(int64_t first, int64_t last) const {
+        const int64_t slice = job_.out.grid.slice;
+        return divide_up(divide_up(last * slice, kernels_.lanes) - first * slice / kernels_.lanes, schedule_.vectors);
+    }
+
     int vectors_at(int64_t vector, int64_t end) const {
         return static_cast<int>(std::min<int64_t>(schedule_.vectors, end - vector));
     }
 
+    // Points from `point` on, as many as are multiplied at once.
     void multiply(const float* v, float* m, int point, int vectors) const {
         const WinogradWeights& w = job_.weights;
         v += point * schedule_.v_pitch;
@@ -101,37 +119,44 @@ class Convolution {
         for (int32_t chunk = 0; chunk < w.chunks; ++chunk) {
             const SparseRows rows{w.start + chunk * (w.outputs + 1), w.output + chunk * w.outputs, w.index, w.outputs};
             const float* part = v + int64_t{w.chunk_first[chunk]} * vectors * kernels_.lanes;
-            kernels_.sparse_product(part, m, rows, w.weight + point * w.connections, vectors, chunk > 0);
+            const float* weight = w.weight + point * w.connections;
+            if (schedule_.at_once == 2) {
+                kernels_.sparse_pair(part, m, schedule_.v_pitch, rows, weight, w.connections, vectors, chunk > 0);
+            } else {
+                kernels_.sparse_product(part, m, rows, weight, vectors, chunk > 0);
+            }
         }
     }
 
-    // Each thread takes blocks of tiles through all three steps. What a point becomes lies where the point before it lay, which
-    // is not needed any more: the less memory, the more of it is in the second-level cache.
-    void alone(const Channel* channels, int64_t first, int64_t last, Statistics* own, StopWatch& watch, int thread, int team) {
+    // Each thread takes blocks of tiles through all three steps. What points become lies where the points before them lay, which
+    // are not needed any more: the less memory, the more of it is in the second-level cache.
+    void alone(const Channel* channels, int64_t first, int64_t last, Statistics* statistics, StopWatch& watch, int thread, int team) {
         const Grid& grid = job_.out.grid;
         const int64_t begin = first * grid.slice / kernels_.lanes, end = divide_up(last * grid.slice, kernels_.lanes);
-        const Share share(divide_up(end - begin, schedule_.vectors), thread, team);
-        float* m = v_ + thread * (kPoints + 1) * schedule_.v_pitch;
-        float* v = m + schedule_.v_pitch;
+        const Units units(blocks_of(first, last));
+        const Share share = units.share(thread, team);
+        float* m = v_ + thread * (kPoints + schedule_.at_once) * schedule_.v_pitch;
+        float* v = m + schedule_.at_once * schedule_.v_pitch;
         for (int64_t block = share.first; block < share.last; ++block) {
             const int64_t vector = begin + block * schedule_.vectors, tile = vector * kernels_.lanes;
             const int n = vectors_at(vector, end);
             kernels_.input_transform(channels, job_.weights.inputs, grid, tile, n, v, schedule_.v_pitch);
             watch.lap(kInput);
-            for (int p = 0; p < kPoints; ++p) multiply(v, m, p, n);
+            for (int p = 0; p < kPoints; p += schedule_.at_once) multiply(v, m, p, n);
             watch.lap(kProduct);
             kernels_.output_transform(m, schedule_.m_pitch, 0, job_.weights.outputs, grid, tile, n, job_.out.data, halved_,
-                                      stream_, own);
+                                      stream_, statistics + units.of(block) * job_.out.channels);
             watch.lap(kOutput);
         }
     }
 
-    // All threads work on the same few blocks, each step shared out in its own way.
-    void together(const Channel* channels, int64_t first, int64_t last, Statistics* own, StopWatch& watch, int thread,
+    // All threads work on the same few blocks, each step shared out in its own way. Nothing is allocated between its barriers.
+    void together(const Channel* channels, int64_t first, int64_t last, Statistics* statistics, StopWatch& watch, int thread,
                   int team) {
         const Grid& grid = job_.out.grid;
         const int64_t begin = first * grid.slice / kernels_.lanes, end = divide_up(last * grid.slice, kernels_.lanes);
         const int64_t step = schedule_.blocks * schedule_.vectors;
+        const Units units(blocks_of(first, last));
         for (int64_t vector = begin; vector < end; vector += step) {
             const int64_t blocks = divide_up(std::min(end - vector, step), schedule_.vectors);
             const Share inputs(job_.weights.inputs, thread, team), points(kPoints * blocks, thread, team);
@@ -155,7 +180,8 @@ class Convolution {
                 const int64_t at = vector + b * schedule_.vectors;
                 kernels_.output_transform(m_of(b), schedule_.m_pitch, static_cast<int>(outputs.first),
                                           static_cast<int>(outputs.last), grid, at * kernels_.lanes, vectors_at(at, end),
-                                          job_.out.data, halved_, stream_, own);
+                                          job_.out.data, halved_, stream_,
+                                          statistics + units.of((at - begin) / schedule_.vectors) * job_.out.channels);
             }
             #pragma omp barrier
             watch.lap(kOutput);

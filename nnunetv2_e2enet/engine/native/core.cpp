@@ -1,5 +1,6 @@
 // The C ABI. Numbers and raw buffers go in, nothing is kept, nothing is thrown.
 #include <cstring>
+#include <new>
 
 #include "driver.h"
 #include "export.h"
@@ -27,10 +28,26 @@ uint64_t checksum_sample(const unsigned char* bytes, int64_t n, int64_t place) {
     return checksum_block(words, kWord * kWords, place);
 }
 
+// What the work returns, or one of these: core.py raises an exception of its own then.
+constexpr int64_t kOutOfMemory = -1, kFailed = -2;
+
+template <typename Work>
+int64_t guarded(const Work& work) noexcept {
+    try {
+        return work();
+    } catch (const std::bad_alloc&) {
+        return kOutOfMemory;
+    } catch (...) {
+        return kFailed;
+    }
+}
+
+const e2e::Kernels& table(const void* kernels) { return *static_cast<const e2e::Kernels*>(kernels); }
+
 }  // namespace
 }  // namespace e2e
 
-E2E_EXPORT int e2e_abi() { return 4; }
+E2E_EXPORT int e2e_abi() { return 5; }
 
 // Sizes of the structs that Python mirrors, to notice when the two differ.
 E2E_EXPORT void e2e_struct_sizes(int64_t* sizes) {
@@ -64,44 +81,52 @@ E2E_EXPORT const void* e2e_kernels(const char* name, int bfloat16) {
 }
 
 E2E_EXPORT int64_t e2e_conv(const void* kernels, const e2e::ConvJob* job, float* scratch, int threads) {
-    return e2e::run_conv(*static_cast<const e2e::Kernels*>(kernels), *job, scratch, threads);
+    return e2e::guarded([&] { return e2e::run_conv(e2e::table(kernels), *job, scratch, threads); });
 }
 
 E2E_EXPORT int64_t e2e_strided(const void* kernels, const e2e::StridedJob* job, float* scratch, int threads) {
-    return e2e::run_strided(*static_cast<const e2e::Kernels*>(kernels), *job, scratch, threads);
+    return e2e::guarded([&] { return e2e::run_strided(e2e::table(kernels), *job, scratch, threads); });
 }
 
 E2E_EXPORT int64_t e2e_head(const void* kernels, const e2e::HeadJob* job, float* logits, float* scratch, int threads) {
-    return e2e::run_head(*static_cast<const e2e::Kernels*>(kernels), *job, logits, scratch, threads);
+    return e2e::guarded([&] { return e2e::run_head(e2e::table(kernels), *job, logits, scratch, threads); });
 }
 
-E2E_EXPORT void e2e_pool(const void* kernels, const e2e::PoolJob* job, int threads) {
-    e2e::run_pool(*static_cast<const e2e::Kernels*>(kernels), *job, threads);
+E2E_EXPORT int64_t e2e_pool(const void* kernels, const e2e::PoolJob* job, int threads) {
+    return e2e::guarded([&] {
+        e2e::run_pool(e2e::table(kernels), *job, threads);
+        return int64_t{0};
+    });
 }
 
-E2E_EXPORT void e2e_import(const void* kernels, const float* image, const e2e::Map* out, int threads) {
-    e2e::run_import(*static_cast<const e2e::Kernels*>(kernels), image, *out, threads);
+E2E_EXPORT int64_t e2e_import(const void* kernels, const float* image, const e2e::Map* out, int threads) {
+    return e2e::guarded([&] {
+        e2e::run_import(e2e::table(kernels), image, *out, threads);
+        return int64_t{0};
+    });
 }
 
 E2E_EXPORT int64_t e2e_conv_gradient(const void* kernels, const e2e::ConvGradientJob* job, float* scratch, int threads) {
-    return e2e::run_conv_gradient(*static_cast<const e2e::Kernels*>(kernels), *job, scratch, threads);
+    return e2e::guarded([&] { return e2e::run_conv_gradient(e2e::table(kernels), *job, scratch, threads); });
 }
 
 E2E_EXPORT int64_t e2e_strided_gradient(const void* kernels, const e2e::StridedGradientJob* job, float* scratch, int threads) {
-    return e2e::run_strided_gradient(*static_cast<const e2e::Kernels*>(kernels), *job, scratch, threads);
+    return e2e::guarded([&] { return e2e::run_strided_gradient(e2e::table(kernels), *job, scratch, threads); });
 }
 
 E2E_EXPORT int64_t e2e_upsample_gradient(const void* kernels, const e2e::UpsampleGradientJob* job, float* scratch, int threads) {
-    return e2e::run_upsample_gradient(*static_cast<const e2e::Kernels*>(kernels), *job, scratch, threads);
+    return e2e::guarded([&] { return e2e::run_upsample_gradient(e2e::table(kernels), *job, scratch, threads); });
 }
 
 E2E_EXPORT int64_t e2e_head_gradient(const void* kernels, const e2e::HeadGradientJob* job, float* scratch, int threads) {
-    return e2e::run_head_gradient(*static_cast<const e2e::Kernels*>(kernels), *job, scratch, threads);
+    return e2e::guarded([&] { return e2e::run_head_gradient(e2e::table(kernels), *job, scratch, threads); });
 }
 
 E2E_EXPORT int64_t e2e_norm_gradient(const void* kernels, const e2e::NormGradientJob* job, float*, int threads) {
-    e2e::run_norm_gradient(*static_cast<const e2e::Kernels*>(kernels), *job, threads);
-    return 0;
+    return e2e::guarded([&] {
+        e2e::run_norm_gradient(e2e::table(kernels), *job, threads);
+        return int64_t{0};
+    });
 }
 
 E2E_EXPORT void e2e_dot_shape(const void* kernels, int32_t* shape) {

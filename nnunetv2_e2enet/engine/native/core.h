@@ -135,12 +135,15 @@ struct UpsampleTask {
 struct Kernels {
     int lanes;
     int pixel_bytes;
-    // V[point][channel][tile of the block] = transformed input
+    // V[point][channel][tile of the block] = transformed input; memory of the block after is asked for meanwhile
     void (*input_transform)(const Channel* channels, int n, const Grid& grid, int64_t first, int vectors, float* v,
                             int64_t v_pitch);
     // M[output][tile] = (or +=) sum over connections of weight * V[index][tile]
     void (*sparse_product)(const float* v, float* m, const SparseRows& rows, const float* weight, int vectors, bool add);
-    // The same over `taps` inputs with every connection present; weight[group][tap][channel][kDenseRows].
+    // The same of two points: V and M of the second lie `pitch` behind those of the first, its weights weight_pitch
+    void (*sparse_pair)(const float* v, float* m, int64_t pitch, const SparseRows& rows, const float* weight,
+                        int64_t weight_pitch, int vectors, bool add);
+    // The same as sparse_product over `taps` inputs with every connection present; weight[group][tap][channel][kDenseRows].
     void (*dense_product)(const float* const* v, int taps, int inputs, const float* weight, int first_group, int last_group,
                           int outputs, float* m, int vectors);
     // Pixels of output maps from M[point][output][tile], and their statistics. `stream`: past the caches.

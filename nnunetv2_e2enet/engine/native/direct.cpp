@@ -31,7 +31,9 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
     float* windows = memory.take(window_floats * (shared ? 1 : threads));
     float* products = memory.take(round_up(product_floats, kCacheLine) * threads);
     if (!scratch) return memory.used();
-    std::vector<Statistics> statistics(static_cast<size_t>(threads * outputs), Statistics{});
+    const Units units(blocks);
+    Failure failure;
+    std::vector<Statistics> statistics(static_cast<size_t>(units.count * kPhases * outputs), Statistics{});
     #pragma omp parallel num_threads(threads)
     {
         const int thread = omp_get_thread_num(), team = omp_get_num_threads();
@@ -39,13 +41,15 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
         Window window(kernels, job.in, job.shift, job.stride);
         float* own = windows + (shared ? 0 : thread * window_floats);
         float* m = products + thread * round_up(product_floats, kCacheLine);
-        const Share share = shared ? Share(blocks, 0, 1) : Share(blocks, thread, team);
+        const Share share = shared ? Share(blocks, 0, 1) : units.share(thread, team);
         for (int64_t block = share.first; block < share.last; ++block) {
             const int64_t first = block * tiles;
             const int n = static_cast<int>(std::min(vectors, total - block * vectors));
             const Share channels = shared ? Share(inputs, thread, team) : Share(inputs, 0, 1);
             const Share its = shared ? Share(n_phases, thread, team) : Share(n_phases, 0, 1);
-            window.fill(cut_rows(grid, first, n * kernels.lanes), n * kernels.lanes, channels.first, channels.last, own);
+            failure.guard([&] {
+                window.fill(cut_rows(grid, first, n * kernels.lanes), n * kernels.lanes, channels.first, channels.last, own);
+            });
             if (shared) {
                 #pragma omp barrier
             }
@@ -56,7 +60,7 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
                 kernels.dense_product(bases, kTaps, static_cast<int>(inputs), job.weight, 0, groups, static_cast<int>(outputs),
                                       m, n);
                 kernels.store_phase(m, static_cast<int>(outputs), grid, first, n, q, job.out.data,
-                                    statistics.data() + thread * outputs);
+                                    statistics.data() + (units.of(block) * kPhases + q) * outputs);
             }
             if (shared) {
                 #pragma omp barrier
@@ -64,6 +68,7 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
         }
         watch.lap(kStrided);
     }
+    failure.rethrow();
     finish_norm(job.norm, statistics, outputs);
     return memory.used();
 }
@@ -77,6 +82,7 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
     float* in_rows = memory.take(in_floats * threads);
     float* out_rows = memory.take(out_floats * threads);
     if (!scratch) return memory.used();
+    Failure failure;
     #pragma omp parallel num_threads(threads)
     {
         const int thread = omp_get_thread_num();
@@ -84,36 +90,39 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
         float* in = in_rows + thread * in_floats;
         float* out = out_rows + thread * out_floats;
         const Share share(blocks, thread, omp_get_num_threads());
-        for (int64_t block = share.first; block < share.last; ++block) {
-            const int64_t first = block * tiles, count = std::min(tiles, grid.tiles - first);
-            Span spans[kPhases];
-            for (int64_t q = 0; q < kPhases; ++q)
-                spans[q] = {place(first, grid.chunk) + q * kChunk, q * inputs * tiles, static_cast<int32_t>(count)};
-            for (int64_t c = 0; c < inputs; ++c)
-                kernels.gather(channel_of(kernels, job.in, c), spans, kPhases, 1, scale_of(job.in, c), offset_of(job.in, c),
-                               slope_of(job.in), in + c * tiles);
-            for (int q = 0; q < kPhases; ++q) {
-                const float* bases[1] = {in + q * inputs * tiles};
-                kernels.dense_product(bases, 1, static_cast<int>(inputs), job.weight, 0,
-                                      static_cast<int>(divide_up(job.classes, kDenseRows)), job.classes,
-                                      out + q * job.classes * tiles, static_cast<int>(vectors));
-            }
-            for (const Segment& s : cut_rows(grid, first, tiles)) {
-                for (int64_t k = 0; k < job.classes; ++k) {
-                    for (int row = 0; row < kTile && kTile * s.row + row < grid.height; ++row) {
-                        const int64_t x = kTile * s.column, y = kTile * s.row + row;
-                        float* to = logits + ((k * grid.depth + s.slice) * grid.height + y) * grid.width + x;
-                        const int64_t pixels = std::min(s.count * kTile, grid.width - x);
-                        const float* from = out + (row * kTile * job.classes + k) * tiles + s.lane;
-                        kernels.pixels_row(from, job.classes * tiles, s.count, pixels, to);
-                        if (job.bias)
-                            for (int64_t i = 0; i < pixels; ++i) to[i] += job.bias[k];
+        failure.guard([&] {
+            for (int64_t block = share.first; block < share.last; ++block) {
+                const int64_t first = block * tiles, count = std::min(tiles, grid.tiles - first);
+                Span spans[kPhases];
+                for (int64_t q = 0; q < kPhases; ++q)
+                    spans[q] = {place(first, grid.chunk) + q * kChunk, q * inputs * tiles, static_cast<int32_t>(count)};
+                for (int64_t c = 0; c < inputs; ++c)
+                    kernels.gather(channel_of(kernels, job.in, c), spans, kPhases, 1, scale_of(job.in, c), offset_of(job.in, c),
+                                   slope_of(job.in), in + c * tiles);
+                for (int q = 0; q < kPhases; ++q) {
+                    const float* bases[1] = {in + q * inputs * tiles};
+                    kernels.dense_product(bases, 1, static_cast<int>(inputs), job.weight, 0,
+                                          static_cast<int>(divide_up(job.classes, kDenseRows)), job.classes,
+                                          out + q * job.classes * tiles, static_cast<int>(vectors));
+                }
+                for (const Segment& s : cut_rows(grid, first, tiles)) {
+                    for (int64_t k = 0; k < job.classes; ++k) {
+                        for (int row = 0; row < kTile && kTile * s.row + row < grid.height; ++row) {
+                            const int64_t x = kTile * s.column, y = kTile * s.row + row;
+                            float* to = logits + ((k * grid.depth + s.slice) * grid.height + y) * grid.width + x;
+                            const int64_t pixels = std::min(s.count * kTile, grid.width - x);
+                            const float* from = out + (row * kTile * job.classes + k) * tiles + s.lane;
+                            kernels.pixels_row(from, job.classes * tiles, s.count, pixels, to);
+                            if (job.bias)
+                                for (int64_t i = 0; i < pixels; ++i) to[i] += job.bias[k];
+                        }
                     }
                 }
             }
-        }
+        });
         watch.lap(kHead);
     }
+    failure.rethrow();
     return memory.used();
 }
 

@@ -4,9 +4,14 @@
 #include <omp.h>
 #include <time.h>
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <vector>
 
 #include "jobs.h"
@@ -66,6 +71,54 @@ struct Share {
     Share(int64_t n, int thread, int threads) : first(n * thread / threads), last(n * (thread + 1) / threads) {}
 };
 
+// Blocks in units, each of which is one thread's and has statistics of its own: results are the same for any number of threads.
+class Units {
+  public:
+    const int64_t count;
+
+    explicit Units(int64_t blocks) : count(std::min<int64_t>(blocks, 64)), blocks_(blocks) {}
+    int64_t of(int64_t block) const { return ((block + 1) * count - 1) / blocks_; }
+
+    // The blocks of one thread of a team.
+    Share share(int thread, int team) const {
+        Share its(count, thread, team);
+        its.first = its.first * blocks_ / count;
+        its.last = its.last * blocks_ / count;
+        return its;
+    }
+
+  private:
+    int64_t blocks_;
+};
+
+// An exception must not leave a parallel region: the first of a team is kept until its end. No barrier may lie in guarded work,
+// so that threads whose work failed still meet the others.
+class Failure {
+  public:
+    template <typename Work>
+    void guard(const Work& work) {
+        try {
+            work();
+        } catch (...) {
+            #pragma omp critical(e2e_failure)
+            if (!first_) first_ = std::current_exception();
+        }
+    }
+    void rethrow() const {
+        if (first_) std::rethrow_exception(first_);
+    }
+
+  private:
+    std::exception_ptr first_;
+};
+
+// Stores past the caches are ordered with others from here on: to be called before other threads are told that they are done.
+inline void finish_streams() {
+#if defined(__SSE__)
+    _mm_sfence();
+#endif
+}
+
 class Scratch {
   public:
     explicit Scratch(float* base) : base_(base) {}
@@ -105,13 +158,13 @@ class StopWatch {
     double last_ = 0;
 };
 
-// Merge what the threads gathered (Chan et al.) and turn it into scale and offset. statistics is [threads][channels].
+// Merge what was gathered in parts (Chan et al.) and turn it into scale and offset. statistics is [part][channels].
 inline void finish_norm(const Norm& norm, const std::vector<Statistics>& statistics, int64_t channels) {
-    const int64_t threads = static_cast<int64_t>(statistics.size()) / channels;
+    const int64_t parts = static_cast<int64_t>(statistics.size()) / channels;
     for (int64_t c = 0; c < channels; ++c) {
         double n = 0, mean = 0, squares = 0;
-        for (int64_t t = 0; t < threads; ++t) {
-            const Statistics& s = statistics[static_cast<size_t>(t * channels + c)];
+        for (int64_t part = 0; part < parts; ++part) {
+            const Statistics& s = statistics[static_cast<size_t>(part * channels + c)];
             if (!s.count) continue;
             const double here = static_cast<double>(s.count), mean_here = s.center + s.sum / here;
             const double difference = mean_here - mean, all = n + here;

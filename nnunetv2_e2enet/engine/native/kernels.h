@@ -54,8 +54,56 @@ static void sparse_rows(const float* v, float* m, const SparseRows& rows, const 
             multiply_add<N>(v + index[2] * tiles, splat_of_four<2>(w), a);
             multiply_add<N>(v + index[3] * tiles, splat_of_four<3>(w), b);
         }
-        for (; e < end; ++e) multiply_add<N>(v + rows.index[e] * tiles, splat(weight[e]), a);
+        for (; e + 2 <= end; e += 2) {
+            multiply_add<N>(v + rows.index[e] * tiles, splat(weight[e]), a);
+            multiply_add<N>(v + rows.index[e + 1] * tiles, splat(weight[e + 1]), b);
+        }
+        if (e < end) multiply_add<N>(v + rows.index[e] * tiles, splat(weight[e]), a);
         for (int i = 0; i < N; ++i) store(target + i * kLanes, a[i] + b[i]);
+    }
+}
+
+// The same sums for two points at once, which share the places of inputs and what a row costs besides.
+template <int N>
+static void sparse_pair_rows(const float* v, float* m, int64_t pitch, const SparseRows& rows, const float* weight,
+                             int64_t weight_pitch, bool add) {
+    constexpr int64_t tiles = N * kLanes;
+    for (int32_t r = 0; r < rows.rows; ++r) {
+        float* target = m + rows.output[r] * tiles;
+        Vec a[2][N], b[2][N];
+        for (int p = 0; p < 2; ++p)
+            for (int i = 0; i < N; ++i) {
+                a[p][i] = add ? load(target + p * pitch + i * kLanes) : zero();
+                b[p][i] = zero();
+            }
+        int32_t e = rows.start[r];
+        const int32_t end = rows.start[r + 1];
+        const float* second = weight + weight_pitch;
+        for (; e + 2 <= end; e += 2) {
+            const float *even = v + rows.index[e] * tiles, *odd = v + rows.index[e + 1] * tiles;
+            multiply_add<N>(even, splat(weight[e]), a[0]);
+            multiply_add<N>(odd, splat(weight[e + 1]), b[0]);
+            multiply_add<N>(even + pitch, splat(second[e]), a[1]);
+            multiply_add<N>(odd + pitch, splat(second[e + 1]), b[1]);
+        }
+        if (e < end) {
+            const float* even = v + rows.index[e] * tiles;
+            multiply_add<N>(even, splat(weight[e]), a[0]);
+            multiply_add<N>(even + pitch, splat(second[e]), a[1]);
+        }
+        for (int p = 0; p < 2; ++p)
+            for (int i = 0; i < N; ++i) store(target + p * pitch + i * kLanes, a[p][i] + b[p][i]);
+    }
+}
+
+static void sparse_pair(const float* v, float* m, int64_t pitch, const SparseRows& rows, const float* weight,
+                        int64_t weight_pitch, int vectors, bool add) {
+    switch (vectors) {
+        case 1: return sparse_pair_rows<1>(v, m, pitch, rows, weight, weight_pitch, add);
+        case 2: return sparse_pair_rows<2>(v, m, pitch, rows, weight, weight_pitch, add);
+        case 3: return sparse_pair_rows<3>(v, m, pitch, rows, weight, weight_pitch, add);
+        case 4: return sparse_pair_rows<4>(v, m, pitch, rows, weight, weight_pitch, add);
+        default: return sparse_pair_rows<5>(v, m, pitch, rows, weight, weight_pitch, add);
     }
 }
 
@@ -186,7 +234,7 @@ static int64_t multiply_add_only(int64_t rounds) {
 }
 
 static const e2e::Kernels kTable = {
-    kLanes,      sizeof(Pixel), input_transform, sparse_product,   dense_product, output_transform,
+    kLanes,      sizeof(Pixel), input_transform, sparse_product, sparse_pair, dense_product, output_transform,
     store_phase, kUpsampleTiles, activate_block,  upsample_product, gather,        pool,
     multiply_add_only, pixels_row,
 #ifdef E2E_BFLOAT16

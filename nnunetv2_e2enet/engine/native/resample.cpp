@@ -200,14 +200,18 @@ class Pooling {
 
 void run_pool(const Kernels& kernels, const PoolJob& job, int threads) {
     const Grid& coarse = job.out.grid;
+    Failure failure;
     #pragma omp parallel num_threads(threads)
     {
         StopWatch watch(job.seconds, omp_get_thread_num());
-        Pooling pooling(kernels, job);
-        const Share share(divide_up(coarse.tiles, kChunk), omp_get_thread_num(), omp_get_num_threads());
-        for (int64_t chunk = share.first; chunk < share.last; ++chunk) pooling.chunk(chunk);
+        failure.guard([&] {
+            Pooling pooling(kernels, job);
+            const Share share(divide_up(coarse.tiles, kChunk), omp_get_thread_num(), omp_get_num_threads());
+            for (int64_t chunk = share.first; chunk < share.last; ++chunk) pooling.chunk(chunk);
+        });
         watch.lap(kPool);
     }
+    failure.rethrow();
 }
 
 void run_import(const Kernels& kernels, const float* image, const Map& out, int threads) {

@@ -151,6 +151,7 @@ int64_t run_blocks(const Kernels& kernels, const Job& job, const Grid& grid, Tim
     }
     if (!scratch) return floats;
     int team = 1;
+    Failure failure;
     #pragma omp parallel num_threads(threads)
     {
         const int thread = omp_get_thread_num();
@@ -158,11 +159,14 @@ int64_t run_blocks(const Kernels& kernels, const Job& job, const Grid& grid, Tim
         team = omp_get_num_threads();
         StopWatch watch(job.seconds, thread);
         Gradient& own = all[static_cast<size_t>(thread)];
-        own.clear();
-        const Share share(divide_up(grid.tiles, own.tiles()), thread, team);
-        for (int64_t block = share.first; block < share.last; ++block) own.block(block * own.tiles());
+        failure.guard([&] {
+            own.clear();
+            const Share share(divide_up(grid.tiles, own.tiles()), thread, team);
+            for (int64_t block = share.first; block < share.last; ++block) own.block(block * own.tiles());
+        });
         watch.lap(timer);
     }
+    failure.rethrow();
     all[0].finish(all.data(), team);
     return floats;
 }
