@@ -16,8 +16,9 @@ from support import Project, make, train_epochs
 
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.dsff import HISTORY_FILE
+from nnunetv2_e2enet.evaluation.topology import figures
 from nnunetv2_e2enet.evaluation.topology.figures import VIEWS, views
-from nnunetv2_e2enet.evaluation.topology.measures import agreements, depth_groups
+from nnunetv2_e2enet.evaluation.topology.measures import agreements, depth_groups, update_epochs
 from nnunetv2_e2enet.evaluation.topology.sources import read_topologies
 from nnunetv2_e2enet.trainers.e2enet_experiment_trainers import nnUNetTrainerDSFF
 from nnunetv2_e2enet.training.variants import variant
@@ -176,6 +177,8 @@ def test_dsff_in_another_network(in_process: Project, tmp_path: Path) -> None:
     assert [fold.why_no_history for fold in folds] == ["", ""]
     shown = {view.key for view in views(folds) if view.figure is not None}
     assert shown == {"change", "survival", "agreement", "losses"}
+    updates = figures.change(folds).axes[0].collections[0].get_segments()
+    assert [line[0][0] for line in updates] == update_epochs(folds[0]) == [1, 2]  # as the history and the losses have them
     (agreement,) = agreements(folds)
     assert agreement.kind == "all layers"
     assert agreement.overlap == pytest.approx(0.2, abs=0.05) == pytest.approx(agreement.chance, abs=0.05)

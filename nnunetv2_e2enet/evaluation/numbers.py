@@ -12,7 +12,7 @@ NOTHING = "–"  # noqa: RUF001 (an en dash)
 
 
 def value(number: float, metric: Metric) -> str:
-    """A metric, with the digits of its unit."""
+    """A number, with the digits of its metric."""
     return NOTHING if math.isnan(number) else f"{number:.{metric.digits}f}"
 
 

@@ -153,11 +153,11 @@ def change(folds: Sequence[Fold]) -> Figure:
     for fold in shown:
         active = sum(int(layer.mask.sum()) for layer in fold.connections.layers.values())
         changed = fold.logged("dsff_connections_changed")
-        updates = [(epoch + 1, value / active) for epoch, value in enumerate(changed) if value > 0]
+        updates = [(epoch, value / active) for epoch, value in enumerate(changed) if value > 0]  # before this epoch's training
         replaced.vlines([x for x, _ in updates], 0, [y for _, y in updates], color=FIRST, linewidth=1.6, alpha=0.75)
         replaced.plot([x for x, _ in updates], [y for _, y in updates], "o", color=FIRST, markersize=3)
         values = fold.logged("dsff_explored")
-        explored.plot(range(1, len(values) + 1), values, color=FIRST)
+        explored.plot(range(len(values)), values, color=FIRST)
     for axes, label in ((replaced, "connections replaced"), (explored, "explored so far")):
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
