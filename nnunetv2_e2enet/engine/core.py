@@ -26,7 +26,6 @@ TIMERS = (
 )
 
 _ABI = 5
-_OUT_OF_MEMORY = -1
 _FLOATS = POINTER(c_float)
 _INTS = POINTER(c_int32)
 
@@ -257,6 +256,7 @@ _GRADIENT_JOBS = (NormGradientJob, ConvGradientJob, StridedGradientJob, Upsample
 _CALLS: dict[type[Structure], str] = {
     ConvJob: "e2e_conv",
     StridedJob: "e2e_strided",
+    PoolJob: "e2e_pool",
     NormGradientJob: "e2e_norm_gradient",
     ConvGradientJob: "e2e_conv_gradient",
     StridedGradientJob: "e2e_strided_gradient",
@@ -295,15 +295,8 @@ class Core:
         return _checked(getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), None, threads))
 
     def run(self, job: Job, scratch: int, threads: int) -> None:
-        """Any job but that of a head.
-
-        Raises:
-            MemoryError: the core found no memory.
-        """
-        if isinstance(job, PoolJob):
-            _checked(self._library.e2e_pool(self._handle, ctypes.byref(job), threads))
-        else:
-            _checked(getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), scratch, threads))
+        """Any job but that of a head; MemoryError if the core finds no memory, as of all that it computes."""
+        _checked(getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), scratch, threads))
 
     def run_head(self, job: HeadJob, logits: int, scratch: int, threads: int) -> None:
         """Write the logits of a head; addresses are those of the memory."""
@@ -348,8 +341,8 @@ class Core:
 
 
 def _checked(result: int) -> int:
-    """What a function of the core returned, negative where it failed (``core.cpp``)."""
-    if result == _OUT_OF_MEMORY:
+    """What a function of the core returned; negative where it failed."""
+    if result == -1:
         raise MemoryError("the CPU engine found no memory")
     if result < 0:
         raise RuntimeError("the CPU engine failed; please report this with the output of `e2enet info`")
@@ -365,7 +358,6 @@ def _declare(library: ctypes.CDLL) -> None:
         "e2e_pack_kernels": (None, [pointer, pointer, c_int64, ctypes.c_int, pointer, ctypes.c_int]),
         "e2e_pack_weights": (None, [pointer, pointer, c_int64, pointer, ctypes.c_int]),
         "e2e_dot_shape": (None, [pointer, pointer]),
-        "e2e_pool": (c_int64, [pointer, pointer, ctypes.c_int]),
         "e2e_import": (c_int64, [pointer, pointer, pointer, ctypes.c_int]),
         "e2e_checksum": (ctypes.c_uint64, [pointer, c_int64, ctypes.c_int]),
         "e2e_multiply_add_only": (c_int64, [pointer, c_int64, ctypes.c_int]),

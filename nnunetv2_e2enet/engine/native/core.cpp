@@ -92,7 +92,7 @@ E2E_EXPORT int64_t e2e_head(const void* kernels, const e2e::HeadJob* job, float*
     return e2e::guarded([&] { return e2e::run_head(e2e::table(kernels), *job, logits, scratch, threads); });
 }
 
-E2E_EXPORT int64_t e2e_pool(const void* kernels, const e2e::PoolJob* job, int threads) {
+E2E_EXPORT int64_t e2e_pool(const void* kernels, const e2e::PoolJob* job, float*, int threads) {
     return e2e::guarded([&] {
         e2e::run_pool(e2e::table(kernels), *job, threads);
         return int64_t{0};
