@@ -56,7 +56,7 @@ VARIANTS = (
     Variant("E2ENet, engine on", "nnUNetTrainerE2ENet"),
     Variant("E2ENet, engine on, nnU-Net's way around the network", "nnUNetTrainerE2ENet", predictor="off"),
     Variant("E2ENet, engine off", "nnUNetTrainerE2ENet", engine="off"),
-    Variant("E2ENet, engine on, maps in bfloat16", "nnUNetTrainerE2ENet", storage="bfloat16"),
+    Variant("E2ENet, engine on, maps in float16", "nnUNetTrainerE2ENet", storage="float16"),
 )
 
 

@@ -16,7 +16,7 @@ PREFIX = "nnUNet_e2enet_"
 CHOICES: dict[str, tuple[str, ...]] = {
     "engine": ("auto", "on", "off", "check"),
     "engine_kernels": ("", "avx512", "avx2", "generic"),
-    "engine_storage": ("float32", "bfloat16"),
+    "engine_storage": ("float32", "float16"),
     "kernels": ("auto", "on", "off"),
     "plane_convolutions": ("off", "on"),
     "predictor": ("on", "off"),

@@ -17,7 +17,7 @@ from nnunetv2_e2enet.settings import CHOICES, check_choice, settings, variable
 
 KERNELS = tuple(filter(None, CHOICES["engine_kernels"]))
 KERNELS_VARIABLE = variable("engine_kernels")
-STORAGES = {"float32": 4, "bfloat16": 2}  # bytes of a pixel
+STORAGES = {"float32": 4, "float16": 2}  # bytes of a pixel
 STORAGE_VARIABLE = variable("engine_storage")
 TIMERS = (
     *("input transform", "products", "output transform", "upsampling", "strided convs", "pooling", "heads"),
@@ -25,7 +25,7 @@ TIMERS = (
     *("gradients of upsampling", "gradients of strided convs", "gradients of heads"),
 )
 
-_ABI = 4
+_ABI = 5
 _FLOATS = POINTER(c_float)
 _INTS = POINTER(c_int32)
 
@@ -62,6 +62,7 @@ class Norm(Structure):
         ("offset", c_void_p),
         ("mean", c_void_p),
         ("rstd", c_void_p),
+        ("unit", c_void_p),
         ("eps", c_double),
     )
 
@@ -241,7 +242,7 @@ class Core:
 
     Attributes:
         kernels: "avx512", "avx2" or "generic".
-        storage: "float32" or "bfloat16": how feature maps are stored; everything is computed in float32.
+        storage: "float32" or "float16": how feature maps are stored; sums are float32 in both.
         path: of the library.
     """
 
@@ -274,8 +275,9 @@ class Core:
     def run_head(self, job: HeadJob, logits: int, scratch: int, threads: int) -> None:
         self._library.e2e_head(self._handle, ctypes.byref(job), logits, scratch, threads)
 
-    def import_image(self, image: int, target: Map, threads: int) -> None:
-        self._library.e2e_import(self._handle, image, ctypes.byref(target), threads)
+    def import_image(self, image: int, factor: float, target: Map, threads: int) -> None:
+        """Store an image, multiplied by ``factor``."""
+        self._library.e2e_import(self._handle, image, factor, ctypes.byref(target), threads)
 
     @property
     def dot_shape(self) -> tuple[int, int]:
@@ -321,7 +323,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "e2e_pack_weights": (None, [pointer, pointer, c_int64, pointer, ctypes.c_int]),
         "e2e_dot_shape": (None, [pointer, pointer]),
         "e2e_pool": (None, [pointer, pointer, ctypes.c_int]),
-        "e2e_import": (None, [pointer, pointer, pointer, ctypes.c_int]),
+        "e2e_import": (None, [pointer, pointer, c_float, pointer, ctypes.c_int]),
         "e2e_checksum": (ctypes.c_uint64, [pointer, c_int64, ctypes.c_int]),
         "e2e_multiply_add_only": (c_int64, [pointer, c_int64, ctypes.c_int]),
         "e2e_sample": (ctypes.c_uint64, [pointer, pointer, c_int64]),
@@ -371,7 +373,7 @@ def _core(kernels: str, storage: str) -> Core | str:
         return found
     library, path = found
     for name in (kernels,) if kernels else KERNELS:
-        handle = library.e2e_kernels(name.encode(), storage == "bfloat16")
+        handle = library.e2e_kernels(name.encode(), storage == "float16")
         if handle:
             return Core(library, path, name, storage, handle)
     return f"this CPU or this build has no {kernels or 'usable'} kernels for maps in {storage}"

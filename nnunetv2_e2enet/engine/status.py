@@ -22,7 +22,7 @@ class Status:
         used: whether it does, for networks that it supports.
         mode: "auto", "on", "off" or "check".
         kernels: "avx512", "avx2" or "generic"; None without a compiled core.
-        storage: of feature maps, "float32" or "bfloat16"; None without a compiled core.
+        storage: of feature maps, "float32" or "float16"; None without a compiled core.
         library: the compiled core; None without one.
         reason: one line for people.
     """

@@ -70,6 +70,7 @@ class NormWeights:
     beta: Floats
     eps: float
     slope: float
+    unit: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,8 @@ def _pack_block(block: Block) -> PackedBlock:
     else:
         weight = torch.where(block.mask[..., None, None], block.weight, 0)
         direct = _floats(_grouped(weight.flatten(2).transpose(1, 2)))
-    norm = NormWeights(_floats(block.gamma), _floats(block.beta), block.eps, block.slope)
+    unit = None if block.unit is None else _floats(block.unit)
+    norm = NormWeights(_floats(block.gamma), _floats(block.beta), block.eps, block.slope, unit)
     return PackedBlock(conv, direct, block.stride, np.array(block.shift, np.int32), norm, inputs, outputs)
 
 

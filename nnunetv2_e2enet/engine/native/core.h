@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-// Kernels and their namespace have another name for maps in bfloat16.
-#ifdef E2E_BFLOAT16
-#define E2E_VARIANT(name) name##_bfloat16
+// Kernels and their namespace have another name for maps in float16.
+#ifdef E2E_FLOAT16
+#define E2E_VARIANT(name) name##_float16
 #else
 #define E2E_VARIANT(name) name
 #endif
@@ -15,7 +15,7 @@ namespace e2e {
 // A plane is cut into tiles of 4 x 4 pixels, numbered in the order (slice, tile row, tile column). A map is stored in chunks
 // of 64 tiles; a chunk holds one channel after the other, and of each 64 pixels for each of the 16 positions in the tile
 // (phase = 4 * row + column). So a vector of tiles is a vector load, and a block of tiles is one long read for all channels.
-// Pixels are stored as floats, or as bfloat16, which is the upper half of a float; everything is computed in float.
+// Pixels are stored as floats, or as halves; everything is computed in float.
 constexpr int kTile = 4;
 constexpr int kPhases = 16;
 constexpr int kChunk = 64;
@@ -31,10 +31,6 @@ struct Grid {
     int64_t slice;  // tiles of one slice
     int64_t tiles;  // of all slices
     int64_t chunk;  // pixels from one chunk to the next
-};
-
-struct BFloat16 {
-    uint16_t bits;
 };
 
 // Where pixels lie, of whatever type they are stored in; kernels know it, and places are counted in pixels.
@@ -166,7 +162,7 @@ struct Kernels {
     // out[4 * k + i] = in[i][k]
     void (*pixels_row)(const float* in, int64_t in_stride, int64_t tiles, int64_t pixels, float* out);
 
-    // The backward pass, for maps in float alone; null in the kernels for bfloat16.
+    // The backward pass, for maps in float alone; null in the kernels for float16.
     int dot_rows, dot_columns;  // dense_dots sums so many rows and columns together
     // V[point][channel][tile] of the convolution's gradient as an input, unless v is null, and M[point][channel][tile] = A y A^T
     void (*gradient_transform)(const Channel* channels, int n, const Grid& grid, int64_t first, int vectors, float* v,
@@ -194,10 +190,10 @@ struct Kernels {
 };
 
 const Kernels* kernels_avx512();
-const Kernels* kernels_avx512_bfloat16();
+const Kernels* kernels_avx512_float16();
 const Kernels* kernels_avx2();
-const Kernels* kernels_avx2_bfloat16();
+const Kernels* kernels_avx2_float16();
 const Kernels* kernels_generic();
-const Kernels* kernels_generic_bfloat16();
+const Kernels* kernels_generic_float16();
 
 }  // namespace e2e

@@ -26,6 +26,7 @@ struct Norm {
     float* offset;
     float* mean;  // null, or what the backward pass needs
     float* rstd;
+    const float* unit;  // null, or what each channel was multiplied by, as its variance then was by the square
     double eps;
 };
 
