@@ -227,9 +227,10 @@ def test_maps_in_float16_are_rounded_and_nothing_else(
         rounded = with_rounded_maps(network)(x.double())
     for a, b, c in zip(ours, rounded, exact, strict=True):
         assert rms(b - c) > 2e-4 * rms(c)
-        assert rms(a - b) < 0.5 * rms(
-            b - c
-        )  # a last bit of difference before rounding is now and then one of a pixel after it
+        if kernels == "amx":  # its products round to 16 bits, which is more often another last bit of a pixel
+            assert rms(a - c) < 1.25 * rms(b - c)
+        else:  # a last bit of difference before rounding is now and then one of a pixel after it
+            assert rms(a - b) < 0.5 * rms(b - c)
 
 
 @needs_core
@@ -310,6 +311,19 @@ def test_outliers_and_constants_stay_in_the_range_of_float16(setting: Callable[.
 def test_wide_layers(sparsity: float) -> None:
     network = make_network([[1, 1, 1], [1, 2, 2], [2, 2, 2]], [40, 150, 300], feature_sparsity=sparsity, shift_size=7)
     assert_same_logits(network, torch.randn(1, 1, 8, 48, 48))
+
+
+@needs_core
+@pytest.mark.parametrize("kernels", FLOAT16_KERNELS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8])
+def test_wide_layers_in_float16(sparsity: float, kernels: str, setting: Callable[..., None]) -> None:
+    """Dense products of all sizes: inputs of several passes, groups of outputs that are not full, one input."""
+    setting(engine_kernels=kernels, engine_storage="float16")
+    network = make_network(
+        [[1, 1, 1], [1, 2, 2], [2, 2, 2]], [40, 150, 300], feature_sparsity=sparsity, shift_size=7, num_classes=19
+    )
+    ours, theirs = both_ways(network, torch.randn(1, 1, 8, 48, 48))
+    assert (ours[0] - theirs[0]).abs().max() <= 5e-3 * theirs[0].abs().max()
 
 
 @needs_core

@@ -241,7 +241,7 @@ class Core:
     """The loaded library with one set of kernels.
 
     Attributes:
-        kernels: "avx512", "avx2" or "generic".
+        kernels: "amx" (AVX-512, and AMX for dense products), "avx512", "avx2" or "generic".
         storage: "float32" or "float16": how feature maps are stored; sums are float32 in both.
         path: of the library.
     """
@@ -252,6 +252,11 @@ class Core:
         self.path = path
         self._library = library
         self._handle = c_void_p(handle)
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether dense products use AMX, and take their weights as ``split_tiles`` makes them."""
+        return self.kernels == "amx"
 
     @property
     def pixel_bytes(self) -> int:

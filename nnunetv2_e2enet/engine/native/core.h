@@ -23,7 +23,7 @@ constexpr int kChannel = kPhases * kChunk;  // pixels of a channel in a chunk
 constexpr int kHalvedChannel = 4 * kChunk;   // the same of a map whose tiles were pooled to 2 x 2 pixels
 constexpr int kPoints = 36;     // of the 6 x 6 transformed tile of Winograd's F(4 x 4, 3 x 3)
 constexpr int kMaxVectors = 5;  // vectors of tiles in a block
-constexpr int kDenseRows = 6;   // output maps that the dense product computes together
+constexpr int kDenseRows = 6;   // output maps that the dense product of most kernels computes together
 
 struct Grid {
     int32_t depth, height, width;
@@ -136,7 +136,9 @@ struct Kernels {
                             int64_t v_pitch);
     // M[output][tile] = (or +=) sum over connections of weight * V[index][tile]
     void (*sparse_product)(const float* v, float* m, const SparseRows& rows, const float* weight, int vectors, bool add);
-    // The same over `taps` inputs with every connection present; weight[group][tap][channel][kDenseRows].
+    int dense_rows;   // outputs of a group of dense_product
+    int dense_depth;  // its weights are padded to a multiple of so many inputs, of all taps together
+    // The same over `taps` inputs with every connection present; weight[group][tap][channel][kDenseRows], or as in kernels_amx.cpp.
     void (*dense_product)(const float* const* v, int taps, int inputs, const float* weight, int first_group, int last_group,
                           int outputs, float* m, int vectors);
     // Pixels of output maps from M[point][output][tile], and their statistics. `stream`: past the caches.
@@ -189,6 +191,7 @@ struct Kernels {
                        const int* first_piece, Pixels* out);
 };
 
+const Kernels* kernels_amx();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_float16();
 const Kernels* kernels_avx2();

@@ -31,7 +31,7 @@ struct Norm {
 };
 
 // 3 x 3 kernels in the Winograd domain. Sparse: connections in chunks of input maps, weight[point][connection].
-// Dense: weight[point][group of kDenseRows outputs][input][kDenseRows].
+// Dense: weight[point][group of kDenseRows outputs][input][kDenseRows], or as in kernels_amx.cpp.
 struct WinogradWeights {
     const float* weight;
     const int32_t* start;        // [chunk][outputs + 1]

@@ -186,7 +186,7 @@ static int64_t multiply_add_only(int64_t rounds) {
 }
 
 static const e2e::Kernels kTable = {
-    kLanes,      sizeof(Pixel), input_transform, sparse_product,   dense_product, output_transform,
+    kLanes,      sizeof(Pixel), input_transform, sparse_product, kDenseRows, 1, dense_product, output_transform,
     store_phase, kUpsampleTiles, activate_block,  upsample_product, gather,        pool,
     multiply_add_only, pixels_row,
 #ifdef E2E_FLOAT16
