@@ -1,14 +1,14 @@
 """Time of one patch on the CPU: E2ENet in the engine, against stock nnU-Net in PyTorch and in OpenVINO.
 
     python benchmarks/cpu_inference.py                             # all parts
-    python benchmarks/cpu_inference.py --parts targets bfloat16 --json result.json
+    python benchmarks/cpu_inference.py --parts targets float16 --json result.json
     python benchmarks/cpu_inference.py --parts targets --patch 32 128 128 --sparsity 0.8 0.9 --rounds 7
 
 Parts:
     targets   the AMOS plan, 64 x 160 x 160, 16 classes, float32: against stock nnU-Net in PyTorch and OpenVINO; arithmetic a
               second against the machine's peak; where the time goes
     small     the Hippocampus patch, and 32 x 32 x 32
-    bfloat16  OpenVINO's bfloat16 beside the engine with maps in float32 and in bfloat16, and how far the logits of each are
+    float16   OpenVINO's bfloat16 beside the engine with maps in float32 and in float16, and how far the logits of each are
               from PyTorch's in float32
     sparsity  the engine as S goes from 0 to 0.95
     volume    the engine as the patch grows
@@ -206,7 +206,7 @@ def small(options: argparse.Namespace) -> list[Table]:
     return [speed(title, plan, patch, options, rounds)[0] for title, plan, patch in cases]
 
 
-def bfloat16(options: argparse.Namespace) -> list[Table]:
+def float16(options: argparse.Namespace) -> list[Table]:
     x = image(options.patch or AMOS.patch)
     stock = stock_network(AMOS)
     compiled = openvino_call(stock, x, "bf16", options.threads)
@@ -216,14 +216,14 @@ def bfloat16(options: argparse.Namespace) -> list[Table]:
     for s in options.sparsity:
         network = e2enet(AMOS, s)
         exact = pytorch_call(network, x)()
-        for storage in ("float32", "bfloat16"):
+        for storage in ("float32", "float16"):
             name = f"E2ENet S={s}, engine, {storage}"
             calls[name] = engine_call(copy.deepcopy(network), x, storage)
             notes.append(f"{name}: {distance(calls[name](), exact)}")
     notes.insert(
         0, "logits and PyTorch's in float32, the largest difference as a share of the largest logit, voxels of another label:"
     )
-    return [Table("maps in bfloat16", time_in_turn(calls, options.rounds), bases, notes)]
+    return [Table("16 bits", time_in_turn(calls, options.rounds), bases, notes)]
 
 
 def distance(ours: Tensor, exact: Tensor) -> str:
@@ -262,7 +262,7 @@ def pytorch(options: argparse.Namespace) -> list[Table]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], list[Table]]] = {
-    part.__name__: part for part in (targets, small, bfloat16, sparsity, volume, pytorch)
+    part.__name__: part for part in (targets, small, float16, sparsity, volume, pytorch)
 }
 
 

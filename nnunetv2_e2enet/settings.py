@@ -15,8 +15,8 @@ from nnunetv2_e2enet.errors import E2ENetError
 PREFIX = "nnUNet_e2enet_"
 CHOICES: dict[str, tuple[str, ...]] = {
     "engine": ("auto", "on", "off", "check"),
-    "engine_kernels": ("", "avx512", "avx2", "generic"),
-    "engine_storage": ("float32", "bfloat16"),
+    "engine_kernels": ("", "amx", "avx512", "avx2", "generic"),
+    "engine_storage": ("float32", "float16"),
     "kernels": ("auto", "on", "off"),
     "plane_convolutions": ("off", "on"),
     "predictor": ("on", "off"),

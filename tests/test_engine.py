@@ -103,7 +103,7 @@ def test_every_kind_of_kernel(
 
 
 class RoundedNorm(nn.Module):
-    """Instance norm of a map that is stored in bfloat16: its statistics are those of the map before."""
+    """Instance norm of a map that is stored in float16: its statistics are those of the map before."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -114,20 +114,20 @@ class RoundedNorm(nn.Module):
         scale = self.norm.weight / torch.sqrt(variance + self.norm.eps)
         offset = self.norm.bias - mean * scale
         over_voxels = (*scale.shape, *[1] * (x.dim() - 2))
-        return x.bfloat16().to(x.dtype) * scale.reshape(over_voxels) + offset.reshape(over_voxels)
+        return x.half().to(x.dtype) * scale.reshape(over_voxels) + offset.reshape(over_voxels)
 
 
 def with_rounded_maps(network: E2ENet) -> E2ENet:
-    """The same in double precision, but for its image, conv outputs and upsampled maps, which are rounded to bfloat16."""
+    """The same in double precision, but for its image, conv outputs and upsampled maps, which are rounded to float16."""
     rounded = copy.deepcopy(network).double()
-    rounded.register_forward_pre_hook(lambda _, x: (x[0].bfloat16().double(),))
+    rounded.register_forward_pre_hook(lambda _, x: (x[0].half().double(),))
     for module in list(rounded.modules()):
         if isinstance(module, ShiftBlock):
             module.norm = RoundedNorm(module.norm)
             if module.conv.bias is not None:
                 nn.init.zeros_(module.conv.bias)  # which the norm removes, and the engine never adds
         if isinstance(module, FusionNode):
-            module.upsample.register_forward_hook(lambda _module, _inputs, x: x.bfloat16().double())
+            module.upsample.register_forward_hook(lambda _module, _inputs, x: x.half().double())
     return rounded
 
 
@@ -135,11 +135,11 @@ def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
 
 
-BFLOAT16_KERNELS = [name for name in engine.KERNELS if not isinstance(engine.load_core(name, "bfloat16"), str)]
+FLOAT16_KERNELS = [name for name in engine.KERNELS if not isinstance(engine.load_core(name, "float16"), str)]
 
 
 @needs_core
-@pytest.mark.parametrize("kernels", BFLOAT16_KERNELS)
+@pytest.mark.parametrize("kernels", FLOAT16_KERNELS)
 @pytest.mark.parametrize(
     ("strides", "size"),
     [
@@ -149,29 +149,30 @@ BFLOAT16_KERNELS = [name for name in engine.KERNELS if not isinstance(engine.loa
         ([[1, 1], [2, 2], [2, 2]], (40, 300)),
     ],
 )
-def test_maps_in_bfloat16_are_rounded_and_nothing_else(
+def test_maps_in_float16_are_rounded_and_nothing_else(
     strides: list[list[int]], size: tuple[int, ...], kernels: str, setting: Callable[..., None]
 ) -> None:
-    setting(engine_kernels=kernels, engine_storage="bfloat16")
+    setting(engine_kernels=kernels, engine_storage="float16")
     network, x = make_network(strides, deep_supervision=True), torch.randn(2, 1, *size)
     ours, exact = both_ways(network, x)
     with torch.inference_mode():
         rounded = with_rounded_maps(network)(x.double())
     for a, b, c in zip(ours, rounded, exact, strict=True):
-        assert rms(b - c) > 2e-3 * rms(c)
-        assert rms(a - b) < 0.5 * rms(
-            b - c
-        )  # a last bit of difference before rounding is now and then one of a pixel after it
+        assert rms(b - c) > 2e-4 * rms(c)
+        if kernels == "amx":  # its products round to 16 bits, which is more often another last bit of a pixel
+            assert rms(a - c) < 1.25 * rms(b - c)
+        else:  # a last bit of difference before rounding is now and then one of a pixel after it
+            assert rms(a - b) < 0.5 * rms(b - c)
 
 
 @needs_core
-@pytest.mark.parametrize("kernels", BFLOAT16_KERNELS)
-def test_storage_in_bfloat16_is_opt_in_and_half_as_large(kernels: str, setting: Callable[..., None]) -> None:
-    setting(engine_kernels=kernels)
+@pytest.mark.parametrize("kernels", FLOAT16_KERNELS)
+def test_storage_in_float16_is_opt_in_and_half_as_large(kernels: str, setting: Callable[..., None]) -> None:
+    setting(engine_kernels="" if kernels == "amx" else kernels)
     network, x = make_network(), torch.randn(1, 1, 16, 64, 64)
-    x[0, 0, 3, 5, 7:9] = torch.tensor([torch.finfo(torch.float32).max, 1e-42])  # rounds to infinity; next to nothing
+    x[0, 0, 3, 5, 7:9] = torch.tensor([torch.finfo(torch.float32).max, 1e-42])  # its square is infinite; next to nothing
     bytes_of, logits = {}, {}
-    for storage in (None, "bfloat16", "float32"):
+    for storage in (None, "float16", "float32"):
         if storage is not None:
             setting(engine_storage=storage)
         for kind, image in {
@@ -184,12 +185,59 @@ def test_storage_in_bfloat16_is_opt_in_and_half_as_large(kernels: str, setting: 
         bytes_of[storage] = sum(program.n_bytes for program in session_of(network).idle_programs())
     assert engine.status().storage == "float32"
     assert torch.equal(logits[None, "finite"], logits["float32", "finite"])
-    difference = rms(logits["bfloat16", "finite"] - logits[None, "finite"]) / rms(logits[None, "finite"])
-    assert 1e-3 < difference < 5e-2
-    assert logits["bfloat16", "not a number"].isnan().all()
-    assert logits["bfloat16", "overflow"].isnan().all()
+    difference = rms(logits["float16", "finite"] - logits[None, "finite"]) / rms(logits[None, "finite"])
+    assert 1e-4 < difference < 5e-3
+    assert logits["float16", "not a number"].isnan().all()
+    assert logits["float16", "overflow"].isnan().all()
     assert bytes_of[None] == bytes_of["float32"]
-    assert bytes_of["bfloat16"] < 0.8 * bytes_of["float32"]  # of which the scratch memory of each thread stays float32
+    assert bytes_of["float16"] < 0.8 * bytes_of["float32"]  # of which the scratch memory of each thread stays float32
+
+
+def scaled(network: E2ENet, part: str, factor: float) -> E2ENet:
+    """The network with the weights of its convs, or of its norms, multiplied."""
+    for module in network.modules():
+        parts: list[nn.Module] = []
+        if isinstance(module, ShiftBlock):
+            parts = [module.conv if part == "convs" else module.norm]
+        elif isinstance(module, FusionNode) and part == "convs":
+            parts = [module.upsample]
+        for weight in (p for child in parts for p in child.parameters()):
+            weight.data.mul_(factor)
+    return network
+
+
+@needs_core
+@pytest.mark.parametrize("kernels", FLOAT16_KERNELS)
+@pytest.mark.parametrize("factor", [1e-4, 1e4, 1e9])
+@pytest.mark.parametrize("part", ["image", "convs", "norms"])
+def test_float16_has_the_range_for_any_scale(part: str, factor: float, kernels: str, setting: Callable[..., None]) -> None:
+    setting(engine_kernels=kernels, engine_storage="float16")
+    network, x = make_network(features=[12, 24, 36], deep_supervision=True), torch.randn(1, 1, 8, 48, 48)
+    if part == "image":
+        x *= factor
+    else:
+        scaled(network, part, factor)
+    ours, _ = both_ways(network, x)
+    with torch.inference_mode(), engine.disabled():
+        exact = network.double()(x.double())  # PyTorch's float32 itself overflows where weights are 1e9 times as large
+    for a, b in zip(ours, exact, strict=True):
+        assert (a - b).abs().max() <= 5e-3 * b.abs().max()
+
+
+@needs_core
+def test_outliers_and_constants_stay_in_the_range_of_float16(setting: Callable[..., None]) -> None:
+    """One voxel that is all there is of an image, and weights of one sign, which add up."""
+    setting(engine_storage="float16")
+    network = make_network(features=[12, 24, 36])
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, ShiftBlock):
+                module.conv.weight.abs_()
+    outlier = torch.zeros(1, 1, 16, 64, 64)
+    outlier[0, 0, 8, 30, 31] = 1e6
+    for x in (outlier, outlier - 3e4, torch.randn(1, 1, 16, 64, 64).exp() ** 5):
+        ours, theirs = both_ways(network, x)
+        assert (ours[0] - theirs[0]).abs().max() <= 5e-3 * theirs[0].abs().max()
 
 
 @needs_core
@@ -197,6 +245,19 @@ def test_storage_in_bfloat16_is_opt_in_and_half_as_large(kernels: str, setting: 
 def test_wide_layers(sparsity: float) -> None:
     network = make_network([[1, 1, 1], [1, 2, 2], [2, 2, 2]], [40, 150, 300], feature_sparsity=sparsity, shift_size=7)
     assert_same_logits(network, torch.randn(1, 1, 8, 48, 48))
+
+
+@needs_core
+@pytest.mark.parametrize("kernels", FLOAT16_KERNELS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8])
+def test_wide_layers_in_float16(sparsity: float, kernels: str, setting: Callable[..., None]) -> None:
+    """Dense products of all sizes: inputs of several passes, groups of outputs that are not full, one input."""
+    setting(engine_kernels=kernels, engine_storage="float16")
+    network = make_network(
+        [[1, 1, 1], [1, 2, 2], [2, 2, 2]], [40, 150, 300], feature_sparsity=sparsity, shift_size=7, num_classes=19
+    )
+    ours, theirs = both_ways(network, torch.randn(1, 1, 8, 48, 48))
+    assert (ours[0] - theirs[0]).abs().max() <= 5e-3 * theirs[0].abs().max()
 
 
 @needs_core

@@ -47,17 +47,17 @@ def test_off_switch(setting: Callable[..., None]) -> None:
 
 
 def test_unknown_settings_are_errors() -> None:
-    wrong = {"engine": "perhaps", "engine_kernels": "mmx", "engine_storage": "float16", "kernels": "yes"}
+    wrong = {"engine": "perhaps", "engine_kernels": "mmx", "engine_storage": "bfloat16", "kernels": "yes"}
     for name, value in wrong.items():
         assert Settings.from_environment({variable(name): ""}) == Settings()
         with pytest.raises(E2ENetError, match=f"nnUNet_e2enet_{name} is '{value}': use one of "):
             Settings.from_environment({variable(name): value})
         with pytest.raises(E2ENetError, match=value), override(**{name: value}):
             pass
-    with pytest.raises(E2ENetError, match="use one of float32, bfloat16"):
-        load_core(storage="float16")
-    given = {"nnUNet_e2enet_engine": "0", "nnUNet_e2enet_engine_storage": "bfloat16"}
-    assert Settings.from_environment(given) == Settings(engine="off", engine_storage="bfloat16")
+    with pytest.raises(E2ENetError, match="use one of float32, float16"):
+        load_core(storage="bfloat16")
+    given = {"nnUNet_e2enet_engine": "0", "nnUNet_e2enet_engine_storage": "float16"}
+    assert Settings.from_environment(given) == Settings(engine="off", engine_storage="float16")
 
 
 def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

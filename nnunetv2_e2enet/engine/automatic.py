@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nnunetv2_e2enet.engine.core import Core, load_core
 from nnunetv2_e2enet.engine.description import NotSupportedError, check_classes, check_hooks, describe
 from nnunetv2_e2enet.engine.fingerprint import Fingerprint, state
+from nnunetv2_e2enet.engine.halves import within_halves
 from nnunetv2_e2enet.engine.layout import pages
 from nnunetv2_e2enet.engine.program import Program
 from nnunetv2_e2enet.engine.weights import PackedWeights, pack
@@ -29,7 +30,7 @@ ENGINE_VARIABLE = variable("engine")
 LEAST_WORK = 2e9
 LEAST_TRAINING_WORK = 2e8
 KEPT_BY_MALLOC = 32 << 20  # bytes, in glibc
-TOLERANCES = {"float32": 1e-3, "bfloat16": 1e-1}  # of the largest logit, in mode "check", by how maps are stored
+TOLERANCES = {"float32": 1e-3, "float16": 2e-2}  # of the largest logit, in mode "check", by how maps are stored
 IDLE_PROGRAMS = 2  # kept for the next patch; more are made while more threads predict at once
 IDLE_BYTES = 1 << 30  # of all that are kept but the last used one
 
@@ -94,7 +95,10 @@ class Session:
                 plan.fingerprint = fingerprint
                 return plan
             self._plan = plan = None  # free its memory first
-            self._plan = Plan(fingerprint, pack(describe(network)), core)
+            description = describe(network)
+            if core.storage == "float16":
+                description = within_halves(description)
+            self._plan = Plan(fingerprint, pack(description, core.has_tiles), core)
             return self._plan
 
     def take_program(self, plan: Plan, patch_size: tuple[int, ...]) -> Program:

@@ -17,7 +17,7 @@ from nnunetv2_e2enet.settings import CHOICES, check_choice, settings, variable
 
 KERNELS = tuple(filter(None, CHOICES["engine_kernels"]))
 KERNELS_VARIABLE = variable("engine_kernels")
-STORAGES = {"float32": 4, "bfloat16": 2}  # bytes of a pixel
+STORAGES = {"float32": 4, "float16": 2}  # bytes of a pixel
 STORAGE_VARIABLE = variable("engine_storage")
 TIMERS = (
     *("input transform", "products", "output transform", "upsampling", "strided convs", "pooling", "heads"),
@@ -68,6 +68,7 @@ class Norm(Structure):
         ("offset", c_void_p),
         ("mean", c_void_p),
         ("rstd", c_void_p),
+        ("unit", c_void_p),
         ("eps", c_double),
     )
 
@@ -269,8 +270,8 @@ class Core:
     """The loaded library with one set of kernels.
 
     Attributes:
-        kernels: "avx512", "avx2" or "generic".
-        storage: "float32" or "bfloat16": how feature maps are stored; everything is computed in float32.
+        kernels: "amx" (AVX-512, and AMX for dense products), "avx512", "avx2" or "generic".
+        storage: "float32" or "float16": how feature maps are stored; sums are float32 in both.
         path: of the library.
     """
 
@@ -280,6 +281,11 @@ class Core:
         self.path = path
         self._library = library
         self._handle = c_void_p(handle)
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether dense products use AMX, and take their weights as ``split_tiles`` makes them."""
+        return self.kernels == "amx"
 
     @property
     def pixel_bytes(self) -> int:
@@ -302,9 +308,9 @@ class Core:
         """Write the logits of a head; addresses are those of the memory."""
         _checked(self._library.e2e_head(self._handle, ctypes.byref(job), logits, scratch, threads))
 
-    def import_image(self, image: int, target: Map, threads: int) -> None:
-        """Copy an image into the layout of tiles; ``image`` is its address, ``(channels, *patch)`` of float32."""
-        _checked(self._library.e2e_import(self._handle, image, ctypes.byref(target), threads))
+    def import_image(self, image: int, factor: float, target: Map, threads: int) -> None:
+        """Store an image, multiplied by ``factor``; ``image`` is its address, ``(channels, *patch)`` of float32."""
+        _checked(self._library.e2e_import(self._handle, image, factor, ctypes.byref(target), threads))
 
     @property
     def dot_shape(self) -> tuple[int, int]:
@@ -358,7 +364,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "e2e_pack_kernels": (None, [pointer, pointer, c_int64, ctypes.c_int, pointer, ctypes.c_int]),
         "e2e_pack_weights": (None, [pointer, pointer, c_int64, pointer, ctypes.c_int]),
         "e2e_dot_shape": (None, [pointer, pointer]),
-        "e2e_import": (c_int64, [pointer, pointer, pointer, ctypes.c_int]),
+        "e2e_import": (c_int64, [pointer, pointer, c_float, pointer, ctypes.c_int]),
         "e2e_checksum": (ctypes.c_uint64, [pointer, c_int64, ctypes.c_int]),
         "e2e_multiply_add_only": (c_int64, [pointer, c_int64, ctypes.c_int]),
         "e2e_sample": (ctypes.c_uint64, [pointer, pointer, c_int64]),
@@ -408,7 +414,7 @@ def _core(kernels: str, storage: str) -> Core | str:
         return found
     library, path = found
     for name in (kernels,) if kernels else KERNELS:
-        handle = library.e2e_kernels(name.encode(), storage == "bfloat16")
+        handle = library.e2e_kernels(name.encode(), storage == "float16")
         if handle:
             return Core(library, path, name, storage, handle)
     return f"this CPU or this build has no {kernels or 'usable'} kernels for maps in {storage}"

@@ -41,6 +41,7 @@ class Block:
         shift: slices that each input channel moves.
         gamma, beta: of the norm.
         slope: of the leaky ReLU.
+        unit: powers of two, ``(out,)``, that the convolution's outputs were multiplied by; None: one.
     """
 
     weight: Tensor
@@ -51,6 +52,7 @@ class Block:
     beta: Tensor
     eps: float
     slope: float
+    unit: Tensor | None = None
 
 
 @dataclass(frozen=True)

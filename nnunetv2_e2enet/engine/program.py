@@ -13,6 +13,7 @@ from torch import Tensor
 from nnunetv2_e2enet.engine import core as abi
 from nnunetv2_e2enet.engine.arena import Lifetime, place
 from nnunetv2_e2enet.engine.core import ConvJob, Core, GradientJob, HeadJob, PoolJob, StridedJob
+from nnunetv2_e2enet.engine.halves import image_factor
 from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, StoredNorm, pages
 from nnunetv2_e2enet.engine.weights import ConvWeights, NormWeights, PackedBlock, PackedNode, PackedWeights
 
@@ -53,6 +54,9 @@ class Program:
         self._memory = self._place()
         self._scratch = pages(0)
         self._jobs = [step.make() for step in self._steps]
+        first = self._jobs[0]
+        assert isinstance(first, (ConvJob, StridedJob))
+        self._first = first  # reads the image
         self._steps.clear()  # they refer to this program, whose memory shall go with the last other reference, not with the gc
 
     @property
@@ -70,7 +74,9 @@ class Program:
         """
         self._fit_scratch(threads)
         scratch = self._scratch.ctypes.data
-        self._core.import_image(x.data_ptr(), self._image.struct(), threads)
+        factor = image_factor(x) if self._core.storage == "float16" else 1.0
+        self._first.norm.eps = self.weights.encoder[0][0].norm.eps * factor**2
+        self._core.import_image(x.data_ptr(), factor, self._image.struct(), threads)
         for job in self._jobs:
             if isinstance(job, tuple):
                 level, head = job
@@ -236,6 +242,7 @@ class Program:
             self._pointer(out.norm.offset),
             self._pointer(out.norm.mean),
             self._pointer(out.norm.rstd),
+            None if weights.unit is None else self._pointer(weights.unit),
             weights.eps,
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, session_of
-from nnunetv2_e2enet.engine.core import TIMERS, Core, load_core
+from nnunetv2_e2enet.engine.core import KERNELS, KERNELS_VARIABLE, TIMERS, Core, load_core
 from nnunetv2_e2enet.engine.training import training_session_of
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.settings import settings
@@ -21,8 +21,8 @@ class Status:
     Attributes:
         used: whether it does, for networks that it supports.
         mode: "auto", "on", "off" or "check".
-        kernels: "avx512", "avx2" or "generic"; None without a compiled core.
-        storage: of feature maps, "float32" or "bfloat16"; None without a compiled core.
+        kernels: "amx", "avx512", "avx2" or "generic"; None without a compiled core.
+        storage: of feature maps, "float32" or "float16"; None without a compiled core.
         library: the compiled core; None without one.
         reason: one line for people.
     """
@@ -48,8 +48,16 @@ def status() -> Status:
         reason = f"CPU prediction and training use PyTorch: {ENGINE_VARIABLE} switches the engine off"
         return Status(False, setting, core.kernels, core.storage, core.path, reason)
     maps = f"maps in {core.storage} (in training float32)"
-    reason = f"CPU prediction and training use the sparse engine with {core.kernels} kernels and {maps}"
+    reason = f"CPU prediction and training use the sparse engine with {_kernels(core)} and {maps}"
     return Status(True, setting, core.kernels, core.storage, core.path, reason)
+
+
+def _kernels(core: Core) -> str:
+    """Which kernels are used, and why these."""
+    if settings().engine_kernels:
+        return f"{core.kernels} kernels ({KERNELS_VARIABLE} asks for them)"
+    better = [name for name in KERNELS[: KERNELS.index(core.kernels)] if name != "amx" or core.storage == "float16"]
+    return f"{core.kernels} kernels" + (f" (no {' and no '.join(better)} in this CPU or this build)" if better else "")
 
 
 def peak_flops(threads: int) -> float:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nnunetv2_e2enet.engine.description import Block, Description, Node
+from nnunetv2_e2enet.engine.tiles import split_tiles
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -17,6 +18,8 @@ Places = NDArray[np.uint16]
 
 DENSE_ROWS = 6  # output maps that the dense product computes together
 DENSE_FROM = 0.6  # share of active connections from which visiting all of them is faster
+TILES_FROM = 0.3  # the same where AMX visits them, from TILES_INPUTS on
+TILES_INPUTS = 12
 CHUNK = 128  # input maps whose transformed tiles stay in the first-level cache
 
 # Kernel transform of Winograd's F(4 x 4, 3 x 3) (Lavin and Gray, arXiv 1509.09308), interpolation points 0, 1, -1, 2, -2.
@@ -38,7 +41,7 @@ class ConvWeights:
     """Of a conv at stride 1, in the Winograd domain.
 
     Attributes:
-        weight: ``[36][connection]``, or ``[36][group][input][6]`` where it is dense.
+        weight: ``[36][connection]``, or ``[36][group][input][6]`` where it is dense, or as ``split_tiles`` makes it.
         start, output: ``[chunk][outputs + 1]``, ``[chunk][outputs]``: connections of each output map, shortest list first.
         index: input map of each connection, counted from the first of its chunk.
         chunk_first: first input map of each chunk, and the number of input maps.
@@ -72,11 +75,12 @@ class NormWeights:
     beta: Floats
     eps: float
     slope: float
+    unit: Floats | None = None
 
 
 @dataclass(frozen=True)
 class PackedBlock:
-    """``conv`` for stride 1, otherwise ``direct``: ``[group][tap][input][6]``."""
+    """``conv`` for stride 1, otherwise ``direct``: ``[group][tap][input][6]``, or as ``split_tiles`` makes it."""
 
     conv: ConvWeights | None
     direct: Floats | None
@@ -130,7 +134,7 @@ def _ints(tensor: Tensor) -> Ints:
     return array
 
 
-def _places(tensor: Tensor) -> Places:
+def _indices(tensor: Tensor) -> Places:
     array: Places = tensor.contiguous().numpy().astype(np.uint16)
     return array
 
@@ -173,14 +177,30 @@ def grouped_places(places: Tensor) -> Tensor:
     return _grouped(places + 1) - 1
 
 
-def lay_out_conv(mask: Tensor) -> ConvLayout:
-    """``mask`` is bool ``(out, in)``."""
+def _is_dense(mask: Tensor, least: float) -> bool:
+    return bool(mask.double().mean() >= least)
+
+
+def _places(mask: Tensor) -> Tensor:
+    return torch.arange(mask.numel()).reshape(mask.shape)
+
+
+def _lay_out_dense(places: Tensor, mask: Tensor) -> ConvLayout:
     outputs, inputs = mask.shape
-    places = torch.arange(mask.numel()).reshape(mask.shape)
-    if mask.double().mean() >= DENSE_FROM:
-        none = np.zeros(0, np.int32)
-        dense = grouped_places(torch.where(mask, places, -1)).flatten()
-        return ConvLayout(dense, none, none, none.astype(np.uint16), np.zeros(1, np.int32), inputs, outputs, True)
+    none = np.zeros(0, np.int32)
+    return ConvLayout(places.flatten(), none, none, none.astype(np.uint16), np.zeros(1, np.int32), inputs, outputs, True)
+
+
+def lay_out_conv(mask: Tensor) -> ConvLayout:
+    """``mask`` is bool ``(out, in)``; dense, in groups of outputs, from DENSE_FROM on."""
+    if _is_dense(mask, DENSE_FROM):
+        return _lay_out_dense(grouped_places(torch.where(mask, _places(mask), -1)), mask)
+    return _lay_out_sparse(mask)
+
+
+def _lay_out_sparse(mask: Tensor) -> ConvLayout:
+    outputs, inputs = mask.shape
+    places = _places(mask)
     chunks = -(-inputs // CHUNK)
     first = torch.linspace(0, inputs, chunks + 1).round().long()
     starts, orders, indices, stored = [], [], [], []
@@ -199,7 +219,7 @@ def lay_out_conv(mask: Tensor) -> ConvLayout:
         places=torch.cat(stored),
         start=_ints(torch.cat(starts)),
         output=_ints(torch.cat(orders)),
-        index=_places(torch.cat(indices)),
+        index=_indices(torch.cat(indices)),
         chunk_first=_ints(first),
         inputs=inputs,
         outputs=outputs,
@@ -207,12 +227,22 @@ def lay_out_conv(mask: Tensor) -> ConvLayout:
     )
 
 
-def pack_conv(weight: Tensor, mask: Tensor) -> ConvWeights:
-    """``weight`` is ``(out, in, 3, 3)``, ``mask`` bool ``(out, in)``."""
-    layout = lay_out_conv(mask)
+def pack_conv(weight: Tensor, mask: Tensor, tiles: bool) -> ConvWeights:
+    """``weight`` is ``(out, in, 3, 3)``, ``mask`` bool ``(out, in)``; ``tiles`` for AMX where the mask is dense enough."""
+    dense = tiles and mask.shape[1] >= TILES_INPUTS and _is_dense(mask, TILES_FROM)
+    if dense:
+        layout = _lay_out_dense(torch.where(mask, _places(mask), -1), mask)
+    else:
+        layout = _lay_out_sparse(mask) if tiles else lay_out_conv(mask)
     kernels = weight.flatten(2).flatten(0, 1).double()[layout.places.clamp(min=0)]
     kernels[layout.places < 0] = 0
-    return layout.holding(_floats((kernels @ torch.kron(_G, _G).T).T))
+    transformed = (kernels @ torch.kron(_G, _G).T).T
+    return layout.holding(split_tiles(transformed.unflatten(1, mask.shape)) if dense else _floats(transformed))
+
+
+def _pack_dense(weight: Tensor, tiles: bool) -> Floats:
+    """``weight`` is ``(out, tap, in)``."""
+    return split_tiles(weight.flatten(1)) if tiles else _floats(_grouped(weight))
 
 
 def pack_upsample(weight: Tensor, mask: Tensor) -> UpsampleWeights:
@@ -224,37 +254,38 @@ def pack_upsample(weight: Tensor, mask: Tensor) -> UpsampleWeights:
         weight=_floats(active.transpose(0, 1)),
         start=_ints(torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])),
         output=_ints(torch.arange(mask.shape[1])),
-        index=_places(index),
+        index=_indices(index),
     )
 
 
-def _pack_block(block: Block) -> PackedBlock:
+def _pack_block(block: Block, tiles: bool) -> PackedBlock:
     outputs, inputs = block.mask.shape
     conv = direct = None
     if block.stride == (1, 1, 1):
-        conv = pack_conv(block.weight, block.mask)
+        conv = pack_conv(block.weight, block.mask, tiles)
     else:
         weight = torch.where(block.mask[..., None, None], block.weight, 0)
-        direct = _floats(_grouped(weight.flatten(2).transpose(1, 2)))
-    norm = NormWeights(_floats(block.gamma), _floats(block.beta), block.eps, block.slope)
+        direct = _pack_dense(weight.flatten(2).transpose(1, 2), tiles)
+    unit = None if block.unit is None else _floats(block.unit)
+    norm = NormWeights(_floats(block.gamma), _floats(block.beta), block.eps, block.slope, unit)
     return PackedBlock(conv, direct, block.stride, np.array(block.shift, np.int32), norm, inputs, outputs)
 
 
-def _pack_node(node: Node) -> PackedNode:
+def _pack_node(node: Node, tiles: bool) -> PackedNode:
     upsample = pack_upsample(node.up_weight, node.up_mask)
-    return PackedNode(upsample, node.up_stride, node.pool_stride, [_pack_block(b) for b in node.blocks])
+    return PackedNode(upsample, node.up_stride, node.pool_stride, [_pack_block(b, tiles) for b in node.blocks])
 
 
-def pack(description: Description) -> PackedWeights:
-    """Bring the weights of a network into the layout of the kernels."""
+def pack(description: Description, tiles: bool = False) -> PackedWeights:
+    """Bring the weights of a network into the layout of the kernels; ``tiles``: of those whose dense products use AMX."""
     return PackedWeights(
         input_channels=description.input_channels,
         features=description.features,
         strides=description.strides,
-        encoder=[[_pack_block(b) for b in level] for level in description.encoder],
-        stages=[[_pack_node(n) for n in stage] for stage in description.stages],
+        encoder=[[_pack_block(b, tiles) for b in level] for level in description.encoder],
+        stages=[[_pack_node(n, tiles) for n in stage] for stage in description.stages],
         heads=[
-            (_floats(_grouped(weight[:, None])), None if bias is None else _floats(bias), weight.shape[0])
+            (_pack_dense(weight[:, None], tiles), None if bias is None else _floats(bias), weight.shape[0])
             for weight, bias in description.heads
         ],
     )

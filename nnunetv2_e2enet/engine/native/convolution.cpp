@@ -111,8 +111,8 @@ class Convolution {
         v += point * schedule_.v_pitch;
         m += point * schedule_.m_pitch;
         if (w.dense) {
-            const int64_t groups = divide_up(w.outputs, kDenseRows);
-            const float* weight = w.weight + point * groups * kDenseRows * w.inputs;
+            const int64_t groups = divide_up(w.outputs, kernels_.dense_rows);
+            const float* weight = w.weight + point * groups * kernels_.dense_rows * round_up(w.inputs, kernels_.dense_depth);
             kernels_.dense_product(&v, 1, w.inputs, weight, 0, static_cast<int>(groups), w.outputs, m, vectors);
             return;
         }

@@ -64,18 +64,18 @@ E2E_EXPORT void e2e_struct_sizes(int64_t* sizes) {
     sizes[10] = sizeof(e2e::HeadGradientJob);
 }
 
-// The kernels of that name, for maps in float or in bfloat16, or null if this CPU or this build does not have them.
-E2E_EXPORT const void* e2e_kernels(const char* name, int bfloat16) {
-    if (!std::strcmp(name, "generic")) return bfloat16 ? e2e::kernels_generic_bfloat16() : e2e::kernels_generic();
+// The kernels of that name, for maps in float or in half, or null if this CPU or this build does not have them.
+E2E_EXPORT const void* e2e_kernels(const char* name, int halves) {
+    if (!std::strcmp(name, "generic")) return halves ? e2e::kernels_generic_float16() : e2e::kernels_generic();
 #if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
-    if (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-        if (!bfloat16) return e2e::kernels_avx512();
-        if (__builtin_cpu_supports("avx512bf16")) return e2e::kernels_avx512_bfloat16();
-    }
-    if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return bfloat16 ? e2e::kernels_avx2_bfloat16() : e2e::kernels_avx2();
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    if (!std::strcmp(name, "amx") && avx512 && halves) return e2e::kernels_amx();
+    if (!std::strcmp(name, "avx512") && avx512) return halves ? e2e::kernels_avx512_float16() : e2e::kernels_avx512();
+    if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+        return halves ? e2e::kernels_avx2_float16() : e2e::kernels_avx2();
 #endif
     return nullptr;
 }
@@ -99,9 +99,9 @@ E2E_EXPORT int64_t e2e_pool(const void* kernels, const e2e::PoolJob* job, float*
     });
 }
 
-E2E_EXPORT int64_t e2e_import(const void* kernels, const float* image, const e2e::Map* out, int threads) {
+E2E_EXPORT int64_t e2e_import(const void* kernels, const float* image, float factor, const e2e::Map* out, int threads) {
     return e2e::guarded([&] {
-        e2e::run_import(e2e::table(kernels), image, *out, threads);
+        e2e::run_import(e2e::table(kernels), image, factor, *out, threads);
         return int64_t{0};
     });
 }

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-// Kernels and their namespace have another name for maps in bfloat16.
-#ifdef E2E_BFLOAT16
-#define E2E_VARIANT(name) name##_bfloat16
+// Kernels and their namespace have another name for maps in float16.
+#ifdef E2E_FLOAT16
+#define E2E_VARIANT(name) name##_float16
 #else
 #define E2E_VARIANT(name) name
 #endif
@@ -15,7 +15,7 @@ namespace e2e {
 // A plane is cut into tiles of 4 x 4 pixels, numbered in the order (slice, tile row, tile column). A map is stored in chunks
 // of 64 tiles; a chunk holds one channel after the other, and of each 64 pixels for each of the 16 positions in the tile
 // (phase = 4 * row + column). So a vector of tiles is a vector load, and a block of tiles is one long read for all channels.
-// Pixels are stored as floats, or as bfloat16, which is the upper half of a float; everything is computed in float.
+// Pixels are stored as floats, or as halves; everything is computed in float.
 constexpr int kTile = 4;
 constexpr int kPhases = 16;
 constexpr int kChunk = 64;
@@ -23,7 +23,7 @@ constexpr int kChannel = kPhases * kChunk;  // pixels of a channel in a chunk
 constexpr int kHalvedChannel = 4 * kChunk;   // the same of a map whose tiles were pooled to 2 x 2 pixels
 constexpr int kPoints = 36;     // of the 6 x 6 transformed tile of Winograd's F(4 x 4, 3 x 3)
 constexpr int kMaxVectors = 5;  // vectors of tiles in a block
-constexpr int kDenseRows = 6;   // output maps that the dense product computes together
+constexpr int kDenseRows = 6;   // output maps that the dense product of most kernels computes together
 
 struct Grid {
     int32_t depth, height, width;
@@ -31,10 +31,6 @@ struct Grid {
     int64_t slice;  // tiles of one slice
     int64_t tiles;  // of all slices
     int64_t chunk;  // pixels from one chunk to the next
-};
-
-struct BFloat16 {
-    uint16_t bits;
 };
 
 // Where pixels lie, of whatever type they are stored in; kernels know it, and places are counted in pixels.
@@ -143,7 +139,10 @@ struct Kernels {
     // The same of two points: V and M of the second lie `pitch` behind those of the first, its weights weight_pitch
     void (*sparse_pair)(const float* v, float* m, int64_t pitch, const SparseRows& rows, const float* weight,
                         int64_t weight_pitch, int vectors, bool add);
-    // The same as sparse_product over `taps` inputs with every connection present; weight[group][tap][channel][kDenseRows].
+    int dense_rows;   // outputs of a group of dense_product
+    int dense_depth;  // its weights are padded to a multiple of so many inputs, of all taps together
+    // The same as sparse_product over `taps` inputs with every connection present; weight[group][tap][channel][kDenseRows],
+    // or as in kernels_amx.cpp.
     void (*dense_product)(const float* const* v, int taps, int inputs, const float* weight, int first_group, int last_group,
                           int outputs, float* m, int vectors);
     // Pixels of output maps from M[point][output][tile], and their statistics. `stream`: past the caches.
@@ -169,7 +168,7 @@ struct Kernels {
     // out[4 * k + i] = in[i][k]
     void (*pixels_row)(const float* in, int64_t in_stride, int64_t tiles, int64_t pixels, float* out);
 
-    // The backward pass, for maps in float alone; null in the kernels for bfloat16.
+    // The backward pass, for maps in float alone; null in the kernels for float16.
     int dot_rows, dot_columns;  // dense_dots sums so many rows and columns together
     // V[point][channel][tile] of the convolution's gradient as an input, unless v is null, and M[point][channel][tile] = A y A^T
     void (*gradient_transform)(const Channel* channels, int n, const Grid& grid, int64_t first, int vectors, float* v,
@@ -196,11 +195,12 @@ struct Kernels {
                        const int* first_piece, Pixels* out);
 };
 
+const Kernels* kernels_amx();
 const Kernels* kernels_avx512();
-const Kernels* kernels_avx512_bfloat16();
+const Kernels* kernels_avx512_float16();
 const Kernels* kernels_avx2();
-const Kernels* kernels_avx2_bfloat16();
+const Kernels* kernels_avx2_float16();
 const Kernels* kernels_generic();
-const Kernels* kernels_generic_bfloat16();
+const Kernels* kernels_generic_float16();
 
 }  // namespace e2e

@@ -16,7 +16,7 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
     const Grid& grid = job.out.grid;
     const Window shape(kernels, job.in, job.shift, job.stride);
     const int64_t outputs = job.out.channels, inputs = job.in.channels;
-    const int groups = static_cast<int>(divide_up(outputs, kDenseRows));
+    const int groups = static_cast<int>(divide_up(outputs, kernels.dense_rows));
     const int64_t total = divide_up(grid.tiles, kernels.lanes);
     const int64_t per_vector = shape.rows * shape.columns * inputs * kernels.lanes;
     const int64_t vectors = std::min(total, std::max<int64_t>(2, std::min<int64_t>(4, kWindowFloats / per_vector)));
@@ -102,7 +102,7 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
                 for (int q = 0; q < kPhases; ++q) {
                     const float* bases[1] = {in + q * inputs * tiles};
                     kernels.dense_product(bases, 1, static_cast<int>(inputs), job.weight, 0,
-                                          static_cast<int>(divide_up(job.classes, kDenseRows)), job.classes,
+                                          static_cast<int>(divide_up(job.classes, kernels.dense_rows)), job.classes,
                                           out + q * job.classes * tiles, static_cast<int>(vectors));
                 }
                 for (const Segment& s : cut_rows(grid, first, tiles)) {

@@ -10,10 +10,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <exception>
 #include <vector>
 
+#include "half.h"
 #include "jobs.h"
 
 namespace e2e {
@@ -29,30 +29,16 @@ inline Pixels* at(const Kernels& kernels, Pixels* pixels, int64_t place) {
     return static_cast<char*>(pixels) + place * kernels.pixel_bytes;
 }
 
-inline float widen(BFloat16 pixel) {
-    const uint32_t bits = uint32_t{pixel.bits} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline BFloat16 narrow(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = value != value ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
-    return {static_cast<uint16_t>(rounded >> 16)};
-}
-
 // One pixel at a time, where time does not matter.
 inline float load_pixel(const Kernels& kernels, Pixels* pixels, int64_t place) {
     if (kernels.pixel_bytes == sizeof(float)) return static_cast<const float*>(pixels)[place];
-    return widen(static_cast<const BFloat16*>(pixels)[place]);
+    return widen(static_cast<const Half*>(pixels)[place]);
 }
 inline void store_pixel(const Kernels& kernels, Pixels* pixels, int64_t place, float value) {
     if (kernels.pixel_bytes == sizeof(float)) {
         static_cast<float*>(pixels)[place] = value;
     } else {
-        static_cast<BFloat16*>(pixels)[place] = narrow(value);
+        static_cast<Half*>(pixels)[place] = narrow(value);
     }
 }
 
@@ -173,12 +159,13 @@ inline void finish_norm(const Norm& norm, const std::vector<Statistics>& statist
             n = all;
         }
         const double variance = squares > 0 ? squares / n : (squares == squares ? 0.0 : squares);
-        const double scale = norm.gamma[c] / std::sqrt(variance + norm.eps);
+        const double unit = norm.unit ? norm.unit[c] : 1.0, deviation = std::sqrt(variance + norm.eps * unit * unit);
+        const double scale = norm.gamma[c] / deviation;
         norm.scale[c] = static_cast<float>(scale);
         norm.offset[c] = static_cast<float>(norm.beta[c] - mean * scale);
         if (!norm.mean) continue;
         norm.mean[c] = static_cast<float>(mean);
-        norm.rstd[c] = static_cast<float>(1 / std::sqrt(variance + norm.eps));
+        norm.rstd[c] = static_cast<float>(1 / deviation);
     }
 }
 
@@ -218,6 +205,6 @@ int64_t run_upsample_gradient(const Kernels& kernels, const UpsampleGradientJob&
 int64_t run_head_gradient(const Kernels& kernels, const HeadGradientJob& job, float* scratch, int threads);
 void run_norm_gradient(const Kernels& kernels, const NormGradientJob& job, int threads);
 void pack_kernels(const float* weight, const int32_t* places, int64_t n, int turned, float* to, int threads);
-void run_import(const Kernels& kernels, const float* image, const Map& out, int threads);
+void run_import(const Kernels& kernels, const float* image, float factor, const Map& out, int threads);
 
 }  // namespace e2e

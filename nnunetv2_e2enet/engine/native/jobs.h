@@ -26,11 +26,12 @@ struct Norm {
     float* offset;
     float* mean;  // null, or what the backward pass needs
     float* rstd;
+    const float* unit;  // null, or what each channel was multiplied by, as its variance then was by the square
     double eps;
 };
 
 // 3 x 3 kernels in the Winograd domain. Sparse: connections in chunks of input maps, weight[point][connection].
-// Dense: weight[point][group of kDenseRows outputs][input][kDenseRows].
+// Dense: weight[point][group of kDenseRows outputs][input][kDenseRows], or as in kernels_amx.cpp.
 struct WinogradWeights {
     const float* weight;
     const int32_t* start;        // [chunk][outputs + 1]

@@ -1,13 +1,13 @@
-// The kernels for AVX2 with FMA; nothing where the compiler does not know it.
+// The kernels for AVX2 with FMA and F16C; nothing where the compiler does not know it.
 #include "core.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cstring>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #define E2E_NAMESPACE E2E_VARIANT(e2e_avx2)
 #define E2E_ISA 256

@@ -1,4 +1,4 @@
-// The kernels for AVX-512 (F, DQ, BW, VL, and BF16 where maps are stored in it); nothing where the compiler does not know it.
+// The kernels for AVX-512 (F, DQ, BW, VL); nothing where the compiler does not know it.
 #include "core.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -6,11 +6,6 @@
 #if !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
-#ifdef E2E_BFLOAT16
-#pragma GCC target("avx512bf16")
-#endif
-#elif defined(E2E_BFLOAT16)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma"))), apply_to = function)
 #else
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
 #endif

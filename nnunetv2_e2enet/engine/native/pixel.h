@@ -1,27 +1,25 @@
-// What a pixel of a stored map is: a float, or with E2E_BFLOAT16 a bfloat16 that is widened on the way in and rounded to the
-// nearest (ties to even) on the way out.
+// What a pixel of a stored map is: a float, or with E2E_FLOAT16 a half that is widened on the way in and rounded to the nearest
+// (ties to even) on the way out.
 #pragma once
 
 #include "core.h"
+#include "half.h"
 #include "vec.h"
 
 namespace E2E_NAMESPACE {
 
-#ifndef E2E_BFLOAT16
+#ifndef E2E_FLOAT16
 
 using Pixel = float;
 
 #else
 
-using Pixel = e2e::BFloat16;
+using Pixel = e2e::Half;
 
 #if E2E_ISA == 512
 
-static inline Vec load(const Pixel* p) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-static inline __m256i narrow(Vec v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
+static inline Vec load(const Pixel* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+static inline __m256i narrow(Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline void store(Pixel* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
 static inline void store_lanes(Pixel* p, Vec v, uint32_t lanes) { _mm256_mask_storeu_epi16(p, mask_of(lanes), narrow(v)); }
 static inline void store_first(Pixel* p, Vec v, int64_t n) { store_lanes(p, v, (1u << n) - 1); }
@@ -30,42 +28,18 @@ static inline void store_first(Pixel* p, Vec v, int64_t n) { store_lanes(p, v, (
 
 #if E2E_ISA == 256
 
-static inline Vec load(const Pixel* p) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
+static inline Vec load(const Pixel* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 static inline void store(Pixel* p, Vec v) {
-    const __m256i bits = _mm256_castps_si256(v), one = _mm256_set1_epi32(1);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    const __m256i not_a_number = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, not_a_number), 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0xD8);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 #else
 
 static inline Vec load(const Pixel* p) {
-    uint16_t in[kLanes];
-    std::memcpy(in, p, sizeof in);
-    const uint32_t bits[kLanes] = {uint32_t{in[0]} << 16, uint32_t{in[1]} << 16, uint32_t{in[2]} << 16, uint32_t{in[3]} << 16};
-    Vec v;
-    std::memcpy(&v, &bits, sizeof v);
-    return v;
+    return Vec{e2e::widen(p[0]), e2e::widen(p[1]), e2e::widen(p[2]), e2e::widen(p[3])};
 }
 static inline void store(Pixel* p, Vec v) {
-    typedef uint32_t Bits __attribute__((vector_size(16)));
-    Bits bits, not_a_number;
-    const Mask unordered = v != v;
-    std::memcpy(&bits, &v, sizeof bits);
-    std::memcpy(&not_a_number, &unordered, sizeof unordered);
-    const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    const Bits upper = ((rounded & ~not_a_number) | ((bits | 0x400000) & not_a_number)) >> 16;
-    const uint16_t out[kLanes] = {static_cast<uint16_t>(upper[0]), static_cast<uint16_t>(upper[1]),
-                                  static_cast<uint16_t>(upper[2]), static_cast<uint16_t>(upper[3])};
-    std::memcpy(p, out, sizeof out);
+    for (int i = 0; i < kLanes; ++i) p[i] = e2e::narrow(v[i]);
 }
 
 #endif
@@ -85,7 +59,6 @@ static inline void store_first(Pixel* p, Vec v, int64_t n) {
 #endif
 
 #endif
-
 
 // Up to a vector; n may be any number of at least 1.
 template <typename T>

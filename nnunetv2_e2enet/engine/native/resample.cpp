@@ -214,7 +214,7 @@ void run_pool(const Kernels& kernels, const PoolJob& job, int threads) {
     failure.rethrow();
 }
 
-void run_import(const Kernels& kernels, const float* image, const Map& out, int threads) {
+void run_import(const Kernels& kernels, const float* image, float factor, const Map& out, int threads) {
     const Grid& grid = out.grid;
     const int64_t rows = int64_t{grid.depth} * grid.height;
     #pragma omp parallel for num_threads(threads) schedule(static)
@@ -223,7 +223,7 @@ void run_import(const Kernels& kernels, const float* image, const Map& out, int 
         const float* in = image + item * grid.width;
         const int64_t tile = d * grid.slice + y / kTile * grid.tiles_x, row = c * kChannel + y % kTile * kTile * kChunk;
         for (int64_t x = 0; x < grid.width; ++x)
-            store_pixel(kernels, out.data, row + place(tile + x / kTile, grid.chunk) + x % kTile * kChunk, in[x]);
+            store_pixel(kernels, out.data, row + place(tile + x / kTile, grid.chunk) + x % kTile * kChunk, factor * in[x]);
     }
 }
 

@@ -51,7 +51,7 @@ double interpolated(const LabelJob& job, int64_t c, const int64_t* place) {
             at[axis] = (up[axis] ? a.upper : a.lower)[place[axis]];
             weight[axis] = (up[axis] ? a.upper_weight : a.lower_weight)[place[axis]];
         }
-        double term = scan_generic::widen(job.slices[at[0]][c * job.class_stride + at[1] * job.row_stride + at[2]]);
+        double term = widen(job.slices[at[0]][c * job.class_stride + at[1] * job.row_stride + at[2]]);
         for (double w : weight) term *= w;
         total += term;
     }

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace e2e {
+#include "half.h"
 
-using Half = uint16_t;  // IEEE binary16, its bits
+namespace e2e {
 
 // Where the voxels of one axis of the result lie on the same axis of the logits.
 struct Axis {

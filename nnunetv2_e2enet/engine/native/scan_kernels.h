@@ -11,34 +11,6 @@ namespace e2e {
 namespace E2E_NAMESPACE {
 namespace {
 
-inline float widen(Half half) {
-    const uint32_t sign = uint32_t{half & 0x8000u} << 16, exponent = (half >> 10) & 31, fraction = half & 1023;
-    float value;
-    if (exponent == 0) {
-        value = std::ldexp(static_cast<float>(fraction), -24);
-        return sign ? -value : value;
-    }
-    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline Half narrow(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const Half sign = static_cast<Half>(bits >> 16 & 0x8000);
-    bits &= 0x7fffffff;
-    if (bits > 0x7f800000) return static_cast<Half>(sign | 0x7e00);
-    if (bits >= 0x477ff000) return static_cast<Half>(sign | 0x7c00);  // 65520 and more
-    if (bits < 0x38800000) {  // below the least normal half: counted in 2^-24
-        float magnitude;
-        std::memcpy(&magnitude, &bits, sizeof magnitude);
-        return static_cast<Half>(sign | static_cast<Half>(std::nearbyint(std::ldexp(magnitude, 24))));
-    }
-    bits += 0xfff + (bits >> 13 & 1);
-    return static_cast<Half>(sign | ((bits - 0x38000000) >> 13));
-}
-
 void add(Half* sums, const float* values, const Half* weights, int64_t n) {
     int64_t i = 0;
 #ifdef E2E_F16C

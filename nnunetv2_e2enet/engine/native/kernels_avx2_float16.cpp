@@ -1,0 +1,3 @@
+// The same for maps in float16.
+#define E2E_FLOAT16
+#include "kernels_avx2.cpp"
