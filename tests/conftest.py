@@ -17,23 +17,17 @@ os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent)  # also of the commands;
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for tests/test_kernels.py; before anything imports Triton, which reads it then
 
+import setting_fixture
 from integration.commands import ForkingRunner, Runner
 from support import Project
 
-from nnunetv2_e2enet import settings
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
 from nnunetv2_e2enet.registration import find_nnunet, has_experiments, is_registered, register, unregister
 
 ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ  # processes that run tests
 REGISTRATION = pytest.StashKey[ExitStack]()
+setting = setting_fixture.setting
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-@pytest.fixture
-def setting() -> Iterator[Callable[..., None]]:
-    """``setting(engine="on")``: settings of the package for the rest of a test."""
-    with ExitStack() as stack:
-        yield lambda **changes: stack.enter_context(settings.override(**changes))
 
 
 @pytest.fixture

@@ -69,10 +69,10 @@ def test_the_sanitizer_sees_reads_out_of_bounds(sanitized: Path) -> None:
 def test_networks_of_all_kinds_run_clean(sanitized: Path) -> None:
     """All tests of the engine, the property tests over topologies, strides and shapes among them; memory is not measured."""
     options = ["-q", "-x", "--capture=sys", "--noconftest", "-p", "no:cacheprovider", "-k", "not leak and not two_processes"]
-    options += [
-        str(REPOSITORY / "tests" / name) for name in ("test_engine.py", "test_engine_choice.py", "test_engine_training.py")
-    ]
-    result = run_sanitized(sanitized, f"import pytest, sys; sys.exit(pytest.main({options!r}))")
+    tests = REPOSITORY / "tests"
+    options += [str(tests / name) for name in ("test_engine.py", "test_engine_choice.py", "test_engine_training.py")]
+    code = f"import pytest, sys; sys.path.append({str(tests)!r}); import setting_fixture\n"
+    result = run_sanitized(sanitized, f"{code}sys.exit(pytest.main({options!r}, plugins=[setting_fixture]))")
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     assert re.search(r"\d\d passed", result.stdout)
     assert "Sanitizer" not in result.stderr
