@@ -70,7 +70,9 @@ def test_passes_of_pytorch_move_more() -> None:
 
 @pytest.mark.parametrize("active_only", [False, True])
 def test_channels_last_survives_the_compiler(active_only: bool) -> None:
-    """In the lowered graphs every convolution and every operator reads maps whose channels come last."""
+    """In the lowered graphs every convolution and every operator reads maps whose channels come last, with one exception: the
+    gradient from which the weights of the first convolution, which reads an image of one channel, are computed.
+    """
     last, first = (
         [m for moves in count("on", channels_last, 3, active_only).values() for m in moves if m.channels_last]
         for channels_last in (True, False)
@@ -84,7 +86,8 @@ def test_channels_last_survives_the_compiler(active_only: bool) -> None:
         "pool",
         "pool_gradient",
     }
-    for moved in last:
-        assert all(moved.channels_last), moved
+    (exception,) = (m for m in last if not all(m.channels_last))
+    assert exception.kind == "convolution"
+    assert exception.bytes == pytest.approx(HALF * (CHANNELS[0] + 1) * prod(SIZES[0]), rel=0.05)
     assert len(last) == len(first)
     assert not any(any(moved.channels_last) for moved in first)
