@@ -218,8 +218,8 @@ def test_float16_has_the_range_for_any_scale(part: str, factor: float, kernels: 
     else:
         scaled(network, part, factor)
     ours, _ = both_ways(network, x)
-    with torch.inference_mode(), engine.disabled():
-        exact = network.double()(x.double())  # PyTorch's float32 itself overflows where weights are 1e9 times as large
+    with torch.inference_mode():  # squares of outputs of 1e18 are more than float32 holds
+        exact = copy.deepcopy(network).double()(x.double())
     for a, b in zip(ours, exact, strict=True):
         assert (a - b).abs().max() <= 5e-3 * b.abs().max()
 

@@ -34,9 +34,9 @@ def within_halves(description: Description) -> Description:
     """
     magnitude = torch.ones(description.input_channels, dtype=torch.float64)
     encoder, magnitudes = [], []
-    for given in description.encoder:
-        blocks, magnitude = _chain(given, magnitude)
-        encoder.append(blocks)
+    for blocks in description.encoder:
+        scaled_blocks, magnitude = _chain(blocks, magnitude)
+        encoder.append(scaled_blocks)
         magnitudes.append(magnitude)
     stages = []
     for stage in description.stages:
