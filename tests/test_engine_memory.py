@@ -35,30 +35,33 @@ void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 """
 
-# Runs the jobs of one patch with an allocation that fails, a later one each time, until none does.
-PREDICTION = """
+# Attempts something with an allocation that fails, a later one each time, until none does.
+ATTEMPTS = """
 import ctypes, sys
 import torch
 from torch import nn
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.engine.description import describe
 from nnunetv2_e2enet.engine.program import Program
+from nnunetv2_e2enet.engine.training_program import TrainingProgram
+from nnunetv2_e2enet.engine.training_weights import TrainingWeights
 from nnunetv2_e2enet.engine.weights import pack
 from nnunetv2_e2enet.network import E2ENet
 
 strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
 torch.manual_seed(0)
-network = E2ENet(1, 3, 3, [8, 12, 16], nn.Conv3d, strides).eval()
-program = Program(pack(describe(network)), [8, 32, 32], engine.load_core())
-x, threads = torch.randn(1, 8, 32, 32), int(sys.argv[1])
-expected, logits = torch.empty(3, 8, 32, 32), torch.empty(3, 8, 32, 32)
-program.run(x, [expected], threads)
+network = E2ENet(1, 3, 3, [8, 12, 16], nn.Conv3d, strides, deep_supervision=True)
+x, threads, core = torch.randn(1, 8, 32, 32), int(sys.argv[1]), engine.load_core()
+{definitions}
 fail_after = ctypes.CDLL(None).fail_after
+before()
+expected = [tensor.clone() for tensor in attempt()]
 errors, allocations = 0, 0
 while True:
+    before()
     fail_after(ctypes.c_long(allocations))
     try:
-        program.run(x, [logits], threads)
+        attempt()
     except MemoryError:
         errors += 1
     else:
@@ -66,21 +69,50 @@ while True:
     finally:
         fail_after(ctypes.c_long(-1))
     allocations += 1 + allocations // 8
-program.run(x, [logits], threads)
-assert torch.equal(logits, expected)
+before()
+assert all(torch.equal(a, b) for a, b in zip(attempt(), expected, strict=True))
 print(errors)
+"""
+PREDICTION = """
+program, logits = Program(pack(describe(network.eval())), [8, 32, 32], core), torch.empty(3, 8, 32, 32)
+
+def before():
+    logits.zero_()
+
+def attempt():
+    program.run(x, [logits], threads)
+    return [logits]
+"""
+BACKWARD = """
+weights = TrainingWeights(network.train(), core)
+program = TrainingProgram(weights, [8, 32, 32], core)
+logits = [torch.randn(3, 8, 32, 32)]
+parameters = list(network.parameters())
+gradients = [torch.zeros_like(parameter) for parameter in parameters]
+
+def before():
+    weights.refresh(parameters, threads)
+    program.run(x, [torch.empty(3, 8, 32, 32)], threads)
+    weights.refresh(parameters, threads, backward=True)
+    for gradient in gradients:
+        gradient.zero_()
+
+def attempt():
+    program.run_backward(logits, gradients, threads)
+    return gradients
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ on Linux")
 @pytest.mark.parametrize("threads", [1, 3])
-def test_no_memory_in_a_parallel_region_is_a_memory_error(tmp_path: Path, threads: int) -> None:
+@pytest.mark.parametrize("definitions", [PREDICTION, BACKWARD], ids=["prediction", "backward"])
+def test_no_memory_in_a_parallel_region_is_a_memory_error(tmp_path: Path, definitions: str, threads: int) -> None:
     source, library = tmp_path / "allocator.cpp", tmp_path / "allocator.so"
     source.write_text(ALLOCATOR)
     subprocess.run(["g++", "-shared", "-fPIC", "-O1", str(source), "-o", str(library)], check=True)
     environment = os.environ | {"LD_PRELOAD": str(library)}
     done = subprocess.run(
-        [sys.executable, "-c", PREDICTION, str(threads)],
+        [sys.executable, "-c", ATTEMPTS.format(definitions=definitions), str(threads)],
         env=environment,
         capture_output=True,
         text=True,

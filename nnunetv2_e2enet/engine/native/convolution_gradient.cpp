@@ -66,12 +66,16 @@ class ConvolutionGradient {
     }
 
     void run() {
-        const std::vector<Channel> gradient = describe_gradient(), described = flows_.channels();
+        const std::vector<Channel> gradient = describe_gradient();
         const std::vector<Target> targets = describe_targets();
+        std::vector<std::vector<Channel>> of_threads(static_cast<size_t>(threads_), flows_.channels());
+        bool streams = false;
+        for (const Target& target : targets) streams = streams || target.bypass;
+        Failure failure;
         #pragma omp parallel num_threads(threads_)
         {
             const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-            std::vector<Channel> channels = described;
+            Channel* channels = of_threads[static_cast<size_t>(thread)].data();
             StopWatch watch(job_.seconds, thread);
             clear_edges(targets, thread, team);
             clear_totals(thread, team);
@@ -79,20 +83,22 @@ class ConvolutionGradient {
             for (int64_t first = 0; first < job_.raw.grid.depth; first += flows_.slices()) {
                 const int64_t last = std::min<int64_t>(job_.raw.grid.depth, first + flows_.slices());
                 if (job_.upward >= 0) {
-                    flows_.upsample(channels.data(), first, last, thread, team);
+                    failure.guard([&] { flows_.upsample(channels, first, last, thread, team); });
                     #pragma omp barrier
                     watch.lap(kUpsample);
                 }
                 if (schedule_.shared) {
-                    together(channels.data(), gradient.data(), targets.data(), first, last, watch, thread, team);
+                    together(channels, gradient.data(), targets.data(), first, last, watch, thread, team);
                 } else {
-                    alone(channels.data(), gradient.data(), targets.data(), first, last, watch, thread, team);
+                    alone(channels, gradient.data(), targets.data(), first, last, watch, thread, team);
                 }
+                if (streams) finish_streams();
                 #pragma omp barrier
             }
             finish(thread, team);
             watch.lap(kDots);
         }
+        failure.rethrow();
     }
 
   private:

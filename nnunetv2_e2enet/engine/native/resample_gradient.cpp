@@ -80,11 +80,12 @@ void run_norm_gradient(const Kernels& kernels, const NormGradientJob& job, int t
     const Grid& grid = job.raw.grid;
     const NormChannels norm{job.raw.scale, job.raw.offset, job.mean, job.raw.slope};
     std::vector<double> sums(static_cast<size_t>(2 * threads * job.raw.channels), 0.0);
+    std::vector<UnpoolingPlan> plans(static_cast<size_t>(threads), UnpoolingPlan(job));
     #pragma omp parallel num_threads(threads)
     {
         const int thread = omp_get_thread_num(), team = omp_get_num_threads();
         StopWatch watch(job.seconds, thread);
-        UnpoolingPlan plan(job);
+        UnpoolingPlan& plan = plans[static_cast<size_t>(thread)];
         const Share share(divide_up(grid.tiles, kChunk), thread, team);
         double* own = sums.data() + 2 * thread * job.raw.channels;
         for (int64_t chunk = share.first; chunk < share.last; ++chunk) {
