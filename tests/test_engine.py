@@ -607,6 +607,20 @@ def test_off_switch(setting: Callable[..., None]) -> None:
     assert not engine.status().used
 
 
+@needs_core
+@pytest.mark.parametrize("storage", engine.STORAGES)
+def test_status_says_which_kernels_and_why(storage: str, setting: Callable[..., None]) -> None:
+    setting(engine_storage=storage)
+    usable = KERNELS if storage == "float32" else FLOAT16_KERNELS
+    status = engine.status()
+    assert status.kernels == usable[0]
+    missing = [name for name in engine.KERNELS if name not in usable and (name != "amx" or storage == "float16")]
+    assert all(f"no {name}" in status.reason for name in missing)
+    assert ("no amx" in status.reason) == ("amx" in missing)
+    setting(engine_kernels=usable[-1])
+    assert f"{usable[-1]} kernels (nnUNet_e2enet_engine_kernels asks for them)" in engine.status().reason
+
+
 def test_unknown_settings_are_errors() -> None:
     wrong = {"engine": "perhaps", "engine_kernels": "mmx", "engine_storage": "bfloat16", "kernels": "yes"}
     for name, value in wrong.items():

@@ -16,6 +16,7 @@ from nnunetv2_e2enet.engine.core import Core, load_core
 from nnunetv2_e2enet.engine.description import NotSupportedError, check_classes, check_hooks, describe
 from nnunetv2_e2enet.engine.fingerprint import Fingerprint, state
 from nnunetv2_e2enet.engine.halves import within_halves
+from nnunetv2_e2enet.engine.layout import pages
 from nnunetv2_e2enet.engine.program import Program
 from nnunetv2_e2enet.engine.weights import PackedWeights, pack
 from nnunetv2_e2enet.errors import E2ENetError
@@ -27,6 +28,7 @@ ENGINE_VARIABLE = variable("engine")
 LEAST_WORK = 2e9
 LEAST_TRAINING_WORK = 2e8
 TOLERANCES = {"float32": 1e-3, "float16": 2e-2}  # of the largest logit, in mode "check", by how maps are stored
+LARGE_RESULT = 8 << 20  # floats: what glibc's allocator gives back to the system when it is freed
 IDLE_PROGRAMS = 2  # kept for the next patch; more are made while more threads predict at once
 
 _local = threading.local()
@@ -213,13 +215,19 @@ def _run(session: Session, plan: Plan, network: E2ENet, x: Tensor) -> list[Tenso
     logits = []
     for (_, _, classes), stride in zip(heads, network.encoder.strides, strict=False):
         size = [s // t for s, t in zip(size, stride, strict=True)]
-        logits.append(torch.empty((x.shape[0], classes, *size), dtype=torch.float32))
+        logits.append(_room([x.shape[0], classes, *size]))
     program = session.take_program(plan, tuple(x.shape[2:]))
     samples = x.contiguous()
     for n in range(x.shape[0]):
         program.run(samples[n], [level[n] for level in logits], torch.get_num_threads())
     session.give_back(plan, program)
     return logits
+
+
+def _room(shape: list[int]) -> Tensor:
+    """As ``torch.empty``, but in huge pages where the allocator would ask the system for new small ones each time."""
+    floats = prod(shape)
+    return torch.empty(shape) if floats < LARGE_RESULT else torch.from_numpy(pages(floats)).reshape(shape)
 
 
 def _check(network: E2ENet, x: Tensor, logits: list[Tensor], tolerance: float) -> None:
