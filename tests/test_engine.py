@@ -540,3 +540,17 @@ def test_segmentations_of_real_scans_are_the_same(
         ties = first - second <= 2e-3
         assert ties.mean() < 0.02
         assert np.array_equal(ours.argmax(0)[~ties], theirs.argmax(0)[~ties])
+
+
+@needs_core
+@pytest.mark.parametrize("storage", engine.STORAGES)
+def test_status_says_which_kernels_and_why(storage: str, setting: Callable[..., None]) -> None:
+    setting(engine_storage=storage)
+    usable = KERNELS if storage == "float32" else FLOAT16_KERNELS
+    status = engine.status()
+    assert status.kernels == usable[0]
+    missing = [name for name in engine.KERNELS if name not in usable and (name != "amx" or storage == "float16")]
+    assert all(f"no {name}" in status.reason for name in missing)
+    assert ("no amx" in status.reason) == ("amx" in missing)
+    setting(engine_kernels=usable[-1])
+    assert f"{usable[-1]} kernels (nnUNet_e2enet_engine_kernels asks for them)" in engine.status().reason

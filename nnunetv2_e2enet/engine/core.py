@@ -9,7 +9,7 @@ import ctypes
 import importlib.machinery
 import time
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,8 +26,6 @@ TIMERS = (
 )
 
 _ABI = 5
-_FLOATS = POINTER(c_float)
-_INTS = POINTER(c_int32)
 
 
 class Grid(Structure):
