@@ -13,6 +13,7 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that wait for others must not take their cores
 os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent)  # also of the commands; before anything imports matplotlib
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # for tests/test_kernels.py; before anything imports Triton, which reads it then
@@ -48,6 +49,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs reference outputs and scans in {SHARED}, which is not there")
     return SHARED
+
+
+@pytest.fixture(autouse=ONE_OF_SEVERAL)
+def one_thread() -> None:
+    """Each of several processes has one thread, whatever nnU-Net's commands set in the test before."""
+    torch.set_num_threads(1)
 
 
 @contextmanager
