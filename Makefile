@@ -12,6 +12,8 @@ HARNESS ?= mixed
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 BIN = $(VENV)/bin
 PARALLEL = --numprocesses $(PROCESSES) --dist loadfile
+# A library that some test loads sets the locale of its process to C, and files are read as ASCII then
+TESTS = PYTHONUTF8=1 $(BIN)/pytest
 
 .PHONY: help install register demo test coverage test-slow sanitize test-integration test-versions compatibility results lint docs clean
 
@@ -36,10 +38,10 @@ demo: register  ## phantom data through nnU-Net's commands, E2ENet beside stock 
 	$(BIN)/e2enet demo --folder $(DEMO)
 
 test: install  ## the tests, without the slow ones
-	$(BIN)/pytest $(PARALLEL)
+	$(TESTS) $(PARALLEL)
 
 coverage: install  ## the tests, without the slow ones, and the lines of Python that none of them runs
-	$(BIN)/pytest $(PARALLEL) --cov
+	$(TESTS) $(PARALLEL) --cov
 
 test-slow: install  ## the slow tests
 	$(BIN)/pytest -m slow
