@@ -12,7 +12,7 @@ HARNESS ?= mixed
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 BIN = $(VENV)/bin
 PARALLEL = --numprocesses $(PROCESSES) --dist loadfile
-# A library that some test loads sets the locale of its process to C, and files are read as ASCII then
+# Some test leaves its process in the C locale (which one is not known), where files would be read as ASCII
 TESTS = PYTHONUTF8=1 $(BIN)/pytest
 
 .PHONY: help install register demo test coverage test-slow sanitize test-integration test-versions compatibility results lint docs clean
