@@ -114,6 +114,7 @@ def test_no_memory_in_a_parallel_region_is_a_memory_error(tmp_path: Path, defini
     done = subprocess.run(
         [sys.executable, "-c", ATTEMPTS.format(definitions=definitions), str(threads)],
         env=environment,
+        cwd=tmp_path,  # not the repository, whose package has no compiled core where a wheel is installed
         capture_output=True,
         text=True,
         check=False,
