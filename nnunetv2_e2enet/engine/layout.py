@@ -10,7 +10,7 @@ from ctypes import c_float
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunetv2_e2enet.engine.core import Grid, Map
+from nnunetv2_e2enet.engine.jobs import Grid, Map
 
 TILE = 4
 LINE = 16  # floats in a cache line

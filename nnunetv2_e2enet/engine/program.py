@@ -10,10 +10,11 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from nnunetv2_e2enet.engine import core as abi
+from nnunetv2_e2enet.engine import jobs as abi
 from nnunetv2_e2enet.engine.arena import Lifetime, place
-from nnunetv2_e2enet.engine.core import ConvJob, Core, GradientJob, HeadJob, PoolJob, StridedJob
+from nnunetv2_e2enet.engine.core import TIMERS, Core
 from nnunetv2_e2enet.engine.halves import image_factor
+from nnunetv2_e2enet.engine.jobs import ConvJob, GradientJob, HeadJob, PoolJob, StridedJob
 from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, StoredNorm, pages
 from nnunetv2_e2enet.engine.weights import ConvWeights, NormWeights, PackedBlock, PackedNode, PackedWeights
 
@@ -42,7 +43,7 @@ class Program:
     def __init__(self, weights: PackedWeights, patch_size: Sequence[int], core: Core) -> None:
         self.patch_size = tuple(patch_size)
         self.weights = weights
-        self.seconds = np.zeros(len(abi.TIMERS))
+        self.seconds = np.zeros(len(TIMERS))
         self._core = core
         self._threads = 0
         self._kept: list[object] = []  # what the jobs point to

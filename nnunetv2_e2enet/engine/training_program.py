@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from nnunetv2_e2enet.engine import core as abi
+from nnunetv2_e2enet.engine import jobs as abi
 from nnunetv2_e2enet.engine.arena import gaps, place
 from nnunetv2_e2enet.engine.core import Core
 from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, empty, pages

@@ -1,4 +1,4 @@
-// What Python asks for, over the C ABI: structs of numbers and pointers that engine/core.py mirrors field by field.
+// What Python asks for, over the C ABI: structs of numbers and pointers that engine/jobs.py mirrors field by field.
 // All pointers stay the caller's. Every map holds one sample.
 #pragma once
 
