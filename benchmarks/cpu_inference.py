@@ -195,7 +195,7 @@ def targets(options: argparse.Namespace) -> list[Table]:
             f"S={sparsity}: all multiply-accumulates with weights over the whole time, {overall / 1e9:.0f} GFLOP/s "
             f"({overall / peak:.0%} of the peak); products alone, {alone / 1e9:.0f} GFLOP/s ({alone / peak:.0%})"
         )
-        shares = [f"{name} {part / whole:.0%}" for name, part in sorted(parts.items(), key=lambda item: -item[1])]
+        shares = [f"{name} {part / whole:.0%}" for name, part in sorted(parts.items(), key=lambda item: -item[1]) if part]
         table.notes += ["  " + ", ".join(shares[:4]), "  " + ", ".join(shares[4:])]
     return [table]
 

@@ -5,8 +5,8 @@
     python benchmarks/cpu_training.py --parts hippocampus sparsity --patch 16 160 160
 
 Parts:
-    amos         the AMOS plan, 64 x 160 x 160, 16 classes, batch 1: S = 0.8 and 0.9, stock nnU-Net in float32 and, with
-                 --bfloat16, under bfloat16 autocast
+    amos         the AMOS plan, 64 x 160 x 160, 16 classes, batch 1: S = 0.8 and 0.9 with maps in float32 and in float16,
+                 stock nnU-Net in float32 and, with --bfloat16, under bfloat16 autocast
     hippocampus  the Hippocampus plan, 40 x 56 x 40, 3 classes, batches of 2 and 9
     pytorch      E2ENet in PyTorch beside the engine
     sparsity     the engine as S goes from 0 to 0.95
@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.network import E2ENet, e2enet_features
+from nnunetv2_e2enet.settings import override
 
 Iteration = Callable[[], None]
 STOCK, STOCK_BFLOAT16 = "nnU-Net, PyTorch", "nnU-Net, PyTorch, bfloat16"
@@ -72,7 +73,9 @@ def loss_of(n_outputs: int, skips_coarsest: bool) -> nn.Module:
     return DeepSupervisionWrapper(loss, weights / weights.sum())
 
 
-def iteration(network: nn.Module, plan: Plan, batch: int, bfloat16: bool = False, on_engine: bool = False) -> Iteration:
+def iteration(
+    network: nn.Module, plan: Plan, batch: int, bfloat16: bool = False, on_engine: bool = False, storage: str = "float32"
+) -> Iteration:
     """One that was run once, so that memory is there."""
     network.train()
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5)
@@ -84,7 +87,7 @@ def iteration(network: nn.Module, plan: Plan, batch: int, bfloat16: bool = False
     def run() -> None:
         optimizer.zero_grad()
         context = torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext()
-        with context if on_engine or not isinstance(network, E2ENet) else engine.disabled():
+        with override(engine_storage=storage), context if on_engine or not isinstance(network, E2ENet) else engine.disabled():
             logits = network(x)
         if not targets:
             losses.append(loss_of(len(logits), not isinstance(network, E2ENet)))
@@ -101,8 +104,8 @@ def iteration(network: nn.Module, plan: Plan, batch: int, bfloat16: bool = False
     return run
 
 
-def on_engine(plan: Plan, sparsity: float, batch: int) -> Iteration:
-    return iteration(e2enet(plan, sparsity), plan, batch, on_engine=True)
+def on_engine(plan: Plan, sparsity: float, batch: int, storage: str = "float32") -> Iteration:
+    return iteration(e2enet(plan, sparsity), plan, batch, on_engine=True, storage=storage)
 
 
 def in_turn(title: str, candidates: dict[str, Iteration], bases: Sequence[str], rounds: int) -> Table:
@@ -121,6 +124,7 @@ def beside_stock(title: str, plan: Plan, batch: int, rounds: int, bfloat16: bool
         candidates[STOCK_BFLOAT16] = iteration(stock(plan), plan, batch, bfloat16=True)
     for sparsity in (0.8, 0.9):
         candidates[f"E2ENet, S = {sparsity}, engine"] = on_engine(plan, sparsity, batch)
+        candidates[f"E2ENet, S = {sparsity}, engine, float16"] = on_engine(plan, sparsity, batch, "float16")
     return in_turn(f"{title}, batch {batch}", candidates, list(candidates)[: 1 + bfloat16], rounds)
 
 
@@ -137,17 +141,18 @@ def by_sparsity(plan: Plan, rounds: int) -> Table:
 
 def peak_memory(name: str, plan: Plan) -> float:
     """GiB of this process after two iterations."""
-    run = on_engine(plan, float(name), 1) if name != "stock" else iteration(stock(plan), plan, 1)
+    sparsity, _, storage = name.partition(" ")
+    run = iteration(stock(plan), plan, 1) if name == "stock" else on_engine(plan, float(sparsity), 1, storage or "float32")
     run()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def memory(patch: list[int] | None) -> list[str]:
     lines = ["\nLargest resident memory, GiB"]
-    for name in ("stock", "0.8", "0.9"):
+    for name in ("stock", "0.8", "0.9", "0.8 float16", "0.9 float16"):
         command = [sys.executable, __file__, "--peak-memory-of", name]
         command += ["--patch", *map(str, patch)] if patch else []
-        lines.append(f"{name:6} {float(subprocess.run(command, check=True, capture_output=True, text=True).stdout):.2f}")
+        lines.append(f"{name:12} {float(subprocess.run(command, check=True, capture_output=True, text=True).stdout):.2f}")
     return lines
 
 

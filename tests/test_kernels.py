@@ -258,13 +258,14 @@ def noted(program: Any, calls: list[Any]) -> Any:
     return Noted()
 
 
+def test_kernels_agree_with_pytorch(kernels: Any) -> None:
+    assert kernels.wrong_kernel(torch.device(DEVICE)) is None
+
+
 @pytest.mark.parametrize("failure", ["wrong", "broken"])
 def test_kernels_that_do_not_agree_with_pytorch_are_not_used(
     kernels: Any, failure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = torch.device(DEVICE)
-    assert kernels.wrong_kernel(device) is None
-
     def join_of_zeros(tensors: list[Tensor], slopes: list[float | None], shift_size: int) -> Tensor:
         if failure == "broken":
             raise RuntimeError("PTX assembly aborted")
@@ -272,7 +273,7 @@ def test_kernels_that_do_not_agree_with_pytorch_are_not_used(
 
     monkeypatch.setattr(kernels.check.operators, "join", join_of_zeros)
     monkeypatch.setattr(kernels, "DEVICES", ("cuda",))
-    monkeypatch.setattr(kernels, "wrong_kernel", lambda _: kernels.check.wrong_kernel(device))
+    monkeypatch.setattr(kernels, "wrong_kernel", lambda _: kernels.check.wrong_kernel(torch.device(DEVICE)))
     monkeypatch.setattr(acceleration, "_agrees", {})
     monkeypatch.setattr(acceleration, "_kernels", {})
     with pytest.warns(UserWarning, match="join differs from PyTorch" if failure == "wrong" else "PTX assembly aborted"):

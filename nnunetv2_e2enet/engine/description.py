@@ -42,6 +42,7 @@ class Block:
         gamma, beta: of the norm.
         slope: of the leaky ReLU.
         unit: powers of two, ``(out,)``, that the convolution's outputs were multiplied by; None: one.
+        back: powers of two, ``(in,)``, that the weights were multiplied by, as their inputs are in another unit; None: one.
     """
 
     weight: Tensor
@@ -53,17 +54,25 @@ class Block:
     eps: float
     slope: float
     unit: Tensor | None = None
+    back: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Node:
-    """A fusion node; ``up_weight`` is ``(coarser, channels, *stride)``, ``up_mask`` ``(coarser, channels)``."""
+    """A fusion node.
+
+    Attributes:
+        up_weight: ``(coarser, channels, *stride)``.
+        up_mask: ``(coarser, channels)``.
+        up_unit: powers of two, ``(channels,)``, that the upward flow was multiplied by; None: one.
+    """
 
     up_weight: Tensor
     up_mask: Tensor
     up_stride: Stride
     pool_stride: Stride | None
     blocks: list[Block]
+    up_unit: Tensor | None = None
 
 
 @dataclass(frozen=True)

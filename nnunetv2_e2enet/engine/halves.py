@@ -83,6 +83,6 @@ def _node(node: Node, same: Tensor, coarser: Tensor, finer: list[Tensor]) -> tup
     unit = _unit(upward)
     first, *others = node.blocks
     back = torch.cat([torch.ones_like(same), 1 / unit, *(torch.ones_like(flow) for flow in finer)])
-    first = replace(first, weight=first.weight * back[:, None, None])
+    first = replace(first, weight=first.weight * back[:, None, None], back=back)
     blocks, magnitude = _chain([first, *others], torch.cat([same, upward * unit, *finer]))
-    return replace(node, up_weight=up_weight * unit[:, None, None, None], blocks=blocks), magnitude
+    return replace(node, up_weight=up_weight * unit[:, None, None, None], blocks=blocks, up_unit=unit), magnitude

@@ -47,6 +47,7 @@ class Program:
         self._core = core
         self._threads = 0
         self._kept: list[object] = []  # what the jobs point to
+        self._of_image: list[ConvJob | StridedJob] = []  # jobs that read the image
         self._steps: list[Step] = []
         size = [1] * (3 - len(patch_size)) + list(patch_size)
         self._sizes = [size := [s // t for s, t in zip(size, stride, strict=True)] for stride in weights.strides]
@@ -55,9 +56,6 @@ class Program:
         self._memory = self._place()
         self._scratch = pages(0)
         self._jobs = [step.make() for step in self._steps]
-        first = self._jobs[0]
-        assert isinstance(first, (ConvJob, StridedJob))
-        self._first = first  # reads the image
         self._steps.clear()  # they refer to this program, whose memory shall go with the last other reference, not with the gc
 
     @property
@@ -76,7 +74,8 @@ class Program:
         self._fit_scratch(threads)
         scratch = self._scratch.ctypes.data
         factor = image_factor(x) if self._core.storage == "float16" else 1.0
-        self._first.norm.eps = self.weights.encoder[0][0].norm.eps * factor**2
+        for first in self._of_image:
+            first.norm.eps = self.weights.encoder[0][0].norm.eps * factor**2
         self._core.import_image(x.data_ptr(), factor, self._image.struct(), threads)
         for job in self._jobs:
             if isinstance(job, tuple):
@@ -195,11 +194,13 @@ class Program:
             upward = StoredMap(out.buffer, None, len(node.upsample.output))  # of which only the shape is looked at
             flows = [flows[0], upward, *flows[2:]]
         job.flows[: len(flows)] = [self._map(flow) for flow in flows]
+        if flows[0] is self._image:
+            self._of_image.append(job)
         return job
 
     def _strided_job(self, block: PackedBlock, x: StoredMap, out: StoredMap) -> StridedJob:
         assert block.direct is not None
-        return StridedJob(
+        job = StridedJob(
             input=self._map(x),
             shift=self._pointer(block.shift),
             weight=self._pointer(block.direct),
@@ -208,6 +209,9 @@ class Program:
             out=self._map(out),
             seconds=self.seconds.ctypes.data,
         )
+        if x is self._image:
+            self._of_image.append(job)
+        return job
 
     def _pool_job(self, finer: StoredMap, pooled: StoredMap, stride: tuple[int, int, int]) -> PoolJob:
         assert finer.norm is not None

@@ -47,8 +47,8 @@ def status() -> Status:
     if setting == "off":
         reason = f"CPU prediction and training use PyTorch: {ENGINE_VARIABLE} switches the engine off"
         return Status(False, setting, core.kernels, core.storage, core.path, reason)
-    maps = f"maps in {core.storage} (in training float32)"
-    reason = f"CPU prediction and training use the sparse engine with {_kernels(core)} and {maps}"
+    kernels = _kernels(core) + (" (in training avx512)" if core.has_tiles else "")
+    reason = f"CPU prediction and training use the sparse engine with {kernels} and maps in {core.storage}"
     return Status(True, setting, core.kernels, core.storage, core.path, reason)
 
 

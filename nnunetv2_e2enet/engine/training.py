@@ -122,7 +122,7 @@ def train(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
     session.reason = why_not_train(network, x)
     if session.reason is not None:
         return None
-    core = load_core(storage="float32")
+    core = _load_core()
     if isinstance(core, str):
         session.reason = core
         return None
@@ -137,10 +137,16 @@ def train(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
     return list(logits) if network.decoder.deep_supervision else logits[0]
 
 
+def _load_core() -> Core | str:
+    """Without tile registers, for which weights would have to be split in each iteration."""
+    core = load_core()
+    return load_core("avx512", core.storage) if isinstance(core, Core) and core.has_tiles else core
+
+
 def trains(network: E2ENet, input_shape: Sequence[int]) -> bool:
     """Whether the engine computes training iterations with a float32 input of this shape on the CPU."""
     x = torch.empty(tuple(input_shape), device="cpu")
-    if not isinstance(load_core(storage="float32"), Core) or why_not_train(network, x) is not None:
+    if not isinstance(_load_core(), Core) or why_not_train(network, x) is not None:
         return False
     try:
         describe(network)
@@ -203,6 +209,7 @@ class _Network(torch.autograd.Function):
         logits = [torch.zeros(s) if g is None else g.contiguous() for s, g in zip(ctx.shapes, given, strict=True)]
         for n, program in enumerate(programs):
             program.run_backward([level[n] for level in logits], gradients, torch.get_num_threads())
+        weights.finish_gradients(gradients)
         ctx.session.give_back(weights, programs)
         wanted = list(ctx.needs_input_grad[-len(parameters) :])
         for head, grad in zip(weights.heads, given, strict=True):

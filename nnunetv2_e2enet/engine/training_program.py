@@ -19,6 +19,7 @@ from nnunetv2_e2enet.engine.weights import PackedBlock, PackedNode
 
 Piece = tuple[int, int]  # of memory: first and last byte (exclusive)
 
+GRADIENT_BYTES = 4  # of a pixel
 WORTH_EMPTYING = 128 << 20  # bytes: below, new pages cost more than the memory is worth
 
 
@@ -32,7 +33,7 @@ class TrainingProgram(Program):
     Args:
         weights: refilled by the caller before each forward pass.
         patch_size: spatial axes of the input.
-        core: with maps in float32.
+        core: without tile registers. Gradients of maps are floats, however it stores maps.
         samples: how many are kept at the same time. Then what is kept and what is not lie in memory of their own.
         like: another program for the same weights and size, to share memory with that no sample keeps.
     """
@@ -205,13 +206,13 @@ class TrainingProgram(Program):
         """Memory for the gradient of a map, and whether something was written there before."""
         known = id(stored) in self._gradients
         if not known:
-            self._gradients[id(stored)] = self._like_map(stored)
+            self._gradients[id(stored)] = self._like_map(stored, pixel_bytes=GRADIENT_BYTES)
         return self._gradients[id(stored)], known
 
-    def _like_map(self, stored: StoredMap, channels: int | None = None) -> Buffer:
+    def _like_map(self, stored: StoredMap, channels: int | None = None, pixel_bytes: int | None = None) -> Buffer:
         grid = stored.grid
         size = grid.depth, grid.height, grid.width
-        return Buffer(stored.channels if channels is None else channels, size, self._core.pixel_bytes)
+        return Buffer(channels or stored.channels, size, pixel_bytes or self._core.pixel_bytes)
 
     def _add_head_gradient(self, level: int, x: StoredMap) -> None:
         into, add = self._gradient(x)
@@ -244,7 +245,7 @@ class TrainingProgram(Program):
         targets: list[tuple[Buffer, bool] | None] = []
         for index, flow in enumerate(flows):
             if node is not None and index == 1:
-                targets.append((self._like_map(out, len(node.upsample.output)), False))
+                targets.append((self._like_map(out, len(node.upsample.output), GRADIENT_BYTES), False))
             else:
                 targets.append(None if flow is self._image else self._gradient(flow))
         used = [target[0] for target in targets if target is not None]

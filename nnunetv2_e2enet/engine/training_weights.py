@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nnunetv2_e2enet.engine.core import Core
 from nnunetv2_e2enet.engine.description import Block, Description, Node, describe
+from nnunetv2_e2enet.engine.halves import within_halves
 from nnunetv2_e2enet.engine.layout import LINE
 from nnunetv2_e2enet.engine.weights import (
     ConvLayout,
@@ -28,6 +29,7 @@ from nnunetv2_e2enet.engine.weights import (
 from nnunetv2_e2enet.network.connections import maskable_layers
 from nnunetv2_e2enet.network.e2enet import E2ENet
 
+PASSES = 250  # forward passes for which units of maps in float16 are good; weights change little in so many iterations
 TAPS = 9
 POINTS = 36  # of a kernel in the Winograd domain
 
@@ -88,7 +90,7 @@ class TrainingWeights:
         network: one that ``describe`` accepts.
 
     Attributes:
-        core: with maps in float32.
+        core: without tile registers.
         packed: what the forward pass reads.
         heads: finest first.
         shapes: of the network's parameters.
@@ -100,7 +102,11 @@ class TrainingWeights:
         self._places = {id(parameter): k for k, parameter in enumerate(network.parameters())}
         self.shapes = [parameter.shape for parameter in network.parameters()]
         self._masks = [layer.mask.clone() for _, layer in maskable_layers(network)]
+        self._factors: dict[int, Tensor] = {}  # by parameter: what it is multiplied by as it is packed
+        self._passes = 0
         description = describe(network)
+        if core.storage == "float16":
+            description = within_halves(description)
         encoder, decoder = network.encoder, network.decoder
         heads = [self._head(head) for head in reversed(decoder.seg_layers)]
         self.heads = [trained for _, trained in heads]
@@ -120,8 +126,8 @@ class TrainingWeights:
         )
 
     def fits(self, network: E2ENet, core: Core) -> bool:
-        """Whether the kernels and the topology are still those that the weights were packed for."""
-        if core is not self.core:
+        """Whether the kernels and the topology are still those that the weights were packed for, and units are new enough."""
+        if core is not self.core or (self._factors and self._passes >= PASSES):
             return False
         layers = [layer for _, layer in maskable_layers(network)]
         return all(torch.equal(mask, layer.mask) for mask, layer in zip(self._masks, layers, strict=True))
@@ -131,15 +137,24 @@ class TrainingWeights:
 
         Turned kernels take the memory of the kernels that the forward pass reads, and are packed for the backward pass only.
         """
+        self._passes += not backward
         for packing in self._packings:
             if packing.turned != backward:
                 continue
-            weight = parameters[packing.parameter].detach().contiguous()
+            weight = parameters[packing.parameter].detach()
+            if packing.parameter in self._factors:
+                weight = weight * self._factors[packing.parameter]
+            weight = weight.contiguous()
             places, target, n = packing.places.ctypes.data, packing.target.ctypes.data, len(packing.places)
             if packing.kernels:
                 self.core.pack_kernels(weight.data_ptr(), places, n, packing.turned, target, threads)
             else:
                 self.core.pack_weights(weight.data_ptr(), places, n, target, threads)
+
+    def finish_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Turn gradients of the weights as they were packed into those of the parameters."""
+        for parameter, factor in self._factors.items():
+            gradients[parameter].mul_(factor)
 
     # ---- building ---------------------------------------------------------------------------------------------------
 
@@ -174,7 +189,16 @@ class TrainingWeights:
             np.zeros(len(channels), np.float32) if beta is None else self._array(beta, channels),
             block.eps,
             block.slope,
+            None if block.unit is None else block.unit.float().numpy(),
         )
+
+    def _multiply(self, parameter: int, rows: Tensor | None, columns: Tensor | None) -> None:
+        """Multiply a parameter by one factor for each place of its first axis, and one for each of its second."""
+        if rows is None and columns is None:
+            return
+        axes = [torch.ones(1) if factor is None else factor.float() for factor in (rows, columns)]
+        factor = axes[0][:, None] * axes[1]
+        self._factors[parameter] = factor.reshape(*factor.shape, *[1] * (len(self.shapes[parameter]) - 2))
 
     def _block(self, block: Block, module: nn.Module, is_first: bool = False) -> TrainedBlock:
         outputs, inputs = block.mask.shape
@@ -182,6 +206,7 @@ class TrainingWeights:
         assert isinstance(module.conv, nn.Module)
         assert isinstance(norm, nn.Module)
         parameter = self._place(module.conv.weight)
+        self._multiply(parameter, block.unit, block.back)
         gamma = None if norm.weight is None else self._place(norm.weight)
         beta = None if norm.bias is None else self._place(norm.bias)
         conv = turned = direct = turned_direct = None
@@ -232,6 +257,7 @@ class TrainingWeights:
         assert isinstance(module.upsample, nn.Module)
         assert isinstance(module.blocks, nn.Module)
         parameter = self._place(module.upsample.weight)
+        self._multiply(parameter, None, node.up_unit)
         depth, subs = node.up_stride[0], node.up_stride[1] * node.up_stride[2]
         places = torch.arange(node.up_weight.numel()).reshape(*node.up_mask.shape, depth, subs)
         coarse, output = node.up_mask.nonzero(as_tuple=True)  # by coarse map

@@ -107,7 +107,7 @@ class ConvolutionGradient {
         const Map& raw = job_.raw;
         for (int64_t c = 0; c < raw.channels; ++c) {
             Channel channel{};
-            channel.data = at(kernels_, const_cast<Pixels*>(job_.gradient), c * kChannel);
+            channel.data = at(*kernels_.floats(), const_cast<Pixels*>(job_.gradient), c * kChannel);
             channel.raw = channel_of(kernels_, raw, c);
             channel.chunk = raw.grid.chunk;
             channel.hi = raw.grid.tiles;
@@ -130,13 +130,13 @@ class ConvolutionGradient {
             for (int64_t c = 0; c < job_.flows[flow].channels; ++c) {
                 const int64_t moved = job_.shift[targets.size()], depth = job_.raw.grid.depth, slice = job_.raw.grid.slice;
                 Target target{};
-                target.data = into.data ? channel_of(kernels_, into, c) : nullptr;
+                target.data = into.data ? channel_of(*kernels_.floats(), into, c) : nullptr;
                 target.chunk = into.grid.chunk;
                 target.move = -moved * slice;
                 target.lo = std::max<int64_t>(0, moved) * slice;
                 target.hi = std::min<int64_t>(depth, depth + moved) * slice;
                 target.add = job_.add[flow];
-                target.bypass = !target.add && into.channels * kPhases * into.grid.tiles * kernels_.pixel_bytes > kStreamBytes;
+                target.bypass = !target.add && into.channels * kPhases * into.grid.tiles * int64_t{sizeof(float)} > kStreamBytes;
                 targets.push_back(target);
             }
         }

@@ -168,7 +168,7 @@ struct Kernels {
     // out[4 * k + i] = in[i][k]
     void (*pixels_row)(const float* in, int64_t in_stride, int64_t tiles, int64_t pixels, float* out);
 
-    // The backward pass, for maps in float alone; null in the kernels for float16.
+    // The backward pass; gradients of maps are floats.
     int dot_rows, dot_columns;  // dense_dots sums so many rows and columns together
     // V[point][channel][tile] of the convolution's gradient as an input, unless v is null, and M[point][channel][tile] = A y A^T
     void (*gradient_transform)(const Channel* channels, int n, const Grid& grid, int64_t first, int vectors, float* v,
@@ -193,6 +193,7 @@ struct Kernels {
     // Pixels of fine tiles, those of `ways` coarse tiles' halves in turn, added where the pieces say.
     void (*add_pieces)(const float* const* m, int ways, int first_channel, int last_channel, int vectors, const Piece* pieces,
                        const int* first_piece, Pixels* out);
+    const Kernels* (*floats)();  // the kernels of the same instructions for maps in float, as gradients are
 };
 
 const Kernels* kernels_amx();

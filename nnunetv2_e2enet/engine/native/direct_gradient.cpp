@@ -31,7 +31,7 @@ class StridedGradient {
         : kernels_(kernels), job_(job), sh_(job.stride[1]), sw_(job.stride[2]), inputs_(job.in.channels),
           outputs_(job.gradient.channels), vectors_(static_cast<int>(std::min<int64_t>(2, divide_up(job.gradient.grid.tiles, kernels.lanes)))),
           dots_(count_dots(kernels, outputs_, inputs_)), still_(static_cast<size_t>(outputs_), 0),
-          window_(kernels, job.in, job.shift, job.stride), around_(kernels, job.gradient, still_.data(), kOnce),
+          window_(kernels, job.in, job.shift, job.stride), around_(*kernels.floats(), job.gradient, still_.data(), kOnce),
           groups_(cut_groups(job.shift, inputs_)), pieces_(groups_.size() * static_cast<size_t>(sh_)) {}
 
     int tiles() const { return vectors_ * kernels_.lanes; }
@@ -119,7 +119,7 @@ class StridedGradient {
                     const Pieces& pieces = pieces_[g * static_cast<size_t>(sh_) + static_cast<size_t>(below)];
                     if (pieces.pieces.empty()) continue;
                     kernels_.add_pieces(products_, sw_, groups_[g].first, groups_[g].last, n, pieces.pieces.data(),
-                                        pieces.first.data(), at(kernels_, job_.into, phase * kChunk));
+                                        pieces.first.data(), at(*kernels_.floats(), job_.into, phase * kChunk));
                 }
             }
         }

@@ -1,4 +1,4 @@
-// Kernels of the backward pass, for maps in float.
+// Kernels of the backward pass. Gradients of maps are floats, whatever maps are stored in.
 #pragma once
 
 #include "core.h"
@@ -212,7 +212,7 @@ static void add_pieces(const float* const* m, int ways, int first_channel, int l
 
 static void norm_gradient(const e2e::Channel& channel, int64_t n, e2e::Pixels* gradient) {
     float* g = static_cast<float*>(gradient);
-    const float* raw = static_cast<const float*>(channel.raw);
+    const Pixel* raw = static_cast<const Pixel*>(channel.raw);
     const GradientOf gradient_of(channel);
     for (int64_t k = 0; k < n; k += kLanes) store(g + k, gradient_of(load(g + k), load(raw + k)));
 }
@@ -220,7 +220,7 @@ static void norm_gradient(const e2e::Channel& channel, int64_t n, e2e::Pixels* g
 constexpr int kChunkVectors = e2e::kChunk / kLanes;
 
 // The pixels of a slice before, of whatever chunks.
-static inline Vec load_tiles(const float* channel, int64_t tile, int64_t chunk, int phase, uint32_t lanes) {
+static inline Vec load_tiles(const Pixel* channel, int64_t tile, int64_t chunk, int phase, uint32_t lanes) {
     const Landing from(tile, chunk, lanes);
     Vec v = zero();
     for (int i = 0; i < 2; ++i)
@@ -234,17 +234,17 @@ class Unpooling {
 
     // Of one channel: the largest value and the gradient of each window of the chunk's tiles.
     void load_channel(int channel) {
-        const float* pooled = static_cast<const float*>(job_.pooled) + static_cast<int64_t>(channel) * e2e::kChannel;
+        const Pixel* pooled = static_cast<const Pixel*>(job_.pooled) + static_cast<int64_t>(channel) * e2e::kChannel;
         const float* gradient = static_cast<const float*>(job_.gradient) + static_cast<int64_t>(channel) * e2e::kChannel;
         const int windows = e2e::kPhases / (job_.height * job_.width);
         for (int64_t k = 0; k < windows * e2e::kChunk; ++k) {
-            best_[k] = pooled[job_.places[k]];
+            best_[k] = value_of(pooled[job_.places[k]]);
             gradient_[k] = gradient[job_.places[k]];
         }
     }
 
     // Adds to the gradients of a vector of tiles. The first of equal values counts, as in PyTorch.
-    void add(int vector, const float* raw_channel, const float* raw, float* g) const {
+    void add(int vector, const Pixel* raw_channel, const Pixel* raw, float* g) const {
         const int rows = e2e::kTile / job_.height, columns = e2e::kTile / job_.width;
         const uint32_t later = job_.later[vector];
         for (int w = 0; w < rows * columns; ++w) {
@@ -295,14 +295,14 @@ static void norm_sums(e2e::Pixels* gradient, const e2e::Pixels* raw, int channel
     Unpooling unpooling(unpooled ? *unpooled : none, grid, first);
     const int64_t there = e2e::place(first, grid.chunk);
     for (int c = 0; c < channels; ++c) {
-        const float* raw_channel = static_cast<const float*>(raw) + static_cast<int64_t>(c) * e2e::kChannel;
+        const Pixel* raw_channel = static_cast<const Pixel*>(raw) + static_cast<int64_t>(c) * e2e::kChannel;
         float* g_channel = static_cast<float*>(gradient) + static_cast<int64_t>(c) * e2e::kChannel + there;
         if (unpooled) unpooling.load_channel(c);
         const Vec scale = splat(norm.scale[c]), offset = splat(norm.offset[c]), mean = splat(norm.mean[c]);
         const Vec slope = splat(norm.slope);
         Vec total = zero(), product = zero();
         for (int i = 0; i < vectors; ++i) {
-            const float* r = raw_channel + there + i * kLanes;
+            const Pixel* r = raw_channel + there + i * kLanes;
             float* g = g_channel + i * kLanes;
             if (unpooled) unpooling.add(i, raw_channel, r, g);
             for (int q = 0; q < e2e::kPhases; ++q) {

@@ -5,12 +5,10 @@
 #pragma once
 
 #include "core.h"
+#include "gradient.h"
 #include "pixel.h"
 #include "rows.h"
 #include "winograd.h"
-#ifndef E2E_FLOAT16
-#include "gradient.h"
-#endif
 
 namespace E2E_NAMESPACE {
 
@@ -237,11 +235,8 @@ static const e2e::Kernels kTable = {
     kLanes,      sizeof(Pixel), input_transform, sparse_product, sparse_pair, kDenseRows, 1, dense_product, output_transform,
     store_phase, kUpsampleTiles, activate_block,  upsample_product, gather,        pool,
     multiply_add_only, pixels_row,
-#ifdef E2E_FLOAT16
-    0, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-#else
     kDotRows, kDotColumns, gradient_transform, gradient_output, sparse_dots, dense_dots, norm_sums, norm_gradient, accumulate, add_pieces,
-#endif
+    E2E_FLOATS,
 };
 
 }  // namespace E2E_NAMESPACE

@@ -10,6 +10,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define E2E_NAMESPACE E2E_VARIANT(e2e_avx2)
+#define E2E_FLOATS e2e::kernels_avx2
 #define E2E_ISA 256
 #include "kernels.h"
 #if defined(__clang__)

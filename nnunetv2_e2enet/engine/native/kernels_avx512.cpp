@@ -10,6 +10,7 @@
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
 #endif
 #define E2E_NAMESPACE E2E_VARIANT(e2e_avx512)
+#define E2E_FLOATS e2e::kernels_avx512
 #define E2E_ISA 512
 #include "kernels.h"
 #if defined(__clang__)

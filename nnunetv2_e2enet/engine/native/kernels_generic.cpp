@@ -2,6 +2,7 @@
 #include "core.h"
 
 #define E2E_NAMESPACE E2E_VARIANT(e2e_generic)
+#define E2E_FLOATS e2e::kernels_generic
 #define E2E_ISA 128
 #include "kernels.h"
 

@@ -11,6 +11,7 @@ namespace E2E_NAMESPACE {
 #ifndef E2E_FLOAT16
 
 using Pixel = float;
+static inline float value_of(Pixel pixel) { return pixel; }
 
 #else
 
@@ -23,6 +24,7 @@ static inline __m256i narrow(Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NE
 static inline void store(Pixel* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
 static inline void store_lanes(Pixel* p, Vec v, uint32_t lanes) { _mm256_mask_storeu_epi16(p, mask_of(lanes), narrow(v)); }
 static inline void store_first(Pixel* p, Vec v, int64_t n) { store_lanes(p, v, (1u << n) - 1); }
+static inline Vec load_lanes(const Pixel* p, uint32_t lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask_of(lanes), p)); }
 
 #else
 
@@ -55,8 +57,16 @@ static inline void store_first(Pixel* p, Vec v, int64_t n) {
     store(all, v);
     std::memcpy(p, all, sizeof(Pixel) * static_cast<size_t>(n));
 }
+static inline Vec load_lanes(const Pixel* p, uint32_t lanes) {
+    Pixel all[kLanes] = {};
+    for (int i = 0; i < kLanes; ++i)
+        if (lanes >> i & 1) all[i] = p[i];
+    return load(all);
+}
 
 #endif
+
+static inline float value_of(Pixel pixel) { return e2e::widen(pixel); }
 
 #endif
 

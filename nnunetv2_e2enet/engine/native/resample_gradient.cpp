@@ -69,7 +69,7 @@ void apply_norm_gradient(const Kernels& kernels, const NormGradientJob& job, con
             channel.mean = job.mean[c];
             channel.by_raw = job.by_raw[c];
             channel.constant = job.constant[c];
-            kernels.norm_gradient(channel, kChannel, at(kernels, job.gradient, there));
+            kernels.norm_gradient(channel, kChannel, at(*kernels.floats(), job.gradient, there));
         }
     }
 }
@@ -179,9 +179,10 @@ class UpsampleGradient {
         spans_.clear();
         for (int64_t k = 0; k < subs_ * kPhases; ++k)
             for (const Segment& s : rows) plan_row(s, position, k / kPhases, k % kPhases, k * outputs_ * tiles_ + s.lane);
+        const Kernels& floats = *kernels_.floats();
         for (int64_t o = 0; o < outputs_; ++o)
-            kernels_.gather(channel_of(kernels_, job_.gradient, o), spans_.data(), static_cast<int64_t>(spans_.size()), sw_, 1.0f,
-                            0.0f, 1.0f, fine_ + o * tiles_);
+            floats.gather(channel_of(floats, job_.gradient, o), spans_.data(), static_cast<int64_t>(spans_.size()), sw_, 1.0f, 0.0f,
+                          1.0f, fine_ + o * tiles_);
     }
 
     void plan_row(const Segment& s, int position, int64_t sub, int64_t phase, int64_t to) {

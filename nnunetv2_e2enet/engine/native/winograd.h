@@ -78,6 +78,15 @@ using Window = float[6][e2e::kTile][kWindowVectors * kLanes];
 // What is left to do with stored pixels: nothing, norm and activation, or the backward pass of both.
 enum class Source { kFinal, kRaw, kGradient };
 
+template <Source>
+struct Stored {
+    using Type = Pixel;
+};
+template <>
+struct Stored<Source::kGradient> {
+    using Type = float;  // in all kernels
+};
+
 // The gradient of a conv's output from that of its activation.
 struct GradientOf {
     const Vec scale, offset, slope, mean, by_raw, constant;
@@ -144,7 +153,7 @@ class Reach {
         const GradientOf gradient_of(channel);
         for (int i = 0; i < counts_[g]; ++i) {
             const Vector& s = sources_[g][i];
-            const Pixel* from = static_cast<const Pixel*>(channel.data) + s.place;
+            const auto* from = static_cast<const typename Stored<Kind>::Type*>(channel.data) + s.place;
             const Pixel* other = Kind == Source::kGradient ? static_cast<const Pixel*>(channel.raw) + s.place : nullptr;
             const auto put = [&](int row, int column, Vec pixel) { store(&rows[row - First][column][i * kLanes], pixel); };
             const auto get = [&](int row, int column) {
@@ -267,7 +276,8 @@ static inline __attribute__((always_inline)) void prefetch_ahead(const e2e::Chan
     if (tile - channel.move + e2e::kChunk <= channel.lo || tile - channel.move >= channel.hi) return;
     const int64_t lane = tile & (e2e::kChunk - 1);
     const int64_t from = e2e::place(tile - lane, channel.chunk) + (lane + part * kLanes) * e2e::kPhases;
-    prefetch(static_cast<const Pixel*>(channel.data) + from, kLanes * e2e::kPhases);
+    using Data = typename Stored<Gradient ? Source::kGradient : Source::kRaw>::Type;
+    prefetch(static_cast<const Data*>(channel.data) + from, kLanes * e2e::kPhases);
     if (Gradient) prefetch(static_cast<const Pixel*>(channel.raw) + from, kLanes * e2e::kPhases);
 }
 
