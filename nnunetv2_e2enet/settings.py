@@ -1,6 +1,7 @@
 """Settings of the computation: one object, whose defaults are environment variables, read once a process.
 
-A variable is called ``nnUNet_e2enet_`` and the name of a field below. Results do not depend on a setting.
+A variable is called ``nnUNet_e2enet_`` and the name of a field below. ``engine_storage=float16`` rounds feature maps; other settings
+change results by no more than rounding in float32.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ _SWITCHES = {"0": "off", "false": "off", "1": "on", "true": "on"}
 
 @dataclass(frozen=True)
 class Settings:
-    """Choices that change speed and memory alone.
+    """Choices that change speed and memory; ``engine_storage`` changes precision as well.
 
     Attributes:
-        engine: whether networks predict on the CPU with ``nnunetv2_e2enet.engine``; see docs/engine.md.
+        engine: whether networks predict and train on the CPU with ``nnunetv2_e2enet.engine``; see docs/engine.md.
         engine_kernels: instruction set of the engine; the best of the CPU if empty.
         engine_storage: dtype of the engine's feature maps.
         kernels: whether the fused GPU kernels are used; see docs/memory.md.

@@ -39,7 +39,7 @@ _local = threading.local()
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Within this context, in this thread, networks predict through PyTorch."""
+    """Within this context, in this thread, networks predict and train through PyTorch."""
     before = getattr(_local, "disabled", False)
     _local.disabled = True
     try:
