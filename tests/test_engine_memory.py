@@ -85,7 +85,7 @@ def attempt():
 """
 BACKWARD = """
 weights = TrainingWeights(network.train(), core)
-program = TrainingProgram(weights, [8, 32, 32], core)
+program = TrainingProgram(weights, [8, 32, 32])
 logits = [torch.randn(3, 8, 32, 32)]
 parameters = list(network.parameters())
 gradients = [torch.zeros_like(parameter) for parameter in parameters]

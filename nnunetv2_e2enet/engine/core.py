@@ -39,7 +39,7 @@ TIMERS = (
     *("gradients of upsampling", "gradients of strided convs", "gradients of heads"),
 )
 
-_ABI = 5
+_ABI = 6
 
 
 _GRADIENT_JOBS = (NormGradientJob, ConvGradientJob, StridedGradientJob, UpsampleGradientJob, HeadGradientJob)

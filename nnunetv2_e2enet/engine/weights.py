@@ -106,22 +106,10 @@ class PackedWeights:
     """A whole network for the kernels; the fields are those of Description."""
 
     input_channels: int
-    features: list[int]
     strides: list[tuple[int, int, int]]
     encoder: list[list[PackedBlock]]
     stages: list[list[PackedNode]]
     heads: list[tuple[Floats, Floats | None, int]]
-
-    @property
-    def n_bytes(self) -> int:
-        """Of all weights."""
-        nodes = [node for stage in self.stages for node in stage]
-        blocks = [*(b for level in self.encoder for b in level), *(b for node in nodes for b in node.blocks)]
-        arrays = [b.direct for b in blocks if b.direct is not None]
-        for conv in (b.conv for b in blocks):
-            arrays += [] if conv is None else [conv.weight]
-        arrays += [node.upsample.weight for node in nodes]
-        return sum(array.nbytes for array in arrays)
 
 
 def _floats(tensor: Tensor) -> Floats:
@@ -280,7 +268,6 @@ def pack(description: Description, tiles: bool = False) -> PackedWeights:
     """Bring the weights of a network into the layout of the kernels; ``tiles``: of those whose dense products use AMX."""
     return PackedWeights(
         input_channels=description.input_channels,
-        features=description.features,
         strides=description.strides,
         encoder=[[_pack_block(b, tiles) for b in level] for level in description.encoder],
         stages=[[_pack_node(n, tiles) for n in stage] for stage in description.stages],

@@ -47,7 +47,7 @@ const e2e::Kernels& table(const void* kernels) { return *static_cast<const e2e::
 }  // namespace
 }  // namespace e2e
 
-E2E_EXPORT int e2e_abi() { return 5; }
+E2E_EXPORT int e2e_abi() { return 6; }
 
 // Sizes of the structs that Python mirrors, to notice when the two differ.
 E2E_EXPORT void e2e_struct_sizes(int64_t* sizes) {

@@ -57,7 +57,7 @@ struct Channel {
 
 // One channel of a gradient that is written or added to: tile f goes to f + move of `data` for lo <= f < hi, nowhere else.
 struct Target {
-    Pixels* data;
+    float* data;
     int64_t chunk;
     int64_t move;
     int64_t lo, hi;
@@ -68,7 +68,7 @@ struct Target {
 // Maps of a coarser level that were pooled from a finer one: the pixels of the window of each tile of a chunk of the finer.
 struct Unpooled {
     const Pixels* pooled;    // largest (or smallest) raw values, channel 0
-    const Pixels* gradient;  // of the pooled map, channel 0
+    const float* gradient;   // of the pooled map, channel 0
     const int64_t* places;   // [window of the tile][kChunk]: of each tile in a coarse map
     const uint32_t* later;   // [vector]: tiles in the second slice of their windows
     int depth, height, width;
@@ -184,15 +184,15 @@ struct Kernels {
                        int vectors);
     // Adds what was pooled, if unpooled is not null, to the gradient of a chunk of all channels; then adds to sums[channel][2] the
     // gradient past the activation, and its product with raw - mean.
-    void (*norm_sums)(Pixels* gradient, const Pixels* raw, int channels, const NormChannels& norm, const Grid& grid,
+    void (*norm_sums)(float* gradient, const Pixels* raw, int channels, const NormChannels& norm, const Grid& grid,
                       int64_t first, const Unpooled* unpooled, double* sums);
     // The gradient of n pixels of the convolution's output, written over that of the activation.
-    void (*norm_gradient)(const Channel& channel, int64_t n, Pixels* gradient);
+    void (*norm_gradient)(const Channel& channel, int64_t n, float* gradient);
     // to[k] = (or +=) from[k]
     void (*accumulate)(const float* from, int64_t n, float* to, bool add);
     // Pixels of fine tiles, those of `ways` coarse tiles' halves in turn, added where the pieces say.
     void (*add_pieces)(const float* const* m, int ways, int first_channel, int last_channel, int vectors, const Piece* pieces,
-                       const int* first_piece, Pixels* out);
+                       const int* first_piece, float* out);
     const Kernels* (*floats)();  // the kernels of the same instructions for maps in float, as gradients are
 };
 

@@ -119,7 +119,7 @@ class StridedGradient {
                     const Pieces& pieces = pieces_[g * static_cast<size_t>(sh_) + static_cast<size_t>(below)];
                     if (pieces.pieces.empty()) continue;
                     kernels_.add_pieces(products_, sw_, groups_[g].first, groups_[g].last, n, pieces.pieces.data(),
-                                        pieces.first.data(), at(*kernels_.floats(), job_.into, phase * kChunk));
+                                        pieces.first.data(), job_.into + phase * kChunk);
                 }
             }
         }
@@ -222,7 +222,7 @@ class HeadGradient {
     void store_products(int64_t first, int64_t q) const {
         const int64_t all = tiles();
         for (int64_t c = 0; c < inputs_; ++c) {
-            float* to = static_cast<float*>(job_.into) + c * kChannel + q * kChunk;
+            float* to = job_.into + c * kChannel + q * kChunk;
             kernels_.accumulate(products_ + c * all, all, to + place(first, job_.in.grid.chunk), job_.add);
         }
     }
