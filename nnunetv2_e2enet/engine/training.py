@@ -140,7 +140,7 @@ def train(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
 def _load_core() -> Core | str:
     """Without tile registers, for which weights would have to be split in each iteration."""
     core = load_core()
-    return load_core("avx512", core.storage) if isinstance(core, Core) and core.has_tiles else core
+    return load_core("avx512", core.storage) if isinstance(core, Core) and core.tiles.direct else core
 
 
 def trains(network: E2ENet, input_shape: Sequence[int]) -> bool:
@@ -215,10 +215,9 @@ class _Network(torch.autograd.Function):
         ctx.session.give_back(weights, programs)
         # As in PyTorch, a head whose logits are not used has no gradient
         of_heads = {parameter for head in weights.heads for parameter in head.parameters}
-        used = [head for head, grad in zip(weights.heads, given, strict=True) if grad is not None]
-        unused = of_heads.difference(*(head.parameters for head in used))
-        needed = ctx.needs_input_grad[-len(parameters) :]
-        wanted = [need and k not in unused for k, need in enumerate(needed)]
+        read = [head.parameters for head, grad in zip(weights.heads, given, strict=True) if grad is not None]
+        reached = (weights.used - of_heads).union(*read)
+        wanted = [need and k in reached for k, need in enumerate(ctx.needs_input_grad[-len(parameters) :])]
         return (None, None, None, None, *(g if w else None for g, w in zip(gradients, wanted, strict=True)))
 
 

@@ -101,6 +101,7 @@ class TrainingWeights:
         packed: what the forward pass reads.
         heads: finest first.
         shapes: of the network's parameters.
+        used: places of those that its layers have.
         lock: held while what was packed is read: the backward pass packs turned kernels into memory of the forward pass.
     """
 
@@ -108,6 +109,7 @@ class TrainingWeights:
         self.core = core
         self.lock = threading.Lock()
         self._packings: list[Packing] = []
+        self.used: set[int] = set()
         self._places = {id(parameter): k for k, parameter in enumerate(network.parameters())}
         self.shapes = [parameter.shape for parameter in network.parameters()]
         self._form = _form(network)
@@ -176,7 +178,9 @@ class TrainingWeights:
         ]
 
     def _place(self, parameter: object) -> int:
-        return self._places[id(parameter)]
+        place = self._places[id(parameter)]
+        self.used.add(place)
+        return place
 
     def _array(self, parameter: int, places: Tensor | Ints) -> Floats:
         """An array of the weights in these places, which follows the parameter."""
@@ -224,6 +228,8 @@ class TrainingWeights:
         assert isinstance(norm, nn.Module)
         parameter = self._place(module.conv.weight)
         self._multiply(parameter, block.unit, block.back)
+        if module.conv.bias is not None:
+            self._place(module.conv.bias)  # whose gradient is zero
         gamma = None if norm.weight is None else self._place(norm.weight)
         beta = None if norm.bias is None else self._place(norm.bias)
         conv = turned = direct = turned_direct = None
