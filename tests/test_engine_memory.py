@@ -51,7 +51,7 @@ from nnunetv2_e2enet.network import E2ENet
 strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
 torch.manual_seed(0)
 network = E2ENet(1, 3, 3, [8, 12, 16], nn.Conv3d, strides, deep_supervision=True)
-x, threads, core = torch.randn(1, 8, 32, 32), int(sys.argv[1]), engine.load_core()
+x, threads, core = torch.randn(1, 8, 32, 32), int(sys.argv[1]), engine.load_core("generic")
 {definitions}
 fail_after = ctypes.CDLL(None).fail_after
 before()
@@ -85,7 +85,7 @@ def attempt():
 """
 BACKWARD = """
 weights = TrainingWeights(network.train(), core)
-program = TrainingProgram(weights, [8, 32, 32], core)
+program = TrainingProgram(weights, [8, 32, 32])
 logits = [torch.randn(3, 8, 32, 32)]
 parameters = list(network.parameters())
 gradients = [torch.zeros_like(parameter) for parameter in parameters]

@@ -6,8 +6,9 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -237,6 +238,19 @@ def test_parameters_without_gradient_and_heads_that_are_not_used() -> None:
     assert fine.weight.grad.any()
 
 
+def test_heads_that_share_a_weight_have_the_gradient_of_the_one_that_is_used() -> None:
+    network = make_network([[1, 1, 1], *[[1, 2, 2]] * 3], [6, 6, 6, 6])
+    coarse, fine = network.decoder.seg_layers
+    coarse.weight = fine.weight
+    x = image(network, 3, 32, 32)
+    network(x)[0].sum().backward()
+    assert engine.why_pytorch(network) is None
+    ours, fine.weight.grad = fine.weight.grad, None
+    with engine.disabled():
+        network(x)[0].sum().backward()
+    assert torch.allclose(ours, fine.weight.grad, rtol=1e-3, atol=1e-3)
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +342,76 @@ def test_kernels_may_change_from_one_iteration_to_the_next() -> None:
         with override(engine_kernels=kernels):
             _, found = gradients(network, x)
         assert all(torch.allclose(found[name], g, rtol=1e-2, atol=1e-2 * g.abs().max()) for name, g in first.items())
+
+
+def change_heads(network: E2ENet) -> None:
+    head = network.decoder.seg_layers[-1]
+    network.decoder.seg_layers[-1] = nn.Conv3d(head.in_channels, 7, 1, bias=False)
+
+
+def change_eps(network: E2ENet) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.InstanceNorm3d):
+            module.eps = 0.5
+
+
+def add_a_parameter(network: E2ENet) -> None:
+    network.encoder.temperature = nn.Parameter(torch.ones(3))
+
+
+@pytest.mark.parametrize("change", [change_heads, change_eps, add_a_parameter])
+def test_networks_may_change_from_one_iteration_to_the_next(change: Callable[[E2ENet], None]) -> None:
+    network = away_from_kinks(make_network())
+    x = image(network, 4, 16, 16)
+    gradients(network, x)
+    torch.manual_seed(1)
+    change(network)
+    logits, ours = gradients(network, x)
+    assert engine.why_pytorch(network) is None
+    with engine.disabled():
+        expected, theirs = gradients(network, x)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(logits, expected, strict=True))
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        if not name.endswith("conv.bias"):
+            assert (ours[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
+
+
+def test_threads_may_train_the_same_network() -> None:
+    """A forward pass does not read the kernels that the backward pass of another thread has turned."""
+    network = make_network(features=[12, 24, 40])
+    x = image(network, 8, 32, 32)
+    expected = [level.detach() for level in network(x)]
+    wrong = []
+
+    def iterate() -> None:
+        for _ in range(20):
+            logits = network(x)
+            if not all(torch.equal(a, b) for a, b in zip(logits, expected, strict=True)):
+                wrong.append(1)
+            torch.autograd.grad(logits[0].sum(), network.encoder.stages[0][0].conv.weight)
+
+    threads = [Thread(target=iterate) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_default_dtype_does_not_matter() -> None:
+    network = make_network()
+    x = image(network, 4, 16, 16)
+    logits, _ = gradients(network, x)
+    engine.release(network)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float16)
+        found = as_list(network(x))
+        torch.autograd.backward(found[:1], [torch.ones_like(found[0])])
+    finally:
+        torch.set_default_dtype(default)
+    assert all(torch.equal(a, b) for a, b in zip(found, logits, strict=True))
 
 
 def test_memory_is_used_again_and_goes_on_release() -> None:

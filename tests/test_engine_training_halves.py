@@ -110,6 +110,47 @@ def test_units_keep_maps_in_range(scale: float) -> None:
     assert error_of(network, scale * image(8, 32, 32)) < 1e-2
 
 
+def test_a_shared_weight_stays_with_pytorch() -> None:
+    network = make_network(features=[8, 8, 8])
+    first, second = (network.encoder.stages[level][1].conv for level in (0, 1))
+    second.weight = first.weight
+    network(image(8, 32, 32))
+    assert "share a weight" in str(engine.why_pytorch(network))
+    with override(engine_storage="float32"):
+        network(image(8, 32, 32))
+    assert engine.why_pytorch(network) is None
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_images_of_any_scale_in_a_batch_norms_without_weights_and_graphs_that_wait(
+    blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_weights, "PASSES", 1)
+    torch.manual_seed(0)
+    strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
+    options = {"n_conv_per_stage": blocks, "norm_op_kwargs": {"eps": 1e-5, "affine": False}, "deep_supervision": True}
+    network = E2ENet(1, 3, 3, [8, 12, 16], nn.Conv3d, strides, **options).train()
+    x = image(8, 32, 32, batch=2)
+    batches = [x * torch.tensor([1.0, 300.0]).reshape(2, 1, 1, 1, 1), x.flip(-1)]
+
+    def losses() -> Tensor:
+        both = [network(batch)[0] for batch in batches]  # two forward passes, then their backward passes
+        return sum((logits * torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))).sum() for logits in both)
+
+    losses().backward()
+    assert engine.why_pytorch(network) is None
+    ours = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    with engine.disabled():
+        losses().backward()
+    theirs = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    with engine.disabled(), torch.autocast("cpu", torch.float16):
+        network.zero_grad()
+        losses().backward()
+    autocast = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    assert largest_error(ours, theirs) < 1.1 * largest_error(autocast, theirs)
+
+
 def test_memory_of_maps_is_halved() -> None:
     network = make_network()
     x = image(16, 64, 64)

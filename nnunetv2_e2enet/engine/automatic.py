@@ -98,7 +98,7 @@ class Session:
             description = describe(network)
             if core.storage == "float16":
                 description = within_halves(description)
-            self._plan = Plan(fingerprint, pack(description, core.has_tiles), core)
+            self._plan = Plan(fingerprint, pack(description, core.tiles), core)
             return self._plan
 
     def take_program(self, plan: Plan, patch_size: tuple[int, ...]) -> Program:
@@ -195,7 +195,8 @@ def _work(network: E2ENet, size: list[int]) -> float:
 
 def predicts(network: E2ENet, input_shape: Sequence[int]) -> bool:
     """Whether the engine takes a float32 input of this shape on the CPU."""
-    if not isinstance(load_core(), Core) or why_not(network, torch.empty(tuple(input_shape), device="cpu")) is not None:
+    x = torch.empty(tuple(input_shape), dtype=torch.float32, device="cpu")
+    if not isinstance(load_core(), Core) or why_not(network, x) is not None:
         return False
     try:
         describe(network)
@@ -252,7 +253,7 @@ def _run(session: Session, plan: Plan, network: E2ENet, x: Tensor) -> list[Tenso
 def _empty(shape: Sequence[int]) -> Tensor:
     """Room for logits. Malloc gives large ones back to the system each time, and the first touch of small pages takes long."""
     if 4 * prod(shape) <= KEPT_BY_MALLOC:
-        return torch.empty(tuple(shape), dtype=torch.float32)
+        return torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
     return torch.from_numpy(pages(prod(shape))).view(tuple(shape))
 
 

@@ -27,6 +27,7 @@ from nnunetv2_e2enet.engine.jobs import (
     StridedJob,
     UpsampleGradientJob,
 )
+from nnunetv2_e2enet.engine.tiles import Tiles
 from nnunetv2_e2enet.settings import CHOICES, check_choice, settings, variable
 
 KERNELS = tuple(filter(None, CHOICES["engine_kernels"]))
@@ -39,7 +40,7 @@ TIMERS = (
     *("gradients of upsampling", "gradients of strided convs", "gradients of heads"),
 )
 
-_ABI = 5
+_ABI = 6
 
 
 _GRADIENT_JOBS = (NormGradientJob, ConvGradientJob, StridedGradientJob, UpsampleGradientJob, HeadGradientJob)
@@ -72,9 +73,10 @@ class Core:
         self._handle = c_void_p(handle)
 
     @property
-    def has_tiles(self) -> bool:
-        """Whether dense products use AMX, and take their weights as ``split_tiles`` makes them."""
-        return self.kernels == "amx"
+    def tiles(self) -> Tiles:
+        """Which dense products use AMX, and take their weights as ``split_tiles`` makes them."""
+        amx = self.kernels == "amx"
+        return Tiles(winograd=amx and self.storage == "float16", direct=amx)
 
     @property
     def pixel_bytes(self) -> int:

@@ -79,9 +79,7 @@ class Node:
 class Description:
     """A network without torch modules. Everything per level is finest first; ``heads[0]`` gives the segmentation."""
 
-    dimension: int
     input_channels: int
-    features: list[int]
     strides: list[Stride]
     encoder: list[list[Block]]
     stages: list[list[Node]]
@@ -98,9 +96,7 @@ def describe(network: E2ENet) -> Description:
     encoder, decoder = network.encoder, network.decoder
     strides = [_stride3(s) for s in encoder.strides]
     return Description(
-        dimension=network.dimension,
         input_channels=network.input_channels,
-        features=list(encoder.output_channels),
         strides=strides,
         encoder=[[_block(block) for block in level.children()] for level in encoder.stages],
         stages=[[_node(node) for node in stage.children()] for stage in decoder.stages],

@@ -45,20 +45,20 @@ class TrainingSession:
         with self._lock:
             if self._weights is None or not self._weights.fits(network, core):
                 self._idle.clear()
+                self._weights = None  # free its memory first
                 self._weights = TrainingWeights(network, core)
             return self._weights
 
-    def take_programs(
-        self, weights: TrainingWeights, core: Core, patch_size: tuple[int, ...], n: int
-    ) -> list[TrainingProgram]:
+    def take_programs(self, weights: TrainingWeights, patch_size: tuple[int, ...], n: int) -> list[TrainingProgram]:
         """Programs for the samples of a batch that no thread uses; new ones if none are idle."""
         with self._lock:
             for index, programs in enumerate(self._idle):
-                if len(programs) == n and programs[0].patch_size == patch_size:
+                first = programs[0]
+                if len(programs) == n and first.patch_size == patch_size and first.weights is weights.packed:
                     return self._idle.pop(index)
             self._idle.clear()  # free its memory first
-        first = TrainingProgram(weights, patch_size, core, n)
-        return [first, *(TrainingProgram(weights, patch_size, core, n, first) for _ in range(n - 1))]
+        first = TrainingProgram(weights, patch_size, n)
+        return [first, *(TrainingProgram(weights, patch_size, n, first) for _ in range(n - 1))]
 
     def give_back(self, weights: TrainingWeights, programs: list[TrainingProgram]) -> None:
         """Keep the programs for the next batch, if the weights still lie where they did."""
@@ -133,19 +133,19 @@ def train(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
         session.reason = str(reason)
         return None
     wanted = len(weights.heads) if network.decoder.deep_supervision else 1
-    logits: tuple[Tensor, ...] = _Network.apply(session, weights, core, wanted, x, *network.parameters())  # type: ignore[no-untyped-call]
+    logits: tuple[Tensor, ...] = _Network.apply(session, weights, wanted, x, *network.parameters())  # type: ignore[no-untyped-call]
     return list(logits) if network.decoder.deep_supervision else logits[0]
 
 
 def _load_core() -> Core | str:
     """Without tile registers, for which weights would have to be split in each iteration."""
     core = load_core()
-    return load_core("avx512", core.storage) if isinstance(core, Core) and core.has_tiles else core
+    return load_core("avx512", core.storage) if isinstance(core, Core) and core.tiles.direct else core
 
 
 def trains(network: E2ENet, input_shape: Sequence[int]) -> bool:
     """Whether the engine computes training iterations with a float32 input of this shape on the CPU."""
-    x = torch.empty(tuple(input_shape), device="cpu")
+    x = torch.empty(tuple(input_shape), dtype=torch.float32, device="cpu")
     if not isinstance(_load_core(), Core) or why_not_train(network, x) is not None:
         return False
     try:
@@ -172,19 +172,19 @@ class _Network(torch.autograd.Function):
         ctx: Any,
         session: TrainingSession,
         weights: TrainingWeights,
-        core: Core,
         heads: int,
         x: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         threads = torch.get_num_threads()
-        weights.refresh(parameters, threads)
         shapes = _logit_shapes(weights, x)
-        logits = [torch.empty(shape, dtype=torch.float32) for shape in shapes[:heads]]
-        programs = session.take_programs(weights, core, tuple(x.shape[2:]), x.shape[0])
+        logits = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes[:heads]]
+        programs = session.take_programs(weights, tuple(x.shape[2:]), x.shape[0])
         samples = x.detach().contiguous()
-        for n, program in enumerate(programs):
-            program.run(samples[n], [level[n] for level in logits], threads)
+        with weights.lock:
+            weights.refresh(parameters, threads)
+            for n, program in enumerate(programs):
+                program.run(samples[n], [level[n] for level in logits], threads)
         programs[0].empty_between()  # for the loss
         ctx.save_for_backward(*parameters)  # so that a change before the backward pass is an error, as always
         ctx.set_materialize_grads(False)
@@ -203,18 +203,23 @@ class _Network(torch.autograd.Function):
             )
         programs, ctx.programs = ctx.programs, None
         weights: TrainingWeights = ctx.weights
-        weights.refresh(parameters, torch.get_num_threads(), backward=True)
-        gradients = [torch.zeros(shape, dtype=torch.float32) for shape in weights.shapes]
+        gradients = [_zeros(shape) for shape in weights.shapes]
         given = [*grads, *[None] * (len(ctx.shapes) - len(grads))]
-        logits = [torch.zeros(s) if g is None else g.contiguous() for s, g in zip(ctx.shapes, given, strict=True)]
-        for n, program in enumerate(programs):
-            program.run_backward([level[n] for level in logits], gradients, torch.get_num_threads())
+        logits = [_zeros(s) if g is None else g.contiguous() for s, g in zip(ctx.shapes, given, strict=True)]
+        threads = torch.get_num_threads()
+        with weights.lock:
+            weights.refresh(parameters, threads, backward=True)
+            for n, program in enumerate(programs):
+                program.run_backward([level[n] for level in logits], gradients, threads)
         weights.finish_gradients(gradients)
         ctx.session.give_back(weights, programs)
-        wanted = list(ctx.needs_input_grad[-len(parameters) :])
-        for head, grad in zip(weights.heads, given, strict=True):
-            if grad is None:  # as in PyTorch, a head whose logits are not used has no gradient
-                wanted[head.parameter] = False
-                if head.bias is not None:
-                    wanted[head.bias] = False
-        return (None, None, None, None, None, *(g if w else None for g, w in zip(gradients, wanted, strict=True)))
+        # As in PyTorch, a head whose logits are not used has no gradient
+        of_heads = {parameter for head in weights.heads for parameter in head.parameters}
+        read = [head.parameters for head, grad in zip(weights.heads, given, strict=True) if grad is not None]
+        reached = (weights.used - of_heads).union(*read)
+        wanted = [need and k in reached for k, need in enumerate(ctx.needs_input_grad[-len(parameters) :])]
+        return (None, None, None, None, *(g if w else None for g, w in zip(gradients, wanted, strict=True)))
+
+
+def _zeros(shape: Sequence[int]) -> Tensor:
+    return torch.zeros(tuple(shape), dtype=torch.float32, device="cpu")

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nnunetv2_e2enet.engine import jobs as abi
 from nnunetv2_e2enet.engine.arena import gaps, place
-from nnunetv2_e2enet.engine.core import Core
 from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, empty, pages
 from nnunetv2_e2enet.engine.program import Program
 from nnunetv2_e2enet.engine.training_weights import TrainedBlock, TrainedNode, TrainingWeights
@@ -29,11 +28,11 @@ class TrainingProgram(Program):
     One map a block is kept, the output of its convolution; the downward flow and the first map of the network, which is one
     convolution of the image, are computed again. Gradients of maps are those after norm and activation. Each is written by the
     first of its readers and added to by the others; the norm's backward pass is applied by those that read the gradient.
+    All gradients are floats, however maps are stored.
 
     Args:
         weights: refilled by the caller before each forward pass.
         patch_size: spatial axes of the input.
-        core: without tile registers. Gradients of maps are floats, however it stores maps.
         samples: how many are kept at the same time. Then what is kept and what is not lie in memory of their own.
         like: another program for the same weights and size, to share memory with that no sample keeps.
     """
@@ -42,7 +41,6 @@ class TrainingProgram(Program):
         self,
         weights: TrainingWeights,
         patch_size: Sequence[int],
-        core: Core,
         samples: int = 1,
         like: TrainingProgram | None = None,
     ) -> None:
@@ -58,7 +56,7 @@ class TrainingProgram(Program):
         self._coefficients: dict[int, Floats] = {}  # by_raw and constant of Channel, by the map
         self._bindings: list[tuple[Structure, str, int]] = []  # where jobs point to a parameter's gradient
         self._head_jobs: list[tuple[int, abi.HeadGradientJob]] = []
-        super().__init__(weights.packed, patch_size, core)
+        super().__init__(weights.packed, patch_size, weights.core)
         self._backward_jobs = self._jobs[self._n_forward :]
         del self._jobs[self._n_forward :]
 

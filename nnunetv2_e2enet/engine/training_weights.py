@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.engine.core import Core
-from nnunetv2_e2enet.engine.description import Block, Description, Node, describe
+from nnunetv2_e2enet.engine.description import Block, Description, Node, NotSupportedError, describe
 from nnunetv2_e2enet.engine.halves import within_halves
 from nnunetv2_e2enet.engine.layout import LINE
 from nnunetv2_e2enet.engine.weights import (
@@ -26,6 +27,7 @@ from nnunetv2_e2enet.engine.weights import (
     grouped_places,
     lay_out_conv,
 )
+from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.connections import maskable_layers
 from nnunetv2_e2enet.network.e2enet import E2ENet
 
@@ -71,6 +73,11 @@ class TrainedHead:
     parameter: int
     bias: int | None
 
+    @property
+    def parameters(self) -> set[int]:
+        """Of weight and bias."""
+        return {self.parameter} if self.bias is None else {self.parameter, self.bias}
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -94,13 +101,18 @@ class TrainingWeights:
         packed: what the forward pass reads.
         heads: finest first.
         shapes: of the network's parameters.
+        used: places of those that its layers have.
+        lock: held while what was packed is read: the backward pass packs turned kernels into memory of the forward pass.
     """
 
     def __init__(self, network: E2ENet, core: Core) -> None:
         self.core = core
+        self.lock = threading.Lock()
         self._packings: list[Packing] = []
+        self.used: set[int] = set()
         self._places = {id(parameter): k for k, parameter in enumerate(network.parameters())}
         self.shapes = [parameter.shape for parameter in network.parameters()]
+        self._form = _form(network)
         self._masks = [layer.mask.clone() for _, layer in maskable_layers(network)]
         self._factors: dict[int, Tensor] = {}  # by parameter: what it is multiplied by as it is packed
         self._passes = 0
@@ -112,7 +124,6 @@ class TrainingWeights:
         self.heads = [trained for _, trained in heads]
         self.packed = PackedWeights(
             input_channels=description.input_channels,
-            features=description.features,
             strides=description.strides,
             encoder=[
                 [
@@ -128,6 +139,8 @@ class TrainingWeights:
     def fits(self, network: E2ENet, core: Core) -> bool:
         """Whether the kernels and the topology are still those that the weights were packed for, and units are new enough."""
         if core is not self.core or (self._factors and self._passes >= PASSES):
+            return False
+        if self._form != _form(network):
             return False
         layers = [layer for _, layer in maskable_layers(network)]
         return all(torch.equal(mask, layer.mask) for mask, layer in zip(self._masks, layers, strict=True))
@@ -165,7 +178,9 @@ class TrainingWeights:
         ]
 
     def _place(self, parameter: object) -> int:
-        return self._places[id(parameter)]
+        place = self._places[id(parameter)]
+        self.used.add(place)
+        return place
 
     def _array(self, parameter: int, places: Tensor | Ints) -> Floats:
         """An array of the weights in these places, which follows the parameter."""
@@ -196,9 +211,15 @@ class TrainingWeights:
         """Multiply a parameter by one factor for each place of its first axis, and one for each of its second."""
         if rows is None and columns is None:
             return
-        axes = [torch.ones(1) if factor is None else factor.float() for factor in (rows, columns)]
-        factor = axes[0][:, None] * axes[1]
-        self._factors[parameter] = factor.reshape(*factor.shape, *[1] * (len(self.shapes[parameter]) - 2))
+        if parameter in self._factors:
+            raise NotSupportedError("layers share a weight, and the outputs of each would be in another unit")
+        shape = self.shapes[parameter]
+        factor = torch.ones(shape[:2], dtype=torch.float32, device="cpu")
+        if rows is not None:
+            factor *= rows[:, None]
+        if columns is not None:
+            factor *= columns
+        self._factors[parameter] = factor.reshape(*factor.shape, *[1] * (len(shape) - 2))
 
     def _block(self, block: Block, module: nn.Module, is_first: bool = False) -> TrainedBlock:
         outputs, inputs = block.mask.shape
@@ -207,6 +228,8 @@ class TrainingWeights:
         assert isinstance(norm, nn.Module)
         parameter = self._place(module.conv.weight)
         self._multiply(parameter, block.unit, block.back)
+        if module.conv.bias is not None:
+            self._place(module.conv.bias)  # whose gradient is zero
         gamma = None if norm.weight is None else self._place(norm.weight)
         beta = None if norm.bias is None else self._place(norm.bias)
         conv = turned = direct = turned_direct = None
@@ -293,6 +316,19 @@ class TrainingWeights:
         turned = self._array(parameter, grouped_places(places.T[:, None]))
         dots = self._dense_places(torch.ones(classes, inputs, dtype=torch.bool))
         return (weight, offset, classes), TrainedHead(turned, _lines(dots), parameter, bias)
+
+
+def _form(network: E2ENet) -> list[object]:
+    """What is packed besides weights and masks, and what places depend on."""
+    blocks = [module for module in network.modules() if isinstance(module, ShiftBlock)]
+    norms = [(type(b.norm), getattr(b.norm, "eps", None)) for b in blocks]
+    activations = [(type(b.nonlin), getattr(b.nonlin, "negative_slope", None), b.shift_size) for b in blocks]
+    return [
+        [p.shape for p in network.parameters()],
+        [layer.mask.shape for _, layer in maskable_layers(network)],
+        norms,
+        activations,
+    ]
 
 
 def _turned_taps(taps: Tensor, stride: tuple[int, int, int]) -> Tensor:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nnunetv2_e2enet.engine.description import Block, Description, Node
-from nnunetv2_e2enet.engine.tiles import split_tiles
+from nnunetv2_e2enet.engine.tiles import Tiles, split_tiles
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -106,22 +106,10 @@ class PackedWeights:
     """A whole network for the kernels; the fields are those of Description."""
 
     input_channels: int
-    features: list[int]
     strides: list[tuple[int, int, int]]
     encoder: list[list[PackedBlock]]
     stages: list[list[PackedNode]]
     heads: list[tuple[Floats, Floats | None, int]]
-
-    @property
-    def n_bytes(self) -> int:
-        """Of all weights."""
-        nodes = [node for stage in self.stages for node in stage]
-        blocks = [*(b for level in self.encoder for b in level), *(b for node in nodes for b in node.blocks)]
-        arrays = [b.direct for b in blocks if b.direct is not None]
-        for conv in (b.conv for b in blocks):
-            arrays += [] if conv is None else [conv.weight]
-        arrays += [node.upsample.weight for node in nodes]
-        return sum(array.nbytes for array in arrays)
 
 
 def _floats(tensor: Tensor) -> Floats:
@@ -258,34 +246,33 @@ def pack_upsample(weight: Tensor, mask: Tensor) -> UpsampleWeights:
     )
 
 
-def _pack_block(block: Block, tiles: bool) -> PackedBlock:
+def _pack_block(block: Block, tiles: Tiles) -> PackedBlock:
     outputs, inputs = block.mask.shape
     conv = direct = None
     if block.stride == (1, 1, 1):
-        conv = pack_conv(block.weight, block.mask, tiles)
+        conv = pack_conv(block.weight, block.mask, tiles.winograd)
     else:
         weight = torch.where(block.mask[..., None, None], block.weight, 0)
-        direct = _pack_dense(weight.flatten(2).transpose(1, 2), tiles)
+        direct = _pack_dense(weight.flatten(2).transpose(1, 2), tiles.direct)
     unit = None if block.unit is None else _floats(block.unit)
     norm = NormWeights(_floats(block.gamma), _floats(block.beta), block.eps, block.slope, unit)
     return PackedBlock(conv, direct, block.stride, np.array(block.shift, np.int32), norm, inputs, outputs)
 
 
-def _pack_node(node: Node, tiles: bool) -> PackedNode:
+def _pack_node(node: Node, tiles: Tiles) -> PackedNode:
     upsample = pack_upsample(node.up_weight, node.up_mask)
     return PackedNode(upsample, node.up_stride, node.pool_stride, [_pack_block(b, tiles) for b in node.blocks])
 
 
-def pack(description: Description, tiles: bool = False) -> PackedWeights:
+def pack(description: Description, tiles: Tiles = Tiles()) -> PackedWeights:  # noqa: B008 (immutable)
     """Bring the weights of a network into the layout of the kernels; ``tiles``: of those whose dense products use AMX."""
     return PackedWeights(
         input_channels=description.input_channels,
-        features=description.features,
         strides=description.strides,
         encoder=[[_pack_block(b, tiles) for b in level] for level in description.encoder],
         stages=[[_pack_node(n, tiles) for n in stage] for stage in description.stages],
         heads=[
-            (_pack_dense(weight[:, None], tiles), None if bias is None else _floats(bias), weight.shape[0])
+            (_pack_dense(weight[:, None], tiles.direct), None if bias is None else _floats(bias), weight.shape[0])
             for weight, bias in description.heads
         ],
     )

@@ -107,7 +107,7 @@ class ConvolutionGradient {
         const Map& raw = job_.raw;
         for (int64_t c = 0; c < raw.channels; ++c) {
             Channel channel{};
-            channel.data = at(*kernels_.floats(), const_cast<Pixels*>(job_.gradient), c * kChannel);
+            channel.data = job_.gradient + c * kChannel;
             channel.raw = channel_of(kernels_, raw, c);
             channel.chunk = raw.grid.chunk;
             channel.hi = raw.grid.tiles;
@@ -130,7 +130,7 @@ class ConvolutionGradient {
             for (int64_t c = 0; c < job_.flows[flow].channels; ++c) {
                 const int64_t moved = job_.shift[targets.size()], depth = job_.raw.grid.depth, slice = job_.raw.grid.slice;
                 Target target{};
-                target.data = into.data ? channel_of(*kernels_.floats(), into, c) : nullptr;
+                target.data = into.data ? static_cast<float*>(into.data) + c * kChannel : nullptr;
                 target.chunk = into.grid.chunk;
                 target.move = -moved * slice;
                 target.lo = std::max<int64_t>(0, moved) * slice;
@@ -157,11 +157,10 @@ class ConvolutionGradient {
     }
 
     static void clear_tiles(const Target& target, int64_t first, int64_t last) {
-        float* data = static_cast<float*>(target.data);
         for (int64_t tile = first, n; tile < last; tile += n) {
             n = std::min(last - tile, kChunk - (tile & (kChunk - 1)));
             for (int q = 0; q < kPhases; ++q) {
-                float* at = data + place(tile, target.chunk) + q * kChunk;
+                float* at = target.data + place(tile, target.chunk) + q * kChunk;
                 std::fill(at, at + n, 0.0f);
             }
         }
@@ -182,7 +181,7 @@ class ConvolutionGradient {
         if (w.dense) {
             const int64_t groups = divide_up(w.outputs, kDenseRows);
             const float* weight = w.weight + point * groups * kDenseRows * w.inputs;
-            kernels_.dense_product(&v, 1, w.inputs, weight, 0, static_cast<int>(groups), w.outputs, m, vectors);
+            kernels_.dense.multiply(&v, 1, w.inputs, weight, 0, static_cast<int>(groups), w.outputs, m, vectors);
             return;
         }
         for (int32_t chunk = 0; chunk < w.chunks; ++chunk) {

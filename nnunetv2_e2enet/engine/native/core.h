@@ -57,7 +57,7 @@ struct Channel {
 
 // One channel of a gradient that is written or added to: tile f goes to f + move of `data` for lo <= f < hi, nowhere else.
 struct Target {
-    Pixels* data;
+    float* data;
     int64_t chunk;
     int64_t move;
     int64_t lo, hi;
@@ -68,7 +68,7 @@ struct Target {
 // Maps of a coarser level that were pooled from a finer one: the pixels of the window of each tile of a chunk of the finer.
 struct Unpooled {
     const Pixels* pooled;    // largest (or smallest) raw values, channel 0
-    const Pixels* gradient;  // of the pooled map, channel 0
+    const float* gradient;   // of the pooled map, channel 0
     const int64_t* places;   // [window of the tile][kChunk]: of each tile in a coarse map
     const uint32_t* later;   // [vector]: tiles in the second slice of their windows
     int depth, height, width;
@@ -128,6 +128,15 @@ struct UpsampleTask {
     const int* first_piece;  // of each vector of fine tiles, and the number of pieces
 };
 
+// The same as sparse_product over `taps` inputs with every connection present.
+struct DenseProduct {
+    int rows;   // outputs of a group
+    int depth;  // weights are padded to a multiple of so many inputs, of all taps together
+    // weight[group][tap][channel][rows], or as in kernels_amx.cpp
+    void (*multiply)(const float* const* v, int taps, int inputs, const float* weight, int first_group, int last_group,
+                     int outputs, float* m, int vectors);
+};
+
 struct Kernels {
     int lanes;
     int pixel_bytes;
@@ -139,12 +148,8 @@ struct Kernels {
     // The same of two points: V and M of the second lie `pitch` behind those of the first, its weights weight_pitch
     void (*sparse_pair)(const float* v, float* m, int64_t pitch, const SparseRows& rows, const float* weight,
                         int64_t weight_pitch, int vectors, bool add);
-    int dense_rows;   // outputs of a group of dense_product
-    int dense_depth;  // its weights are padded to a multiple of so many inputs, of all taps together
-    // The same as sparse_product over `taps` inputs with every connection present; weight[group][tap][channel][kDenseRows],
-    // or as in kernels_amx.cpp.
-    void (*dense_product)(const float* const* v, int taps, int inputs, const float* weight, int first_group, int last_group,
-                          int outputs, float* m, int vectors);
+    DenseProduct dense;   // of a point in the Winograd domain, and whatever needs all digits
+    DenseProduct direct;  // of convolutions that are multiplied out
     // Pixels of output maps from M[point][output][tile], and their statistics. `stream`: past the caches.
     void (*output_transform)(const float* m, int64_t m_pitch, int first_output, int last_output, const Grid& grid,
                              int64_t first, int vectors, Pixels* out, const Halved& halved, bool stream,
@@ -184,19 +189,19 @@ struct Kernels {
                        int vectors);
     // Adds what was pooled, if unpooled is not null, to the gradient of a chunk of all channels; then adds to sums[channel][2] the
     // gradient past the activation, and its product with raw - mean.
-    void (*norm_sums)(Pixels* gradient, const Pixels* raw, int channels, const NormChannels& norm, const Grid& grid,
+    void (*norm_sums)(float* gradient, const Pixels* raw, int channels, const NormChannels& norm, const Grid& grid,
                       int64_t first, const Unpooled* unpooled, double* sums);
     // The gradient of n pixels of the convolution's output, written over that of the activation.
-    void (*norm_gradient)(const Channel& channel, int64_t n, Pixels* gradient);
+    void (*norm_gradient)(const Channel& channel, int64_t n, float* gradient);
     // to[k] = (or +=) from[k]
     void (*accumulate)(const float* from, int64_t n, float* to, bool add);
     // Pixels of fine tiles, those of `ways` coarse tiles' halves in turn, added where the pieces say.
     void (*add_pieces)(const float* const* m, int ways, int first_channel, int last_channel, int vectors, const Piece* pieces,
-                       const int* first_piece, Pixels* out);
+                       const int* first_piece, float* out);
     const Kernels* (*floats)();  // the kernels of the same instructions for maps in float, as gradients are
 };
 
-const Kernels* kernels_amx();
+const Kernels* kernels_amx(bool halves);
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_float16();
 const Kernels* kernels_avx2();

@@ -111,7 +111,7 @@ class StridedGradient {
                     for (const Tap& row : rows)
                         for (const Tap& column : columns)
                             bases[count++] = coarse_at(y + row.from, x + way * kTile / sw_ + column.from, tiles);
-                    kernels_.dense_product(bases, taps, static_cast<int>(outputs_), turned, 0, groups, static_cast<int>(inputs_),
+                    kernels_.dense.multiply(bases, taps, static_cast<int>(outputs_), turned, 0, groups, static_cast<int>(inputs_),
                                            products_[way], n);
                 }
                 const int phase = (sh_ * y + a) % kTile * kTile + sw_ * x + b, below = sh_ * y / kTile;
@@ -119,7 +119,7 @@ class StridedGradient {
                     const Pieces& pieces = pieces_[g * static_cast<size_t>(sh_) + static_cast<size_t>(below)];
                     if (pieces.pieces.empty()) continue;
                     kernels_.add_pieces(products_, sw_, groups_[g].first, groups_[g].last, n, pieces.pieces.data(),
-                                        pieces.first.data(), at(*kernels_.floats(), job_.into, phase * kChunk));
+                                        pieces.first.data(), job_.into + phase * kChunk);
                 }
             }
         }
@@ -178,7 +178,7 @@ class HeadGradient {
         for (int64_t q = 0; q < kPhases; ++q) {
             in[q] = pixels_ + q * inputs_ * all;
             out[q] = logits_ + q * job_.classes * all;
-            kernels_.dense_product(out + q, 1, job_.classes, job_.turned, 0, static_cast<int>(divide_up(inputs_, kDenseRows)),
+            kernels_.dense.multiply(out + q, 1, job_.classes, job_.turned, 0, static_cast<int>(divide_up(inputs_, kDenseRows)),
                                    static_cast<int>(inputs_), products_, vectors_);
             store_products(first, q);
         }
@@ -222,7 +222,7 @@ class HeadGradient {
     void store_products(int64_t first, int64_t q) const {
         const int64_t all = tiles();
         for (int64_t c = 0; c < inputs_; ++c) {
-            float* to = static_cast<float*>(job_.into) + c * kChannel + q * kChunk;
+            float* to = job_.into + c * kChannel + q * kChunk;
             kernels_.accumulate(products_ + c * all, all, to + place(first, job_.in.grid.chunk), job_.add);
         }
     }

@@ -22,7 +22,6 @@ constexpr int64_t kCacheLine = 16;  // floats
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-inline int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
 // A place in a map, counted in pixels.
 inline Pixels* at(const Kernels& kernels, Pixels* pixels, int64_t place) {

@@ -156,7 +156,7 @@ static void gradient_output(const float* m, int64_t m_pitch, const e2e::Target* 
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
     for (int c = 0; c < n; ++c) {
         const e2e::Target& target = targets[c];
-        float* data = static_cast<float*>(target.data);
+        float* data = target.data;
         if (!data) continue;
         for (int i = 0; i < vectors; ++i) {
             const int64_t tile = first + i * kLanes;
@@ -187,14 +187,14 @@ static void accumulate(const float* from, int64_t n, float* to, bool add) {
 }
 
 static void add_pieces(const float* const* m, int ways, int first_channel, int last_channel, int vectors, const e2e::Piece* pieces,
-                       const int* first_piece, e2e::Pixels* out) {
+                       const int* first_piece, float* out) {
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
     const auto add = [&](int vector, Vec fine, float* to) {
         for (const e2e::Piece* p = pieces + first_piece[vector]; p < pieces + first_piece[vector + 1]; ++p)
             store_lanes(to + p->offset, fine + load_lanes(to + p->offset, p->lanes), p->lanes);
     };
     for (int c = first_channel; c < last_channel; ++c) {
-        float* to = static_cast<float*>(out) + static_cast<int64_t>(c) * e2e::kChannel;
+        float* to = out + static_cast<int64_t>(c) * e2e::kChannel;
         for (int i = 0; i < vectors; ++i) {
             const Vec a = load(m[0] + c * tiles + i * kLanes);
             if (ways == 1) {
@@ -210,8 +210,7 @@ static void add_pieces(const float* const* m, int ways, int first_channel, int l
 
 // ---- norm and activation ----------------------------------------------------------------------------------------------
 
-static void norm_gradient(const e2e::Channel& channel, int64_t n, e2e::Pixels* gradient) {
-    float* g = static_cast<float*>(gradient);
+static void norm_gradient(const e2e::Channel& channel, int64_t n, float* g) {
     const Pixel* raw = static_cast<const Pixel*>(channel.raw);
     const GradientOf gradient_of(channel);
     for (int64_t k = 0; k < n; k += kLanes) store(g + k, gradient_of(load(g + k), load(raw + k)));
@@ -235,7 +234,7 @@ class Unpooling {
     // Of one channel: the largest value and the gradient of each window of the chunk's tiles.
     void load_channel(int channel) {
         const Pixel* pooled = static_cast<const Pixel*>(job_.pooled) + static_cast<int64_t>(channel) * e2e::kChannel;
-        const float* gradient = static_cast<const float*>(job_.gradient) + static_cast<int64_t>(channel) * e2e::kChannel;
+        const float* gradient = job_.gradient + static_cast<int64_t>(channel) * e2e::kChannel;
         const int windows = e2e::kPhases / (job_.height * job_.width);
         for (int64_t k = 0; k < windows * e2e::kChunk; ++k) {
             best_[k] = value_of(pooled[job_.places[k]]);
@@ -276,7 +275,7 @@ class Unpooling {
     alignas(64) float best_[e2e::kPhases * e2e::kChunk], gradient_[e2e::kPhases * e2e::kChunk];
 };
 
-static void norm_sums(e2e::Pixels* gradient, const e2e::Pixels* raw, int channels, const e2e::NormChannels& norm,
+static void norm_sums(float* gradient, const e2e::Pixels* raw, int channels, const e2e::NormChannels& norm,
                       const e2e::Grid& grid, int64_t first, const e2e::Unpooled* unpooled, double* sums) {
     Mask valid[kChunkVectors][e2e::kPhases];
     bool whole[kChunkVectors];
@@ -296,7 +295,7 @@ static void norm_sums(e2e::Pixels* gradient, const e2e::Pixels* raw, int channel
     const int64_t there = e2e::place(first, grid.chunk);
     for (int c = 0; c < channels; ++c) {
         const Pixel* raw_channel = static_cast<const Pixel*>(raw) + static_cast<int64_t>(c) * e2e::kChannel;
-        float* g_channel = static_cast<float*>(gradient) + static_cast<int64_t>(c) * e2e::kChannel + there;
+        float* g_channel = gradient + static_cast<int64_t>(c) * e2e::kChannel + there;
         if (unpooled) unpooling.load_channel(c);
         const Vec scale = splat(norm.scale[c]), offset = splat(norm.offset[c]), mean = splat(norm.mean[c]);
         const Vec slope = splat(norm.slope);

@@ -101,11 +101,11 @@ struct HeadJob {
 // Norm and activation of a conv's output: what turns the gradient past the activation, `gradient`, into that of the output.
 struct NormGradientJob {
     Map raw;
-    Pixels* gradient;
+    float* gradient;
     const float* mean;
     const float* rstd;
     Map pooled;  // the downward flow of this map, data null: none; its gradient is added to `gradient`
-    const Pixels* pooled_gradient;
+    const float* pooled_gradient;
     int32_t stride[3];
     int32_t apply;  // write the gradient of the output over `gradient`
     float* by_raw;  // see Channel
@@ -124,7 +124,7 @@ struct ConvGradientJob {
     WinogradWeights weights;  // of which only the connections are read
     WinogradWeights turned;   // by half a turn, from outputs to inputs
     Map raw;                  // the output
-    const Pixels* gradient;   // past its activation
+    const float* gradient;    // past its activation
     const float *mean, *by_raw, *constant;
     Map into[3];         // gradients of the flows, of maps like these; data null: not wanted
     int32_t add[3];      // to what is there, instead of writing it
@@ -139,7 +139,7 @@ struct StridedGradientJob {
     const int32_t* shift;
     int32_t stride[3];
     Map gradient;
-    Pixels* into;  // of a map like `in`, added to; null: not wanted
+    float* into;  // of a map like `in`, added to; null: not wanted
     const float* turned;    // see direct_gradient.cpp
     const int32_t* places;  // of each sum: weight
     float* weight_gradient;
@@ -153,7 +153,7 @@ struct UpsampleGradientJob {
     const int32_t* turned_start;
     const int32_t* turned_output;
     const uint16_t* turned_index;
-    Pixels* into;  // of the coarse map
+    float* into;  // of the coarse map
     int32_t add;
     const int32_t* places;  // [depth, row and column position][connection]
     float* weight_gradient;
@@ -162,7 +162,7 @@ struct UpsampleGradientJob {
 
 struct HeadGradientJob {
     Map in;
-    Pixels* into;
+    float* into;
     int32_t add, classes;
     const float* turned;  // [group of inputs][class][kDenseRows]
     const int32_t* places;

@@ -69,7 +69,7 @@ void apply_norm_gradient(const Kernels& kernels, const NormGradientJob& job, con
             channel.mean = job.mean[c];
             channel.by_raw = job.by_raw[c];
             channel.constant = job.constant[c];
-            kernels.norm_gradient(channel, kChannel, at(*kernels.floats(), job.gradient, there));
+            kernels.norm_gradient(channel, kChannel, job.gradient + there);
         }
     }
 }
@@ -137,7 +137,7 @@ class UpsampleGradient {
         for (int64_t c = 0; c < inputs_; ++c)
             for (int64_t q = 0; q < kPhases; ++q)
                 kernels_.accumulate(products_ + (q * inputs_ + c) * tiles_, tiles_,
-                                    static_cast<float*>(job_.into) + c * kChannel + there + q * kChunk, job_.add);
+                                    job_.into + c * kChannel + there + q * kChunk, job_.add);
     }
 
     // Those of all threads: `all` is of the first.
