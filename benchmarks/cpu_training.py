@@ -9,7 +9,7 @@ Parts:
                  stock nnU-Net in float32 and, with --bfloat16, under bfloat16 autocast
     hippocampus  the Hippocampus plan, 40 x 56 x 40, 3 classes, batches of 2 and 9
     pytorch      E2ENet in PyTorch beside the engine
-    sparsity     the engine as S goes from 0 to 0.95
+    sparsity     the engine as S goes from 0 to 0.95, at a quarter of the slices: six networks have memory at once
     memory       the largest resident memory of a process that trains, by network, each in a process of its own
     kinds        where the time of the engine goes
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -41,12 +42,14 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
+from nnunetv2_e2enet.evaluation.report import drawing
 from nnunetv2_e2enet.network import E2ENet, e2enet_features
 from nnunetv2_e2enet.settings import override
 
 Iteration = Callable[[], None]
 STOCK, STOCK_BFLOAT16 = "nnU-Net, PyTorch", "nnU-Net, PyTorch, bfloat16"
 PARTS = ("amos", "hippocampus", "pytorch", "sparsity", "memory", "kinds")
+SPARSITY_TITLE = "Share of connections that are off"
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
 
 
@@ -136,7 +139,23 @@ def beside_pytorch(plan: Plan, rounds: int) -> Table:
 
 def by_sparsity(plan: Plan, rounds: int) -> Table:
     candidates = {f"S = {sparsity}": on_engine(plan, sparsity, 1) for sparsity in SPARSITIES}
-    return in_turn("Share of connections that are off", candidates, ["S = 0.0"], rounds)
+    return in_turn(SPARSITY_TITLE, candidates, ["S = 0.0"], rounds)
+
+
+def sparsity_figure(seconds: dict[str, list[float]]) -> str:
+    """An SVG: the iteration's time over the share of active connections, with the line of least squares."""
+    shares = [1 - float(name.removeprefix("S = ")) for name in seconds]
+    medians = [median(values) for values in seconds.values()]
+    slope, offset = np.polyfit(shares, medians, 1)
+    with drawing.style():
+        figure, ((axes,),) = drawing.new_figure(2.8)
+        axes.plot([0, 1], [offset, offset + slope], color=drawing.MUTED, linewidth=1)
+        spans = [[m - min(v) for m, v in zip(medians, seconds.values(), strict=True)]]
+        spans += [[max(v) - m for m, v in zip(medians, seconds.values(), strict=True)]]
+        axes.errorbar(shares, medians, spans, fmt="o", color=drawing.COLOURS["blue"], markersize=4)
+        axes.set(xlabel="share of connections that are active", ylabel="seconds an iteration", xlim=(0, 1.03), ylim=(0, None))
+        axes.grid(visible=True, axis="y")
+        return drawing.svg(figure)
 
 
 def peak_memory(name: str, plan: Plan) -> float:
@@ -144,7 +163,10 @@ def peak_memory(name: str, plan: Plan) -> float:
     sparsity, _, storage = name.partition(" ")
     run = iteration(stock(plan), plan, 1) if name == "stock" else on_engine(plan, float(sparsity), 1, storage or "float32")
     run()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    (peak,) = re.findall(
+        r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE
+    )  # getrusage's is also the parent's
+    return int(peak) / 2**20
 
 
 def memory(patch: list[int] | None) -> list[str]:
@@ -174,6 +196,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bfloat16", action="store_true", help="stock nnU-Net under bfloat16 autocast as well")
     parser.add_argument("--json", type=Path, help="where to write every round")
+    parser.add_argument("--figure", type=Path, help="where to draw the part sparsity (SVG)")
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -189,7 +212,7 @@ def main() -> None:
             lambda: beside_stock("Hippocampus plan", hippocampus, 9, rounds, bfloat16),
         ],
         "pytorch": [lambda: beside_pytorch(amos, rounds)],
-        "sparsity": [lambda: by_sparsity(amos, rounds)],
+        "sparsity": [lambda: by_sparsity(amos if arguments.patch else replace(amos, patch=[16, 160, 160]), rounds)],
         "memory": [lambda: memory(arguments.patch)],
         "kinds": [lambda: kinds(amos, rounds)],
     }
@@ -200,9 +223,11 @@ def main() -> None:
             print("\n".join(found.lines() if isinstance(found, Table) else found), flush=True)
             if isinstance(found, Table):
                 tables[found.title] = found.seconds
+            if arguments.json:
+                arguments.json.write_text(json.dumps(tables, indent=1))
             gc.collect()
-    if arguments.json:
-        arguments.json.write_text(json.dumps(tables, indent=1))
+    if arguments.figure:
+        arguments.figure.write_text(sparsity_figure(tables[SPARSITY_TITLE]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Settings of the computation: one object, whose defaults are environment variables, read once a process.
 
-A variable is called ``nnUNet_e2enet_`` and the name of a field below. ``engine_storage=float16`` rounds feature maps; other settings
-change results by no more than rounding in float32.
+A variable is called ``nnUNet_e2enet_`` and the name of a field below. ``engine_storage=float16`` rounds feature maps; other
+settings change results by no more than rounding in float32.
 """
 
 from __future__ import annotations

@@ -53,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     model = pack_model(folder, args.f, args.chk)
     size = write_packed(out, model)
-    folds = ", ".join(model.description.folds)
-    console.print(f"Wrote {out}: folds {folds}, {model.active_weights} active weights each, {size / 1e6:.2f} MB")
+    folds = model.description.folds
+    which = f"fold{'s' if len(folds) > 1 else ''} {', '.join(folds)}"
+    console.print(f"Wrote {out}: {which}, {model.active_weights} active weights a fold, {size / 1e6:.2f} MB")
     return 0
 
 

@@ -1,7 +1,7 @@
 """The CPU engine: prediction and training over active connections alone.
 
-An E2ENet on the CPU uses the engine by itself: in eval mode with gradients off, and in training mode with gradients on. The settings
-``engine``, ``engine_kernels`` and ``engine_storage`` (``nnunetv2_e2enet.settings``) say more. See docs/engine.md.
+An E2ENet on the CPU uses the engine by itself: in eval mode with gradients off, and in training mode with gradients on. The
+settings ``engine``, ``engine_kernels`` and ``engine_storage`` (``nnunetv2_e2enet.settings``) say more. See docs/engine.md.
 """
 
 from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, disabled, predicts
