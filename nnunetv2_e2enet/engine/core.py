@@ -20,6 +20,7 @@ from nnunetv2_e2enet.engine.jobs import (
     HeadGradientJob,
     HeadJob,
     Job,
+    LayerJob,
     Map,
     NormGradientJob,
     PoolJob,
@@ -91,7 +92,7 @@ class Core:
             return _checked(self._library.e2e_head(self._handle, ctypes.byref(job), None, None, threads))
         return _checked(getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), None, threads))
 
-    def run(self, job: Job, scratch: int, threads: int) -> None:
+    def run(self, job: LayerJob, scratch: int, threads: int) -> None:
         """Any job but that of a head; MemoryError if the core finds no memory, as of all that it computes."""
         _checked(getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), scratch, threads))
 

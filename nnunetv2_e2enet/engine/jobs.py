@@ -226,4 +226,5 @@ class HeadGradientJob(Structure):
 
 
 GradientJob = NormGradientJob | ConvGradientJob | StridedGradientJob | UpsampleGradientJob | HeadGradientJob
-Job = ConvJob | StridedJob | PoolJob | HeadJob | GradientJob
+LayerJob = ConvJob | StridedJob | PoolJob | GradientJob
+Job = LayerJob | HeadJob
