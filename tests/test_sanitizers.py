@@ -68,7 +68,10 @@ def test_the_sanitizer_sees_reads_out_of_bounds(sanitized: Path) -> None:
 
 
 def test_networks_of_all_kinds_run_clean(sanitized: Path) -> None:
-    """All tests of the engine, the property tests over topologies, strides and shapes among them; memory and speed are not measured."""
+    """All tests of the engine, the property tests over topologies, strides and shapes among them.
+
+    Memory and speed are not measured.
+    """
     options = [
         "-q",
         "-x",
