@@ -23,7 +23,7 @@ from nnunetv2_e2enet.evaluation.labels import Labels
 from nnunetv2_e2enet.evaluation.metrics import ClassMetrics, case_metrics
 
 Progress = Callable[[int, int], None]
-VERSION = 2
+VERSION = 3
 """Of what the metrics mean: to be raised when a number would come out otherwise, so that kept numbers are not used again."""
 
 
