@@ -1,6 +1,7 @@
 """The overlay picture: a readable image that shows what differs."""
 
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -153,8 +154,8 @@ def test_crash_keeps_the_former_picture(tmp_path: Path, image: Path, reference: 
     write_overlay(target, image, {"Model": reference}, LABELS)
     former = target.read_bytes()
 
-    def crash(_figure: Figure, file: Path, **_options: object) -> None:
-        Path(file).write_bytes(b"half a picture")
+    def crash(_figure: Figure, file: IO[bytes], **_options: object) -> None:
+        file.write(b"half a picture")
         raise RuntimeError("crash")
 
     monkeypatch.setattr(Figure, "savefig", crash)
