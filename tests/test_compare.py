@@ -182,7 +182,7 @@ def test_everything_that_does_not_match_is_named_at_once(study: Study, capsys: p
         "case_1: 13 x 16 x 8 voxels, the reference has 12 x 16 x 8",
         "case_2: spacing 1.5 x 1 x 3 mm",
         "case_3: origin (20, 20, 20) mm",
-        "case_5.nii.gz as an image",
+        "case_5.nii.gz cannot be read as an image",
     ):
         assert words in message
     assert not report.exists()

@@ -136,7 +136,7 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path: Path, image: Path, r
         (other_grid, "give the segmentation of this image"),
         (other_spacing, "give the segmentation of this image"),
         (flat, "not a 3D image"),
-        (tmp_path / "absent.nii.gz", "cannot read"),
+        (tmp_path / "absent.nii.gz", "cannot be read"),
     ):
         with pytest.raises(E2ENetError, match=message):
             write_overlay(target, image, {"Model": file}, LABELS)

@@ -21,6 +21,7 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.cases import Case
 from nnunetv2_e2enet.evaluation.labels import Labels
 from nnunetv2_e2enet.evaluation.metrics import ClassMetrics, case_metrics
+from nnunetv2_e2enet.imaging import read_image
 
 Progress = Callable[[int, int], None]
 VERSION = 3
@@ -190,10 +191,7 @@ def read_label_map(file: Path) -> tuple[NDArray[np.integer], tuple[float, ...]]:
     Raises:
         E2ENetError: unreadable, several channels, negative or fractional values.
     """
-    try:
-        image = sitk.ReadImage(str(file))
-    except RuntimeError as error:
-        raise E2ENetError(f"cannot read {file} as an image: is it whole?") from error
+    image = read_image(file)
     voxels = sitk.GetArrayFromImage(image)
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise E2ENetError(f"{file} has {image.GetNumberOfComponentsPerPixel()} channels: expected a label map of one")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import write_bytes
+from nnunetv2_e2enet.imaging import read_image
 
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00")
 """Colours that the colour-blind can tell apart (Okabe and Ito, 2008), but for black and grey, which images use."""
@@ -108,10 +109,7 @@ def _areas(segmentation: NDArray[np.integer], labels: Sequence[int], axis: int) 
 
 def read_volume(file: Path) -> sitk.Image:
     """The volume in the orientation that ``Plane`` expects."""
-    try:
-        volume = sitk.ReadImage(str(file))
-    except RuntimeError as error:
-        raise E2ENetError(f"cannot read {file} as an image: expected a file that SimpleITK reads; check the path") from error
+    volume = read_image(file)
     if volume.GetDimension() != 3 or volume.GetNumberOfComponentsPerPixel() != 1:
         raise E2ENetError(f"{file} is not a 3D image of one channel: expected one; overlays are made of 3D scans only")
     return sitk.DICOMOrient(volume, "LPS")
