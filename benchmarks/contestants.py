@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from torch import nn
 
 from nnunetv2_e2enet import files
 from nnunetv2_e2enet.evaluation.provenance import processor
@@ -90,6 +92,20 @@ def as_amos(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
 def amos_labels(dataset: dict[str, Any]) -> dict[str, Any]:
     """The description of a data set with as many classes as AMOS has, the first of them its own."""
     return {**dataset, "labels": {"background": 0, **{f"class {label}": label for label in range(1, 16)}}}
+
+
+def stock_network(strides: list[list[int]], classes: int, deep_supervision: bool = True) -> PlainConvUNet:
+    """As nnU-Net plans it for these strides, on images of one channel."""
+    dimension = len(strides[0])
+    conv, norm = (nn.Conv3d, nn.InstanceNorm3d) if dimension == 3 else (nn.Conv2d, nn.InstanceNorm2d)
+    features = [min(32 * 2**i, 320 if dimension == 3 else 512) for i in range(len(strides))]
+    kernels = [[1 if s == 1 else 3 for s in following] for following in strides[1:]]  # flat until an axis is divided
+    kernels.append([3] * dimension)
+    return PlainConvUNet(
+        *(1, len(strides), features, conv, kernels, strides, 2, classes, 2, True, norm, {"eps": 1e-5, "affine": True}),
+        *(None, None, nn.LeakyReLU, {"inplace": True}),
+        deep_supervision=deep_supervision,
+    )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from contestants import AMOS_STRIDES, stock_network
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -37,7 +37,7 @@ from nnunetv2_e2enet.network.recomputation import RECOMPUTE
 aten = torch.ops.aten
 CLASSES = 5
 PLANS = {
-    "AMOS": ([[1, 1, 1], [1, 2, 2]] + [[2, 2, 2]] * 4, (64, 160, 160)),
+    "AMOS": (AMOS_STRIDES, (64, 160, 160)),
     "isotropic": ([[1, 1, 1]] + [[2, 2, 2]] * 5, (128, 128, 128)),
     "Hippocampus": ([[1, 1, 1]] + [[2, 2, 2]] * 3, (40, 56, 40)),
     "anisotropic": ([[1, 1, 1], [1, 2, 2], [1, 2, 2]] + [[2, 2, 2]] * 3, (16, 256, 256)),
@@ -153,19 +153,6 @@ def forward_backward(network: nn.Module, x: torch.Tensor) -> None:
         loss = sum(output.float().square().mean() for output in network(x))
     assert isinstance(loss, torch.Tensor)
     loss.backward()
-
-
-def stock_network(strides: list[list[int]], classes: int) -> PlainConvUNet:
-    dimension = len(strides[0])
-    conv, norm = (nn.Conv3d, nn.InstanceNorm3d) if dimension == 3 else (nn.Conv2d, nn.InstanceNorm2d)
-    features = [min(32 * 2**i, 320 if dimension == 3 else 512) for i in range(len(strides))]
-    kernels = [[1 if s == 1 else 3 for s in following] for following in strides[1:]]  # flat until an axis is divided
-    kernels.append([3] * dimension)
-    return PlainConvUNet(
-        *(1, len(strides), features, conv, kernels, strides, 2, classes, 2, True, norm, {"eps": 1e-5, "affine": True}),
-        *(None, None, nn.LeakyReLU, {"inplace": True}),
-        deep_supervision=True,
-    )
 
 
 def count(console: Console) -> None:
