@@ -176,7 +176,7 @@ def _write(args: argparse.Namespace, comparison: Comparison, console: Console) -
     from nnunetv2_e2enet.evaluation.comparison_tables import print_comparison
     from nnunetv2_e2enet.evaluation.export import as_csv, as_json
     from nnunetv2_e2enet.evaluation.provenance import command_line, provenance
-    from nnunetv2_e2enet.files import write_text
+    from nnunetv2_e2enet.files import write
 
     facts = provenance(command_line("compare", args.results))
     if args.json != "-":
@@ -184,10 +184,10 @@ def _write(args: argparse.Namespace, comparison: Comparison, console: Console) -
     written: list[Path] = []
     if args.report is not None:
         with console.status("Drawing the report …"):
-            write_text(args.report, _report(args, comparison, facts))
+            write(args.report, _report(args, comparison, facts))
         written.append(args.report)
     if args.csv is not None:
-        write_text(args.csv, as_csv(comparison))
+        write(args.csv, as_csv(comparison))
         written.append(args.csv)
     written += write_json(args, as_json(comparison, facts))
     say_written(console, written)

@@ -40,7 +40,7 @@ def check_folders(args: argparse.Namespace, *options: str) -> None:
 def write_json(args: argparse.Namespace, content: Mapping[str, Any]) -> list[Path]:
     """Print or write a result; returns the file that was written, if any."""
     from nnunetv2_e2enet.evaluation.export import plain
-    from nnunetv2_e2enet.files import write_text
+    from nnunetv2_e2enet.files import write
 
     if args.json is None:
         return []
@@ -48,7 +48,7 @@ def write_json(args: argparse.Namespace, content: Mapping[str, Any]) -> list[Pat
     if args.json == "-":
         print(text)
         return []
-    write_text(Path(args.json), text + "\n")
+    write(Path(args.json), text + "\n")
     return [Path(args.json)]
 
 

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.files import write_bytes
+from nnunetv2_e2enet.files import write
 from nnunetv2_e2enet.imaging import read_image
 
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00")
@@ -217,4 +217,4 @@ def save_figure(figure: Figure, path: Path) -> None:
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    write_bytes(path, buffer.getvalue())
+    write(path, buffer.getvalue())
