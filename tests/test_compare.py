@@ -20,6 +20,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from support import Project, program
 
+from nnunetv2_e2enet.cli import compare
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.evaluation.cases import match_cases
 from nnunetv2_e2enet.evaluation.measure import measure
@@ -378,8 +379,6 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_path: P
 def test_without_the_extra_the_message_says_how_to_get_it(
     study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nnunetv2_e2enet.evaluation import requirements
-
-    monkeypatch.setattr(requirements, "NEEDED", ("monai", "no_such_library"))
+    monkeypatch.setattr(compare, "NEEDED", ("monai", "no_such_library"))
     assert main(study.arguments()) == 1
     assert "needs no_such_library, not installed here: pip install 'nnunetv2-e2enet[evaluation]'" in capsys.readouterr().err

@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nnunetv2_e2enet.cli.output import add_json_argument, check_folders, console_for, say_written, write_json
-from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.evaluation.requirements import check_evaluation_extra
+from nnunetv2_e2enet.errors import E2ENetError, check_extra
 
 if TYPE_CHECKING:
     from nnunetv2_e2enet.evaluation.comparison import Comparison
     from nnunetv2_e2enet.evaluation.labels import Labels
+
+NEEDED = ("monai", "scikit_posthocs", "statsmodels")
+"""Modules of the extra ``evaluation``."""
 
 HELP = "compare trained models: accuracy with its uncertainty, costs, failures; table, CSV, JSON, HTML report"
 
@@ -85,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_evaluation_extra()
+    check_extra("comparing", "evaluation", *NEEDED)
     _check(args)
     console = console_for(args)
     _write(args, _compare(args, console), console)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import time
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import read_json
 from nnunetv2_e2enet.registration import console_command, find_nnunet, is_registered
 
 if TYPE_CHECKING:
@@ -176,17 +176,13 @@ def _report(console: Console, work: Workspace) -> int:
 
 
 def _labels(work: Workspace) -> dict[int, str]:
-    from batchgenerators.utilities.file_and_folder_operations import load_json
-
-    labels = load_json(str(work.raw / "dataset.json"))["labels"]
+    labels = read_json(work.raw / "dataset.json")["labels"]
     return {value: name for name, value in labels.items() if value}
 
 
 def _dice(summary: Path) -> dict[str, float]:
     """Mean Dice by label, and ``foreground``."""
-    from batchgenerators.utilities.file_and_folder_operations import load_json
-
-    content = load_json(str(summary))
+    content = read_json(summary)
     by_label = {label: metrics["Dice"] for label, metrics in content["mean"].items()}
     return {**by_label, "foreground": content["foreground_mean"]["Dice"]}
 
@@ -195,8 +191,7 @@ def _training_time(model: Path) -> dict[str, float]:
     """``seconds`` of all training iterations, and how many ``iterations`` they were."""
     from nnunetv2_e2enet.training.timed import TRAINING_TIME_FILE
 
-    content: dict[str, float] = json.loads((model / "fold_0" / TRAINING_TIME_FILE).read_text())
-    return content
+    return read_json(model / "fold_0" / TRAINING_TIME_FILE)
 
 
 def _parameters(model: Path) -> ParameterCounts:
