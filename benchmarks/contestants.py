@@ -8,10 +8,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -157,6 +158,11 @@ def machine(device: str) -> dict[str, Any]:
     if device != "cuda":
         described["warning"] = WITHOUT_GPU
     return described
+
+
+def spread(values: Sequence[float], form: str = ".1f") -> str:
+    """Median, least and most."""
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def commit() -> str:

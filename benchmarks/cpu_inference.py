@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import resource
 import time
 from collections.abc import Callable
@@ -38,6 +37,7 @@ from contestants import AMOS_STRIDES, stock_network
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
+from nnunetv2_e2enet.evaluation.provenance import processor
 from nnunetv2_e2enet.network import E2ENet, e2enet_features
 from nnunetv2_e2enet.settings import override
 
@@ -260,10 +260,8 @@ def machine(threads: int) -> dict[str, Any]:
         openvino = version("openvino")
     except PackageNotFoundError:
         openvino = "not installed"
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": processor(),
         "threads": threads,
         "kernels": engine.status().kernels,
         "torch": torch.__version__,

@@ -18,11 +18,10 @@ import time
 import weakref
 from dataclasses import dataclass
 from math import prod
-from statistics import median
 from typing import Any
 
 import torch
-from contestants import AMOS_STRIDES, stock_network
+from contestants import AMOS_STRIDES, spread, stock_network
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -195,20 +194,17 @@ def measure(console: Console, plan: str, scale: int, batch_size: int, device: st
     seconds = time_in_turn(candidates, batch_size, device, threads)
     for candidate, peak, times in zip(candidates, peaks, seconds, strict=True):
         name = f"E2ENet, recompute {candidate.kind}" if candidate.kind in RECOMPUTE else candidate.kind
-        spread = f"{median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
-        table.add_row(name, gib(candidate.peak(batch_size)), gib(peak), over(peak, peaks[0]), spread)
+        table.add_row(name, gib(candidate.peak(batch_size)), gib(peak), over(peak, peaks[0]), spread(times, ".2f"))
     console.print(table)
 
 
-def time_in_turn(
-    candidates: list[Candidate], batch_size: int, device: str, threads: int, rounds: int = 5
-) -> list[list[float]]:
+def time_in_turn(candidates: list[Candidate], batch_size: int, device: str, threads: int) -> list[list[float]]:
     """Seconds of forward and backward passes, round by round, so that a machine whose speed drifts drifts for all."""
     torch.set_num_threads(threads)
     networks = [candidate.build().to(device) for candidate in candidates]
     x = torch.randn(candidates[0].input_shape(batch_size), device=device)
     seconds: list[list[float]] = [[] for _ in candidates]
-    for round_number in range(rounds + 1):
+    for round_number in range(6):
         for network, times in zip(networks, seconds, strict=True):
             begin = time.perf_counter()
             forward_backward(network, x)
