@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nnunetv2_e2enet.cli.output import add_json_argument, check_folders, console_for, say_written, write_json
+from nnunetv2_e2enet.cli.output import add_json_argument, check_folders, console_for, say_written, step_bar, write_json
 from nnunetv2_e2enet.errors import E2ENetError, check_extra
 
 if TYPE_CHECKING:
@@ -135,14 +135,7 @@ def _measured(comparison: Comparison, console: Console) -> Comparison:
     settings = Settings("cuda" if torch.cuda.is_available() else "cpu", threads=torch.get_num_threads())
     sources = [facts.source for facts in comparison.models if facts.costs is not None]
     designs = [model_design(source.model, source.name) for source in sources if source.model is not None]
-    total, done = steps(designs, settings), 0
-    with _progress(console, "Measuring memory and time") as report:
-
-        def tell(_description: str) -> None:
-            nonlocal done
-            report(done, total)
-            done += 1
-
+    with step_bar(console, steps(designs, settings)) as tell:
         return replace(comparison, profiles=profile(designs, settings, tell), settings=settings)
 
 

@@ -1,14 +1,16 @@
-"""Options of all commands that report numbers: ``--json``, and files that are checked first and written last."""
+"""What all commands that report numbers have: ``--json``, files that are checked first and written last, a bar of steps."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nnunetv2_e2enet.errors import E2ENetError
 
@@ -50,6 +52,15 @@ def write_json(args: argparse.Namespace, content: Mapping[str, Any]) -> list[Pat
         return []
     write(Path(args.json), text + "\n")
     return [Path(args.json)]
+
+
+@contextmanager
+def step_bar(console: Console, steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar of ``steps``; what it gives is told what is done next."""
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=steps)
+        yield lambda description: progress.update(task, description=description, advance=1)
 
 
 def say_written(console: Console, files: list[Path]) -> None:
