@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,8 +114,14 @@ def _compare(args: argparse.Namespace, console: Console) -> Comparison:
     cache = None if args.no_cache else args.cache or default_cache()
     workers = args.workers or min(os.cpu_count() or 1, max(1, len(cases) // 4))
     names = [source.name for source in sources]
-    with _progress(console, "Measuring predictions") as report:
-        results = measure(names, cases, labels, tolerances, cache, workers, report)
+    columns = (TextColumn("Measuring predictions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+
+        def tell(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        results = measure(names, cases, labels, tolerances, cache, workers, tell)
     with console.status("Counting costs …"):
         facts = [model_facts(source) for source in sources]
     with console.status("Statistics …"):
@@ -157,14 +161,6 @@ def _tolerances(given: list[str], labels: Labels) -> list[float]:
         else:
             default = mm
     return [own.get(name, default) for name in labels.names]
-
-
-@contextmanager
-def _progress(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _write(args: argparse.Namespace, comparison: Comparison, console: Console) -> None:

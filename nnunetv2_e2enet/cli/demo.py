@@ -142,8 +142,9 @@ def _run(console: Console, work: Workspace, title: str, command: list[str]) -> N
 
 def _report(console: Console, work: Workspace) -> int:
     from nnunetv2_e2enet.evaluation.overlay import write_overlay
+    from nnunetv2_e2enet.training.timed import TRAINING_TIME_FILE
 
-    labels = _labels(work)
+    labels = {value: name for name, value in read_json(work.raw / "dataset.json")["labels"].items() if value}
     dice = {name: _dice(work.predictions(trainer) / "summary.json") for name, trainer in MODELS.items()}
     table = Table(title="Dice on held-out phantoms (no mirroring), and size of the networks")
     table.add_column("")
@@ -156,7 +157,7 @@ def _report(console: Console, work: Workspace) -> int:
     counts = {name: _parameters(work.model(trainer)) for name, trainer in MODELS.items()}
     table.add_row("parameters active", *(f"{counts[name].active:,}" for name in MODELS))
     table.add_row("parameters in total", *(f"{counts[name].total:,}" for name in MODELS))
-    times = {name: _training_time(work.model(trainer)) for name, trainer in MODELS.items()}
+    times = {name: read_json(work.model(trainer) / "fold_0" / TRAINING_TIME_FILE) for name, trainer in MODELS.items()}
     table.add_row("seconds of training", *(f"{times[name]['seconds']:.0f}" for name in MODELS))
     table.add_row("iterations in these", *(f"{times[name]['iterations']:,}" for name in MODELS))
     console.print(table)
@@ -175,23 +176,11 @@ def _report(console: Console, work: Workspace) -> int:
     return 0
 
 
-def _labels(work: Workspace) -> dict[int, str]:
-    labels = read_json(work.raw / "dataset.json")["labels"]
-    return {value: name for name, value in labels.items() if value}
-
-
 def _dice(summary: Path) -> dict[str, float]:
     """Mean Dice by label, and ``foreground``."""
     content = read_json(summary)
     by_label = {label: metrics["Dice"] for label, metrics in content["mean"].items()}
     return {**by_label, "foreground": content["foreground_mean"]["Dice"]}
-
-
-def _training_time(model: Path) -> dict[str, float]:
-    """``seconds`` of all training iterations, and how many ``iterations`` they were."""
-    from nnunetv2_e2enet.training.timed import TRAINING_TIME_FILE
-
-    return read_json(model / "fold_0" / TRAINING_TIME_FILE)
 
 
 def _parameters(model: Path) -> ParameterCounts:
