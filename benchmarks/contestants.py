@@ -8,13 +8,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from torch import nn
 
 from nnunetv2_e2enet import files
 from nnunetv2_e2enet.evaluation.provenance import processor
@@ -92,6 +95,20 @@ def amos_labels(dataset: dict[str, Any]) -> dict[str, Any]:
     return {**dataset, "labels": {"background": 0, **{f"class {label}": label for label in range(1, 16)}}}
 
 
+def stock_network(strides: list[list[int]], classes: int, deep_supervision: bool = True) -> PlainConvUNet:
+    """As nnU-Net plans it for these strides, on images of one channel."""
+    dimension = len(strides[0])
+    conv, norm = (nn.Conv3d, nn.InstanceNorm3d) if dimension == 3 else (nn.Conv2d, nn.InstanceNorm2d)
+    features = [min(32 * 2**i, 320 if dimension == 3 else 512) for i in range(len(strides))]
+    kernels = [[1 if s == 1 else 3 for s in following] for following in strides[1:]]  # flat until an axis is divided
+    kernels.append([3] * dimension)
+    return PlainConvUNet(
+        *(1, len(strides), features, conv, kernels, strides, 2, classes, 2, True, norm, {"eps": 1e-5, "affine": True}),
+        *(None, None, nn.LeakyReLU, {"inplace": True}),
+        deep_supervision=deep_supervision,
+    )
+
+
 @contextmanager
 def temporary_results() -> Iterator[None]:
     """Whatever trainers write goes to a folder that is gone afterwards."""
@@ -141,6 +158,11 @@ def machine(device: str) -> dict[str, Any]:
     if device != "cuda":
         described["warning"] = WITHOUT_GPU
     return described
+
+
+def spread(values: Sequence[float], form: str = ".1f") -> str:
+    """Median, least and most."""
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def commit() -> str:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import resource
 import time
 from collections.abc import Callable
@@ -34,10 +33,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from contestants import AMOS_STRIDES, stock_network
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
+from nnunetv2_e2enet.evaluation.provenance import processor
 from nnunetv2_e2enet.network import E2ENet, e2enet_features
 from nnunetv2_e2enet.settings import override
 
@@ -50,11 +50,10 @@ class Plan:
     strides: list[list[int]]
     patch: list[int]
     classes: int
-    first_kernel: list[int]
 
 
-AMOS = Plan([[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 4], [64, 160, 160], 16, [1, 3, 3])
-HIPPOCAMPUS = Plan([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]], [40, 56, 40], 3, [3, 3, 3])
+AMOS = Plan(AMOS_STRIDES, [64, 160, 160], 16)
+HIPPOCAMPUS = Plan([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]], [40, 56, 40], 3)
 
 
 @dataclass
@@ -78,27 +77,6 @@ class Table:
 
 def spread(values: list[float], digits: int) -> str:
     return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
-def stock_network(plan: Plan) -> nn.Module:
-    levels = len(plan.strides)
-    return PlainConvUNet(
-        input_channels=1,
-        n_stages=levels,
-        features_per_stage=[min(32 * 2**level, 320) for level in range(levels)],
-        conv_op=nn.Conv3d,
-        kernel_sizes=[plan.first_kernel, *[[3, 3, 3]] * (levels - 1)],
-        strides=plan.strides,
-        n_conv_per_stage=2,
-        num_classes=plan.classes,
-        n_conv_per_stage_decoder=2,
-        conv_bias=True,
-        norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-        deep_supervision=False,
-    ).eval()
 
 
 def e2enet(plan: Plan, sparsity: float) -> E2ENet:
@@ -152,7 +130,7 @@ def time_in_turn(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
 
 
 def stock_calls(plan: Plan, x: Tensor, threads: int) -> dict[str, Call]:
-    stock = stock_network(plan)
+    stock = stock_network(plan.strides, plan.classes, deep_supervision=False).eval()
     calls: dict[str, Call] = {PYTORCH: lambda: stock(x)}
     compiled = openvino_call(stock, x, "f32", threads)
     if compiled is not None:
@@ -208,7 +186,7 @@ def small(options: argparse.Namespace) -> list[Table]:
 
 def float16(options: argparse.Namespace) -> list[Table]:
     x = image(options.patch or AMOS.patch)
-    stock = stock_network(AMOS)
+    stock = stock_network(AMOS.strides, AMOS.classes, deep_supervision=False).eval()
     compiled = openvino_call(stock, x, "bf16", options.threads)
     calls = {} if compiled is None else {"nnU-Net, OpenVINO bfloat16": compiled}
     bases = list(calls)
@@ -282,10 +260,8 @@ def machine(threads: int) -> dict[str, Any]:
         openvino = version("openvino")
     except PackageNotFoundError:
         openvino = "not installed"
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": processor(),
         "threads": threads,
         "kernels": engine.status().kernels,
         "torch": torch.__version__,

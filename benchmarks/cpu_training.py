@@ -35,7 +35,8 @@ from statistics import median
 
 import numpy as np
 import torch
-from cpu_inference import AMOS, HIPPOCAMPUS, Plan, Table, stock_network
+from contestants import stock_network
+from cpu_inference import AMOS, HIPPOCAMPUS, Plan, Table
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
@@ -58,12 +59,6 @@ def e2enet(plan: Plan, sparsity: float) -> E2ENet:
     levels = len(plan.strides)
     features = e2enet_features(levels)
     return E2ENet(1, plan.classes, levels, features, nn.Conv3d, plan.strides, deep_supervision=True, feature_sparsity=sparsity)
-
-
-def stock(plan: Plan) -> nn.Module:
-    network = stock_network(plan)
-    network.decoder.deep_supervision = True
-    return network
 
 
 def loss_of(n_outputs: int, skips_coarsest: bool) -> nn.Module:
@@ -107,6 +102,10 @@ def iteration(
     return run
 
 
+def stock(plan: Plan, batch: int, bfloat16: bool = False) -> Iteration:
+    return iteration(stock_network(plan.strides, plan.classes), plan, batch, bfloat16)
+
+
 def on_engine(plan: Plan, sparsity: float, batch: int, storage: str = "float32") -> Iteration:
     return iteration(e2enet(plan, sparsity), plan, batch, on_engine=True, storage=storage)
 
@@ -122,9 +121,9 @@ def in_turn(title: str, candidates: dict[str, Iteration], bases: Sequence[str], 
 
 
 def beside_stock(title: str, plan: Plan, batch: int, rounds: int, bfloat16: bool) -> Table:
-    candidates = {STOCK: iteration(stock(plan), plan, batch)}
+    candidates = {STOCK: stock(plan, batch)}
     if bfloat16:
-        candidates[STOCK_BFLOAT16] = iteration(stock(plan), plan, batch, bfloat16=True)
+        candidates[STOCK_BFLOAT16] = stock(plan, batch, bfloat16=True)
     for sparsity in (0.8, 0.9):
         candidates[f"E2ENet, S = {sparsity}, engine"] = on_engine(plan, sparsity, batch)
         candidates[f"E2ENet, S = {sparsity}, engine, float16"] = on_engine(plan, sparsity, batch, "float16")
@@ -161,7 +160,7 @@ def sparsity_figure(seconds: dict[str, list[float]]) -> str:
 def peak_memory(name: str, plan: Plan) -> float:
     """GiB of this process after two iterations."""
     sparsity, _, storage = name.partition(" ")
-    run = iteration(stock(plan), plan, 1) if name == "stock" else on_engine(plan, float(sparsity), 1, storage or "float32")
+    run = stock(plan, 1) if name == "stock" else on_engine(plan, float(sparsity), 1, storage or "float32")
     run()
     (peak,) = re.findall(
         r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE

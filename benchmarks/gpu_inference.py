@@ -72,6 +72,27 @@ def predict_volume(predictor: nnUNetPredictor, volume: Tensor) -> float:
     return time.perf_counter() - begin
 
 
+def report(record: contestants.Record, seconds: dict[str, list[float]], what: str) -> None:
+    """Add the times of all rounds to the record, and print it."""
+    machine = record.content["machine"]
+    table = Table(title=f"Prediction of {what}, {machine['device']}")
+    for column in ("", "ms, median (least to most)", "over nnU-Net", "peak GiB above weights"):
+        table.add_column(column, justify="right")
+    for name, values in seconds.items():
+        base = seconds.get(contestants.BASELINE, values)
+        ratios = [value / b for value, b in zip(values, base, strict=True)]
+        result = {**record.results[name], "seconds": values, "over_nnunet": median(ratios)}
+        record.add(name, result)
+        peak = result.get("peak_bytes_above_weights")
+        milliseconds = [1e3 * value for value in values]
+        gib = "not measured" if peak is None else f"{peak / 2**30:.2f}"
+        table.add_row(name, contestants.spread(milliseconds), contestants.spread(ratios, ".2f"), gib)
+    console = Console(highlight=False)
+    console.print(table)
+    if "warning" in machine:
+        console.print(machine["warning"])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", "--dataset", required=True, help="a preprocessed data set, by name or number")
@@ -114,26 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for _ in range(given.rounds):
         for name, once in ready.items():
             seconds[name].append(once())
-
-    table = Table(title=f"Prediction of {what}, {header['machine']['device']}")
-    for column in ("", "ms, median (least to most)", "over nnU-Net", "peak GiB above weights"):
-        table.add_column(column, justify="right")
-    for name, values in seconds.items():
-        base = seconds.get(contestants.BASELINE, values)
-        ratios = [value / b for value, b in zip(values, base, strict=True)]
-        result = {**record.results[name], "seconds": values, "over_nnunet": median(ratios)}
-        record.add(name, result)
-        peak_bytes = result.get("peak_bytes_above_weights")
-        table.add_row(
-            name,
-            f"{median(values) * 1e3:.1f} ({min(values) * 1e3:.1f} to {max(values) * 1e3:.1f})",
-            f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-            "not measured" if peak_bytes is None else f"{peak_bytes / 2**30:.2f}",
-        )
-    console = Console(highlight=False)
-    console.print(table)
-    if "warning" in header["machine"]:
-        console.print(header["machine"]["warning"])
+    report(record, seconds, what)
 
 
 if __name__ == "__main__":

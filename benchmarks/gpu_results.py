@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import median
 from typing import Any
 
 import contestants
+from contestants import spread
 
 Record = Mapping[str, Any]
 """Of one measurement: "what", "commit", "machine", "result"."""
-
-
-def spread(values: Sequence[float], form: str = ".1f") -> str:
-    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def of_tests(record: Record) -> Iterator[tuple[str, str]]:

@@ -221,9 +221,9 @@ def timed_convolutions(channels: int, size: tuple[int, ...], session: Session) -
     return result
 
 
-def milliseconds(way: Callable[[], torch.Tensor], device: str, rounds: int = 20) -> list[float]:
+def milliseconds(way: Callable[[], torch.Tensor], device: str) -> list[float]:
     values = []
-    for _ in range(rounds if device == "cuda" else 2):
+    for _ in range(20 if device == "cuda" else 2):
         begin = time.perf_counter()
         out = way()
         out.backward(torch.ones_like(out))

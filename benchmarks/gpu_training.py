@@ -104,8 +104,9 @@ def measure(contestant: str, settings: Settings, loading: bool, profile: bool) -
     return result
 
 
-def profile_step(trainer: Any, steps: int = 3, rows: int = 20) -> list[dict[str, Any]]:
-    """Where the device time (on the CPU, the time) of training steps goes: the largest operations."""
+def profile_step(trainer: Any) -> list[dict[str, Any]]:
+    """Where the device time (on the CPU, the time) of three training steps goes: the 20 largest operations."""
+    steps = 3
     batch = trainer.random_batch()
     trainer.network.train()  # which validation has left in evaluation mode
     trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
@@ -120,7 +121,7 @@ def profile_step(trainer: Any, steps: int = 3, rows: int = 20) -> list[dict[str,
     whole = sum(getattr(event, attribute) for event in averages)
     return [
         {"operation": event.key, "calls": event.count // steps, "share": round(getattr(event, attribute) / whole, 4)}
-        for event in averages[:rows]
+        for event in averages[:20]
     ]
 
 

@@ -37,7 +37,7 @@ import torch
 from nnunetv2_e2enet import files
 from nnunetv2_e2enet.evaluation.costs import count_costs
 from nnunetv2_e2enet.training.architecture import scaled_architecture
-from nnunetv2_e2enet.training.checkpoints import read_checkpoint
+from nnunetv2_e2enet.training.checkpoints import newest_checkpoint, read_checkpoint
 from nnunetv2_e2enet.training.crossval import Fold, FoldState
 from nnunetv2_e2enet.training.trainer import E2ENetMixin
 from nnunetv2_e2enet.training.variants import variant
@@ -144,8 +144,7 @@ def train(contestant: str, fold: Fold, deadline: float, given: argparse.Namespac
         trainer.load_checkpoint(str(fold.folder / "checkpoint_final.pth"))
     else:
         if state is FoldState.STARTED:
-            newest = next(f for n in ("latest", "best") if (f := fold.folder / f"checkpoint_{n}.pth").is_file())
-            trainer.load_checkpoint(str(newest))
+            trainer.load_checkpoint(str(newest_checkpoint(fold.folder)))
         try:
             trainer.run_training()
         finally:

@@ -18,11 +18,10 @@ import time
 import weakref
 from dataclasses import dataclass
 from math import prod
-from statistics import median
 from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from contestants import AMOS_STRIDES, spread, stock_network
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -37,7 +36,7 @@ from nnunetv2_e2enet.network.recomputation import RECOMPUTE
 aten = torch.ops.aten
 CLASSES = 5
 PLANS = {
-    "AMOS": ([[1, 1, 1], [1, 2, 2]] + [[2, 2, 2]] * 4, (64, 160, 160)),
+    "AMOS": (AMOS_STRIDES, (64, 160, 160)),
     "isotropic": ([[1, 1, 1]] + [[2, 2, 2]] * 5, (128, 128, 128)),
     "Hippocampus": ([[1, 1, 1]] + [[2, 2, 2]] * 3, (40, 56, 40)),
     "anisotropic": ([[1, 1, 1], [1, 2, 2], [1, 2, 2]] + [[2, 2, 2]] * 3, (16, 256, 256)),
@@ -155,19 +154,6 @@ def forward_backward(network: nn.Module, x: torch.Tensor) -> None:
     loss.backward()
 
 
-def stock_network(strides: list[list[int]], classes: int) -> PlainConvUNet:
-    dimension = len(strides[0])
-    conv, norm = (nn.Conv3d, nn.InstanceNorm3d) if dimension == 3 else (nn.Conv2d, nn.InstanceNorm2d)
-    features = [min(32 * 2**i, 320 if dimension == 3 else 512) for i in range(len(strides))]
-    kernels = [[1 if s == 1 else 3 for s in following] for following in strides[1:]]  # flat until an axis is divided
-    kernels.append([3] * dimension)
-    return PlainConvUNet(
-        *(1, len(strides), features, conv, kernels, strides, 2, classes, 2, True, norm, {"eps": 1e-5, "affine": True}),
-        *(None, None, nn.LeakyReLU, {"inplace": True}),
-        deep_supervision=True,
-    )
-
-
 def count(console: Console) -> None:
     table = Table(title="Batch 1, float32: nnU-Net, and E2ENet by what it computes again")
     for name in ("plan", "patch", "", "nnU-Net", *RECOMPUTE, ACTIVE):
@@ -208,20 +194,17 @@ def measure(console: Console, plan: str, scale: int, batch_size: int, device: st
     seconds = time_in_turn(candidates, batch_size, device, threads)
     for candidate, peak, times in zip(candidates, peaks, seconds, strict=True):
         name = f"E2ENet, recompute {candidate.kind}" if candidate.kind in RECOMPUTE else candidate.kind
-        spread = f"{median(times):.2f} ({min(times):.2f} to {max(times):.2f})"
-        table.add_row(name, gib(candidate.peak(batch_size)), gib(peak), over(peak, peaks[0]), spread)
+        table.add_row(name, gib(candidate.peak(batch_size)), gib(peak), over(peak, peaks[0]), spread(times, ".2f"))
     console.print(table)
 
 
-def time_in_turn(
-    candidates: list[Candidate], batch_size: int, device: str, threads: int, rounds: int = 5
-) -> list[list[float]]:
+def time_in_turn(candidates: list[Candidate], batch_size: int, device: str, threads: int) -> list[list[float]]:
     """Seconds of forward and backward passes, round by round, so that a machine whose speed drifts drifts for all."""
     torch.set_num_threads(threads)
     networks = [candidate.build().to(device) for candidate in candidates]
     x = torch.randn(candidates[0].input_shape(batch_size), device=device)
     seconds: list[list[float]] = [[] for _ in candidates]
-    for round_number in range(rounds + 1):
+    for round_number in range(6):
         for network, times in zip(networks, seconds, strict=True):
             begin = time.perf_counter()
             forward_backward(network, x)

@@ -16,28 +16,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import SimpleITK
 import torch
-from contestants import amos_labels, as_amos
+from contestants import amos_labels, as_amos, console_command, spread
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet.engine import ENGINE_VARIABLE, STORAGE_VARIABLE
+from nnunetv2_e2enet.evaluation.provenance import processor
 from nnunetv2_e2enet.registration import find_nnunet, is_registered
 from nnunetv2_e2enet.settings import STORAGE_16_BIT, variable
 
@@ -74,13 +72,9 @@ class Measured:
     all_processes: list[float] = field(default_factory=list)  # GiB
 
 
-def command(name: str, *arguments: str) -> list[str]:
-    return [str(Path(sys.executable).with_name(name)), *arguments]
-
-
 def run(folder: Path, name: str, *arguments: str) -> None:
     environment = {**os.environ, **{variable: str(folder / variable) for variable in FOLDERS}}
-    result = subprocess.run(command(name, *arguments), env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run([*console_command(name), *arguments], env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(f"{name} ended with exit code {result.returncode}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
 
@@ -202,7 +196,9 @@ def measure(folder: Path, variant: Variant, options: list[str], measured: Measur
     begin = time.perf_counter()
     with (
         log.open("w") as file,
-        subprocess.Popen(command("nnUNetv2_predict", *arguments), env=environment, stdout=file, stderr=file) as process,
+        subprocess.Popen(
+            [*console_command("nnUNetv2_predict"), *arguments], env=environment, stdout=file, stderr=file
+        ) as process,
     ):
         most = 0
         while True:
@@ -221,14 +217,10 @@ def measure(folder: Path, variant: Variant, options: list[str], measured: Measur
     measured.all_processes.append(most / 2**30)
 
 
-def spread(values: list[float], digits: int) -> str:
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
 def ratios(values: list[float], bases: list[float]) -> str:
     """Of each round; a dash without a base."""
     pairs = list(zip(values, bases, strict=False))
-    return spread([value / base for value, base in pairs], 2) if pairs else "-"
+    return spread([value / base for value, base in pairs], ".2f") if pairs else "-"
 
 
 def table(results: dict[str, Measured]) -> str:
@@ -241,19 +233,14 @@ def table(results: dict[str, Measured]) -> str:
     for name, measured in results.items():
         if measured.seconds:
             cells = (
-                spread(measured.seconds, 1),
+                spread(measured.seconds),
                 ratios(measured.seconds, base.seconds),
-                spread(measured.all_processes, 2),
+                spread(measured.all_processes, ".2f"),
                 ratios(measured.all_processes, base.all_processes),
-                spread(measured.largest_process, 2),
+                spread(measured.largest_process, ".2f"),
             )
             rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:
@@ -278,7 +265,7 @@ def main() -> None:
         patch = prepare(folder, arguments.task, arguments.ct)
         images = len(list((folder / "nnUNet_raw" / DATASET / "imagesTs").iterdir()))
         size = " x ".join(map(str, patch))
-        print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {images} scans, patch {size}")
+        print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {images} scans, patch {size}")
         for n in range(1, arguments.rounds + 1):
             for variant in variants:
                 measured = results[variant.name]

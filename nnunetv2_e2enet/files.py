@@ -35,12 +35,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """As ``write_bytes``."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """As ``write_atomically``.
 
     Raises:

@@ -20,8 +20,7 @@ def free_bytes() -> float:
     """
     free = math.inf
     if MEMORY.is_file():
-        fields = dict(line.split(":", 1) for line in MEMORY.read_text(encoding="utf-8").splitlines())
-        free = float(fields["MemAvailable"].split()[0]) * 1024
+        free = bytes_in(MEMORY, "MemAvailable")
     limit, used, details = GROUP / "memory.max", GROUP / "memory.current", GROUP / "memory.stat"
     if limit.is_file() and used.is_file() and details.is_file():
         maximum = limit.read_text(encoding="utf-8").strip()
@@ -29,6 +28,12 @@ def free_bytes() -> float:
             files = dict(line.split() for line in details.read_text(encoding="utf-8").splitlines())
             free = min(free, float(maximum) - float(used.read_text(encoding="utf-8")) + float(files.get("inactive_file", 0)))
     return free
+
+
+def bytes_in(file: Path, field: str) -> float:
+    """A field of ``/proc/meminfo`` or of another file of its kind, where numbers are of kibibytes."""
+    fields = dict(line.split(":", 1) for line in file.read_text(encoding="utf-8").splitlines())
+    return float(fields[field].split()[0]) * 1024
 
 
 def is_out_of_memory(error: BaseException) -> bool:

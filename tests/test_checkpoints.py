@@ -15,9 +15,10 @@ from torch import nn
 
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.evaluation.networks import read_trainings
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
-from nnunetv2_e2enet.training.checkpoints import read_checkpoint
+from nnunetv2_e2enet.training.checkpoints import newest_checkpoint, read_checkpoint
 from nnunetv2_e2enet.training.variants import variant
 
 
@@ -48,6 +49,25 @@ def test_checkpoints_are_read_by_several_threads(checkpoint: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         epochs = list(pool.map(lambda _: read_checkpoint(checkpoint)["current_epoch"], range(24)))
     assert epochs == [3] * 24
+
+
+def test_an_unfinished_training_is_read_from_where_nnunet_would_go_on(tmp_path: Path) -> None:
+    """The best checkpoint is of an earlier epoch than the latest, and its curves end there."""
+    model = tmp_path / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    (model / "fold_0").mkdir(parents=True)
+    for name, epochs in (("best", 2), ("latest", 3)):
+        checkpoint = {
+            **{key: {} for key in ("network_weights", "optimizer_state")},
+            "current_epoch": epochs,
+            "init_args": {"configuration": "3d_fullres"},
+            "trainer_name": "nnUNetTrainer",
+            "logging": {"train_losses": [-0.5] * epochs},
+        }
+        torch.save(checkpoint, model / "fold_0" / f"checkpoint_{name}.pth")
+    (training,) = read_trainings(model)
+    assert training.epochs == len(training.curves["train_losses"]) == 3
+    assert newest_checkpoint(model / "fold_0") == model / "fold_0" / "checkpoint_latest.pth"
+    assert newest_checkpoint(model) is None
 
 
 def test_resumes_from_an_intact_checkpoint(in_process: Project, checkpoint: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from support import Project, program
 
+from nnunetv2_e2enet.cli import compare
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.evaluation.cases import match_cases
 from nnunetv2_e2enet.evaluation.measure import measure
@@ -182,7 +183,7 @@ def test_everything_that_does_not_match_is_named_at_once(study: Study, capsys: p
         "case_1: 13 x 16 x 8 voxels, the reference has 12 x 16 x 8",
         "case_2: spacing 1.5 x 1 x 3 mm",
         "case_3: origin (20, 20, 20) mm",
-        "case_5.nii.gz as an image",
+        "case_5.nii.gz cannot be read as an image",
     ):
         assert words in message
     assert not report.exists()
@@ -378,8 +379,6 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_path: P
 def test_without_the_extra_the_message_says_how_to_get_it(
     study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nnunetv2_e2enet.evaluation import requirements
-
-    monkeypatch.setattr(requirements, "NEEDED", ("monai", "no_such_library"))
+    monkeypatch.setattr(compare, "NEEDED", ("monai", "no_such_library"))
     assert main(study.arguments()) == 1
     assert "needs no_such_library, not installed here: pip install 'nnunetv2-e2enet[evaluation]'" in capsys.readouterr().err

@@ -25,8 +25,8 @@ def umask(mask: int) -> Iterator[None]:
 @pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o027, 0o640), (0o022, 0o644), (0o002, 0o664)])
 def test_the_umask_decides_who_may_read(tmp_path: Path, mask: int, mode: int) -> None:
     with umask(mask):
-        files.write_text(tmp_path / "report.html", "case_1")
-        files.write_text(tmp_path / "report.html", "case_2")
+        files.write(tmp_path / "report.html", "case_1")
+        files.write(tmp_path / "report.html", "case_2")
     assert stat.S_IMODE((tmp_path / "report.html").stat().st_mode) == mode
     assert (tmp_path / "report.html").read_text() == "case_2"
 
@@ -42,5 +42,5 @@ def test_what_was_there_stays_when_writing_ends_early(
     path.write_text("former")
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(E2ENetError if isinstance(error, OSError) else type(error)):
-        files.write_text(path, "new")
+        files.write(path, "new")
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"report.html": "former"}

@@ -147,6 +147,18 @@ def test_ignored_voxels_count_for_nothing_and_have_no_surface() -> None:
     assert all(math.isnan(n) for n in case_metrics(everything_ignored, prediction, (1, 1, 1), labels, [0.0] * 3)[0][:4])
 
 
+def test_a_region_with_background_in_it() -> None:
+    reference, prediction = np.zeros((1, 6, 8), np.uint8), np.zeros((1, 6, 8), np.uint8)
+    reference[0, 2:4, 2:4], prediction[0, 2:4, 3:6] = 2, 2
+    reference[0, 0, 0], prediction[0, 0, 1] = 1, 1
+    labels = Labels({"all but b": (0, 1), "b": (2,)}, None, (0, 1, 2))
+    for members, metrics in zip(
+        labels.classes.values(), case_metrics(reference, prediction, (1, 1, 1), labels, [1.0] * 2), strict=True
+    ):
+        expected = brute_force(reference, prediction, (1, 1, 1), members, 1.0, None)
+        assert metrics._asdict() == pytest.approx(expected)
+
+
 def test_a_spacing_that_floats_cannot_say_is_within_its_tolerance() -> None:
     reference, prediction = np.zeros((1, 1, 30), np.uint8), np.zeros((1, 1, 30), np.uint8)
     reference[..., 3], prediction[..., 13] = 1, 1

@@ -1,6 +1,7 @@
 """The overlay picture: a readable image that shows what differs."""
 
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path: Path, image: Path, r
         (other_grid, "give the segmentation of this image"),
         (other_spacing, "give the segmentation of this image"),
         (flat, "not a 3D image"),
-        (tmp_path / "absent.nii.gz", "cannot read"),
+        (tmp_path / "absent.nii.gz", "cannot be read"),
     ):
         with pytest.raises(E2ENetError, match=message):
             write_overlay(target, image, {"Model": file}, LABELS)
@@ -153,8 +154,8 @@ def test_crash_keeps_the_former_picture(tmp_path: Path, image: Path, reference: 
     write_overlay(target, image, {"Model": reference}, LABELS)
     former = target.read_bytes()
 
-    def crash(_figure: Figure, file: Path, **_options: object) -> None:
-        Path(file).write_bytes(b"half a picture")
+    def crash(_figure: Figure, file: IO[bytes], **_options: object) -> None:
+        file.write(b"half a picture")
         raise RuntimeError("crash")
 
     monkeypatch.setattr(Figure, "savefig", crash)

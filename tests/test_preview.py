@@ -162,7 +162,7 @@ def test_what_cannot_be_drawn(tmp_path: Path, files: tuple[Path, Path]) -> None:
     for image, segmentation, message in (
         (flat, files[1], "not a 3D image"),
         (files[0], flat, "not a 3D image"),
-        (tmp_path / "absent.nii.gz", files[1], "cannot read"),
+        (tmp_path / "absent.nii.gz", files[1], "cannot be read"),
     ):
         with pytest.raises(E2ENetError, match=message):
             write_preview(tmp_path / "case.png", image, segmentation, LABELS)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nnunetv2_e2enet.cli.output import add_json_argument, check_folders, console_for, say_written, write_json
-from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.evaluation.requirements import check_evaluation_extra
+from nnunetv2_e2enet.cli.output import add_json_argument, check_folders, console_for, say_written, step_bar, write_json
+from nnunetv2_e2enet.errors import E2ENetError, check_extra
 
 if TYPE_CHECKING:
     from nnunetv2_e2enet.evaluation.comparison import Comparison
     from nnunetv2_e2enet.evaluation.labels import Labels
+
+NEEDED = ("monai", "scikit_posthocs", "statsmodels")
+"""Modules of the extra ``evaluation``."""
 
 HELP = "compare trained models: accuracy with its uncertainty, costs, failures; table, CSV, JSON, HTML report"
 
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_evaluation_extra()
+    check_extra("comparing", "evaluation", *NEEDED)
     _check(args)
     console = console_for(args)
     _write(args, _compare(args, console), console)
@@ -114,8 +114,14 @@ def _compare(args: argparse.Namespace, console: Console) -> Comparison:
     cache = None if args.no_cache else args.cache or default_cache()
     workers = args.workers or min(os.cpu_count() or 1, max(1, len(cases) // 4))
     names = [source.name for source in sources]
-    with _progress(console, "Measuring predictions") as report:
-        results = measure(names, cases, labels, tolerances, cache, workers, report)
+    columns = (TextColumn("Measuring predictions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+
+        def tell(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        results = measure(names, cases, labels, tolerances, cache, workers, tell)
     with console.status("Counting costs …"):
         facts = [model_facts(source) for source in sources]
     with console.status("Statistics …"):
@@ -133,14 +139,7 @@ def _measured(comparison: Comparison, console: Console) -> Comparison:
     settings = Settings("cuda" if torch.cuda.is_available() else "cpu", threads=torch.get_num_threads())
     sources = [facts.source for facts in comparison.models if facts.costs is not None]
     designs = [model_design(source.model, source.name) for source in sources if source.model is not None]
-    total, done = steps(designs, settings), 0
-    with _progress(console, "Measuring memory and time") as report:
-
-        def tell(_description: str) -> None:
-            nonlocal done
-            report(done, total)
-            done += 1
-
+    with step_bar(console, steps(designs, settings)) as tell:
         return replace(comparison, profiles=profile(designs, settings, tell), settings=settings)
 
 
@@ -164,19 +163,11 @@ def _tolerances(given: list[str], labels: Labels) -> list[float]:
     return [own.get(name, default) for name in labels.names]
 
 
-@contextmanager
-def _progress(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
 def _write(args: argparse.Namespace, comparison: Comparison, console: Console) -> None:
     from nnunetv2_e2enet.evaluation.comparison_tables import print_comparison
     from nnunetv2_e2enet.evaluation.export import as_csv, as_json
     from nnunetv2_e2enet.evaluation.provenance import command_line, provenance
-    from nnunetv2_e2enet.files import write_text
+    from nnunetv2_e2enet.files import write
 
     facts = provenance(command_line("compare", args.results))
     if args.json != "-":
@@ -184,10 +175,10 @@ def _write(args: argparse.Namespace, comparison: Comparison, console: Console) -
     written: list[Path] = []
     if args.report is not None:
         with console.status("Drawing the report …"):
-            write_text(args.report, _report(args, comparison, facts))
+            write(args.report, _report(args, comparison, facts))
         written.append(args.report)
     if args.csv is not None:
-        write_text(args.csv, as_csv(comparison))
+        write(args.csv, as_csv(comparison))
         written.append(args.csv)
     written += write_json(args, as_json(comparison, facts))
     say_written(console, written)

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.errors import E2ENetError, check_extra
+from nnunetv2_e2enet.files import read_json
 from nnunetv2_e2enet.registration import find_nnunet
 from nnunetv2_e2enet.training import crossval
 from nnunetv2_e2enet.training.crossval import Fold, FoldState
@@ -110,13 +111,11 @@ def _table(folds: Sequence[Fold], running: Sequence[Fold] = ()) -> Table:
 
 
 def _accumulate(console: Console, args: argparse.Namespace, folds: Sequence[Fold]) -> int:
-    from batchgenerators.utilities.file_and_folder_operations import load_json
-
     table = Table("trainer", "folds", "mean foreground Dice")
     for model in dict.fromkeys(fold.model for fold in folds):
         if crossval.accumulate(model, args.dataset, args.folds):
             raise E2ENetError(f"nnU-Net's accumulation failed: see {model / 'crossval_accumulate.log'}")
-        dice = load_json(str(crossval.summary(model, args.folds)))["foreground_mean"]["Dice"]
+        dice = read_json(crossval.summary(model, args.folds))["foreground_mean"]["Dice"]
         table.add_row(model.name.split("__")[0], " ".join(map(str, args.folds)), f"{dice:.4f}")
     console.print(table)
     return 0
@@ -132,10 +131,9 @@ def _parameters(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _submit(console: Console, folds: Sequence[Fold], parameters: Mapping[str, Any]) -> int:
     """One job a fold. The command may be repeated: jobs are submitted for what is not done."""
-    try:
-        import submitit
-    except ModuleNotFoundError:
-        raise E2ENetError("--slurm needs submitit: pip install 'nnunetv2-e2enet[cluster]'") from None
+    check_extra("--slurm", "cluster", "submitit")
+    import submitit
+
     cluster = parameters.get("cluster", "slurm")
     settings = {key: value for key, value in parameters.items() if key != "cluster"}
     open_folds = [fold for fold in folds if fold.state() is not FoldState.DONE]

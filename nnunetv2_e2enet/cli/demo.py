@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import time
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import read_json
 from nnunetv2_e2enet.registration import console_command, find_nnunet, is_registered
 
 if TYPE_CHECKING:
@@ -142,8 +142,9 @@ def _run(console: Console, work: Workspace, title: str, command: list[str]) -> N
 
 def _report(console: Console, work: Workspace) -> int:
     from nnunetv2_e2enet.evaluation.overlay import write_overlay
+    from nnunetv2_e2enet.training.timed import TRAINING_TIME_FILE
 
-    labels = _labels(work)
+    labels = {value: name for name, value in read_json(work.raw / "dataset.json")["labels"].items() if value}
     dice = {name: _dice(work.predictions(trainer) / "summary.json") for name, trainer in MODELS.items()}
     table = Table(title="Dice on held-out phantoms (no mirroring), and size of the networks")
     table.add_column("")
@@ -156,7 +157,7 @@ def _report(console: Console, work: Workspace) -> int:
     counts = {name: _parameters(work.model(trainer)) for name, trainer in MODELS.items()}
     table.add_row("parameters active", *(f"{counts[name].active:,}" for name in MODELS))
     table.add_row("parameters in total", *(f"{counts[name].total:,}" for name in MODELS))
-    times = {name: _training_time(work.model(trainer)) for name, trainer in MODELS.items()}
+    times = {name: read_json(work.model(trainer) / "fold_0" / TRAINING_TIME_FILE) for name, trainer in MODELS.items()}
     table.add_row("seconds of training", *(f"{times[name]['seconds']:.0f}" for name in MODELS))
     table.add_row("iterations in these", *(f"{times[name]['iterations']:,}" for name in MODELS))
     console.print(table)
@@ -175,28 +176,11 @@ def _report(console: Console, work: Workspace) -> int:
     return 0
 
 
-def _labels(work: Workspace) -> dict[int, str]:
-    from batchgenerators.utilities.file_and_folder_operations import load_json
-
-    labels = load_json(str(work.raw / "dataset.json"))["labels"]
-    return {value: name for name, value in labels.items() if value}
-
-
 def _dice(summary: Path) -> dict[str, float]:
     """Mean Dice by label, and ``foreground``."""
-    from batchgenerators.utilities.file_and_folder_operations import load_json
-
-    content = load_json(str(summary))
+    content = read_json(summary)
     by_label = {label: metrics["Dice"] for label, metrics in content["mean"].items()}
     return {**by_label, "foreground": content["foreground_mean"]["Dice"]}
-
-
-def _training_time(model: Path) -> dict[str, float]:
-    """``seconds`` of all training iterations, and how many ``iterations`` they were."""
-    from nnunetv2_e2enet.training.timed import TRAINING_TIME_FILE
-
-    content: dict[str, float] = json.loads((model / "fold_0" / TRAINING_TIME_FILE).read_text())
-    return content
 
 
 def _parameters(model: Path) -> ParameterCounts:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.errors import E2ENetError, check_extra
 from nnunetv2_e2enet.registration import find_nnunet
 
 HELP = "write a trained model as one file for e2enet predict and Python, or as ONNX for other runtimes"
@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     folder, out = _paths(args)
     console = Console(highlight=False, soft_wrap=True)
     if args.onnx:
-        from nnunetv2_e2enet.deployment.onnx import check_onnx_extra, write_onnx
+        from nnunetv2_e2enet.deployment.onnx import write_onnx
 
-        check_onnx_extra()
+        check_extra("ONNX", "onnx", "onnx", "onnxscript")
         files = write_onnx(out, pack_model(folder, args.f, args.chk))
         console.print(f"Wrote {', '.join(path.name for path in files)} to {out}")
         return 0

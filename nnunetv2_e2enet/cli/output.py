@@ -1,14 +1,16 @@
-"""Options of all commands that report numbers: ``--json``, and files that are checked first and written last."""
+"""What all commands that report numbers have: ``--json``, files that are checked first and written last, a bar of steps."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nnunetv2_e2enet.errors import E2ENetError
 
@@ -40,7 +42,7 @@ def check_folders(args: argparse.Namespace, *options: str) -> None:
 def write_json(args: argparse.Namespace, content: Mapping[str, Any]) -> list[Path]:
     """Print or write a result; returns the file that was written, if any."""
     from nnunetv2_e2enet.evaluation.export import plain
-    from nnunetv2_e2enet.files import write_text
+    from nnunetv2_e2enet.files import write
 
     if args.json is None:
         return []
@@ -48,8 +50,17 @@ def write_json(args: argparse.Namespace, content: Mapping[str, Any]) -> list[Pat
     if args.json == "-":
         print(text)
         return []
-    write_text(Path(args.json), text + "\n")
+    write(Path(args.json), text + "\n")
     return [Path(args.json)]
+
+
+@contextmanager
+def step_bar(console: Console, steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar of ``steps``; what it gives is told what is done next."""
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=steps)
+        yield lambda description: progress.update(task, description=description, advance=1)
 
 
 def say_written(console: Console, files: list[Path]) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nnunetv2_e2enet.cli.output import add_json_argument, check_folders, console_for, say_written, write_json
+from nnunetv2_e2enet.cli.output import add_json_argument, check_folders, console_for, say_written, step_bar, write_json
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.choices import BESIDE, SPARSITIES
 
@@ -75,14 +74,7 @@ def run(args: argparse.Namespace) -> int:
     request = Request(args.subjects, args.configuration, args.trainer, args.dataset_json, args.beside, args.sparsity)
     with console.status("Looking at the plans …"):
         found = designs(request)
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=steps(found, settings))
-
-        def tell(description: str) -> None:
-            progress.update(task, description=description)
-            progress.advance(task)
-
+    with step_bar(console, steps(found, settings)) as tell:
         profiles = profile(found, settings, tell)
     _write(args, console, profiles, settings)
     return 0

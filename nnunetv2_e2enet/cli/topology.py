@@ -69,7 +69,7 @@ def _draw(args: argparse.Namespace, folds: Sequence[Fold], facts: dict[str, Any]
     from nnunetv2_e2enet.evaluation.report.drawing import png, svg
     from nnunetv2_e2enet.evaluation.topology.figures import views
     from nnunetv2_e2enet.evaluation.topology.page import topology_html
-    from nnunetv2_e2enet.files import write_bytes, write_text
+    from nnunetv2_e2enet.files import write
 
     drawn = views(folds)
     written = []
@@ -81,9 +81,9 @@ def _draw(args: argparse.Namespace, folds: Sequence[Fold], facts: dict[str, Any]
         for view in drawn:
             if view.figure is not None:
                 written += [args.figures / f"{view.key}.png", args.figures / f"{view.key}.svg"]
-                write_bytes(written[-2], png(view.figure))
-                write_text(written[-1], svg(view.figure))
+                write(written[-2], png(view.figure))
+                write(written[-1], svg(view.figure))
     if args.report is not None:
-        write_text(args.report, topology_html(folds, drawn, facts))
+        write(args.report, topology_html(folds, drawn, facts))
         written.append(args.report)
     return written

@@ -12,6 +12,7 @@ import SimpleITK
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.imaging import read_header, read_image, readable
 
 MODALITY, DESCRIPTION = "0008|0060", "0008|103e"
 EVEN = 0.05
@@ -29,7 +30,7 @@ class Series:
     files: tuple[Path, ...]
 
     def __str__(self) -> str:
-        tags = _information(self.files[0])
+        tags = read_header(self.files[0])
         facts = [tags.GetMetaData(tag).strip() for tag in (MODALITY, DESCRIPTION) if tags.HasMetaDataKey(tag)]
         return f"{self.files[0]} ({', '.join([*filter(None, facts), f'{len(self.files)} slices'])})"
 
@@ -70,14 +71,16 @@ def read_series(series: Series) -> SimpleITK.Image:
     Raises:
         E2ENetError: slices are missing, lie at uneven distances or askew, differ in size, or cannot be read.
     """
-    slices = [_information(file) for file in series.files]
+    slices = [read_header(file) for file in series.files]
     if len(slices) == 1:
-        return _read(SimpleITK.ImageFileReader(), str(series.files[0]), series)
+        return read_image(series.files[0])
     _check(series, slices)
     reader = SimpleITK.ImageSeriesReader()
     if len({s.GetPixelID() for s in slices}) > 1:  # each slice has a slope of its own, as in PET
         reader.SetOutputPixelType(SimpleITK.sitkFloat32)
-    return _read(reader, [str(file) for file in series.files], series)
+    reader.SetFileNames([str(file) for file in series.files])
+    with readable(series):
+        return reader.Execute()
 
 
 def _check(series: Series, slices: Sequence[SimpleITK.ImageFileReader]) -> None:
@@ -102,33 +105,6 @@ def _check(series: Series, slices: Sequence[SimpleITK.ImageFileReader]) -> None:
             f"{series} was taken with a tilted gantry, each slice {aside:.4g} mm beside the one before: expected slices "
             "that lie straight above each other; resample it first"
         )
-
-
-def _information(file: Path) -> SimpleITK.ImageFileReader:
-    reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(str(file))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise _unreadable(str(file), error) from error
-    return reader
-
-
-def _read(
-    reader: SimpleITK.ImageFileReader | SimpleITK.ImageSeriesReader, names: str | list[str], series: Series
-) -> SimpleITK.Image:
-    if isinstance(names, str):
-        reader.SetFileName(names)
-    else:
-        reader.SetFileNames(names)
-    try:
-        return reader.Execute()
-    except RuntimeError as error:
-        raise _unreadable(str(series), error) from error
-
-
-def _unreadable(what: str, error: RuntimeError) -> E2ENetError:
-    return E2ENetError(f"{what} cannot be read ({' '.join(str(error).split())[-200:]}): expected an image")
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nnunetv2_e2enet import __version__
 from nnunetv2_e2enet.deployment.description import Description
@@ -34,6 +33,7 @@ def pack_model(folder: Path, folds: Sequence[str] | None = None, checkpoint: str
         raise E2ENetError(f"{folder} is no nnU-Net model folder: expected one with plans.json, dataset.json and fold_*")
     names = _folds(folder, folds, checkpoint)
     content = read_checkpoint(folder / f"fold_{names[0]}" / checkpoint)
+    axes = content.get("inference_allowed_mirroring_axes")
     description = Description(
         plans=read_json(folder / "plans.json"),
         dataset=read_json(folder / "dataset.json"),
@@ -41,7 +41,7 @@ def pack_model(folder: Path, folds: Sequence[str] | None = None, checkpoint: str
         trainer=content["trainer_name"],
         folds=names,
         checkpoint=checkpoint,
-        mirroring_axes=_mirroring_axes(content),
+        mirroring_axes=None if axes is None else [int(axis) for axis in axes],
         postprocessing=_postprocessing(folder, names),
         written_by=f"nnunetv2-e2enet {__version__}",
     )
@@ -70,11 +70,6 @@ def _folds(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> list[s
             f"{', '.join(present) or 'none'}: choose folds with -f, another checkpoint with -chk, or finish the training"
         )
     return wanted
-
-
-def _mirroring_axes(checkpoint: dict[str, Any]) -> list[int] | None:
-    axes = checkpoint.get("inference_allowed_mirroring_axes")
-    return None if axes is None else [int(axis) for axis in axes]
 
 
 def _postprocessing(folder: Path, folds: Sequence[str]) -> list[list[int]]:

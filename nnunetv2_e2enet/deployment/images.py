@@ -15,6 +15,7 @@ import SimpleITK
 from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
 from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.imaging import read_header, read_image
 
 WRITTEN = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
 """Endings of files with a geometry, which SimpleITK writes and nnU-Net's readers read."""
@@ -75,31 +76,15 @@ def _put(path: Path, target: Path, ending: str) -> None:
         raise E2ENetError(f"{path} is no *{ending}, of which the model's training images were: convert it first")
     if series is not None:
         print(f"Reading {series}")
-    image = _image(path) if series is None else read_series(series)
+    image = read_image(path) if series is None else read_series(series)
     SimpleITK.WriteImage(image, str(target), useCompression=False)
-
-
-def _image(path: Path) -> SimpleITK.Image:
-    try:
-        return SimpleITK.ReadImage(str(path))
-    except RuntimeError as error:
-        raise _unreadable(path, error) from error
 
 
 def _check_grids(paths: Sequence[Path], files: Sequence[Path]) -> None:
     first: SimpleITK.ImageFileReader | None = None
     for path, file in zip(paths, files, strict=True):
-        reader = SimpleITK.ImageFileReader()
-        reader.SetFileName(str(file))
-        try:
-            reader.ReadImageInformation()
-        except RuntimeError as error:
-            raise _unreadable(path, error) from error
+        reader = read_header(file, called=path)
         first = first or reader
         if reader.GetSize() != first.GetSize() or not np.allclose(reader.GetSpacing(), first.GetSpacing(), rtol=1e-4):
             given, other = (f"{r.GetSize()} voxels of {r.GetSpacing()} mm" for r in (reader, first))
             raise E2ENetError(f"{path} has {given}, {paths[0]} has {other}: resample the channels to one grid")
-
-
-def _unreadable(path: Path, error: RuntimeError) -> E2ENetError:
-    return E2ENetError(f"{path} cannot be read as an image ({' '.join(str(error).split())[-200:]})")

@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +27,6 @@ from nnunetv2_e2enet.network.connections import MaskedConv2d, MaskedConv3d, Mask
 from nnunetv2_e2enet.network.depth_shift import DEPTH_AXIS, shift_groups
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE
 
-NEEDED = ("onnx", "onnxscript")
 OPSET = 18
 INPUT, OUTPUT = "image", "logits"
 
@@ -38,13 +36,6 @@ _UNMASKED: dict[type, type] = {
     MaskedConvTranspose2d: nn.ConvTranspose2d,
     MaskedConvTranspose3d: nn.ConvTranspose3d,
 }
-
-
-def check_onnx_extra() -> None:
-    """Raises E2ENetError, with the command that helps, unless the libraries of the extra ``onnx`` are installed."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise E2ENetError(f"ONNX needs {', '.join(missing)}, not installed here: pip install 'nnunetv2-e2enet[onnx]'")
 
 
 class _PlainShiftBlock(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor
 from nnunetv2_e2enet.deployment.description import Description
 from nnunetv2_e2enet.deployment.packing import Arrays, unpack
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.files import write_bytes
+from nnunetv2_e2enet.files import write
 
 FORMAT = 1
 KEY = "nnunetv2-e2enet"
@@ -81,7 +81,7 @@ def write_packed(path: Path, model: PackedModel) -> int:
         E2ENetError: it cannot be written; what was there before is left.
     """
     data = serialized(model.description.as_json(), _joined(model.folds))
-    write_bytes(path, data)
+    write(path, data)
     return len(data)
 
 

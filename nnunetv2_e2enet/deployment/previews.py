@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import SimpleITK
 from tqdm import tqdm
 
 from nnunetv2_e2enet.deployment.images import WRITTEN
 from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.preview import write_preview
+from nnunetv2_e2enet.imaging import read_header
 
 
 def check_previews(images: Sequence[Path], model: PackedModel) -> None:
@@ -20,13 +20,8 @@ def check_previews(images: Sequence[Path], model: PackedModel) -> None:
     if ending not in WRITTEN:
         raise E2ENetError(f"--preview: images are *{ending}, but pictures are made of 3D scans only; leave it out")
     for image in images[:1]:
-        reader = SimpleITK.ImageFileReader()
-        reader.SetFileName(str(image))
-        try:
-            reader.ReadImageInformation()
-        except RuntimeError as error:
-            raise E2ENetError(f"{image} cannot be read as an image ({' '.join(str(error).split())[-200:]})") from error
-        if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1:
+        header = read_header(image)
+        if header.GetDimension() != 3 or header.GetNumberOfComponents() != 1:
             raise E2ENetError(f"--preview: {image} is not a 3D image of one channel; leave it out")
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from nnunetv2_e2enet.deployment.packed import PackedModel, read_packed
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.imaging import readable
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -181,10 +182,8 @@ class Segmenter:
         if missing:
             raise E2ENetError(f"{missing[0]} is not a file: expected an image")
         reader = self._predictor.plans_manager.image_reader_writer_class()
-        try:
+        with readable(paths[0]):
             array, properties = reader.read_images([str(path) for path in paths])
-        except RuntimeError as error:
-            raise E2ENetError(f"{paths[0]} cannot be read ({' '.join(str(error).split())[-200:]})") from error
         return array, properties
 
     def _from_simpleitk(self, images: Sequence[SimpleITK.Image]) -> tuple[Segmentation, Properties]:

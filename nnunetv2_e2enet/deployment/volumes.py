@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nnunetv2_e2enet.deployment.packed import PackedModel
-from nnunetv2_e2enet.files import write_text
+from nnunetv2_e2enet.files import write
 
 HEADER = ("case", "label", "millilitres")
 
@@ -42,5 +42,5 @@ def write_volumes(folder: Path, model: PackedModel, progress: bool = False) -> P
             voxels = sum(int(counts[n]) for n in values if n < len(counts))
             writer.writerow((path.name.removesuffix(ending), name, f"{voxels * prod(properties['spacing']) / 1000:.3f}"))
     file = folder / "volumes.csv"
-    write_text(file, text.getvalue())
+    write(file, text.getvalue())
     return file

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.sources import Source
+from nnunetv2_e2enet.imaging import read_header
 
 NAMES_SHOWN = 5
 READERS = 8
@@ -55,12 +55,7 @@ def read_geometry(file: Path) -> Geometry:
     Raises:
         E2ENetError: SimpleITK cannot read it.
     """
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise E2ENetError(f"cannot read {file} as an image: is it whole?") from error
+    reader = read_header(file)
     return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
 
 

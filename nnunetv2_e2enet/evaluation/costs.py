@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.network import E2ENet, MaskableLayer, accounts, fusion_flows, fusion_nodes
@@ -78,56 +79,28 @@ def breakdown(network: nn.Module, input_shape: Sequence[int]) -> list[Share]:
     A fusion node's first convolution works on three flows at once; its costs are divided by the channels that each flow
     brings, and by the connections that are active among them. Modules of an unknown kind are at level -1, flow "other".
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        accounts.run_on_meta(network, input_shape)
-    macs_of = _macs_by_module(network, counter)
+    macs = accounts.macs_by_module(network, input_shape)
     flows_of = fusion_flows(network)
-    totals: dict[tuple[int, str], list[int]] = {}
-
-    def add(level: int, flow: str, numbers: Sequence[int]) -> None:
-        row = totals.setdefault((level, flow), [0, 0, 0, 0])
-        for i, number in enumerate(numbers):
-            row[i] += number
-
+    totals: defaultdict[tuple[int, str], NDArray[np.int64]] = defaultdict(lambda: np.zeros(4, np.int64))
     for name, module in network.named_modules():
-        own = [p.numel() for p in module.parameters(recurse=False)]
+        own = sum(p.numel() for p in module.parameters(recurse=False))
         if not own:
             continue
         level, flow = _place(name, network)
         if not isinstance(module, _ConvNd):
-            add(level, "norm, bias", (sum(own), sum(own), 0, 0))
+            totals[level, "norm, bias"] += [own, own, 0, 0]
             continue
         bias = 0 if module.bias is None else module.bias.numel()
-        add(level, "norm, bias", (bias, bias, 0, 0))
-        macs = macs_of.get(module, 0)
+        totals[level, "norm, bias"] += [bias, bias, 0, 0]
         parts = _parts(module, flow, flows_of.get(name, {}))
-        per_connection = module.weight[0, 0].numel()
-        macs_per_connection = macs // sum(connections for _, connections, _ in parts)
+        weights_each = module.weight[0, 0].numel()
+        macs_each = macs[module] // sum(connections for _, connections, _ in parts)
         for part, connections, active in parts:
-            add(
-                level,
-                part,
-                (
-                    connections * per_connection,
-                    active * per_connection,
-                    connections * macs_per_connection,
-                    active * macs_per_connection,
-                ),
-            )
+            both = np.array([connections, active])
+            totals[level, part] += np.concatenate([both * weights_each, both * macs_each])
     order = {flow: i for i, flow in enumerate(FLOWS)}
     keys = sorted(totals, key=lambda key: (key[0], order.get(key[1], len(order))))
-    return [Share(level, flow, *totals[level, flow]) for level, flow in keys if any(totals[level, flow])]
-
-
-def _macs_by_module(network: nn.Module, counter: FlopCounterMode) -> dict[nn.Module, int]:
-    """Of each module. Some of nnU-Net's blocks hold a convolution under two names, and the counter knows one of them."""
-    counts = counter.get_flop_counts()
-    root = type(network).__name__
-    found: dict[nn.Module, int] = {}
-    for name, module in network.named_modules(remove_duplicate=False):
-        macs = sum(counts.get(f"{root}.{name}", {}).values()) // 2
-        found[module] = max(macs, found.get(module, 0))
-    return found
+    return [Share(level, flow, *totals[level, flow].tolist()) for level, flow in keys if totals[level, flow].any()]
 
 
 def _place(name: str, network: nn.Module) -> tuple[int, str]:

@@ -21,9 +21,10 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.cases import Case
 from nnunetv2_e2enet.evaluation.labels import Labels
 from nnunetv2_e2enet.evaluation.metrics import ClassMetrics, case_metrics
+from nnunetv2_e2enet.imaging import read_image
 
 Progress = Callable[[int, int], None]
-VERSION = 2
+VERSION = 3
 """Of what the metrics mean: to be raised when a number would come out otherwise, so that kept numbers are not used again."""
 
 
@@ -132,15 +133,16 @@ def measure(
         for case in cases
         for file in case.predictions
     ]
-    missing = [i for i, task in enumerate(tasks) if not kept.check_call_in_cache(*task)]
-    found = {i: kept(*task) for i, task in enumerate(tasks) if i not in set(missing)}
+    found = {i: kept(*task) for i, task in enumerate(tasks) if kept.check_call_in_cache(*task)}
+    missing = [i for i in range(len(tasks)) if i not in found]
     if progress:
         progress(len(found), len(tasks))
     from_cache = len(found)
     with parallel_config("loky", inner_max_num_threads=1, initializer=_ignore_interrupts):
-        pool = Parallel(min(workers, max(1, len(missing))), return_as="generator_unordered", batch_size=len(models))
+        pool = Parallel(min(workers, max(1, len(missing))), return_as="generator", batch_size=len(models))
         try:
-            for index, metrics in pool(delayed(_numbered)(i, kept, tasks[i]) for i in missing):
+            measured = pool(delayed(kept)(*tasks[i]) for i in missing)
+            for index, metrics in zip(missing, measured, strict=True):
                 found[index] = metrics
                 if progress:
                     progress(len(found), len(tasks))
@@ -156,13 +158,6 @@ def measure(
 def _ignore_interrupts() -> None:
     """Ctrl-C reaches all processes of a terminal; the parent ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-_Task = tuple[FileState, FileState, Labels, tuple[float, ...], int]
-
-
-def _numbered(index: int, function: Callable[..., NDArray[np.float64]], task: _Task) -> tuple[int, NDArray[np.float64]]:
-    return index, function(*task)
 
 
 def prediction_metrics(
@@ -190,10 +185,7 @@ def read_label_map(file: Path) -> tuple[NDArray[np.integer], tuple[float, ...]]:
     Raises:
         E2ENetError: unreadable, several channels, negative or fractional values.
     """
-    try:
-        image = sitk.ReadImage(str(file))
-    except RuntimeError as error:
-        raise E2ENetError(f"cannot read {file} as an image: is it whole?") from error
+    image = read_image(file)
     voxels = sitk.GetArrayFromImage(image)
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise E2ENetError(f"{file} has {image.GetNumberOfComponentsPerPixel()} channels: expected a label map of one")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from nnunetv2_e2enet.evaluation.networks import Design
+from nnunetv2_e2enet.machine import bytes_in
 
 BYTES_PER_PARAMETER = 16
 """In training, float32: weight, gradient, momentum, and one more while they are updated."""
@@ -117,7 +118,7 @@ def peak_above_now(run: Callable[[], None]) -> float:
 def _resident() -> float:
     """Bytes of the resident set now."""
     if STATUS.is_file():
-        return _status_bytes("VmRSS")
+        return bytes_in(STATUS, "VmRSS")
     kibibytes = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], check=True, capture_output=True, text=True).stdout
     return float(kibibytes) * 1024
 
@@ -125,15 +126,10 @@ def _resident() -> float:
 def _peak() -> float:
     """Bytes of the resident set at its highest: since ``_reset_peak`` on Linux, in the life of the process on macOS."""
     if STATUS.is_file():
-        return _status_bytes("VmHWM")
+        return bytes_in(STATUS, "VmHWM")
     import resource
 
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
-
-
-def _status_bytes(field: str) -> float:
-    fields = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8").splitlines())
-    return float(fields[field].split()[0]) * 1024
 
 
 def _reset_peak() -> None:

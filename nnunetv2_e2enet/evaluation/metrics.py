@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 PERCENTILE = 95
 DISTANCE_SLACK = 1e-5
 """Relative; spacings are stored as float32, so 10 voxels of 0.1 mm may measure a little over 1 mm."""
-MAX_VOXELS_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -84,93 +83,65 @@ def case_metrics(
     Returns:
         One entry for each class, in their order.
     """
-    counts = _joint_counts(reference, prediction, labels)
-    boxes = _boxes(reference, prediction, labels)
+    boxes = [find_objects(voxels, max_label=max(labels.known)) for voxels in (reference, prediction)]
     ml = prod(spacing) / 1000
     diagonal = sqrt(sum((n * mm) ** 2 for n, mm in zip(reference.shape, spacing, strict=True)))
     results = []
     for members, tolerance in zip(labels.classes.values(), tolerances, strict=True):
-        rows = [labels.known.index(v) for v in members]
-        in_reference = int(counts[rows].sum())
-        in_prediction = int(counts[:, rows].sum())
-        both = int(counts[np.ix_(rows, rows)].sum())
+        window = _window(boxes, members, reference.shape)
+        valid = np.ones_like(reference[window], bool) if labels.ignore is None else reference[window] != labels.ignore
+        r, p = (np.isin(voxels[window], members) & valid for voxels in (reference, prediction))
+        in_reference, in_prediction, both = (int(np.count_nonzero(mask)) for mask in (r, p, r & p))
         volumes = in_reference * ml, in_prediction * ml
         if in_reference + in_prediction == 0:
             results.append(ClassMetrics(nan, nan, nan, nan, *volumes))
             continue
         dice = 2 * both / (in_reference + in_prediction)
         if in_reference and in_prediction:
-            nsd, hd95 = _surface_metrics(reference, prediction, spacing, members, labels.ignore, boxes, tolerance, diagonal)
+            nsd, hd95 = _surface_metrics(r, p, valid, spacing, tolerance, diagonal)
         else:
             nsd, hd95 = 0.0, diagonal
         results.append(ClassMetrics(dice, nsd, hd95, abs(volumes[1] - volumes[0]), *volumes))
     return results
 
 
-def _joint_counts(reference: NDArray[np.integer], prediction: NDArray[np.integer], labels: Labels) -> NDArray[np.int64]:
-    """Voxels by (reference value, prediction value), in the order of ``labels.known``; one more of each for other values.
+def _window(
+    boxes: Sequence[Sequence[tuple[slice, ...] | None]], members: Sequence[int], shape: Sequence[int]
+) -> tuple[slice, ...]:
+    """The smallest box around some label values, one voxel wider on each side where the image goes on.
 
-    Ignored voxels are left out. Done in pieces, so that memory does not grow with the image.
+    Args:
+        boxes: of each map, the bounding boxes of the values from 1 on. The background has none: with it, all is in the window.
+        members: the values.
+        shape: of the image.
     """
-    values = labels.known
-    n = len(values) + 1
-    counts = np.zeros(n * n, np.int64)
-    flat_reference, flat_prediction = reference.reshape(-1), prediction.reshape(-1)
-    for start in range(0, flat_reference.size, MAX_VOXELS_AT_ONCE):
-        piece = slice(start, start + MAX_VOXELS_AT_ONCE)
-        r, p = flat_reference[piece], flat_prediction[piece]
-        if labels.ignore is not None:
-            valid = r != labels.ignore
-            r, p = r[valid], p[valid]
-        counts += np.bincount(_ranks(r, values) * n + _ranks(p, values), minlength=n * n)
-    return counts.reshape(n, n)
-
-
-def _ranks(voxels: NDArray[np.integer], values: Sequence[int]) -> NDArray[np.intp]:
-    """Place of each voxel's value among ``values``; their number for all others."""
-    largest = int(max(max(values), voxels.max(initial=0)))
-    table = np.full(largest + 1, len(values), np.intp)
-    table[list(values)] = range(len(values))
-    ranks: NDArray[np.intp] = table[voxels]
-    return ranks
-
-
-def _boxes(
-    reference: NDArray[np.integer], prediction: NDArray[np.integer], labels: Labels
-) -> dict[int, list[tuple[slice, ...]]]:
-    """Bounding boxes of each label value, of the reference and of the prediction where they have it."""
-    boxes: dict[int, list[tuple[slice, ...]]] = {}
-    for voxels in (reference, prediction):
-        for index, box in enumerate(find_objects(voxels, max_label=max(labels.known))):
-            if box is not None:
-                boxes.setdefault(index + 1, []).append(box)
-    return boxes
+    if 0 in members:
+        return (slice(None),) * len(shape)
+    found = [box for of_values in boxes for value in members if (box := of_values[value - 1]) is not None]
+    if not found:
+        return (slice(0, 0),) * len(shape)
+    return tuple(
+        slice(max(0, min(b[axis].start for b in found) - 1), min(size, max(b[axis].stop for b in found) + 1))
+        for axis, size in enumerate(shape)
+    )
 
 
 def _surface_metrics(
-    reference: NDArray[np.integer],
-    prediction: NDArray[np.integer],
+    reference: NDArray[np.bool_],
+    prediction: NDArray[np.bool_],
+    valid: NDArray[np.bool_],
     spacing: Sequence[float],
-    members: Sequence[int],
-    ignore: int | None,
-    boxes: dict[int, list[tuple[slice, ...]]],
     tolerance: float,
     diagonal: float,
 ) -> tuple[float, float]:
-    """NSD and HD95 of a class that reference and prediction both have.
+    """NSD and HD95 of a class that reference and prediction both have, from their masks.
 
-    A voxel whose neighbours are all in the mask or ignored is not on the surface.
+    A voxel whose neighbours are all in the mask or not valid is not on the surface.
     """
     import torch
 
-    window = _union([b for v in members for b in boxes.get(v, [])], reference.shape)
-    r, p = reference[window], prediction[window]
-    masks = [torch.from_numpy(np.isin(p, members)), torch.from_numpy(np.isin(r, members))]
-    valid = torch.ones(masks[0].shape, dtype=torch.bool)
-    if ignore is not None:
-        valid = torch.from_numpy(r != ignore)
-        masks = [mask | ~valid for mask in masks]
-    both = _surface_distances(masks[0], masks[1], valid, spacing)
+    p, r, known = (torch.from_numpy(mask) for mask in (prediction | ~valid, reference | ~valid, valid))
+    both = _surface_distances(p, r, known, spacing)
     if not all(d.size for d in both):
         return (0.0, diagonal) if any(d.size for d in both) else (nan, nan)
     close = sum(int((d <= tolerance * (1 + DISTANCE_SLACK)).sum()) for d in both)
@@ -193,11 +164,3 @@ def _surface_distances(
         return np.full(counts[0], nan), np.full(counts[1], nan)
     to_reference, to_prediction = (d.numpy().astype(float) for d in distances)
     return to_reference, to_prediction
-
-
-def _union(boxes: Sequence[tuple[slice, ...]], shape: Sequence[int]) -> tuple[slice, ...]:
-    """The smallest box around all of them, one voxel wider on each side where the image goes on."""
-    return tuple(
-        slice(max(0, min(b[axis].start for b in boxes) - 1), min(size, max(b[axis].stop for b in boxes) + 1))
-        for axis, size in enumerate(shape)
-    )

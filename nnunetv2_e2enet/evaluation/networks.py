@@ -16,12 +16,11 @@ from torch import nn
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import read_json
-from nnunetv2_e2enet.training.checkpoints import read_checkpoint
+from nnunetv2_e2enet.training.checkpoints import CHECKPOINTS, newest_checkpoint, read_checkpoint
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_latest.pth")
 LOGGED = ("train_losses", "val_losses", "ema_fg_dice")
 
 
@@ -140,7 +139,7 @@ def read_trainings(model: Path) -> list[Training]:
     """One for each fold that has a checkpoint."""
     trainings = []
     for folder in sorted(model.glob("fold_*")):
-        file = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
+        file = newest_checkpoint(folder)
         if file is None:
             continue
         checkpoint = read_checkpoint(file)

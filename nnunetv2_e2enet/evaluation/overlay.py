@@ -1,7 +1,7 @@
 """A picture of one case: its segmentations side by side, over the image, in three planes."""
 
+import io
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +10,14 @@ from typing import Literal, TypeVar
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import write
+from nnunetv2_e2enet.imaging import read_image
 
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00")
 """Colours that the colour-blind can tell apart (Okabe and Ito, 2008), but for black and grey, which images use."""
@@ -45,14 +46,22 @@ PLANES = (Plane("Axial", 0, False), Plane("Coronal", 1, True), Plane("Sagittal",
 
 
 def write_overlay(path: Path, image: Path, segmentations: Mapping[str, Path], labels: Mapping[int, str]) -> None:
-    """Write a PNG of one case, a row for each plane and a column for each segmentation, whole or not at all.
+    """Write ``overlay`` as a PNG, whole or not at all; ``path`` is a file to write or to replace, in a folder that exists.
+
+    Raises:
+        E2ENetError: as ``overlay``, or the file cannot be written.
+    """
+    save_figure(overlay(image, segmentations, labels), path)
+
+
+def overlay(image: Path | None, segmentations: Mapping[str, Path], labels: Mapping[int, str]) -> Figure:
+    """The picture of one case, a row for each plane and a column for each segmentation.
 
     The slice of a plane is the one on which the segmentations together show the largest extent of their labels. The image is
     shown at its physical aspect ratio in the radiological convention (the patient's right is on the left).
 
     Args:
-        path: the PNG to write or to replace, in a folder that exists.
-        image: a 3D image file that SimpleITK reads.
+        image: a 3D image file that SimpleITK reads; None for a black background.
         segmentations: title of each column to its label map, on the voxel grid of the image; at least one.
         labels: label value to name, for the legend; 0 is background and not drawn.
 
@@ -64,10 +73,11 @@ def write_overlay(path: Path, image: Path, segmentations: Mapping[str, Path], la
         raise E2ENetError(
             f"overlay of {len(segmentations)} segmentations with {len(foreground)} labels: expected at least one of each"
         )
-    volume = read_volume(image)
-    columns = {title: read_on_grid_of(volume, file, image) for title, file in segmentations.items()}
-    figure = _draw(sitk.GetArrayFromImage(volume), columns, foreground, volume.GetSpacing()[::-1])
-    save_figure(figure, path)
+    given = image or next(iter(segmentations.values()))
+    volume = read_volume(given)
+    columns = {title: read_on_grid_of(volume, file, given) for title, file in segmentations.items()}
+    voxels = sitk.GetArrayFromImage(volume)
+    return _draw(voxels if image else np.zeros_like(voxels), columns, foreground, volume.GetSpacing()[::-1])
 
 
 def best_slice(segmentations: Sequence[NDArray[np.integer]], labels: Sequence[int], axis: int) -> int:
@@ -99,10 +109,7 @@ def _areas(segmentation: NDArray[np.integer], labels: Sequence[int], axis: int) 
 
 def read_volume(file: Path) -> sitk.Image:
     """The volume in the orientation that ``Plane`` expects."""
-    try:
-        volume = sitk.ReadImage(str(file))
-    except RuntimeError as error:
-        raise E2ENetError(f"cannot read {file} as an image: expected a file that SimpleITK reads; check the path") from error
+    volume = read_image(file)
     if volume.GetDimension() != 3 or volume.GetNumberOfComponentsPerPixel() != 1:
         raise E2ENetError(f"{file} is not a 3D image of one channel: expected one; overlays are made of 3D scans only")
     return sitk.DICOMOrient(volume, "LPS")
@@ -132,7 +139,6 @@ def _draw(
     legend_rows = math.ceil(len(labels) / legend_columns)
     inches = (width, sum(heights) + 0.6 + 0.35 * legend_rows)
     figure = Figure(figsize=inches, dpi=DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
     rows = figure.subplots(len(PLANES), len(columns), squeeze=False, height_ratios=heights)
     low, high = np.percentile(image, [0.5, 99.5])
     for plane, row in zip(PLANES, rows, strict=True):
@@ -209,12 +215,6 @@ def save_figure(figure: Figure, path: Path) -> None:
     Raises:
         E2ENetError: it cannot be written.
     """
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as staging:
-            finished = Path(staging) / path.name
-            figure.savefig(finished, format="png")
-            finished.replace(path)
-    except OSError as error:
-        raise E2ENetError(
-            f"cannot write {path} ({error.strerror}): expected a folder with write permission; choose another place"
-        ) from error
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write(path, buffer.getvalue())

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -129,7 +128,6 @@ def _draw(scan: Scan, title: str, labels: Mapping[str, Sequence[int]]) -> Figure
     left, right, upper, lower = (mm * per_mm for mm in (width, height, height, depth))
     inches = (left + right + 3 * MARGIN_INCHES, upper + lower + 2 * MARGIN_INCHES + HEADING_INCHES)
     figure = Figure(figsize=inches, dpi=DOTS_PER_INCH, facecolor=PAPER)
-    FigureCanvasAgg(figure)
 
     def axes(x: float, y: float, across: float, up: float) -> Axes:
         """Places in inches from the lower left corner."""

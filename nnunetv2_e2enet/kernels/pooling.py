@@ -21,30 +21,11 @@ from nnunetv2_e2enet.network.memory_format import is_channels_last, memory_forma
 
 @triton.jit
 def pool_tiles(
-    whole,
-    pooled,
-    index,
-    scale,
-    offset,
-    channels,
-    depth,
-    height,
-    width,
-    pooled_depth,
-    pooled_height,
-    pooled_width,
-    voxel_stride,
-    whole_channel_stride,
-    pooled_channel_stride,
-    KERNEL_D: tl.constexpr,  # noqa: N803
-    KERNEL_H: tl.constexpr,  # noqa: N803
-    KERNEL_W: tl.constexpr,  # noqa: N803
-    SLOPE: tl.constexpr,  # noqa: N803
-    NORM: tl.constexpr,  # noqa: N803
-    BLOCK_V: tl.constexpr,  # noqa: N803
-    BLOCK_C: tl.constexpr,  # noqa: N803
-    WIDE: tl.constexpr,  # noqa: N803
-):
+    whole, pooled, index, scale, offset, channels, depth, height, width, pooled_depth, pooled_height, pooled_width,
+    voxel_stride, whole_channel_stride, pooled_channel_stride,
+    KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, SLOPE: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """The maximum of side-by-side voxels of a map that is normalised and activated on the way, and which voxel it is from."""
     channel, exists, row = channels_of_tile(channels, BLOCK_C)
     elements = pooled_depth * pooled_height * pooled_width
@@ -76,25 +57,10 @@ def pool_tiles(
 
 @triton.jit
 def unpool_tiles(
-    whole,
-    pooled,
-    index,
-    channels,
-    depth,
-    height,
-    width,
-    pooled_depth,
-    pooled_height,
-    pooled_width,
-    voxel_stride,
-    whole_channel_stride,
-    pooled_channel_stride,
-    KERNEL_D: tl.constexpr,  # noqa: N803
-    KERNEL_H: tl.constexpr,  # noqa: N803
-    KERNEL_W: tl.constexpr,  # noqa: N803
-    BLOCK_V: tl.constexpr,  # noqa: N803
-    BLOCK_C: tl.constexpr,  # noqa: N803
-):
+    whole, pooled, index, channels, depth, height, width, pooled_depth, pooled_height, pooled_width, voxel_stride,
+    whole_channel_stride, pooled_channel_stride,
+    KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Each voxel of the whole map gets the gradient of its pooled voxel if that is from it, and zero otherwise."""
     channel, exists, _row = channels_of_tile(channels, BLOCK_C)
     elements = depth * height * width

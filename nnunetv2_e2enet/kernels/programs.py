@@ -12,14 +12,14 @@ import triton.language as tl
 
 
 @triton.jit
-def channels_of_tile(channels, BLOCK_C: tl.constexpr):  # noqa: N803
+def channels_of_tile(channels, BLOCK_C: tl.constexpr):
     """The channels, ``(1, BLOCK_C)``; whether there are such; and where they lie in a tensor ``(batch, channels)``."""
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     return channel, channel < channels, tl.program_id(2) * channels + channel
 
 
 @triton.jit
-def voxels_of_tile(start, BLOCK_V: tl.constexpr):  # noqa: N803
+def voxels_of_tile(start, BLOCK_V: tl.constexpr):
     """Indices of the ``BLOCK_V`` voxels from ``start`` on, as a column."""
     return start + tl.arange(0, BLOCK_V)[:, None]
 
@@ -32,18 +32,9 @@ def first_voxels(x, channel, channels, elements, channel_stride):
 
 @triton.jit
 def sums_around_first(
-    x,
-    sums,
-    squares,
-    channels,
-    elements,
-    voxel_stride,
-    channel_stride,
-    chunk,
-    BLOCK_V: tl.constexpr,  # noqa: N803
-    BLOCK_C: tl.constexpr,  # noqa: N803
-    WIDE: tl.constexpr,  # noqa: N803
-):
+    x, sums, squares, channels, elements, voxel_stride, channel_stride, chunk,
+    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Sums of ``x - x[0]`` and of its square over each chunk of voxels. Large means do not cancel around the first value."""
     channel, exists, row = channels_of_tile(channels, BLOCK_C)
     x = first_voxels(x, channel, channels, elements, channel_stride)
@@ -64,7 +55,7 @@ def sums_around_first(
 
 
 @triton.jit
-def sum_of_parts(parts, count, BLOCK: tl.constexpr):  # noqa: N803
+def sum_of_parts(parts, count, BLOCK: tl.constexpr):
     """Of the program's row, in float64."""
     part = tl.arange(0, BLOCK)
     parts += tl.program_id(0).to(tl.int64) * count
@@ -75,19 +66,7 @@ def sum_of_parts(parts, count, BLOCK: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def finish_statistics(
-    x,
-    sums,
-    squares,
-    mean,
-    rstd,
-    channels,
-    elements,
-    channel_stride,
-    count,
-    eps,
-    BLOCK: tl.constexpr,  # noqa: N803
-):
+def finish_statistics(x, sums, squares, mean, rstd, channels, elements, channel_stride, count, eps, BLOCK: tl.constexpr):
     """Mean and ``1 / sqrt(variance + eps)`` of a row from what ``sums_around_first`` found in its parts."""
     row = tl.program_id(0)
     distance = sum_of_parts(sums, count, BLOCK) / elements
@@ -99,7 +78,7 @@ def finish_statistics(
 
 
 @triton.jit
-def finish_sums(first_parts, second_parts, first, second, count, BLOCK: tl.constexpr):  # noqa: N803
+def finish_sums(first_parts, second_parts, first, second, count, BLOCK: tl.constexpr):
     """Two sums of a row over its parts."""
     row = tl.program_id(0)
     tl.store(first + row, sum_of_parts(first_parts, count, BLOCK).to(first.dtype.element_ty))
@@ -117,29 +96,11 @@ def slices_moved(channel, group_size, larger, middle):
 
 @triton.jit
 def move_tiles(
-    single,
-    joined,
-    scale,
-    offset,
-    channels,
-    first_channel,
-    joined_channels,
-    plane,
-    elements,
-    single_voxel_stride,
-    joined_voxel_stride,
-    channel_stride,
-    group_size,
-    larger,
-    middle,
-    SLOPE: tl.constexpr,  # noqa: N803
-    BACK: tl.constexpr,  # noqa: N803
-    NORM: tl.constexpr,  # noqa: N803
-    MOVE: tl.constexpr,  # noqa: N803
-    BLOCK_V: tl.constexpr,  # noqa: N803
-    BLOCK_C: tl.constexpr,  # noqa: N803
-    WIDE: tl.constexpr,  # noqa: N803
-):
+    single, joined, scale, offset, channels, first_channel, joined_channels, plane, elements, single_voxel_stride,
+    joined_voxel_stride, channel_stride, group_size, larger, middle,
+    SLOPE: tl.constexpr, BACK: tl.constexpr, NORM: tl.constexpr, MOVE: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """One map into the concatenation of maps, moved, and normalised and activated on the way; or back, moved back."""
     channel, exists, row = channels_of_tile(channels, BLOCK_C)
     single = first_voxels(single, channel, channels, elements, channel_stride)
@@ -174,31 +135,16 @@ def move_tiles(
 
 
 @triton.jit
-def through_activation(grad, x, scale, offset, SLOPE: tl.constexpr):  # noqa: N803
+def through_activation(grad, x, scale, offset, SLOPE: tl.constexpr):
     """The gradient before the leaky ReLU, whose sign is that of the norm's output."""
     return tl.where(x * scale + offset > 0, grad, grad * SLOPE)
 
 
 @triton.jit
 def gradient_sums(
-    grad,
-    x,
-    mean,
-    rstd,
-    scale,
-    offset,
-    sums,
-    products,
-    channels,
-    elements,
-    voxel_stride,
-    channel_stride,
-    chunk,
-    SLOPE: tl.constexpr,  # noqa: N803
-    BLOCK_V: tl.constexpr,  # noqa: N803
-    BLOCK_C: tl.constexpr,  # noqa: N803
-    WIDE: tl.constexpr,  # noqa: N803
-):
+    grad, x, mean, rstd, scale, offset, sums, products, channels, elements, voxel_stride, channel_stride, chunk,
+    SLOPE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Of the gradient before the activation, and of its product with the normalised map, over each chunk of voxels."""
     channel, exists, row = channels_of_tile(channels, BLOCK_C)
     grad = first_voxels(grad, channel, channels, elements, channel_stride)
@@ -224,24 +170,9 @@ def gradient_sums(
 
 @triton.jit
 def gradient_of_norm(
-    grad,
-    x,
-    mean,
-    rstd,
-    scale,
-    offset,
-    sums,
-    products,
-    out,
-    channels,
-    elements,
-    voxel_stride,
-    channel_stride,
-    SLOPE: tl.constexpr,  # noqa: N803
-    BLOCK_V: tl.constexpr,  # noqa: N803
-    BLOCK_C: tl.constexpr,  # noqa: N803
-    WIDE: tl.constexpr,  # noqa: N803
-):
+    grad, x, mean, rstd, scale, offset, sums, products, out, channels, elements, voxel_stride, channel_stride,
+    SLOPE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """``scale * (g - mean(g) - normalised * mean(g * normalised))``, with ``g`` before the activation."""
     channel, exists, row = channels_of_tile(channels, BLOCK_C)
     voxel = voxels_of_tile(tl.program_id(0) * BLOCK_V, BLOCK_V)

@@ -20,15 +20,7 @@ from nnunetv2_e2enet.kernels.programs import slices_moved
 
 
 @triton.jit
-def gathered(
-    block,
-    first,
-    inputs,
-    n_inputs,
-    n_channels,
-    GROUPS: tl.constexpr,  # noqa: N803
-    BLOCK_K: tl.constexpr,  # noqa: N803
-):
+def gathered(block, first, inputs, n_inputs, n_channels, GROUPS: tl.constexpr, BLOCK_K: tl.constexpr):
     """Numbers of a block's input maps from ``first`` on, whether there are so many, and the slices that each moves."""
     place = first + tl.arange(0, BLOCK_K)
     exists = place < n_inputs
@@ -46,17 +38,7 @@ def position(voxel, height, width):
 
 
 @triton.jit
-def voxel_of_part(
-    d,
-    h,
-    w,
-    part,
-    height,
-    width,
-    UD: tl.constexpr,  # noqa: N803
-    UH: tl.constexpr,  # noqa: N803
-    UW: tl.constexpr,  # noqa: N803
-):
+def voxel_of_part(d, h, w, part, height, width, UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr):
     """Of a place in a map that is ``UD x UH x UW`` times as large as the places."""
     row = (d.to(tl.int64) * UD + part // (UH * UW)) * (height * UH) + h * UH + part // UW % UH
     return row * (width * UW) + w * UW + part % UW
@@ -74,39 +56,12 @@ def gather_tile(x, d, h, w, inside, channel, exists, moved, depth, height, width
 
 @triton.jit
 def convolve_blocks(
-    x,
-    weight,
-    inputs,
-    out,
-    n_inputs,
-    n_channels,
-    n_outputs,
-    depth,
-    height,
-    width,
-    out_depth,
-    out_height,
-    out_width,
-    voxel_stride,
-    channel_stride,
-    out_voxel_stride,
-    out_channel_stride,
-    block_size,
-    SD: tl.constexpr,  # noqa: N803
-    SH: tl.constexpr,  # noqa: N803
-    SW: tl.constexpr,  # noqa: N803
-    KD: tl.constexpr,  # noqa: N803
-    KH: tl.constexpr,  # noqa: N803
-    KW: tl.constexpr,  # noqa: N803
-    UD: tl.constexpr,  # noqa: N803
-    UH: tl.constexpr,  # noqa: N803
-    UW: tl.constexpr,  # noqa: N803
-    GROUPS: tl.constexpr,  # noqa: N803
-    BLOCK_V: tl.constexpr,  # noqa: N803
-    BLOCK_N: tl.constexpr,  # noqa: N803
-    BLOCK_K: tl.constexpr,  # noqa: N803
-    WIDE: tl.constexpr,  # noqa: N803
-):
+    x, weight, inputs, out, n_inputs, n_channels, n_outputs, depth, height, width, out_depth, out_height, out_width,
+    voxel_stride, channel_stride, out_voxel_stride, out_channel_stride, block_size,
+    SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr, GROUPS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """The output maps of one block at one part of a tile of places."""
     block, part = tl.program_id(1) // (UD * UH * UW), tl.program_id(1) % (UD * UH * UW)
     sample = tl.program_id(2).to(tl.int64)
@@ -140,40 +95,12 @@ def convolve_blocks(
 
 @triton.jit
 def gradient_of_inputs(
-    grad,
-    weight,
-    inputs,
-    out,
-    n_inputs,
-    n_channels,
-    n_outputs,
-    depth,
-    height,
-    width,
-    out_depth,
-    out_height,
-    out_width,
-    voxel_stride,
-    channel_stride,
-    out_voxel_stride,
-    out_channel_stride,
-    block_size,
-    n_blocks,
-    SD: tl.constexpr,  # noqa: N803
-    SH: tl.constexpr,  # noqa: N803
-    SW: tl.constexpr,  # noqa: N803
-    KD: tl.constexpr,  # noqa: N803
-    KH: tl.constexpr,  # noqa: N803
-    KW: tl.constexpr,  # noqa: N803
-    UD: tl.constexpr,  # noqa: N803
-    UH: tl.constexpr,  # noqa: N803
-    UW: tl.constexpr,  # noqa: N803
-    GROUPS: tl.constexpr,  # noqa: N803
-    BLOCK_V: tl.constexpr,  # noqa: N803
-    BLOCK_N: tl.constexpr,  # noqa: N803
-    BLOCK_K: tl.constexpr,  # noqa: N803
-    WIDE: tl.constexpr,  # noqa: N803
-):
+    grad, weight, inputs, out, n_inputs, n_channels, n_outputs, depth, height, width, out_depth, out_height, out_width,
+    voxel_stride, channel_stride, out_voxel_stride, out_channel_stride, block_size, n_blocks,
+    SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr, GROUPS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """What all blocks add to a tile of voxels of their inputs, block after block, in ``out``, which is zero before.
 
     ``depth`` and so on are of the input, ``out_depth`` and so on of the places of the result, whose gradient ``grad`` is.
@@ -220,41 +147,12 @@ def gradient_of_inputs(
 
 @triton.jit
 def gradient_of_weights(
-    grad,
-    x,
-    inputs,
-    parts,
-    n_inputs,
-    n_channels,
-    n_outputs,
-    depth,
-    height,
-    width,
-    out_depth,
-    out_height,
-    out_width,
-    voxel_stride,
-    channel_stride,
-    out_voxel_stride,
-    out_channel_stride,
-    block_size,
-    batch,
-    chunk,
-    SD: tl.constexpr,  # noqa: N803
-    SH: tl.constexpr,  # noqa: N803
-    SW: tl.constexpr,  # noqa: N803
-    KD: tl.constexpr,  # noqa: N803
-    KH: tl.constexpr,  # noqa: N803
-    KW: tl.constexpr,  # noqa: N803
-    UD: tl.constexpr,  # noqa: N803
-    UH: tl.constexpr,  # noqa: N803
-    UW: tl.constexpr,  # noqa: N803
-    GROUPS: tl.constexpr,  # noqa: N803
-    BLOCK_V: tl.constexpr,  # noqa: N803
-    BLOCK_N: tl.constexpr,  # noqa: N803
-    BLOCK_K: tl.constexpr,  # noqa: N803
-    WIDE: tl.constexpr,  # noqa: N803
-):
+    grad, x, inputs, parts, n_inputs, n_channels, n_outputs, depth, height, width, out_depth, out_height, out_width,
+    voxel_stride, channel_stride, out_voxel_stride, out_channel_stride, block_size, batch, chunk,
+    SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr, GROUPS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """The gradient of one block's weights at one tap of a part, summed over a chunk of the places of each sample."""
     taps: tl.constexpr = UD * UH * UW * KD * KH * KW
     share, block, each = tl.program_id(0), tl.program_id(1) // taps, tl.program_id(1) % taps

@@ -43,7 +43,19 @@ def parameter_counts(network: nn.Module) -> ParameterCounts:
 
 
 def multiply_accumulates(network: nn.Module, input_shape: Sequence[int]) -> MultiplyAccumulates:
-    """Count those of a prediction with ``torch.utils.flop_counter``, where one multiply-accumulate is two operations."""
+    """Count those of a prediction."""
+    macs = macs_by_module(network, input_shape)
+    layers = [layer for _, layer in maskable_layers(network)]
+    off = sum(macs[layer] // layer.n_connections * (layer.n_connections - layer.n_active) for layer in layers)
+    return MultiplyAccumulates(macs[network], sum(macs[layer] for layer in layers), macs[network] - off)
+
+
+def macs_by_module(network: nn.Module, input_shape: Sequence[int]) -> dict[nn.Module, int]:
+    """Multiply-accumulates of each module in a prediction, those of the modules within included.
+
+    ``torch.utils.flop_counter`` counts them; one is two operations. Of a module that nnU-Net's networks hold under two names,
+    the counter knows one.
+    """
     training = network.training
     network.eval()
     try:
@@ -51,16 +63,13 @@ def multiply_accumulates(network: nn.Module, input_shape: Sequence[int]) -> Mult
             run_on_meta(network, input_shape)
     finally:
         network.train(training)
-    by_module = counter.get_flop_counts()
+    operations = counter.get_flop_counts()
     root = type(network).__name__
-    names = {module: name for name, module in network.named_modules(remove_duplicate=False) if f"{root}.{name}" in by_module}
-    maskable = off = 0
-    for _, layer in maskable_layers(network):  # which nnU-Net's networks hold under two names
-        macs = sum(by_module[f"{root}.{names[layer]}"].values()) // 2 if layer in names else 0  # of a layer that never runs
-        maskable += macs
-        off += macs // layer.n_connections * (layer.n_connections - layer.n_active)
-    total = counter.get_total_flops() // 2
-    return MultiplyAccumulates(total, maskable, total - off)
+    macs: dict[nn.Module, int] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        found = operations.get(f"{root}.{name}" if name else "Global", {})
+        macs[module] = max(sum(found.values()) // 2, macs.get(module, 0))
+    return macs
 
 
 def conv_output_elements(network: nn.Module, input_shape: Sequence[int]) -> int:

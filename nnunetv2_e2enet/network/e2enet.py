@@ -67,6 +67,12 @@ class E2ENet(nn.Module):
         key_to_encoder, key_to_stem, keys_to_in_proj, key_to_lpe: as in ``AbstractDynamicNetworkArchitectures``.
     """
 
+    key_to_encoder = "encoder.stages"
+    key_to_stem = "encoder.stages.0"
+    keys_to_in_proj = ("encoder.stages.0.0.conv",)
+    key_to_lpe = None
+    predicts_only = False
+
     def __init__(
         self,
         input_channels: int,
@@ -127,12 +133,6 @@ class E2ENet(nn.Module):
         self.encoder = cast(Encoder, encoder(input_channels, features, level_strides, n_conv, style))
         self.decoder = cast(FusionDecoder, decoder(features, level_strides, num_classes, deep_supervision, style))
 
-        self.key_to_encoder = "encoder.stages"
-        self.key_to_stem = "encoder.stages.0"
-        self.keys_to_in_proj = ("encoder.stages.0.0.conv",)
-        self.key_to_lpe = None
-
-        self.predicts_only = False
         self.recompute = "blocks"
         self._start()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +27,7 @@ from nnunetv2_e2enet.engine.scan import ScanCore
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.machine import free_bytes
 from nnunetv2_e2enet.prediction.export import Export, label_dtype
-from nnunetv2_e2enet.prediction.windows import SlidingSums, as_window, predict_mirrored, slide
+from nnunetv2_e2enet.prediction.windows import Slicer, SlidingSums, as_window, predict_mirrored, slide
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -101,18 +101,15 @@ def segment(predictor: nnUNetPredictor, core: ScanCore, data: Tensor, properties
         E2ENetError: there is too little memory.
         RuntimeError: logits are too large for float16.
     """
-    network, configuration, labels = predictor.network, predictor.configuration_manager, predictor.label_manager
-    patch = tuple(configuration.patch_size)
-    padded, inside = pad_nd_image(data, patch, "constant", {"value": 0}, True, None)
+    configuration, labels = predictor.configuration_manager, predictor.label_manager
+    padded, inside = pad_nd_image(data, tuple(configuration.patch_size), "constant", {"value": 0}, True, None)
     _, depths, rows, columns = inside
     slicers = predictor._internal_get_sliding_window_slicers(padded.shape[1:])
-    windows = [as_window(slicer) for slicer in slicers]
-    classes, size = labels.num_segmentation_heads, tuple(padded.shape[1:])
+    classes, size, shape = labels.num_segmentation_heads, tuple(padded.shape[1:]), tuple(data.shape[1:])
     folds = len(predictor.list_of_parameters)
-    _check_memory(predictor, classes, size, SlidingSums.shape(classes, size, windows), properties)
-    weights = _weights(predictor, patch)
-    total = torch.empty((data.shape[1], classes, *size[1:]), dtype=torch.half) if folds > 1 else None
-    shape = tuple(data.shape[1:])
+    sums = SlidingSums.shape(classes, size, [as_window(slicer) for slicer in slicers])
+    _check_memory(predictor, classes, size, sums, properties)
+    total = torch.empty((shape[0], classes, *size[1:]), dtype=torch.half) if folds > 1 else None
     strides = (prod(size[1:]), size[2])
     result = Export(core, predictor.plans_manager, configuration, labels, properties, shape, strides)
 
@@ -128,24 +125,38 @@ def segment(predictor: nnUNetPredictor, core: ScanCore, data: Tensor, properties
                 else:
                     total[place] += logits
 
+    with _threads():
+        _predict_folds(predictor, core, padded, slicers, take)
+        if total is not None:
+            total /= folds
+            result.take(0, list(total[:, :, rows, columns]))
+    return result.result
+
+
+def _predict_folds(
+    predictor: nnUNetPredictor,
+    core: ScanCore,
+    padded: Tensor,
+    slicers: Sequence[Slicer],
+    take: Callable[[int, int, Sequence[Tensor]], None],
+) -> None:
+    """Calls ``take`` with the number of a fold, of the first of some slices, and their logits, as soon as they are known."""
+    network, folds = predictor.network, len(predictor.list_of_parameters)
+    classes, windows = predictor.label_manager.num_segmentation_heads, [as_window(slicer) for slicer in slicers]
+    weights = _weights(predictor, tuple(predictor.configuration_manager.patch_size))
     mirrors = predictor.allowed_mirroring_axes if predictor.use_mirroring else None
 
     def predict(patch: Tensor) -> Tensor:
         return predict_mirrored(core, network, patch, mirrors)
 
-    with _threads():
-        for fold, parameters in enumerate(predictor.list_of_parameters):
-            network.load_state_dict(parameters)
-            network.to(predictor.device).eval()
-            sums = SlidingSums(core, classes, size, windows)
-            name = f"fold {fold + 1} of {folds}" if folds > 1 else None
-            with tqdm(total=len(slicers), desc=name, disable=not predictor.allow_tqdm) as bar:
-                slide(sums, padded, slicers, predict, weights, partial(take, fold), bar.update)
-            del sums
-        if total is not None:
-            total /= folds
-            result.take(0, list(total[:, :, rows, columns]))
-    return result.result
+    for fold, parameters in enumerate(predictor.list_of_parameters):
+        network.load_state_dict(parameters)
+        network.to(predictor.device).eval()
+        sums = SlidingSums(core, classes, tuple(padded.shape[1:]), windows)
+        name = f"fold {fold + 1} of {folds}" if folds > 1 else None
+        with tqdm(total=len(slicers), desc=name, disable=not predictor.allow_tqdm) as bar:
+            slide(sums, padded, slicers, predict, weights, partial(take, fold), bar.update)
+        del sums
 
 
 def _weights(predictor: nnUNetPredictor, patch: tuple[int, ...]) -> Tensor:

@@ -27,6 +27,9 @@ _ALLOWED: list[Any] = [
     *{type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")},
 ]
 
+CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+"""In nnU-Net's order: it goes on from the first that is there. The best may be many epochs older than the latest."""
+
 _reading = Lock()  # what is allowed holds for all threads, and ends with the first that has read
 
 _ZIP_WRITER = ("PytorchStreamWriter", "inline_container")  # torch's writer of checkpoints; its errors are RuntimeErrors
@@ -68,6 +71,11 @@ def why_not_written(error: BaseException, path: Path) -> str | None:
 def _is_write_failure(error: BaseException) -> bool:
     """Whether a file could not be written: no room, no permission, no folder."""
     return isinstance(error, OSError) or (isinstance(error, RuntimeError) and any(name in str(error) for name in _ZIP_WRITER))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint in a fold's folder from which nnU-Net would go on; None where there is none."""
+    return next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

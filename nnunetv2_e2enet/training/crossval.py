@@ -47,16 +47,6 @@ class Fold:
         return self.model.name.split("__")[0]
 
     @property
-    def plans(self) -> str:
-        """Name of the plans."""
-        return self.model.name.split("__")[1]
-
-    @property
-    def configuration(self) -> str:
-        """Name of the configuration."""
-        return self.model.name.split("__")[2]
-
-    @property
     def folder(self) -> Path:
         """nnU-Net's folder of the fold."""
         return self.model / f"fold_{self.number}"
@@ -82,8 +72,9 @@ class Fold:
     def command(self) -> list[str]:
         """The command that trains and validates the rest of this fold."""
         resume = {FoldState.STARTED: ["--c"], FoldState.TRAINED: ["--val"]}.get(self.state(), [])
-        train = [console_command("nnUNetv2_train"), self.dataset, self.configuration, str(self.number)]
-        return [*train, "-tr", self.trainer, "-p", self.plans, *self.options, *resume]
+        trainer, plans, configuration = self.model.name.split("__")
+        train = [console_command("nnUNetv2_train"), self.dataset, configuration, str(self.number)]
+        return [*train, "-tr", trainer, "-p", plans, *self.options, *resume]
 
     def run(self, gpu: int | None = None) -> int:
         """Run the command, its output in ``log``.

@@ -159,7 +159,7 @@ def _defined(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values[np.isfinite(values)]
 
 
-def volume_and_dice(comparison: Comparison, seed: int = 0) -> Chart:
+def volume_and_dice(comparison: Comparison) -> Chart:
     """Dice over the volume of a class in the reference: small dots are cases, large marks the means of the classes."""
     figure, [[axes]] = new_figure(3.0)
     axes.set_xscale("log")
@@ -168,7 +168,7 @@ def volume_and_dice(comparison: Comparison, seed: int = 0) -> Chart:
     for i, model in enumerate(comparison.names):
         colour, marker = model_style(i)
         own = frame[frame["model"] == model]
-        dots = own.sample(min(len(own), DOTS_PER_MODEL), random_state=seed)
+        dots = own.sample(min(len(own), DOTS_PER_MODEL), random_state=0)
         axes.plot(dots["reference_ml"], dots["dice"], marker, color=colour, markersize=2.5, alpha=0.5, markeredgewidth=0)
         for label, mean in own.groupby("class", sort=False)[["reference_ml", "dice"]].mean().iterrows():
             (mark,) = axes.plot(mean["reference_ml"], mean["dice"], marker, color=colour, markersize=8)

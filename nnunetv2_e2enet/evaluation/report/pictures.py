@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813
-from PIL import Image
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.cases import Case
 from nnunetv2_e2enet.evaluation.comparison import Comparison, order_by_dice
 from nnunetv2_e2enet.evaluation.labels import Labels
-from nnunetv2_e2enet.evaluation.overlay import write_overlay
+from nnunetv2_e2enet.evaluation.overlay import overlay
 
 SHOWN = 2
 """Cases at each end."""
@@ -83,16 +80,17 @@ def _chosen(comparison: Comparison) -> dict[str, int]:
 
 
 def _draw(comparison: Comparison, case: Case, images: Path | None) -> str:
+    """A ``data:`` URL."""
     ending = comparison.models[0].source.file_ending
     columns = {"Reference": case.reference}
     columns |= dict(list(zip(comparison.names, case.predictions, strict=True))[: MOST_COLUMNS - 1])
-    with tempfile.TemporaryDirectory() as folder:
-        image = images / f"{case.name}_0000{ending}" if images else None
-        if image is None or not image.is_file():
-            image = _blank(case.reference, Path(folder))
-        target = Path(folder) / "overlay.png"
-        write_overlay(target, image, columns, value_names(comparison.labels))
-        return _embedded(target)
+    image = images / f"{case.name}_0000{ending}" if images else None
+    if image is not None and not image.is_file():
+        image = None
+    figure = overlay(image, columns, value_names(comparison.labels))
+    compressed = io.BytesIO()
+    figure.savefig(compressed, format="webp", pil_kwargs={"quality": QUALITY})  # as a photograph
+    return "data:image/webp;base64," + base64.b64encode(compressed.getvalue()).decode()
 
 
 def value_names(labels: Labels) -> dict[int, str]:
@@ -103,24 +101,3 @@ def value_names(labels: Labels) -> dict[int, str]:
         if value and holders:
             names[value] = min(holders, key=lambda name: len(labels.classes[name]))
     return names
-
-
-def _blank(reference: Path, folder: Path) -> Path:
-    """An empty image on the grid of the reference."""
-    try:
-        grid = sitk.ReadImage(str(reference))
-    except RuntimeError as error:
-        raise E2ENetError(f"cannot read {reference} as an image: is it whole?") from error
-    blank = sitk.Image(grid.GetSize(), sitk.sitkUInt8)
-    blank.CopyInformation(grid)
-    file = folder / "blank.nii.gz"
-    sitk.WriteImage(blank, str(file))
-    return file
-
-
-def _embedded(file: Path) -> str:
-    """As a ``data:`` URL, compressed as a photograph is."""
-    with Image.open(file) as picture:
-        compressed = io.BytesIO()
-        picture.convert("RGB").save(compressed, "WEBP", quality=QUALITY)
-    return "data:image/webp;base64," + base64.b64encode(compressed.getvalue()).decode()

@@ -13,12 +13,11 @@ from nnunetv2_e2enet.evaluation.report.drawing import INK, MUTED, PAPER, WIDTH_I
 from nnunetv2_e2enet.evaluation.topology import measures
 from nnunetv2_e2enet.evaluation.topology.sources import Fold
 from nnunetv2_e2enet.evaluation.topology.style import FLOW_COLOURS
+from nnunetv2_e2enet.network.fusion import SOURCES
 
 THICKEST = 7.0
 """Points, of the densest flow."""
 _RADIUS = 0.27
-_SOURCE = {"forward": 0, "upward": 1, "downward": -1}
-"""The level that a flow comes from, counted from its node's."""
 
 
 def architecture(folds: Sequence[Fold]) -> Figure:
@@ -32,7 +31,7 @@ def architecture(folds: Sequence[Fold]) -> Figure:
     widest = max(density for flows in densities for density in flows.values())
     for node, flows in zip(nodes, densities, strict=True):
         for flow, density in flows.items():
-            start = (node.stage - 1, node.level + _SOURCE[flow])
+            start = (node.stage - 1, node.level + SOURCES[flow])
             width = THICKEST * density / widest
             axes.plot(
                 [start[0], node.stage],

@@ -17,9 +17,11 @@ from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.connections import MaskableLayer
 from nnunetv2_e2enet.network.depth_shift import shift_groups
-from nnunetv2_e2enet.network.fusion import FusionNode
+from nnunetv2_e2enet.network.fusion import SOURCES, FusionNode
 
-FLOWS = ("forward", "upward", "downward")
+FLOWS = tuple(SOURCES)
+MOST_EPOCHS = 5
+"""Shown of a history."""
 
 
 class MissingError(Exception):
@@ -220,14 +222,14 @@ def _part(fold: Fold, part: Part) -> Tensor:
     return layer.mask[:, fold.connections.flows[part.layer][part.flow]]
 
 
-def common_epochs(folds: Sequence[Fold], most: int = 5) -> list[int]:
+def common_epochs(folds: Sequence[Fold]) -> list[int]:
     """Epochs of which all folds have a record, the first, the last and some between; none where histories are missing."""
     if not all(fold.has_history for fold in folds):
         return []
     shared = sorted(set.intersection(*({record.epoch for record in fold.history.records} for fold in folds)))
-    if len(shared) <= most:
+    if len(shared) <= MOST_EPOCHS:
         return shared
-    return [shared[round(i * (len(shared) - 1) / (most - 1))] for i in range(most)]
+    return [shared[round(i * (len(shared) - 1) / (MOST_EPOCHS - 1))] for i in range(MOST_EPOCHS)]
 
 
 def records_at(fold: Fold, epoch: int | None) -> TopologyRecord:

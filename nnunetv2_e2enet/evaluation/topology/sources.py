@@ -16,9 +16,7 @@ from nnunetv2_e2enet.network import E2ENet, fusion_flows, maskable_layers
 from nnunetv2_e2enet.network.blocks import CONV
 from nnunetv2_e2enet.network.connections import MaskableLayer, MaskedConv3d
 from nnunetv2_e2enet.network.learned_shift import LearnedDepthShift
-from nnunetv2_e2enet.training.checkpoints import read_checkpoint
-
-CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+from nnunetv2_e2enet.training.checkpoints import newest_checkpoint, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,10 @@ def read_topologies(path: Path, folds: Sequence[str] = ()) -> list[Fold]:
         return [_fold(path.stem, path, None)]
     if not path.is_dir():
         raise E2ENetError(f"{path} is not there: expected a model folder, a fold's folder or a checkpoint")
-    if _newest(path) is not None:
+    if newest_checkpoint(path) is not None:
         found = {path.name: path}
     else:
-        found = {folder.name: folder for folder in sorted(path.glob("fold_*")) if _newest(folder) is not None}
+        found = {folder.name: folder for folder in sorted(path.glob("fold_*")) if newest_checkpoint(folder) is not None}
         wanted = [f"fold_{name}" for name in folds] or list(found)
         missing = [name for name in wanted if name not in found]
         if missing or not found:
@@ -85,18 +83,13 @@ def read_topologies(path: Path, folds: Sequence[str] = ()) -> list[Fold]:
                 "(TRAINER__PLANS__CONFIGURATION), one of its fold folders, or a checkpoint file"
             )
         found = {name: found[name] for name in wanted}
-    trainings = [_fold(name.replace("_", " "), _newest(folder), folder) for name, folder in found.items()]
+    trainings = [_fold(name.replace("_", " "), newest_checkpoint(folder), folder) for name, folder in found.items()]
     for other in trainings[1:]:
         if other.connections.parts != trainings[0].connections.parts:
             raise E2ENetError(
                 f"{other.checkpoint} is of another network than {trainings[0].checkpoint}: look at one at a time"
             )
     return trainings
-
-
-def _newest(folder: Path) -> Path | None:
-    """The checkpoint from which nnU-Net would go on."""
-    return next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
 
 
 def _fold(name: str, file: Path | None, folder: Path | None) -> Fold:
