@@ -98,7 +98,7 @@ class Session:
             description = describe(network)
             if core.storage == "float16":
                 description = within_halves(description)
-            self._plan = Plan(fingerprint, pack(description, core.tiles), core)
+            self._plan = Plan(fingerprint, pack(description, core.has_tiles), core)
             return self._plan
 
     def take_program(self, plan: Plan, patch_size: tuple[int, ...]) -> Program:

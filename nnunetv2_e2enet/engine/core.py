@@ -28,7 +28,6 @@ from nnunetv2_e2enet.engine.jobs import (
     StridedJob,
     UpsampleGradientJob,
 )
-from nnunetv2_e2enet.engine.tiles import Tiles
 from nnunetv2_e2enet.settings import CHOICES, check_choice, settings, variable
 
 KERNELS = tuple(filter(None, CHOICES["engine_kernels"]))
@@ -74,10 +73,9 @@ class Core:
         self._handle = c_void_p(handle)
 
     @property
-    def tiles(self) -> Tiles:
-        """Which dense products use AMX, and take their weights as ``split_tiles`` makes them."""
-        amx = self.kernels == "amx"
-        return Tiles(winograd=amx and self.storage == "float16", direct=amx)
+    def has_tiles(self) -> bool:
+        """Whether dense products use AMX, and take their weights as ``split_tiles`` makes them."""
+        return self.kernels == "amx"
 
     @property
     def pixel_bytes(self) -> int:

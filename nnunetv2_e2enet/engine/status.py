@@ -47,7 +47,7 @@ def status() -> Status:
     if setting == "off":
         reason = f"CPU prediction and training use PyTorch: {ENGINE_VARIABLE} switches the engine off"
         return Status(False, setting, core.kernels, core.storage, core.path, reason)
-    kernels = _kernels(core) + (" (in training avx512)" if core.tiles.direct else "")
+    kernels = _kernels(core) + (" (in training avx512)" if core.has_tiles else "")
     reason = f"CPU prediction and training use the sparse engine with {kernels} and maps in {core.storage}"
     return Status(True, setting, core.kernels, core.storage, core.path, reason)
 
@@ -56,7 +56,7 @@ def _kernels(core: Core) -> str:
     """Which kernels are used, and why these."""
     if settings().engine_kernels:
         return f"{core.kernels} kernels ({KERNELS_VARIABLE} asks for them)"
-    better = KERNELS[: KERNELS.index(core.kernels)]
+    better = [name for name in KERNELS[: KERNELS.index(core.kernels)] if name != "amx" or core.storage == "float16"]
     return f"{core.kernels} kernels" + (f" (no {' and no '.join(better)} in this CPU or this build)" if better else "")
 
 

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
-
-
-class Tiles(NamedTuple):
-    """Which dense products use tile registers.
-
-    Attributes:
-        winograd: those of points in the Winograd domain.
-        direct: those of convolutions that are multiplied out.
-    """
-
-    winograd: bool = False
-    direct: bool = False
-
 
 ROWS = 16  # outputs in a register
 DEPTH = 32  # inputs in a register

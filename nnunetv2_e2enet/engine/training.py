@@ -140,7 +140,7 @@ def train(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
 def _load_core() -> Core | str:
     """Without tile registers, for which weights would have to be split in each iteration."""
     core = load_core()
-    return load_core("avx512", core.storage) if isinstance(core, Core) and core.tiles.direct else core
+    return load_core("avx512", core.storage) if isinstance(core, Core) and core.has_tiles else core
 
 
 def trains(network: E2ENet, input_shape: Sequence[int]) -> bool:

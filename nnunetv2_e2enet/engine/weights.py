@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nnunetv2_e2enet.engine.description import Block, Description, Node
-from nnunetv2_e2enet.engine.tiles import Tiles, split_tiles
+from nnunetv2_e2enet.engine.tiles import split_tiles
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -246,25 +246,25 @@ def pack_upsample(weight: Tensor, mask: Tensor) -> UpsampleWeights:
     )
 
 
-def _pack_block(block: Block, tiles: Tiles) -> PackedBlock:
+def _pack_block(block: Block, tiles: bool) -> PackedBlock:
     outputs, inputs = block.mask.shape
     conv = direct = None
     if block.stride == (1, 1, 1):
-        conv = pack_conv(block.weight, block.mask, tiles.winograd)
+        conv = pack_conv(block.weight, block.mask, tiles)
     else:
         weight = torch.where(block.mask[..., None, None], block.weight, 0)
-        direct = _pack_dense(weight.flatten(2).transpose(1, 2), tiles.direct)
+        direct = _pack_dense(weight.flatten(2).transpose(1, 2), tiles)
     unit = None if block.unit is None else _floats(block.unit)
     norm = NormWeights(_floats(block.gamma), _floats(block.beta), block.eps, block.slope, unit)
     return PackedBlock(conv, direct, block.stride, np.array(block.shift, np.int32), norm, inputs, outputs)
 
 
-def _pack_node(node: Node, tiles: Tiles) -> PackedNode:
+def _pack_node(node: Node, tiles: bool) -> PackedNode:
     upsample = pack_upsample(node.up_weight, node.up_mask)
     return PackedNode(upsample, node.up_stride, node.pool_stride, [_pack_block(b, tiles) for b in node.blocks])
 
 
-def pack(description: Description, tiles: Tiles = Tiles()) -> PackedWeights:  # noqa: B008 (immutable)
+def pack(description: Description, tiles: bool = False) -> PackedWeights:
     """Bring the weights of a network into the layout of the kernels; ``tiles``: of those whose dense products use AMX."""
     return PackedWeights(
         input_channels=description.input_channels,
@@ -272,7 +272,7 @@ def pack(description: Description, tiles: Tiles = Tiles()) -> PackedWeights:  # 
         encoder=[[_pack_block(b, tiles) for b in level] for level in description.encoder],
         stages=[[_pack_node(n, tiles) for n in stage] for stage in description.stages],
         heads=[
-            (_pack_dense(weight[:, None], tiles.direct), None if bias is None else _floats(bias), weight.shape[0])
+            (_pack_dense(weight[:, None], tiles), None if bias is None else _floats(bias), weight.shape[0])
             for weight, bias in description.heads
         ],
     )

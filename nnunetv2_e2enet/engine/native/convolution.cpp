@@ -111,10 +111,9 @@ class Convolution {
         v += point * schedule_.v_pitch;
         m += point * schedule_.m_pitch;
         if (w.dense) {
-            const DenseProduct& dense = kernels_.dense;
-            const int64_t groups = divide_up(w.outputs, dense.rows);
-            const float* weight = w.weight + point * groups * dense.rows * round_up(w.inputs, dense.depth);
-            dense.multiply(&v, 1, w.inputs, weight, 0, static_cast<int>(groups), w.outputs, m, vectors);
+            const int64_t groups = divide_up(w.outputs, kernels_.dense_rows);
+            const float* weight = w.weight + point * groups * kernels_.dense_rows * round_up(w.inputs, kernels_.dense_depth);
+            kernels_.dense_product(&v, 1, w.inputs, weight, 0, static_cast<int>(groups), w.outputs, m, vectors);
             return;
         }
         for (int32_t chunk = 0; chunk < w.chunks; ++chunk) {

@@ -181,7 +181,7 @@ class ConvolutionGradient {
         if (w.dense) {
             const int64_t groups = divide_up(w.outputs, kDenseRows);
             const float* weight = w.weight + point * groups * kDenseRows * w.inputs;
-            kernels_.dense.multiply(&v, 1, w.inputs, weight, 0, static_cast<int>(groups), w.outputs, m, vectors);
+            kernels_.dense_product(&v, 1, w.inputs, weight, 0, static_cast<int>(groups), w.outputs, m, vectors);
             return;
         }
         for (int32_t chunk = 0; chunk < w.chunks; ++chunk) {

@@ -71,7 +71,7 @@ E2E_EXPORT const void* e2e_kernels(const char* name, int halves) {
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    if (!std::strcmp(name, "amx") && avx512) return e2e::kernels_amx(halves);
+    if (!std::strcmp(name, "amx") && avx512 && halves) return e2e::kernels_amx();
     if (!std::strcmp(name, "avx512") && avx512) return halves ? e2e::kernels_avx512_float16() : e2e::kernels_avx512();
     if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("f16c"))

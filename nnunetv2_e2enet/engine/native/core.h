@@ -128,15 +128,6 @@ struct UpsampleTask {
     const int* first_piece;  // of each vector of fine tiles, and the number of pieces
 };
 
-// The same as sparse_product over `taps` inputs with every connection present.
-struct DenseProduct {
-    int rows;   // outputs of a group
-    int depth;  // weights are padded to a multiple of so many inputs, of all taps together
-    // weight[group][tap][channel][rows], or as in kernels_amx.cpp
-    void (*multiply)(const float* const* v, int taps, int inputs, const float* weight, int first_group, int last_group,
-                     int outputs, float* m, int vectors);
-};
-
 struct Kernels {
     int lanes;
     int pixel_bytes;
@@ -148,8 +139,12 @@ struct Kernels {
     // The same of two points: V and M of the second lie `pitch` behind those of the first, its weights weight_pitch
     void (*sparse_pair)(const float* v, float* m, int64_t pitch, const SparseRows& rows, const float* weight,
                         int64_t weight_pitch, int vectors, bool add);
-    DenseProduct dense;   // of a point in the Winograd domain, and whatever needs all digits
-    DenseProduct direct;  // of convolutions that are multiplied out
+    int dense_rows;   // outputs of a group of dense_product
+    int dense_depth;  // its weights are padded to a multiple of so many inputs, of all taps together
+    // The same as sparse_product over `taps` inputs with every connection present; weight[group][tap][channel][kDenseRows],
+    // or as in kernels_amx.cpp.
+    void (*dense_product)(const float* const* v, int taps, int inputs, const float* weight, int first_group, int last_group,
+                          int outputs, float* m, int vectors);
     // Pixels of output maps from M[point][output][tile], and their statistics. `stream`: past the caches.
     void (*output_transform)(const float* m, int64_t m_pitch, int first_output, int last_output, const Grid& grid,
                              int64_t first, int vectors, Pixels* out, const Halved& halved, bool stream,
@@ -201,7 +196,7 @@ struct Kernels {
     const Kernels* (*floats)();  // the kernels of the same instructions for maps in float, as gradients are
 };
 
-const Kernels* kernels_amx(bool halves);
+const Kernels* kernels_amx();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_float16();
 const Kernels* kernels_avx2();

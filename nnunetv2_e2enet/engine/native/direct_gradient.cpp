@@ -111,7 +111,7 @@ class StridedGradient {
                     for (const Tap& row : rows)
                         for (const Tap& column : columns)
                             bases[count++] = coarse_at(y + row.from, x + way * kTile / sw_ + column.from, tiles);
-                    kernels_.dense.multiply(bases, taps, static_cast<int>(outputs_), turned, 0, groups, static_cast<int>(inputs_),
+                    kernels_.dense_product(bases, taps, static_cast<int>(outputs_), turned, 0, groups, static_cast<int>(inputs_),
                                            products_[way], n);
                 }
                 const int phase = (sh_ * y + a) % kTile * kTile + sw_ * x + b, below = sh_ * y / kTile;
@@ -178,7 +178,7 @@ class HeadGradient {
         for (int64_t q = 0; q < kPhases; ++q) {
             in[q] = pixels_ + q * inputs_ * all;
             out[q] = logits_ + q * job_.classes * all;
-            kernels_.dense.multiply(out + q, 1, job_.classes, job_.turned, 0, static_cast<int>(divide_up(inputs_, kDenseRows)),
+            kernels_.dense_product(out + q, 1, job_.classes, job_.turned, 0, static_cast<int>(divide_up(inputs_, kDenseRows)),
                                    static_cast<int>(inputs_), products_, vectors_);
             store_products(first, q);
         }

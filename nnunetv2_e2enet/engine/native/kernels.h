@@ -232,7 +232,7 @@ static int64_t multiply_add_only(int64_t rounds) {
 }
 
 static const e2e::Kernels kTable = {
-    kLanes,      sizeof(Pixel), input_transform, sparse_product, sparse_pair, {kDenseRows, 1, dense_product}, {kDenseRows, 1, dense_product}, output_transform,
+    kLanes,      sizeof(Pixel), input_transform, sparse_product, sparse_pair, kDenseRows, 1, dense_product, output_transform,
     store_phase, kUpsampleTiles, activate_block,  upsample_product, gather,        pool,
     multiply_add_only, pixels_row,
     kDotRows, kDotColumns, gradient_transform, gradient_output, sparse_dots, dense_dots, norm_sums, norm_gradient, accumulate, add_pieces,

@@ -1,9 +1,9 @@
-// The kernels for AVX-512, with dense products in the tile registers of AMX; nothing where the compiler does not know them.
+// The kernels for AVX-512 and maps in float16, with dense products in the tile registers of AMX; nothing where the compiler does
+// not know them.
 //
 // AMX multiplies numbers of 8 significant bits (bfloat16), too few for logits. So each float is split into two of them, the first
 // 8 bits and the next, and three products are summed in float: first by first, first by second, second by first. What is left
-// out is below 2^-15 of a product. Winograd's output transform makes such errors 30 times larger, so points of maps in float
-// stay with AVX-512.
+// out is below 2^-15 of a product.
 #include "core.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
@@ -173,8 +173,6 @@ void dense_product(const float* const* v, int taps, int inputs, const float* wei
         std::memcpy(m + full * kRows * pitch, rest, static_cast<size_t>((outputs - full * kRows) * pitch) * sizeof(float));
 }
 
-const DenseProduct kTiles = {kRows, kDepth, dense_product};
-
 // The system lets a process use tile registers when it asks.
 bool allowed() {
     constexpr int kAskForState = 0x1023, kTiles = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
@@ -192,22 +190,17 @@ bool allowed() {
 #pragma GCC pop_options
 #endif
 
-const e2e::Kernels* e2e::kernels_amx(bool halves) {
-    static const Kernels tables[] = {
-        [] {
-            Kernels kernels = *kernels_avx512();
-            kernels.direct = kTiles;
-            return kernels;
-        }(),
-        [] {
-            Kernels kernels = *kernels_avx512_float16();
-            kernels.dense = kernels.direct = kTiles;
-            return kernels;
-        }(),
-    };
+const e2e::Kernels* e2e::kernels_amx() {
+    static const Kernels table = [] {
+        Kernels kernels = *kernels_avx512_float16();
+        kernels.dense_product = dense_product;
+        kernels.dense_rows = kRows;
+        kernels.dense_depth = kDepth;
+        return kernels;
+    }();
     static const bool can = allowed();
-    return can ? &tables[halves] : nullptr;
+    return can ? &table : nullptr;
 }
 #else
-const e2e::Kernels* e2e::kernels_amx(bool) { return nullptr; }
+const e2e::Kernels* e2e::kernels_amx() { return nullptr; }
 #endif
