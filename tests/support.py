@@ -263,5 +263,6 @@ def copy_with_random_heads(trained: Path, results: Path) -> Path:
         for name, value in content["network_weights"].items():
             if "seg_layers" in name:
                 value.normal_(generator=generator)
+                value -= value.mean(1, keepdim=True)  # or the label with the largest sum wins: activations are positive
         torch.save(content, path)
     return folder
