@@ -67,45 +67,28 @@ def test_the_sanitizer_sees_reads_out_of_bounds(sanitized: Path) -> None:
     assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
 
 
+def tests_run_clean(folder: Path, files: tuple[str, ...], chosen: str) -> None:
+    """The tests of these files that an expression (``-k``) chooses, but for slow ones and without the fixtures of conftest.py."""
+    tests = REPOSITORY / "tests"
+    options = ["-q", "-x", "--capture=sys", "--noconftest", "-p", "no:cacheprovider", "-m", "not slow", "-k", chosen]
+    options += [str(tests / name) for name in files]
+    code = f"import pytest, sys; sys.path.append({str(tests)!r}); import setting_fixture\n"
+    result = run_sanitized(folder, f"{code}sys.exit(pytest.main({options!r}, plugins=[setting_fixture]))")
+    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    assert re.search(r"\d passed", result.stdout)
+    assert "Sanitizer" not in result.stderr
+    assert "runtime error" not in result.stderr + result.stdout
+
+
 def test_networks_of_all_kinds_run_clean(sanitized: Path) -> None:
     """All tests of the engine, the property tests over topologies, strides and shapes among them.
 
     Memory and speed are not measured.
     """
-    options = [
-        "-q",
-        "-x",
-        "--capture=sys",
-        "--noconftest",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "not leak and not two_processes and not peak",
-    ]
-    tests = REPOSITORY / "tests"
-    options += [str(tests / name) for name in ENGINE_TESTS]
-    code = f"import pytest, sys; sys.path.append({str(tests)!r}); import setting_fixture\n"
-    result = run_sanitized(sanitized, f"{code}sys.exit(pytest.main({options!r}, plugins=[setting_fixture]))")
-    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    assert re.search(r"\d\d passed", result.stdout)
-    assert "Sanitizer" not in result.stderr
-    assert "runtime error" not in result.stderr + result.stdout
+    tests_run_clean(sanitized, ENGINE_TESTS, "not leak and not two_processes and not peak")
 
 
 def test_whole_scans_run_clean(sanitized: Path) -> None:
     """Labels of random logits, and scans of which windows are summed; commands and settings need fixtures of their own."""
-    options = [
-        "-q",
-        "-x",
-        "--capture=sys",
-        "--noconftest",
-        "-p",
-        "no:cacheprovider",
-        str(REPOSITORY / "tests/test_prediction.py"),
-    ]
-    options += ["-k", "(export or threshold or probabilities_are or memory) and not runs_out", "-m", "not slow"]
-    result = run_sanitized(sanitized, f"import pytest, sys; sys.exit(pytest.main({options!r}))")
-    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    assert re.search(r"\d passed", result.stdout)
-    assert "Sanitizer" not in result.stderr
-    assert "runtime error" not in result.stderr + result.stdout
+    chosen = "(export or threshold or probabilities_are or memory) and not runs_out"
+    tests_run_clean(sanitized, ("test_prediction.py",), chosen)
