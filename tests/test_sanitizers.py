@@ -67,8 +67,8 @@ def test_the_sanitizer_sees_reads_out_of_bounds(sanitized: Path) -> None:
     assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
 
 
-def tests_run_clean(folder: Path, files: tuple[str, ...], chosen: str) -> None:
-    """The tests of these files that an expression (``-k``) chooses, but for slow ones and without the fixtures of conftest.py."""
+def run_tests_clean(folder: Path, files: tuple[str, ...], chosen: str) -> None:
+    """The tests of these files that ``-k`` chooses, but for slow ones and without the fixtures of conftest.py."""
     tests = REPOSITORY / "tests"
     options = ["-q", "-x", "--capture=sys", "--noconftest", "-p", "no:cacheprovider", "-m", "not slow", "-k", chosen]
     options += [str(tests / name) for name in files]
@@ -85,10 +85,10 @@ def test_networks_of_all_kinds_run_clean(sanitized: Path) -> None:
 
     Memory and speed are not measured.
     """
-    tests_run_clean(sanitized, ENGINE_TESTS, "not leak and not two_processes and not peak")
+    run_tests_clean(sanitized, ENGINE_TESTS, "not leak and not two_processes and not peak")
 
 
 def test_whole_scans_run_clean(sanitized: Path) -> None:
     """Labels of random logits, and scans of which windows are summed; commands and settings need fixtures of their own."""
     chosen = "(export or threshold or probabilities_are or memory) and not runs_out"
-    tests_run_clean(sanitized, ("test_prediction.py",), chosen)
+    run_tests_clean(sanitized, ("test_prediction.py",), chosen)
