@@ -29,6 +29,8 @@ CONTESTANTS = {
     "E2ENet 0.9": "nnunetv2_e2enet.trainers.e2enet_trainers.nnUNetTrainerE2ENet_S90",
     "E2ENet 0.8, static mask": "nnunetv2_e2enet.trainers.e2enet_experiment_trainers.nnUNetTrainerE2ENet_static",
     "E2ENet, dense": "nnunetv2_e2enet.trainers.e2enet_experiment_trainers.nnUNetTrainerE2ENet_dense",
+    "E2ENet 0.9, update each epoch": "ablations.nnUNetTrainerE2ENet_S90_T1",
+    "E2ENet 0.9, initial gain 0.5": "ablations.nnUNetTrainerE2ENet_S90_gain05",
     "E2ENet 0.8, blocks of 16": "nnunetv2_e2enet.trainers.e2enet_experiment_trainers.nnUNetTrainerE2ENet_B16active",
     "nnU-Net, channels last": "stock_channels_last.StockChannelsLast",
     "E2ENet 0.8, channels last": "nnunetv2_e2enet.trainers.e2enet_experiment_trainers.nnUNetTrainerE2ENet_channelsLast",
@@ -36,7 +38,9 @@ CONTESTANTS = {
 """Trainers by name, with their sparsity; in blocks of 16, active ones alone are computed."""
 SAME_RESULTS = ("nnU-Net, channels last", "E2ENet 0.8, channels last")
 """Those that compute what another one does, in another time."""
-ABLATIONS = ("E2ENet 0.8, static mask", "E2ENet, dense", "E2ENet 0.8, blocks of 16")
+TRAINED_OTHERWISE = ("E2ENet 0.9, update each epoch", "E2ENet 0.9, initial gain 0.5")
+"""Those whose steps are those of another one, so that their accuracy alone is measured."""
+ABLATIONS = ("E2ENet 0.8, static mask", "E2ENet, dense", "E2ENet 0.8, blocks of 16", *TRAINED_OTHERWISE)
 """Those that answer another question than which network to take."""
 
 COMMIT_FILE = "commit.txt"  # beside this one, where there is no git
@@ -51,6 +55,11 @@ PLANS = ("own", "amos", "tiny")
 def trainer_class(name: str) -> Any:
     module, _, attribute = CONTESTANTS[name].rpartition(".")
     return getattr(importlib.import_module(module), attribute)
+
+
+def timed() -> list[str]:
+    """Contestants whose steps and predictions differ."""
+    return [name for name in CONTESTANTS if name not in TRAINED_OTHERWISE]
 
 
 def load_plans(dataset: str, plans: str) -> tuple[dict[str, Any], dict[str, Any]]:

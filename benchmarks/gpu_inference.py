@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-p", "--plans", default="nnUNetPlans")
     parser.add_argument("--plan", choices=contestants.PLANS, default="own", help="amos: network and patch of nnU-Net's")
     parser.add_argument("--volume", type=int, nargs="+", help="voxels an axis: predict a whole volume in the place of a patch")
-    parser.add_argument("--contestants", nargs="+", default=list(contestants.CONTESTANTS), choices=contestants.CONTESTANTS)
+    parser.add_argument("--contestants", nargs="+", default=contestants.timed(), choices=contestants.CONTESTANTS)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

@@ -173,7 +173,7 @@ def stage_prediction(_: Session) -> dict[str, Measurement]:
 def predicted(way: str, session: Session) -> Any:
     output = session.folder / "prediction.json"
     output.unlink(missing_ok=True)
-    names = FEW[:2] if session.tiny else FEW if way != "patch" else tuple(contestants.CONTESTANTS)
+    names = FEW[:2] if session.tiny else FEW if way != "patch" else tuple(contestants.timed())
     size = (20, 20, 20) if session.tiny else (128, 320, 320)
     options = {"patch": [], "patch, compiled": ["--compile"], "volume": ["--volume", *map(str, size)]}[way]
     rounds = "2" if session.tiny else "3" if way == "volume" else "20"

@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-c", "--configuration", default="3d_fullres")
     parser.add_argument("-p", "--plans", default="nnUNetPlans")
     parser.add_argument("--plan", choices=contestants.PLANS, default="own", help="amos: network, patch and batch of nnU-Net's")
-    parser.add_argument("--contestants", nargs="+", default=list(contestants.CONTESTANTS), choices=contestants.CONTESTANTS)
+    parser.add_argument("--contestants", nargs="+", default=contestants.timed(), choices=contestants.CONTESTANTS)
     parser.add_argument("--loading", nargs="+", default=["without", "with"], choices=["without", "with"])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=250)
