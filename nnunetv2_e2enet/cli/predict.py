@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     from nnunetv2_e2enet.deployment import PackedModel
+    from nnunetv2_e2enet.deployment.dicom import Series
 
 HELP = "predict with a file that e2enet export wrote, as nnUNetv2_predict does with a model folder"
 
@@ -23,7 +24,7 @@ EXAMPLES = """examples:
   e2enet predict -m abdomen.e2enet -i imagesTs -o segmentations -device cpu
   e2enet predict -m abdomen.e2enet -i imagesTs -o segmentations --save_probabilities --continue_prediction
   e2enet predict -m abdomen.e2enet -i scan.nii.gz -o segmentations
-  e2enet predict -m abdomen.e2enet -i DICOM_FOLDER -o segmentations
+  e2enet predict -m abdomen.e2enet -i DICOM_FOLDER -o segmentations --dicom_seg
   e2enet predict -m brain.e2enet -i t1.nii.gz t1c.nii.gz t2.nii.gz flair.nii.gz -o segmentations
 
 Of a folder with several DICOM series, one is chosen by naming any of its files. Options of nnUNetv2_predict mean the same
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--continue_prediction", action="store_true", help="leave cases that are predicted")
     parser.add_argument("--postprocess", action="store_true", help="also write OUT/postprocessed, with what nnU-Net found")
     parser.add_argument("--volumes", action="store_true", help="also write OUT/volumes.csv: millilitres by case and label")
+    parser.add_argument("--dicom_seg", action="store_true", help="also write OUT/CASE.dcm, DICOM SEG, of a DICOM series")
     parser.add_argument("--preview", action="store_true", help="also write OUT/CASE.png: contours in three planes, volumes")
     parser.add_argument("-npp", type=int, default=_number("nnUNet_npp"), help="preprocessing processes (default: 3)")
     parser.add_argument("-nps", type=int, default=_number("nnUNet_nps"), help="export processes (default: 3)")
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from nnunetv2_e2enet.deployment import read_packed
+    from nnunetv2_e2enet.deployment.dicom_seg import series_to_refer_to
     from nnunetv2_e2enet.deployment.images import folder_of_images
     from nnunetv2_e2enet.deployment.previews import check_previews
     from nnunetv2_e2enet.deployment.segmenter import make_predictor
@@ -87,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args, model)
     _set_threads(args.device)
     step_size = (FAST_STEP_SIZE if args.fast else STEP_SIZE) if args.step_size is None else args.step_size
+    series = series_to_refer_to(args.i) if args.dicom_seg else None
     changes = {"engine_storage": STORAGE_16_BIT} if args.fast else {}
     with override(**changes), folder_of_images(args.i, model) as images:
         predictor = make_predictor(
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
             check_previews(cases, model)
         args.o.mkdir(parents=True, exist_ok=True)
         _predict(args, predictor, images)
-        _finish(args, model, cases)
+        _finish(args, model, cases, series)
     return 0
 
 
@@ -127,11 +131,13 @@ def _predict(args: argparse.Namespace, predictor: nnUNetPredictor, images: Path)
         predictor.predict_from_files(str(images), str(args.o), num_parts=args.num_parts, part_id=args.part_id, **options)
 
 
-def _finish(args: argparse.Namespace, model: PackedModel, cases: Sequence[Path]) -> None:
+def _finish(args: argparse.Namespace, model: PackedModel, cases: Sequence[Path], series: Series | None) -> None:
     """What is made of the segmentations."""
+    from nnunetv2_e2enet.deployment.dicom_seg import write_dicom_seg
     from nnunetv2_e2enet.deployment.previews import write_previews
     from nnunetv2_e2enet.deployment.volumes import write_volumes
 
+    ending = model.description.dataset["file_ending"]
     progress = not args.disable_progress_bar
     folders = [args.o]
     if args.postprocess:
@@ -141,6 +147,9 @@ def _finish(args: argparse.Namespace, model: PackedModel, cases: Sequence[Path])
             write_volumes(folder, model, progress)
         if args.preview:
             write_previews(folder, cases, model, progress)
+        if series is not None:
+            for case in (image.name.removesuffix(f"_0000{ending}") for image in cases):
+                write_dicom_seg(folder / f"{case}.dcm", folder / f"{case}{ending}", series, model)
 
 
 def _check(args: argparse.Namespace, model: PackedModel) -> None:
