@@ -8,13 +8,16 @@ epoch at least.
     # Task04_Hippocampus from http://medicaldecathlon.com, unpacked
     python benchmarks/hippocampus.py --source Task04_Hippocampus --folder hippocampus --epochs 250 --folds 0 1 --minutes 9
 
+``--phantoms`` asks another question: many classes and little data. In the place of Hippocampus there are phantoms of fifteen
+structures; fold 0 trains with 8 cases and fold 1 with 32, and both are validated on the same 16.
+
 On a CPU batches are smaller and trainings shorter (``--batch-size 2 --epochs 50``), and ``--bfloat16`` trains nnU-Net's own
 network in the number format that some CPUs multiply faster.
 
-Results: ``FOLDER/hippocampus.json``, for each contestant and fold: Dice, of each case too, epochs, times, pseudo Dice of each
-epoch, parameters and multiply-accumulates, machine, commit. ``make results`` makes tables and figures of such records in
-docs/results. When all is done, ``FOLDER/comparison.json`` and ``FOLDER/comparison.html`` are the comparison with confidence
-intervals of ``e2enet compare``.
+Results: ``FOLDER/hippocampus.json``, or ``phantoms.json``, for each contestant and fold: Dice, of each case too, epochs,
+times, pseudo Dice of each epoch, parameters and multiply-accumulates, machine, commit. ``make results`` makes tables and
+figures of such records in docs/results. When all of Hippocampus is done, ``FOLDER/comparison.json`` and ``comparison.html``
+are the comparison with confidence intervals of ``e2enet compare``.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ from nnunetv2_e2enet.training.crossval import Fold, FoldState
 from nnunetv2_e2enet.training.trainer import E2ENetMixin
 from nnunetv2_e2enet.training.variants import variant
 
-DATASET = "Dataset004_Hippocampus"
+HIPPOCAMPUS, PHANTOMS = "Dataset004_Hippocampus", "Dataset990_Phantoms"
+TRAINED_WITH, VALIDATED_ON = (8, 32), 16  # phantoms
 CONFIGURATION, PLANS = "3d_fullres", "nnUNetPlans"
 COSTS_FILE = "costs.json"  # in the folder of a fold
 
@@ -51,20 +55,30 @@ class TimeIsUp(Exception):  # noqa: N818 (nothing went wrong)
     """The rest is for the next call."""
 
 
-def prepare(source: Path, folder: Path, processes: int) -> None:
-    """nnU-Net's conversion, planning and preprocessing, once."""
+def prepare(dataset: str, source: Path, folder: Path, processes: int) -> None:
+    """The raw data, and nnU-Net's planning and preprocessing, once."""
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         os.environ[name] = str(folder / name)
         (folder / name).mkdir(parents=True, exist_ok=True)
-    done = folder / "nnUNet_preprocessed" / DATASET / "prepared"
+    preprocessed = folder / "nnUNet_preprocessed" / dataset
+    done = preprocessed / "prepared"
     if done.is_file():
         return
-    if not (folder / "nnUNet_raw" / DATASET / "dataset.json").is_file():
-        if not source.is_dir():
+    number, name = dataset.removeprefix("Dataset").split("_")
+    cases = max(TRAINED_WITH) + VALIDATED_ON
+    if not (folder / "nnUNet_raw" / dataset / "dataset.json").is_file():
+        if dataset == PHANTOMS:
+            run("e2enet", "phantom", number, "--name", name, "--many", "--cases", str(cases), "--test-cases", "0")
+        elif source.is_dir():
+            run("nnUNetv2_convert_MSD_dataset", "-i", str(source), "-np", str(processes))
+        else:
             raise SystemExit(f"{source} is not there: unpack Task04_Hippocampus and name its folder with --source")
-        run("nnUNetv2_convert_MSD_dataset", "-i", str(source), "-np", str(processes))
     cores = ["-np", str(processes), "-npfp", str(processes)]
-    run("nnUNetv2_plan_and_preprocess", "-d", "4", "-c", CONFIGURATION, *cores)
+    run("nnUNetv2_plan_and_preprocess", "-d", number, "-c", CONFIGURATION, *cores)
+    if dataset == PHANTOMS:
+        names = [f"phantom_{i:03d}" for i in range(cases)]
+        splits = [{"train": names[VALIDATED_ON : VALIDATED_ON + n], "val": names[:VALIDATED_ON]} for n in TRAINED_WITH]
+        files.write_atomically(preprocessed / "splits_final.json", json.dumps(splits))
     done.touch()
 
 
@@ -115,13 +129,13 @@ def seeded(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def train(contestant: str, fold: Fold, deadline: float, given: argparse.Namespace) -> None:
+def train(contestant: str, dataset_name: str, fold: Fold, deadline: float, given: argparse.Namespace) -> None:
     """Bring a fold to its end, or as far as there is time.
 
     Raises:
         TimeIsUp: it is not at its end.
     """
-    plans, dataset = contestants.load_plans(DATASET, PLANS)
+    plans, dataset = contestants.load_plans(dataset_name, PLANS)
     if given.batch_size:
         plans["configurations"][CONFIGURATION]["batch_size"] = given.batch_size
     state = fold.state()
@@ -184,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin = time.time()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=Path("Task04_Hippocampus"), help="the unpacked data set")
+    parser.add_argument("--phantoms", action="store_true", help="in the place of Hippocampus: many classes, little data")
     parser.add_argument("--folder", type=Path, required=True, help="for everything that nnU-Net and this program write")
     others = (*contestants.SAME_RESULTS, *contestants.ABLATIONS)
     trained = [name for name in contestants.CONTESTANTS if name not in others]
@@ -203,30 +218,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     contestants.check_device(given.device)
     given.folder.mkdir(parents=True, exist_ok=True)
     given_settings = ("epochs", "iterations", "validation_iterations", "batch_size", "width", "bfloat16", "seed")
-    settings = {name: getattr(given, name) for name in given_settings}
-    record = contestants.Record(given.folder / "hippocampus.json", {"settings": settings})
-    prepare(given.source, given.folder.resolve(), given.processes)
+    settings = {name: getattr(given, name) for name in given_settings} | ({"phantoms": True} if given.phantoms else {})
+    dataset = PHANTOMS if given.phantoms else HIPPOCAMPUS
+    record = contestants.Record(
+        given.folder / f"{'phantoms' if given.phantoms else 'hippocampus'}.json", {"settings": settings}
+    )
+    prepare(dataset, given.source, given.folder.resolve(), given.processes)
 
-    results = given.folder / "nnUNet_results" / DATASET
+    results = given.folder / "nnUNet_results" / dataset
     names = {c: contestants.CONTESTANTS[c].rpartition(".")[2] for c in given.contestants}
     models = {c: results / f"{name}__{PLANS}__{CONFIGURATION}" for c, name in names.items()}
     deadline, begun = begin + given.minutes * 60, False
     for number in given.folds:
         for contestant, model in models.items():
-            fold = Fold(model, DATASET, number)
+            fold = Fold(model, dataset, number)
             key = f"{contestant} | fold {number}"
             try:
                 if fold.state() is not FoldState.DONE:
                     if begun and time.time() > deadline:
                         raise TimeIsUp
                     begun = True
-                    train(contestant, fold, deadline, given)
+                    train(contestant, dataset, fold, deadline, given)
             except TimeIsUp:
                 print(f"time is up at {key}; call the program again to go on")
                 return
             if key not in record.results:
                 record.add(key, {**result(fold), "machine": contestants.machine(given.device), "commit": contestants.commit()})
-    if len(models) > 1:
+    if len(models) > 1 and not given.phantoms:  # whose folds are not the parts of one cross-validation
         compare(models, given.folder)
     for key, value in record.results.items():
         print(f"{key:45} Dice {value['dice']:.4f}, {value['median_epoch_seconds']:.1f} s an epoch")

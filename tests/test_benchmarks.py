@@ -98,7 +98,7 @@ def test_without_a_gpu_they_refuse(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_hippocampus_in_slices(tiny: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On phantoms in the place of the scans: a contestant's training is cut in two, then everything is brought to an end."""
-    monkeypatch.setattr(hippocampus, "DATASET", tiny.dataset)
+    monkeypatch.setattr(hippocampus, "HIPPOCAMPUS", tiny.dataset)
     monkeypatch.setattr(hippocampus, "PLANS", PLANS)
     for name in ("nnUNet_raw", "nnUNet_preprocessed"):
         (tmp_path / name).symlink_to(tiny.folder / name)
@@ -127,3 +127,18 @@ def test_hippocampus_in_slices(tiny: Project, tmp_path: Path, monkeypatch: pytes
     compared = json.loads((tmp_path / "comparison.json").read_text())
     assert set(compared["means"]["dice"]) == {"nnU-Net", "E2ENet"}
     assert (tmp_path / "comparison.html").is_file()
+
+
+@pytest.mark.slow
+def test_phantoms_with_little_and_more_data(tiny: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    monkeypatch.setattr(hippocampus, "TRAINED_WITH", (2, 3))
+    monkeypatch.setattr(hippocampus, "VALIDATED_ON", 1)
+    small = ["--phantoms", "--width", "0.1", "--batch-size", "2", "--epochs", "1", *ITERATIONS, "--minutes", "30"]
+    hippocampus.main(["--folder", str(tmp_path), "--device", "cpu", *small])
+    record = json.loads((tmp_path / "phantoms.json").read_text())
+    assert record["settings"]["phantoms"]
+    assert set(record["results"]) == {f"{name} | fold {fold}" for name in ("nnU-Net", "E2ENet") for fold in (0, 1)}
+    assert {tuple(result["case_dice"]) for result in record["results"].values()} == {("phantom_000.nii.gz",)}
+    assert all(len(dice) == 15 for result in record["results"].values() for dice in result["case_dice"].values())
+    splits = json.loads((tmp_path / "nnUNet_preprocessed" / hippocampus.PHANTOMS / "splits_final.json").read_text())
+    assert [len(split["train"]) for split in splits] == [2, 3]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
 from nnunetv2_e2enet.cli import phantom as command
-from nnunetv2_e2enet.datasets import LABELS, phantom, phantom_case, write_phantom_dataset
+from nnunetv2_e2enet.datasets import LABELS, MANY_LABELS, phantom, phantom_case, write_phantom_dataset
 from nnunetv2_e2enet.errors import E2ENetError
 
 SIZE = (24, 64, 64)
@@ -58,6 +58,23 @@ def test_all_labels_show_in_the_coarsest_field_of_view(
 ) -> None:
     _, segmentation = phantom_case(np.random.default_rng(seed), *field_of_view)
     assert (volumes(segmentation) > 0).all()
+
+
+@given(seed=SEEDS, field_of_view=st.sampled_from([(SIZE, SPACING), ((20, 20, 20), (1.0, 1.0, 1.0))]))
+@settings(max_examples=40, deadline=None)
+def test_of_many_structures_every_case_shows_all(
+    seed: int, field_of_view: tuple[tuple[int, int, int], tuple[float, float, float]]
+) -> None:
+    _, segmentation = phantom_case(np.random.default_rng(seed), *field_of_view, many=True)
+    assert set(np.unique(segmentation)) == set(MANY_LABELS.values())
+    if field_of_view[0] == SIZE:
+        voxels = np.bincount(segmentation.ravel())[1:]
+        assert voxels.max() > 100 * voxels.min()
+
+
+def test_many_structures_need_a_finer_field_of_view() -> None:
+    with pytest.raises(E2ENetError, match="20 times the largest voxel side"):
+        phantom_case(np.random.default_rng(0), (16, 16, 16), (1.0, 1.0, 1.0), many=True)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +226,13 @@ def test_command_writes_into_the_raw_folder(raw: Path, capsys: pytest.CaptureFix
     assert len(arrays(folder)) == 6
     assert json.loads((folder / "dataset.json").read_text())["name"] == "Toy"
     assert capsys.readouterr().out == f"Wrote 2 training and 1 held-out cases to {folder}\n"
+
+
+def test_command_writes_many_structures(raw: Path) -> None:
+    assert command.run(parsed("7", "--cases", "1", "--test-cases", "0", "--many")) == 0
+    folder = raw / "Dataset007_Phantom"
+    assert json.loads((folder / "dataset.json").read_text())["labels"] == MANY_LABELS
+    assert set(np.unique(arrays(folder)["labelsTr/phantom_000.nii.gz"])) == set(MANY_LABELS.values())
 
 
 def test_command_needs_the_raw_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(24, 64, 64),
         help="voxels along depth, height, width (default: 24 64 64)",
     )
+    parser.add_argument(
+        "--many", action="store_true", help="fifteen structures of very different size, instead of four organs"
+    )
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="same seed, same cases (default: %(default)s)")
 
 
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     folder = _raw_folder() / _dataset_name(args.dataset_id, args.name)
     _check_id_is_free(args.dataset_id, folder.name)
-    write_phantom_dataset(folder, args.cases, args.test_cases, args.seed, tuple(args.size))
+    write_phantom_dataset(folder, args.cases, args.test_cases, args.seed, tuple(args.size), args.many)
     print(f"Wrote {args.cases} training and {args.test_cases} held-out cases to {folder}")
     return 0
 

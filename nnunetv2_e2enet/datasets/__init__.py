@@ -1,5 +1,5 @@
 """Data sets that the package can make by itself."""
 
-from nnunetv2_e2enet.datasets.phantom import LABELS, phantom_case, write_phantom_dataset
+from nnunetv2_e2enet.datasets.phantom import LABELS, MANY_LABELS, phantom_case, write_phantom_dataset
 
-__all__ = ["LABELS", "phantom_case", "write_phantom_dataset"]
+__all__ = ["LABELS", "MANY_LABELS", "phantom_case", "write_phantom_dataset"]

@@ -1,4 +1,4 @@
-"""A small synthetic data set: four organs in a torso, imaged with the flaws of a real scan.
+"""A small synthetic data set: four organs in a torso, or fifteen structures, imaged with the flaws of a real scan.
 
 A case is made in three steps. A *pose* bends and moves the coordinate system, so that no two anatomies are alike. The
 *anatomy* is written down once, as simple shapes in these coordinates. The *acquisition* turns tissues into intensities:
@@ -9,6 +9,7 @@ cannot tell them apart, but shape and place can.
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from types import MappingProxyType
@@ -50,6 +51,34 @@ LABELS: Mapping[str, int] = MappingProxyType(
 )
 """Name to value, in descending order of volume. The lesion lies inside the large organ."""
 
+
+@dataclass(frozen=True)
+class SmallOrgan:
+    """An ellipsoid of the anatomy with many structures, along depth, height and width in units of the anatomy."""
+
+    name: str
+    centre: tuple[float, float, float]
+    radii: tuple[float, float, float]
+    mean_intensity: float
+
+
+SMALL_ORGANS = (
+    SmallOrgan("dome", (-0.74, -0.3, 0.18), (0.2, 0.26, 0.26), 175.0),
+    SmallOrgan("pouch", (0.05, -0.56, 0.1), (0.3, 0.14, 0.2), 105.0),
+    SmallOrgan("left bean", (0.3, 0.2, 0.68), (0.3, 0.15, 0.13), 165.0),
+    SmallOrgan("right bean", (0.3, 0.2, -0.68), (0.3, 0.15, 0.13), 165.0),
+    SmallOrgan("left cap", (-0.2, 0.22, 0.55), (0.12, 0.09, 0.09), 185.0),
+    SmallOrgan("right cap", (-0.2, 0.22, -0.55), (0.12, 0.09, 0.09), 185.0),
+    SmallOrgan("sac", (-0.4, -0.4, -0.4), (0.16, 0.1, 0.1), 95.0),
+    SmallOrgan("bladder", (0.78, -0.1, 0.05), (0.14, 0.2, 0.2), 100.0),
+    SmallOrgan("canal", (0.0, 0.67, 0.0), (1.2, 0.08, 0.08), 125.0),
+    SmallOrgan("node", (0.5, -0.3, 0.1), (0.12, 0.09, 0.09), 190.0),
+)
+MANY_LABELS: Mapping[str, int] = MappingProxyType(
+    {**LABELS, "spine": len(LABELS), **{organ.name: len(LABELS) + 1 + i for i, organ in enumerate(SMALL_ORGANS)}}
+)
+"""The same of the anatomy with many structures, in no order of volume."""
+
 MEAN_INTENSITY: Mapping[Tissue, float] = MappingProxyType(
     {
         Tissue.AIR: 5.0,
@@ -70,10 +99,12 @@ BLUR_VOXELS = 0.6
 
 NOMINAL_SPACING: Spacing = (2.5, 1.0, 1.0)
 SPACING_VARIATION = 0.1
-SMALLEST_SIDE = 16
+SMALLEST_SIDE, SMALLEST_SIDE_OF_MANY = 16, 20
 
 
-def phantom_case(rng: np.random.Generator, size: Size, spacing: Spacing) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def phantom_case(
+    rng: np.random.Generator, size: Size, spacing: Spacing, many: bool = False
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """One image and its segmentation; all axes in the order depth, height, width.
 
     The anatomy scales with the shortest side of the field of view, so that it fits at any size.
@@ -82,25 +113,33 @@ def phantom_case(rng: np.random.Generator, size: Size, spacing: Spacing) -> tupl
         rng: source of all variation between cases; the same state gives the same case.
         size: voxels along each axis.
         spacing: voxel size in mm along each axis.
+        many: fifteen structures whose volumes differ by a factor of about 150, instead of four.
 
     Returns:
-        The image, float32 of shape ``size`` in arbitrary non-negative units (air about 10, organs 120 to 245), and the
-        segmentation, uint8 of shape ``size`` with the values of ``LABELS``.
+        The image, float32 of shape ``size`` in arbitrary non-negative units (air about 10, organs 95 to 245), and the
+        segmentation, uint8 of shape ``size`` with the values of ``LABELS``, or of ``MANY_LABELS``.
 
     Raises:
-        E2ENetError: a number is not positive, or the shortest side of the field of view is under 16 times the largest
-            side of a voxel.
+        E2ENetError: a number is not positive, or the shortest side of the field of view is under 16 times (with many
+            structures 20 times) the largest side of a voxel.
     """
-    _check_field_of_view(size, spacing)
+    _check_field_of_view(size, spacing, SMALLEST_SIDE_OF_MANY if many else SMALLEST_SIDE)
     voxels_per_unit = _voxels_per_unit(size, spacing)
     position = _posed_coordinates(rng, size, voxels_per_unit)
     tissue = _anatomy(rng, position)
-    image = _acquired(rng, tissue, voxels_per_unit)
-    segmentation = np.where(tissue <= Tissue.LESION, tissue, 0).astype(np.uint8)
-    return image, segmentation
+    intensities, labels = [MEAN_INTENSITY[t] for t in Tissue], [t if t <= Tissue.LESION else 0 for t in Tissue]
+    if many:
+        _paint_small_organs(rng, position, tissue)
+        intensities += [organ.mean_intensity for organ in SMALL_ORGANS]
+        labels[Tissue.SPINE] = MANY_LABELS["spine"]
+        labels += [MANY_LABELS[organ.name] for organ in SMALL_ORGANS]
+    image = _acquired(rng, tissue, intensities, voxels_per_unit)
+    return image, np.array(labels, np.uint8)[tissue]
 
 
-def write_phantom_dataset(folder: Path, n_train: int, n_test: int, seed: int = 0, size: Size = (24, 64, 64)) -> None:
+def write_phantom_dataset(
+    folder: Path, n_train: int, n_test: int, seed: int = 0, size: Size = (24, 64, 64), many: bool = False
+) -> None:
     """Write a data set in nnU-Net's raw format, all of it or nothing.
 
     Training cases go to ``imagesTr`` and ``labelsTr``, held-out cases to ``imagesTs`` and ``labelsTs``. A case depends on
@@ -113,6 +152,7 @@ def write_phantom_dataset(folder: Path, n_train: int, n_test: int, seed: int = 0
         n_test: number of held-out cases, 0 or more.
         seed: a non-negative number.
         size: voxels of each case along depth, height and width.
+        many: see ``phantom_case``.
 
     Raises:
         E2ENetError: a number is out of range (see also ``phantom_case``), the folder holds something, or it cannot be created.
@@ -122,9 +162,9 @@ def write_phantom_dataset(folder: Path, n_train: int, n_test: int, seed: int = 0
     _check_vacant(folder)
     with _staging_folder(folder) as staging:
         dataset = Path(staging) / folder.name
-        _write_split(dataset, "Tr", n_train, [seed, 0], size)
-        _write_split(dataset, "Ts", n_test, [seed, 1], size)
-        _write_dataset_json(dataset, n_train, seed)
+        _write_split(dataset, "Tr", n_train, [seed, 0], size, many)
+        _write_split(dataset, "Ts", n_test, [seed, 1], size, many)
+        _write_dataset_json(dataset, n_train, seed, MANY_LABELS if many else LABELS)
         if folder.exists():
             folder.rmdir()
         dataset.rename(folder)
@@ -208,17 +248,24 @@ def _paint_vessels(rng: np.random.Generator, position: NDArray[np.float64], tiss
         tissue[tube & (np.abs(depth) < 0.85)] = Tissue.PAIRED_VESSELS
 
 
+def _paint_small_organs(rng: np.random.Generator, position: NDArray[np.float64], tissue: NDArray[np.uint8]) -> None:
+    """Their tissues follow those of the enumeration, in the order of the table."""
+    for number, organ in enumerate(SMALL_ORGANS, start=len(Tissue)):
+        centre = np.array(organ.centre) + rng.uniform(-0.03, 0.03, size=3)
+        tissue[_in_ellipsoid(position, centre, np.array(organ.radii) * rng.uniform(0.94, 1.06, size=3))] = number
+
+
 def _in_ellipsoid(position: NDArray[np.float64], centre: NDArray[np.float64], radii: NDArray[np.float64]) -> NDArray[np.bool_]:
     inside: NDArray[np.bool_] = sum(((p - c) / r) ** 2 for p, c, r in zip(position, centre, radii, strict=True)) < 1
     return inside
 
 
 def _acquired(
-    rng: np.random.Generator, tissue: NDArray[np.uint8], voxels_per_unit: NDArray[np.float64]
+    rng: np.random.Generator, tissue: NDArray[np.uint8], intensities: Sequence[float], voxels_per_unit: NDArray[np.float64]
 ) -> NDArray[np.float32]:
     """The scan of a tissue map: texture, partial volume, bias field and Rician noise, in this order."""
     size: Size = tissue.shape
-    mean = np.array([MEAN_INTENSITY[t] for t in Tissue])
+    mean = np.array(intensities)
     mean += INTENSITY_DEVIATION_BETWEEN_CASES * rng.standard_normal(mean.size)
     texture = TEXTURE_DEVIATION * _smooth_noise(rng, size, 0.06 * voxels_per_unit)
     signal = mean[tissue] + np.where(tissue == Tissue.AIR, 0, texture)
@@ -229,14 +276,14 @@ def _acquired(
     return scan
 
 
-def _check_field_of_view(size: Size, spacing: Spacing) -> None:
+def _check_field_of_view(size: Size, spacing: Spacing, smallest_side: int) -> None:
     """The smallest organ must show on a voxel, wherever the random pose puts it."""
     if min(size) < 1 or min(spacing) <= 0:
         raise E2ENetError(f"phantom of {size} voxels of {spacing} mm: expected positive numbers; correct them")
-    if 2 * _voxels_per_unit(size, spacing).min() < SMALLEST_SIDE:
+    if 2 * _voxels_per_unit(size, spacing).min() < smallest_side:
         raise E2ENetError(
             f"phantom of {size} voxels of {spacing} mm: too coarse for its smallest organ; expected the shortest side of the "
-            f"field of view to be {SMALLEST_SIDE} times the largest voxel side or more; choose more or finer voxels"
+            f"field of view to be {smallest_side} times the largest voxel side or more; choose more or finer voxels"
         )
 
 
@@ -268,7 +315,7 @@ def _staging_folder(target: Path) -> "tempfile.TemporaryDirectory[str]":
         ) from error
 
 
-def _write_split(dataset: Path, split: str, n_cases: int, seed: Sequence[int], size: Size) -> None:
+def _write_split(dataset: Path, split: str, n_cases: int, seed: Sequence[int], size: Size, many: bool) -> None:
     prefix = {"Tr": "phantom", "Ts": "phantom_test"}[split]
     images, labels = dataset / f"images{split}", dataset / f"labels{split}"
     images.mkdir(parents=True)
@@ -276,7 +323,7 @@ def _write_split(dataset: Path, split: str, n_cases: int, seed: Sequence[int], s
     for number in range(n_cases):
         rng = np.random.default_rng([*seed, number])
         spacing = _varied_spacing(rng)
-        image, segmentation = phantom_case(rng, size, spacing)
+        image, segmentation = phantom_case(rng, size, spacing, many)
         _write_volume(images / f"{prefix}_{number:03d}_0000.nii.gz", image, spacing)
         _write_volume(labels / f"{prefix}_{number:03d}.nii.gz", segmentation, spacing)
 
@@ -293,11 +340,11 @@ def _write_volume(path: Path, voxels: NDArray[np.float32] | NDArray[np.uint8], s
     sitk.WriteImage(volume, str(path), useCompression=True)
 
 
-def _write_dataset_json(folder: Path, n_train: int, seed: int) -> None:
+def _write_dataset_json(folder: Path, n_train: int, seed: int, labels: Mapping[str, int]) -> None:
     generate_dataset_json(
         str(folder),
         channel_names={0: "synthetic"},
-        labels=dict(LABELS),
+        labels=dict(labels),
         num_training_cases=n_train,
         file_ending=".nii.gz",
         dataset_name=re.sub(r"^Dataset\d+_", "", folder.name),
