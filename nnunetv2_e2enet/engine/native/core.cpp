@@ -2,6 +2,7 @@
 #include <cstring>
 #include <new>
 
+#include "cpu.h"
 #include "driver.h"
 #include "export.h"
 
@@ -73,8 +74,7 @@ E2E_EXPORT const void* e2e_kernels(const char* name, int halves) {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     if (!std::strcmp(name, "amx") && avx512 && halves) return e2e::kernels_amx();
     if (!std::strcmp(name, "avx512") && avx512) return halves ? e2e::kernels_avx512_float16() : e2e::kernels_avx512();
-    if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
+    if (!std::strcmp(name, "avx2") && e2e::has_avx2_and_f16c() && __builtin_cpu_supports("fma"))
         return halves ? e2e::kernels_avx2_float16() : e2e::kernels_avx2();
 #endif
     return nullptr;

@@ -12,6 +12,7 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
+#include "cpu.h"
 #define E2E_NAMESPACE scan_generic
 #include "export.h"
 #include "scan_kernels.h"
@@ -24,7 +25,7 @@ namespace {
 const ScanKernels& kernels() {
 #if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
-    if (scan_kernels_avx2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return *scan_kernels_avx2();
+    if (scan_kernels_avx2() && has_avx2_and_f16c()) return *scan_kernels_avx2();
 #endif
     return *scan_kernels_generic();
 }
