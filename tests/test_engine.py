@@ -519,8 +519,9 @@ def test_segmentations_of_real_scans_are_the_same(
         pytest.skip(f"needs the Hippocampus scans in {task}, which are not there")
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     whole_command = importlib.import_module("whole_command")
-    whole_command.prepare(tmp_path / "nnunet", task)
-    on, off = whole_command.VARIANTS[1:3]
+    whole_command.prepare(tmp_path / "nnunet", task, None)
+    variants = {variant.name: variant for variant in whole_command.VARIANTS}
+    on, off = variants["E2ENet, engine on"], variants["E2ENet, engine off"]
     for variant in (on, off):
         whole_command.measure(
             tmp_path / "nnunet", variant, ["--save_probabilities", "--disable_tta"], whole_command.Measured()
