@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from nnunetv2_e2enet.evaluation.overlay import OKABE_ITO
 
 WIDTH_INCHES = 4.3
+LEGEND_CHARACTERS = 80  # with what surrounds a name, in a row of a legend
 DOTS_PER_INCH = 200
 INK, MUTED, GRID, PAPER = "#1c2127", "#5b6570", "#e6e9ed", "#ffffff"
 COLOURS = dict(zip(("orange", "sky", "green", "purple", "yellow", "blue", "vermillion"), OKABE_ITO, strict=True))
@@ -146,5 +147,6 @@ def colour_variables() -> str:
 
 
 def legend_above(figure: Figure, handles: Mapping[str, Artist]) -> None:
-    """Above everything else, side by side."""
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), handlelength=2.4)
+    """Above everything else, side by side as far as there is room."""
+    columns = max(1, LEGEND_CHARACTERS // (max(map(len, handles)) + 6))
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(columns, len(handles)), handlelength=2.4)
