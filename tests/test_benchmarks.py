@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ablations
 import contestants
 import gpu_inference
 import gpu_training
@@ -14,6 +15,8 @@ import pytest
 import torch
 import training_memory
 from support import Project
+
+from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet_S90
 
 DEMO = "nnunetv2_e2enet.trainers.e2enet_demo_trainers"
 PLANS = "tinyPlans"
@@ -32,6 +35,17 @@ def tiny(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
 def test_all_contestants_exist() -> None:
     classes = {name: contestants.trainer_class(name) for name in contestants.CONTESTANTS}
     assert [cls.__name__ for cls in classes.values()] == [path.split(".")[-1] for path in contestants.CONTESTANTS.values()]
+
+
+def test_ablations_differ_from_what_they_are_compared_with(tiny: Project) -> None:  # noqa: ARG001
+    plans, dataset = contestants.load_plans("993", PLANS)
+    trainers = [
+        cls({**plans, "continue_training": False}, "3d_fullres", 0, dataset, torch.device("cpu"))
+        for cls in (nnUNetTrainerE2ENet_S90, ablations.S90UpdateEachEpoch, ablations.S90HalfGain)
+    ]
+    assert [trainer.feature_sparsity for trainer in trainers] == [0.9, 0.9, 0.9]
+    assert [trainer.topology_update_period for trainer in trainers] == [5, 1, 5]
+    assert [trainer.initial_gain for trainer in trainers] == [1.0, 1.0, 0.5]
 
 
 @pytest.mark.slow

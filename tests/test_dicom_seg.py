@@ -16,7 +16,7 @@ from support import Project, copy_with_random_heads, untrained_model
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.deployment import PackedModel
 from nnunetv2_e2enet.deployment.dicom import Series, choose_series
-from nnunetv2_e2enet.deployment.dicom_seg import write_dicom_seg
+from nnunetv2_e2enet.deployment.dicom_seg import check_dicom_seg, write_dicom_seg
 from nnunetv2_e2enet.errors import E2ENetError
 
 highdicom = pytest.importorskip("highdicom")
@@ -57,16 +57,21 @@ def segments_of(file: Path, series: Series) -> dict[str, np.ndarray]:
 
 def test_segments_lie_on_the_slices_of_the_series(model: PackedModel, tmp_path: Path) -> None:
     series, file, labels = scan_and_labels(tmp_path, 4)
-    write_dicom_seg(tmp_path / "seg.dcm", file, series, with_labels(model, spleen=1, liver=2, aorta=3))
+    write_dicom_seg(tmp_path / "seg.dcm", file, series, with_labels(model, spleen=2, leber=1, 脾=3))
     found = segments_of(tmp_path / "seg.dcm", series)
-    assert list(found) == ["spleen", "liver", "aorta"]
-    for number, voxels in enumerate(found.values(), start=1):
+    assert list(found) == ["spleen", "leber", "脾"]
+    for number, voxels in zip((2, 1, 3), found.values(), strict=True):
         np.testing.assert_array_equal(voxels, labels == number)
     written, source = pydicom.dcmread(tmp_path / "seg.dcm"), pydicom.dcmread(series.files[0])
     assert written.SOPClassUID == pydicom.uid.SegmentationStorage
     assert written.StudyInstanceUID == source.StudyInstanceUID
     assert written.SeriesInstanceUID != source.SeriesInstanceUID
     assert written.FrameOfReferenceUID == source.FrameOfReferenceUID
+    places = {tuple(frame.PlanePositionSequence[0].ImagePositionPatient) for frame in written.PerFrameFunctionalGroupsSequence}
+    slices = [pydicom.dcmread(path, stop_before_pixels=True) for path in series.files]
+    assert places == {tuple(each.ImagePositionPatient) for each in slices[1:]}
+    (orientation,) = written.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+    assert orientation.ImageOrientationPatient == source.ImageOrientationPatient
 
 
 def test_regions_may_overlap(model: PackedModel, tmp_path: Path) -> None:
@@ -90,7 +95,7 @@ def test_a_segmentation_of_another_place_is_refused(model: PackedModel, tmp_path
     moved.SetOrigin((-10.5, 21.0, -300.125))
     for other, message in (
         (moved, "slice 0 of the segmentation lies at"),
-        (image[:, :, :5], "has 5 slices, expected one for each"),
+        (image[:, :, :5], r"has the size \(24, 20, 5\), but there are 6 files"),
     ):
         SimpleITK.WriteImage(other, tmp_path / "other.nii.gz")
         with pytest.raises(E2ENetError, match=message):
@@ -98,15 +103,32 @@ def test_a_segmentation_of_another_place_is_refused(model: PackedModel, tmp_path
     assert not (tmp_path / "seg.dcm").exists()
 
 
-def test_a_series_without_a_patient_is_refused(model: PackedModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("element", "value"),
+    [
+        ("PatientID", None),
+        ("FrameOfReferenceUID", None),
+        ("ImagePositionPatient", None),
+        ("ImagePositionPatient", ""),
+        ("PixelSpacing", ""),
+    ],
+)
+def test_a_series_that_lacks_something_is_refused(model: PackedModel, tmp_path: Path, element: str, value: str | None) -> None:
     series, file, _ = scan_and_labels(tmp_path, 2)
     for path in series.files:
         dataset = pydicom.dcmread(path)
-        del dataset.PatientID
+        if value is None:
+            delattr(dataset, element)
+        else:
+            setattr(dataset, element, value)
         dataset.save_as(path)
-    with pytest.raises(E2ENetError, match=r"no DICOM SEG can be made for .*PatientID"):
+    with pytest.raises(E2ENetError, match=r"no DICOM SEG can be made for .*; expected a series with all"):
         write_dicom_seg(tmp_path / "seg.dcm", file, series, model)
     assert not (tmp_path / "seg.dcm").exists()
+    scan = tmp_path / "scan.nii.gz"
+    SimpleITK.WriteImage(SimpleITK.ReadImage(file), scan)
+    with pytest.raises(E2ENetError, match="no DICOM SEG can be made for"):
+        check_dicom_seg(scan, series, model)
 
 
 def test_the_command_needs_a_series(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +151,20 @@ def test_the_command_needs_a_series(trained: Path, tmp_path: Path, capsys: pytes
     assert main(arguments) != 0
     assert "is no DICOM series, which DICOM SEG refers to; leave it out" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_results_do_not_go_into_the_folder_of_the_series(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed, folder = tmp_path / "model.e2enet", tmp_path / "dicom"
+    assert main(["export", str(trained), str(packed), "-f", "0"]) == 0
+    files = write_dicom(make_scan(), folder)
+    before = [file.read_bytes() for file in files]
+    arguments = ["predict", "-m", str(packed), "-i", str(files[0]), "-o", str(folder), "-device", "cpu", "--dicom_seg"]
+    assert main(arguments) != 0
+    assert "holds the slices of the series; expected another folder" in capsys.readouterr().err
+    assert [file.read_bytes() for file in files] == before
+    assert len(list(folder.iterdir())) == len(files)
 
 
 @pytest.fixture

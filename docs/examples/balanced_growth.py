@@ -18,6 +18,4 @@ class BalancedGrowth:
 
 
 class nnUNetTrainerE2ENet_balanced(E2ENetMixin, nnUNetTrainer):
-    def __init__(self, plans, configuration, fold, dataset_json, device):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.growth = BalancedGrowth()
+    growth = BalancedGrowth()

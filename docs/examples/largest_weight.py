@@ -16,6 +16,4 @@ class LargestWeight:
 
 
 class nnUNetTrainerE2ENet_largestWeight(E2ENetMixin, nnUNetTrainer):
-    def __init__(self, plans, configuration, fold, dataset_json, device):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.importance = LargestWeight()
+    importance = LargestWeight()

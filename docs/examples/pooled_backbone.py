@@ -25,6 +25,4 @@ class PooledEncoder(nn.Module):
 
 
 class nnUNetTrainerE2ENet_pooled(E2ENetMixin, nnUNetTrainer):
-    def __init__(self, plans, configuration, fold, dataset_json, device):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.encoder_class = PooledEncoder
+    encoder_class = PooledEncoder

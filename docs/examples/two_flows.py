@@ -13,6 +13,4 @@ class TwoFlows(FusionDecoder):
 
 
 class nnUNetTrainerE2ENet_twoFlows(E2ENetMixin, nnUNetTrainer):
-    def __init__(self, plans, configuration, fold, dataset_json, device):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.decoder_class = TwoFlows
+    decoder_class = TwoFlows

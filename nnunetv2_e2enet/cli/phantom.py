@@ -10,7 +10,7 @@ from nnunetv2_e2enet.registration import find_nnunet
 
 RAW_FOLDER_VARIABLE = "nnUNet_raw"
 
-HELP = "write a small synthetic data set (four organs in a torso) into $nnUNet_raw"
+HELP = "write a small synthetic data set (four organs in a torso, or fifteen structures) into $nnUNet_raw"
 
 EXAMPLE = """\
 example:

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from nnunetv2_e2enet.deployment import read_packed
-    from nnunetv2_e2enet.deployment.dicom_seg import series_to_refer_to
+    from nnunetv2_e2enet.deployment.dicom_seg import check_dicom_seg, series_to_refer_to
     from nnunetv2_e2enet.deployment.images import folder_of_images
     from nnunetv2_e2enet.deployment.previews import check_previews
     from nnunetv2_e2enet.deployment.segmenter import make_predictor
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args, model)
     _set_threads(args.device)
     step_size = (FAST_STEP_SIZE if args.fast else STEP_SIZE) if args.step_size is None else args.step_size
-    series = series_to_refer_to(args.i) if args.dicom_seg else None
+    series = series_to_refer_to(args.i, args.o) if args.dicom_seg else None
     changes = {"engine_storage": STORAGE_16_BIT} if args.fast else {}
     with override(**changes), folder_of_images(args.i, model) as images:
         predictor = make_predictor(
@@ -105,6 +105,12 @@ def run(args: argparse.Namespace) -> int:
         cases = _cases(args, images, model)
         if args.preview:
             check_previews(cases, model)
+        if series is not None:
+            if images == args.i[0]:
+                raise E2ENetError(
+                    f"--dicom_seg: {images} holds images for nnU-Net; expected a DICOM series alone, or leave it out"
+                )
+            check_dicom_seg(cases[0], series, model)
         args.o.mkdir(parents=True, exist_ok=True)
         _predict(args, predictor, images)
         _finish(args, model, cases, series)
@@ -149,7 +155,7 @@ def _finish(args: argparse.Namespace, model: PackedModel, cases: Sequence[Path],
             write_previews(folder, cases, model, progress)
         if series is not None:
             for case in (image.name.removesuffix(f"_0000{ending}") for image in cases):
-                write_dicom_seg(folder / f"{case}.dcm", folder / f"{case}{ending}", series, model)
+                write_dicom_seg(folder / f"{case}.dcm", folder / f"{case}{ending}", series, model, folder != args.o)
 
 
 def _check(args: argparse.Namespace, model: PackedModel) -> None:

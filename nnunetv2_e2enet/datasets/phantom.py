@@ -113,7 +113,7 @@ def phantom_case(
         rng: source of all variation between cases; the same state gives the same case.
         size: voxels along each axis.
         spacing: voxel size in mm along each axis.
-        many: fifteen structures whose volumes differ by a factor of about 150, instead of four.
+        many: fifteen structures whose volumes differ by a factor of 150 to 250, instead of four.
 
     Returns:
         The image, float32 of shape ``size`` in arbitrary non-negative units (air about 10, organs 95 to 245), and the
@@ -348,7 +348,7 @@ def _write_dataset_json(folder: Path, n_train: int, seed: int, labels: Mapping[s
         num_training_cases=n_train,
         file_ending=".nii.gz",
         dataset_name=re.sub(r"^Dataset\d+_", "", folder.name),
-        description=f"Synthetic organs, made by e2enet phantom with seed {seed}",
+        description=f"{len(labels) - 1} synthetic structures, made by e2enet phantom with seed {seed}",
         license="CC0",
         converted_by="nnunetv2-e2enet",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import SimpleITK
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet import __version__
-from nnunetv2_e2enet.deployment.dicom import Series, choose_series
+from nnunetv2_e2enet.deployment.dicom import EVEN, Series, choose_series
 from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.errors import E2ENetError, check_extra
 from nnunetv2_e2enet.files import write
@@ -23,53 +24,71 @@ SCHEME = "99E2ENET"
 
 SERIES_NUMBER = 900
 LONGEST_NAME = 64  # characters of a segment's label (VR LO)
-APART = 1e-2
-"""The most by which a slice of the segmentation may lie beside that of the series, in millimetres."""
+RAISED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
+"""By pydicom and highdicom, about elements of a series that are missing, empty or wrong."""
+UTF_8 = "ISO_IR 192"  # of labels, and of the patient's name, whatever the series is written in
 
 
-def series_to_refer_to(paths: Sequence[Path]) -> Series:
+def series_to_refer_to(paths: Sequence[Path], out: Path) -> Series:
     """The series of the first channel.
 
     Args:
         paths: what ``folder_of_images`` takes.
+        out: the folder that objects are written to.
 
     Raises:
-        E2ENetError: it is no DICOM series with a file for each slice, or highdicom is not installed.
+        E2ENetError: there is no DICOM series, ``out`` is its folder, or highdicom is not installed.
     """
     check_extra("--dicom_seg", "dicom", "highdicom", "pydicom")
     series = choose_series(paths[0])
     if series is None:
         raise E2ENetError(f"--dicom_seg: {paths[0]} is no DICOM series, which DICOM SEG refers to; leave it out")
+    if out.resolve() == series.files[0].resolve().parent:
+        raise E2ENetError(f"--dicom_seg: {out} holds the slices of the series; expected another folder for results, with -o")
     return series
 
 
-def write_dicom_seg(file: Path, segmentation: Path, series: Series, model: PackedModel) -> None:
+def check_dicom_seg(image: Path, series: Series, model: PackedModel) -> None:
+    """Raises E2ENetError unless an object can be made of a segmentation on the voxels of ``image``, the series' scan."""
+    scan = read_image(image)
+    segmentation = SimpleITK.Image(scan.GetSize(), SimpleITK.sitkUInt16)
+    segmentation.CopyInformation(scan)
+    for values in model.foreground.values():
+        segmentation[0, 0, 0] = values[0]  # highdicom has something to say about segmentations without a label
+    _content(segmentation, series, model)
+
+
+def write_dicom_seg(file: Path, segmentation: Path, series: Series, model: PackedModel, postprocessed: bool = False) -> None:
     """Write or replace a DICOM SEG object: a binary segment for each label or region that the model knows.
 
     Args:
         file: to write.
         segmentation: an image of labels on the voxels of ``series``, as ``e2enet predict`` writes it.
         series: the scan, to whose slices, patient and study the object refers.
-        model: names the labels.
+        model: names the labels. Segments have the order of its data set.
+        postprocessed: whether the description of the object says so.
 
     Raises:
         E2ENetError: the segmentation does not lie on the slices, the series lacks what DICOM wants of it, or the file
             cannot be written.
     """
+    write(file, _content(read_image(segmentation), series, model, ", postprocessed" if postprocessed else ""))
+
+
+def _content(image: SimpleITK.Image, series: Series, model: PackedModel, remark: str = "") -> bytes:
+    """The object as a file holds it."""
     import highdicom
     import pydicom
 
-    image = read_image(segmentation)
-    slices = [pydicom.dcmread(path, stop_before_pixels=True) for path in series.files]
-    _check_places(image, slices, series)
-    labels = SimpleITK.GetArrayFromImage(image).astype(np.uint16)
-    for each in slices:  # in memory: a thickness may be unknown, and highdicom wants one
-        if not each.get("SliceThickness"):
-            each.SliceThickness = f"{image.GetSpacing()[2]:.6g}"
     try:
-        content = highdicom.seg.Segmentation(
+        slices = [pydicom.dcmread(path, stop_before_pixels=True) for path in series.files]
+        _check_places(image, slices)
+        for each in slices:  # in memory: a thickness may be unknown, and highdicom wants one
+            if not each.get("SliceThickness"):
+                each.SliceThickness = f"{image.GetSpacing()[2]:.6g}"
+        made = highdicom.seg.Segmentation(
             source_images=slices,
-            pixel_array=_segments(labels, model.foreground),
+            pixel_array=_segments(SimpleITK.GetArrayFromImage(image).astype(np.uint16), model.foreground),
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=_descriptions(model),
             series_instance_uid=highdicom.UID(),
@@ -80,35 +99,34 @@ def write_dicom_seg(file: Path, segmentation: Path, series: Series, model: Packe
             manufacturer_model_name="E2ENet",
             software_versions=__version__,
             device_serial_number="none",
-            series_description=f"Segmentation, {_name(model)}"[:LONGEST_NAME],
+            series_description=f"{_name(model)[: LONGEST_NAME - 32]}, segmentation{remark}",
+            specific_character_set=UTF_8,
         )
-    except (AttributeError, KeyError, ValueError) as error:  # what pydicom and highdicom raise about the source's elements
+        written = BytesIO()
+        made.save_as(written)
+    except (*RAISED, pydicom.errors.InvalidDicomError) as error:
+        reason = str(error).rstrip(".")
         raise E2ENetError(
-            f"no DICOM SEG can be made for {series}: {error}; expected a series with the elements that DICOM demands of it"
+            f"no DICOM SEG can be made for {series}: {reason}; expected a series with all that DICOM demands of it, or leave "
+            "--dicom_seg out"
         ) from error
-    written = BytesIO()
-    content.save_as(written)
-    write(file, written.getvalue())
+    return written.getvalue()
 
 
 def _name(model: PackedModel) -> str:
     return str(model.description.plans["dataset_name"])
 
 
-def _check_places(image: SimpleITK.Image, slices: Sequence[Any], series: Series) -> None:
-    """Raises E2ENetError unless voxel (0, 0, i) is the first pixel of slice i."""
-    if image.GetDepth() != len(slices):
-        raise E2ENetError(
-            f"no DICOM SEG can be made for {series}: the segmentation has {image.GetDepth()} slices, expected one for each of "
-            f"{len(slices)} files; leave --dicom_seg out"
-        )
+def _check_places(image: SimpleITK.Image, slices: Sequence[Any]) -> None:
+    """Raises ValueError unless voxel (0, 0, i) is the first pixel of slice i, as far as distances may be uneven."""
+    if image.GetDimension() != 3 or image.GetDepth() != len(slices):
+        raise ValueError(f"the segmentation has the size {image.GetSize()}, but there are {len(slices)} files of a slice each")
     for i, each in enumerate(slices):
         here = np.array(image.TransformIndexToPhysicalPoint((0, 0, i)))
         there = np.array(each.ImagePositionPatient, float)
-        if np.abs(here - there).max() > APART:
-            raise E2ENetError(
-                f"no DICOM SEG can be made for {series}: slice {i} of the segmentation lies at {here.round(3).tolist()} mm, "
-                f"that of the series at {there.round(3).tolist()} mm; leave --dicom_seg out"
+        if not np.abs(here - there).max() <= EVEN * image.GetSpacing()[2]:  # NaN, too
+            raise ValueError(
+                f"slice {i} of the segmentation lies at {here.round(3).tolist()} mm, its file at {there.tolist()} mm"
             )
 
 
@@ -128,16 +146,21 @@ def _descriptions(model: PackedModel) -> list[Any]:
     from pydicom.sr.codedict import codes
 
     algorithm = highdicom.AlgorithmIdentificationSequence(
-        name=f"E2ENet, {_name(model)}", version=__version__, family=codes.cid7162.ArtificialIntelligence
+        name=f"E2ENet, {_name(model)}"[:LONGEST_NAME], version=__version__, family=codes.cid7162.ArtificialIntelligence
     )
     return [
         highdicom.seg.SegmentDescription(
             segment_number=number,
             segment_label=name[:LONGEST_NAME],
             segmented_property_category=codes.cid7150.AnatomicalStructure,
-            segmented_property_type=highdicom.sr.CodedConcept(str(number), SCHEME, name[:LONGEST_NAME]),
+            segmented_property_type=highdicom.sr.CodedConcept(_code(name), SCHEME, name[:LONGEST_NAME]),
             algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=algorithm,
         )
         for number, name in enumerate(model.foreground, start=1)
     ]
+
+
+def _code(label: str) -> str:
+    """The same for labels of the same name, whatever the model."""
+    return sha256(label.encode()).hexdigest()[:12].upper()

@@ -39,27 +39,18 @@ class DSFFMixin(NetworkMixin):
 
     own_hooks = (*NetworkMixin.own_hooks, "configure_optimizers")  # whose arguments differ between nnU-Net's variants
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature that nnU-Net inspects)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.feature_sparsity = 0.8  # share of maskable connections that are off; 0 trains the dense network
-        self.topology_update_period: int | None = 5  # epochs between two updates of the topology; None keeps that of the start
-        self.initial_prune_fraction = 0.5  # share of active connections replaced at epoch 0; falls to 0 by a cosine
-        self.schedule: Schedule | None = None  # of the updates; None: a cosine with the two settings above
-        self.distribution: Distribution = Uniform()  # connections per layer
-        self.importance: Importance = KernelL1Norm()  # which connections are kept
-        self.growth: Growth = RandomGrowth()  # which connections are tried
-        self.initial_gain = 1.0  # factor of the initial weights of maskable layers
-        self.block_size = 1  # output maps that share their input maps
-        self.compute_active_only = False  # blocks with equally many inputs each; only active ones are stored and multiplied
-        self.topology_seed = 0
-        self._is_prepared = False
+    feature_sparsity = 0.8  # share of maskable connections that are off; 0 trains the dense network
+    topology_update_period: int | None = 5  # epochs between two updates of the topology; None keeps that of the start
+    initial_prune_fraction = 0.5  # share of active connections replaced at epoch 0; falls to 0 by a cosine
+    schedule: Schedule | None = None  # of the updates; None: a cosine with the two settings above
+    distribution: Distribution = Uniform()  # connections per layer
+    importance: Importance = KernelL1Norm()  # which connections are kept
+    growth: Growth = RandomGrowth()  # which connections are tried
+    initial_gain = 1.0  # factor of the initial weights of maskable layers
+    block_size = 1  # output maps that share their input maps
+    compute_active_only = False  # blocks with equally many inputs each; only active ones are stored and multiplied
+    topology_seed = 0
+    _is_prepared = False
 
     def initialize(self) -> None:
         """As nnU-Net does, with a topology and its history."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
@@ -30,24 +30,15 @@ class E2ENetMixin(DSFFMixin):
     strides and dimension come from the plans, channels from the trainer (unless the plans are E2ENet's).
     """
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature that nnU-Net inspects)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.shift_size = 3  # channel groups of the depth shift, odd; 1 = no shift
-        self.learned_shift = False  # each channel learns how far it moves, in whole slices over the last tenth of the epochs
-        self.kernel_size = list(KERNEL_SIZE)  # of all convolutions, depth first
-        self.base_num_features = BASE_NUM_FEATURES  # channels of the finest level
-        self.max_num_features = MAX_NUM_FEATURES
-        self.encoder_class: type[nn.Module] | None = None  # another backbone; None: that of the plans, Encoder by default
-        self.decoder_class: type[nn.Module] | None = None  # another fusion; None: that of the plans, FusionDecoder by default
-        self.channels_last = False  # how maps lie in memory on the device, never what is computed (docs/memory.md)
-        self.recompute = "blocks"  # in the backward pass; "none" is faster, "nodes" takes less memory (docs/memory.md)
+    shift_size = 3  # channel groups of the depth shift, odd; 1 = no shift
+    learned_shift = False  # each channel learns how far it moves, in whole slices over the last tenth of the epochs
+    kernel_size: Sequence[int] = KERNEL_SIZE  # of all convolutions, depth first
+    base_num_features = BASE_NUM_FEATURES  # channels of the finest level
+    max_num_features = MAX_NUM_FEATURES
+    encoder_class: type[nn.Module] | None = None  # another backbone; None: that of the plans, Encoder by default
+    decoder_class: type[nn.Module] | None = None  # another fusion; None: that of the plans, FusionDecoder by default
+    channels_last = False  # how maps lie in memory on the device, never what is computed (docs/memory.md)
+    recompute = "blocks"  # in the backward pass; "none" is faster, "nodes" takes less memory (docs/memory.md)
 
     def initialize(self) -> None:
         """As nnU-Net does.
@@ -76,7 +67,7 @@ class E2ENetMixin(DSFFMixin):
             self.max_num_features,
             feature_sparsity=self.feature_sparsity,
             shift_size=self.shift_size,
-            kernel_size=self.kernel_size,
+            kernel_size=list(self.kernel_size),
             learned_shift=self.learned_shift,
             **self._classes(),
         )

@@ -14,6 +14,8 @@ from nnunetv2_e2enet.registration import ADVICE
 def variant(base: Any, suffix: str, **settings: Any) -> type:
     """A subclass of ``base`` named ``{base}_{suffix}`` whose ``__init__`` ends by setting these attributes.
 
+    nnU-Net sets its own settings, such as the number of epochs, in ``__init__``, so that attributes of a class would not do.
+
     Args:
         base: an nnU-Net trainer.
         suffix: appended to the name.
