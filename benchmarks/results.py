@@ -104,10 +104,8 @@ def figure(record: Record) -> drawing.Figure:
             by_second.plot(np.cumsum(run["epoch_seconds"]), run["pseudo_dice"], color=colour)
             by_size.plot(run["costs"]["parameters_active"] / 1e6, run["dice"], marker, color=colour)
         least = min(run["pseudo_dice"][-1] for run in runs.values()) - SHOWN
-        by_iteration.set(xlabel="iterations", ylabel="pseudo Dice", ylim=(max(0, least), None))
-        by_second.set(
-            xlabel="seconds of training and its validation batches", ylabel="pseudo Dice", ylim=(max(0, least), None)
-        )
+        for axis, label in ((by_iteration, "iterations"), (by_second, "seconds of training and its validation batches")):
+            axis.set(xlabel=label, ylabel="pseudo Dice", ylim=(max(0, least), None))
         by_size.set(xlabel="million active parameters", ylabel="Dice of the fold")
         drawing.legend_above(drawn, handles)
     return drawn

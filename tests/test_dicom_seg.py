@@ -188,6 +188,14 @@ def test_the_command_writes_what_it_segmented(predicted: tuple[Path, Series]) ->
         np.testing.assert_array_equal(voxels, labels == number)
 
 
+def test_a_part_without_a_case_writes_nothing(predicted: tuple[Path, Series], tmp_path: Path) -> None:
+    given = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path / "Patient 7"), "-o", str(tmp_path / "part")]
+    parts = ["-num_parts", "2", "-part_id", "1", "-device", "cpu", "--dicom_seg"]
+    assert main(["predict", *given, *parts]) == 0
+    assert predicted[0].is_file()
+    assert not list((tmp_path / "part").glob("*.dcm"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="needs dicom3tools")
 def test_dciodvfy_finds_no_error(predicted: tuple[Path, Series]) -> None:

@@ -110,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
                 raise E2ENetError(
                     f"--dicom_seg: {images} holds images for nnU-Net; expected a DICOM series alone, or leave it out"
                 )
-            check_dicom_seg(cases[0], series, model)
+            for image in cases:  # one, or none of this part
+                check_dicom_seg(image, series, model)
         args.o.mkdir(parents=True, exist_ok=True)
         _predict(args, predictor, images)
         _finish(args, model, cases, series)

@@ -54,7 +54,9 @@ def check_dicom_seg(image: Path, series: Series, model: PackedModel) -> None:
     segmentation = SimpleITK.Image(scan.GetSize(), SimpleITK.sitkUInt16)
     segmentation.CopyInformation(scan)
     for values in model.foreground.values():
-        segmentation[0, 0, 0] = values[0]  # highdicom has something to say about segmentations without a label
+        segmentation[(0,) * scan.GetDimension()] = values[
+            0
+        ]  # highdicom has something to say about segmentations without a label
     _content(segmentation, series, model)
 
 
