@@ -1,4 +1,4 @@
-"""Trainings with a fixed number of seconds, for comparisons at equal cost."""
+"""Trainings that know their seconds, and trainings of as many seconds as another one: comparisons at equal cost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2_e2enet.files import write_atomically
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import read_json, write_atomically
 from nnunetv2_e2enet.training.interface import Overrides
 
 if TYPE_CHECKING:
@@ -20,39 +21,56 @@ FIRST_ITERATIONS = 5  # of the first epoch, in which the speed is not known yet
 
 
 class TimedMixin(Overrides, TrainerBase):
-    """Trains for ``training_seconds`` in ``num_epochs`` epochs; to be put before an nnU-Net trainer.
+    """Takes the time of a training; to be put before an nnU-Net trainer.
 
-    After the first epoch, the iterations of each epoch follow from the seconds that are left and from those that an iteration
-    of the former epoch took. Validation does not count. ``training_time.json`` in the output folder holds both.
+    ``training_time.json`` in the output folder holds the seconds of all iterations together, and their number. Validation does
+    not count.
 
     Attributes:
-        training_seconds: of all training iterations together.
+        as_long_as: name of another timed trainer, whose seconds on the same data set, plans, configuration and fold this one
+            takes. After the first epoch, the iterations of each epoch follow from the seconds that are left and from the
+            seconds of an iteration in the former epoch. None: nnU-Net's number of iterations.
+
+    Raises:
+        E2ENetError: at the start of a training, if the other trainer has not ended one yet.
     """
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: Any,
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.training_seconds = 60.0
-        self._spent, self._iterations = 0.0, 0
-        self._seconds_per_iteration: float | None = None
-        self._epoch_started = 0.0
+    as_long_as: str | None = None
+    _allowed: float | None = None
+    _spent = 0.0
+    _iterations = 0
+    _seconds_per_iteration = 0.0
+    _epoch_started = 0.0
+
+    def on_train_start(self) -> None:
+        """As nnU-Net does, with the seconds that the training may take."""
+        if self.as_long_as is not None:
+            self._allowed = self._seconds_of(self.as_long_as)
+        super().on_train_start()
+
+    def _seconds_of(self, trainer: str) -> float:
+        from nnunetv2.utilities.file_path_utilities import convert_trainer_plans_config_to_identifier
+
+        plans = self.plans_manager.plans_name
+        model = convert_trainer_plans_config_to_identifier(trainer, plans, self.configuration_name)
+        file = Path(self.output_folder_base).with_name(model) / f"fold_{self.fold}" / TRAINING_TIME_FILE
+        if not file.is_file():
+            raise E2ENetError(
+                f"{type(self).__name__} trains for as many seconds as {trainer}, but there is no {file}: train {trainer} first"
+            )
+        return float(read_json(file)["seconds"])
 
     def on_train_epoch_start(self) -> None:
         """As nnU-Net does, with as many iterations as fit into the epoch's share of the time."""
         super().on_train_epoch_start()
-        self.num_iterations_per_epoch = self._planned_iterations()
+        if self._allowed is not None:
+            self.num_iterations_per_epoch = self._planned_iterations(self._allowed)
         self._epoch_started = time.monotonic()
 
-    def _planned_iterations(self) -> int:
-        if self._seconds_per_iteration is None:
+    def _planned_iterations(self, seconds: float) -> int:
+        if not self._iterations:
             return FIRST_ITERATIONS
-        left = (self.training_seconds - self._spent) / max(1, self.num_epochs - self.current_epoch)
+        left = (seconds - self._spent) / max(1, self.num_epochs - self.current_epoch)
         planned: int = max(1, round(left / self._seconds_per_iteration))
         return planned
 
