@@ -36,7 +36,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """As ``write_atomically``.
+    """Write or replace ``path`` as ``write_atomically`` does.
 
     Raises:
         E2ENetError: the folder is missing or cannot be written to.

@@ -1,8 +1,9 @@
-"""The documentation: links lead somewhere, commands and their options exist, the site builds without a warning."""
+"""The documentation: links lead somewhere, commands exist, docstrings have subjects, the site builds without a warning."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import shlex
@@ -192,3 +193,35 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
             page.read_text(),
         )
         assert not loaded, f"{page} loads {loaded}"
+
+
+SUBJECTLESS = re.compile(r"(Before|By|From|In|Of|Over|Their|Those|What|When|Where|Which|With|Within|Without)\b")
+"""First words of docstrings that have no subject."""
+SOURCES = [
+    *(f"nnunetv2_e2enet/{name}" for name in ("datasets", "dsff", "engine", "network", "training", "*.py")),
+    *(f"nnunetv2_e2enet/cli/{name}" for name in ("[!p]*.py", "phantom.py", "plan.py")),
+    "planners",
+    "trainers",
+]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_docstrings_have_a_subject(source: str) -> None:
+    """Those of modules, classes, functions and constants."""
+    found = [file for path in ROOT.glob(source) for file in (path.rglob("*.py") if path.is_dir() else [path])]
+    assert found
+    for file in found:
+        for line, text in docstrings(file.read_text()):
+            assert not SUBJECTLESS.match(text), f"{file}:{line}: {text.splitlines()[0]}"
+
+
+def docstrings(source: str) -> Iterator[tuple[int, str]]:
+    """Strings that are statements of their own, each with its line."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value.strip()
+
+
+def test_a_docstring_without_a_subject_is_found() -> None:
+    source = '"""The module."""\nWIDTH = 3\n"""Of a map."""\ndef f():\n    """Offset."""'
+    assert [bool(SUBJECTLESS.match(text)) for _, text in docstrings(source)] == [False, True, False]

@@ -130,7 +130,7 @@ def _compare(args: argparse.Namespace, console: Console) -> Comparison:
 
 
 def _measured(comparison: Comparison, console: Console) -> Comparison:
-    """With memory and time of the models whose folders are known."""
+    """The comparison with memory and time of the models whose folders are known."""
     import torch
 
     from nnunetv2_e2enet.evaluation.networks import model_design

@@ -184,7 +184,7 @@ def _dice(summary: Path) -> dict[str, float]:
 
 
 def _parameters(model: Path) -> ParameterCounts:
-    """Of the network that nnU-Net's predictor builds from a model folder."""
+    """Parameter counts of the network that nnU-Net's predictor builds from a model folder."""
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 

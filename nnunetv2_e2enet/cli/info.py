@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Search:
-    """What nnU-Net finds of one kind of classes.
+    """The classes of one kind that nnU-Net finds.
 
     Attributes:
         found: names.

@@ -1,4 +1,7 @@
-"""What all commands that report numbers have: ``--json``, files that are checked first and written last, a bar of steps."""
+"""Common parts of the commands that report numbers.
+
+These are ``--json``, files that are checked first and written last, and a bar of steps.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ HELP = "remove what `e2enet register` wrote"
 
 
 def add_arguments(_parser: argparse.ArgumentParser) -> None:
-    """There are none."""
+    """The command has no arguments."""
 
 
 def run(_args: argparse.Namespace) -> int:

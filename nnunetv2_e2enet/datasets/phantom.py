@@ -28,7 +28,7 @@ Spacing = tuple[float, float, float]
 
 
 class Tissue(IntEnum):
-    """What a voxel is made of. The first five are the labels of the segmentation, the others are its background."""
+    """The tissue of a voxel. The first five are the labels of the segmentation, the others are its background."""
 
     AIR = 0
     LARGE_ORGAN = 1
@@ -184,7 +184,7 @@ def _smooth_noise(rng: np.random.Generator, size: Size, sigma_voxels: NDArray[np
 
 
 def _posed_coordinates(rng: np.random.Generator, size: Size, voxels_per_unit: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Where in the anatomy each voxel lies, shape (3, depth, height, width): rotated, shifted, scaled, smoothly bent."""
+    """Positions of all voxels in the anatomy, (3, depth, height, width): rotated, shifted, scaled, smoothly bent."""
     grid = np.indices(size, dtype=np.float64)
     centre = (np.array(size) - 1) / 2
     position = (grid - centre[:, None, None, None]) / voxels_per_unit[:, None, None, None]
@@ -249,7 +249,7 @@ def _paint_vessels(rng: np.random.Generator, position: NDArray[np.float64], tiss
 
 
 def _paint_small_organs(rng: np.random.Generator, position: NDArray[np.float64], tissue: NDArray[np.uint8]) -> None:
-    """Their tissues follow those of the enumeration, in the order of the table."""
+    """Small organs have the numbers after those of ``Tissue``, in the order of ``SMALL_ORGANS``."""
     for number, organ in enumerate(SMALL_ORGANS, start=len(Tissue)):
         centre = np.array(organ.centre) + rng.uniform(-0.03, 0.03, size=3)
         tissue[_in_ellipsoid(position, centre, np.array(organ.radii) * rng.uniform(0.94, 1.06, size=3))] = number

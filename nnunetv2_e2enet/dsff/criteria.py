@@ -13,7 +13,7 @@ from nnunetv2_e2enet.network.connections import MaskableLayer
 
 
 class Importance(Protocol):
-    """Which active connections are kept.
+    """The criterion by which active connections are kept.
 
     An importance may set ``needs_input_deviations = True``: ``score`` then finds ``input_deviation`` in each layer. A
     ``label`` names the score in figures; without one, the name of the class does.
@@ -24,7 +24,7 @@ class Importance(Protocol):
 
 
 class Growth(Protocol):
-    """Which inactive connections are tried.
+    """The criterion by which inactive connections are tried.
 
     A growth may set ``needs_dense_gradients = True``: ``score`` then finds the gradients of all connections in ``weight.grad``
     of each layer.

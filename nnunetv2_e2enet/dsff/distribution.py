@@ -1,4 +1,4 @@
-"""How many connections each layer gets."""
+"""The distribution of active connections over layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nnunetv2_e2enet.network.connections import MaskableLayer, check_sparsity
 
 
 class Distribution(Protocol):
-    """How many connections of each layer are active."""
+    """The number of active connections of each layer."""
 
     def active(self, sparsity: float, layers: Mapping[str, MaskableLayer]) -> dict[str, int]:
         """Active connections of each layer, by its name."""

@@ -15,7 +15,7 @@ from nnunetv2_e2enet.network.connections import MaskableLayer
 
 @contextmanager
 def observed(layers: Sequence[MaskableLayer], *, dense_gradients: bool, input_deviations: bool) -> Iterator[None]:
-    """Within this context, one forward and backward pass collects the observations that criteria ask for.
+    """A context in which one forward and backward pass collects the observations that criteria ask for.
 
     At the end of the context, observations become their mean over all processes of a distributed training.
 

@@ -10,7 +10,7 @@ from nnunetv2_e2enet.errors import E2ENetError
 
 
 class Schedule(Protocol):
-    """When the topology is updated, and how much of it."""
+    """The epochs of updates, and the share of the topology that each of them replaces."""
 
     def is_update(self, epoch: int) -> bool:
         """Whether the topology changes before the first iteration of ``epoch`` (counted from 0)."""
@@ -44,7 +44,7 @@ class CosineSchedule:
         return epoch % self.period == 0 and 0 < epoch < self.n_epochs - 1
 
     def prune_fraction(self, epoch: int) -> float:
-        """From ``initial_fraction`` at epoch 0 to 0 at the last epoch."""
+        """A cosine from ``initial_fraction`` at epoch 0 to 0 at the last epoch."""
         progress = min(epoch / (self.n_epochs - 1), 1.0) if self.n_epochs > 1 else 1.0
         return self.initial_fraction * (1 + cos(pi * progress)) / 2
 

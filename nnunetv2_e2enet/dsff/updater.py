@@ -160,7 +160,7 @@ class TopologyUpdater:
 
 
 def select(mask: Tensor, importance: Tensor, growth: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Which connections to prune and which to grow.
+    """The connections to prune and those to grow.
 
     ``ceil(fraction * active)`` of the active connections with the lowest importance are pruned. As many with the highest
     growth score are grown: of those that were inactive before, and of the just pruned only where those are too few. A layer

@@ -39,7 +39,7 @@ _local = threading.local()
 
 @contextmanager
 def disabled() -> Iterator[None]:
-    """Within this context, in this thread, networks predict and train through PyTorch."""
+    """A context in which the networks of this thread predict and train through PyTorch."""
     before = getattr(_local, "disabled", False)
     _local.disabled = True
     try:

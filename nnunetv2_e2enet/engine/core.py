@@ -91,7 +91,11 @@ class Core:
         return _checked(getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), None, threads))
 
     def run(self, job: LayerJob, scratch: int, threads: int) -> None:
-        """Any job but that of a head; MemoryError if the core finds no memory, as of all that it computes."""
+        """Run any job but that of a head.
+
+        Raises:
+            MemoryError: the core finds no memory.
+        """
         _checked(getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), scratch, threads))
 
     def run_head(self, job: HeadJob, logits: int, scratch: int, threads: int) -> None:
@@ -137,7 +141,11 @@ class Core:
 
 
 def _checked(result: int) -> int:
-    """What a function of the core returned; negative where it failed."""
+    """The result of a function of the core.
+
+    Raises:
+        MemoryError, RuntimeError: the result is negative, so the function failed.
+    """
     if result == -1:
         raise MemoryError("the CPU engine found no memory")
     if result < 0:

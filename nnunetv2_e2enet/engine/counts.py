@@ -30,7 +30,7 @@ def executed_macs(network: E2ENet, patch_size: Sequence[int]) -> int:
 
 
 def product_macs(network: E2ENet, patch_size: Sequence[int]) -> int:
-    """Those of ``executed_macs`` in the Winograd domain: what the time called "products" goes into."""
+    """Winograd-domain part of ``executed_macs``, which the timer ``products`` measures."""
     return sum(_macs_of(conv, size) for conv, size in _sizes(network, patch_size).items() if _in_winograd_domain(conv))
 
 

@@ -25,7 +25,7 @@ def state(network: nn.Module) -> list[Tensor]:
 
 @dataclass
 class Fingerprint:
-    """Of weights at one moment.
+    """The state of weights at one moment.
 
     Attributes:
         identity: of each tensor where it lies, its size and how often it was written. Writes through ``.data`` are not

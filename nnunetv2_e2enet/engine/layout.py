@@ -1,4 +1,4 @@
-"""Where feature maps lie: planes cut into tiles of 4 x 4 pixels, and chunks of 64 tiles, channel after channel."""
+"""The layout of feature maps: planes cut into tiles of 4 x 4 pixels, and chunks of 64 tiles, channel after channel."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class Program:
         return memory
 
     def _lifetimes(self) -> dict[Buffer, Lifetime]:
-        """Of each buffer, the steps from the first to the last that read or write it."""
+        """The lifetime of each buffer: the steps from the first to the last that read or write it."""
         lifetimes: dict[Buffer, Lifetime] = {}
         for index, step in enumerate(self._steps):
             for buffer in step.buffers:

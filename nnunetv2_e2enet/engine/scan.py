@@ -46,7 +46,7 @@ class _LabelJob(Structure):
 
 @dataclass(frozen=True)
 class Axis:
-    """Where each voxel of the result lies on one axis of the logits: between two neighbours, or on one of them.
+    """The position of each voxel of the result on one axis of the logits: between two neighbours, or on one of them.
 
     Attributes:
         lower, upper: places of the neighbours, int32.
@@ -64,7 +64,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Rule:
-    """How logits become labels.
+    """The rule by which logits become labels.
 
     Attributes:
         labels: of each class, uint16; with ``regions`` one more, the first, where no region is.

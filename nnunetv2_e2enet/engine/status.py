@@ -53,7 +53,7 @@ def status() -> Status:
 
 
 def _kernels(core: Core) -> str:
-    """Which kernels are used, and why these."""
+    """The kernels that are used, and the reason."""
     if settings().engine_kernels:
         return f"{core.kernels} kernels ({KERNELS_VARIABLE} asks for them)"
     better = [name for name in KERNELS[: KERNELS.index(core.kernels)] if name != "amx" or core.storage == "float16"]

@@ -138,7 +138,7 @@ def train(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
 
 
 def _load_core() -> Core | str:
-    """Without tile registers, for which weights would have to be split in each iteration."""
+    """The core without tile registers, for which weights would have to be split in each iteration."""
     core = load_core()
     return load_core("avx512", core.storage) if isinstance(core, Core) and core.has_tiles else core
 
@@ -156,7 +156,7 @@ def trains(network: E2ENet, input_shape: Sequence[int]) -> bool:
 
 
 def _logit_shapes(weights: TrainingWeights, x: Tensor) -> list[tuple[int, ...]]:
-    """Of all heads, finest first."""
+    """The shapes of the logits of all heads, finest first."""
     shapes, size = [], list(x.shape[2:])
     for (_, _, classes), stride in zip(weights.packed.heads, weights.packed.strides, strict=False):
         size = [s // t for s, t in zip(size, stride[-len(size) :], strict=True)]

@@ -75,7 +75,7 @@ class TrainedHead:
 
     @property
     def parameters(self) -> set[int]:
-        """Of weight and bias."""
+        """The numbers of the parameters, weight and bias."""
         return {self.parameter} if self.bias is None else {self.parameter, self.bias}
 
 
@@ -267,7 +267,10 @@ class TrainingWeights:
         )
 
     def _dense_places(self, mask: Tensor) -> Tensor:
-        """Of the sums of all pairs of an output and an input, in blocks as the kernels make them."""
+        """Places of the sums over tiles, one for each pair of an output and an input, in the blocks of the kernels.
+
+        A connection that is off, and the padding of a block, have the place -1.
+        """
         rows, columns = self.core.dot_shape
         outputs, inputs = mask.shape
         places = torch.where(mask, torch.arange(mask.numel()).reshape(mask.shape), -1)
@@ -319,7 +322,7 @@ class TrainingWeights:
 
 
 def _form(network: E2ENet) -> list[object]:
-    """What is packed besides weights and masks, and what places depend on."""
+    """The properties of a network, besides weights and masks, on which packed arrays and their places depend."""
     blocks = [module for module in network.modules() if isinstance(module, ShiftBlock)]
     norms = [(type(b.norm), getattr(b.norm, "eps", None)) for b in blocks]
     activations = [(type(b.nonlin), getattr(b.nonlin, "negative_slope", None), b.shift_size) for b in blocks]
@@ -348,7 +351,7 @@ def _times(places: Tensor, factor: int, offset: int) -> Tensor:
 
 
 def _lines(places: Tensor) -> Ints:
-    """As many as fill whole cache lines, which is how sums are stored."""
+    """The places, padded with -1 to whole cache lines, in which sums are stored."""
     padded = np.full(-(-len(places) // LINE) * LINE, -1, np.int32)
     padded[: len(places)] = places.numpy()
     return padded

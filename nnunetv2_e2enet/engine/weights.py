@@ -38,7 +38,7 @@ _G = torch.tensor(
 
 @dataclass(frozen=True)
 class ConvWeights:
-    """Of a conv at stride 1, in the Winograd domain.
+    """The weights of a conv at stride 1, in the Winograd domain.
 
     Attributes:
         weight: ``[36][connection]``, or ``[36][group][input][6]`` where it is dense, or as ``split_tiles`` makes it.
@@ -59,7 +59,7 @@ class ConvWeights:
 
 @dataclass(frozen=True)
 class UpsampleWeights:
-    """Of a transposed conv: ``weight`` is ``[depth position][connection][row position * column position]``."""
+    """The weights of a transposed conv: ``weight`` is ``[depth position][connection][row position * column position]``."""
 
     weight: Floats
     start: Ints
@@ -138,7 +138,7 @@ def _grouped(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ConvLayout:
-    """Where the kernels of a conv at stride 1 go, whatever their values; the fields are those of ConvWeights.
+    """The places of the kernels of a conv at stride 1, whatever their values; other fields are those of ConvWeights.
 
     Attributes:
         places: for each kernel that is stored, its place in a tensor ``(out, in)``; -1: zeros.
@@ -161,7 +161,7 @@ class ConvLayout:
 
 
 def grouped_places(places: Tensor) -> Tensor:
-    """As ``_grouped``, of places, -1 where a group is not full."""
+    """The places as ``_grouped`` lays out weights, -1 where a group is not full."""
     return _grouped(places + 1) - 1
 
 

@@ -17,9 +17,9 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.settings import settings, variable
 
 _kernels: dict[str, Any] = {}
-"""By device type: the package of fused kernels, where it is used."""
+"""The package of fused kernels, where it is used, by device type."""
 _agrees: dict[str, bool] = {}
-"""By device type: whether the kernels have been found to agree with PyTorch in this process."""
+"""Results of the comparison of the kernels with PyTorch in this process, by device type."""
 
 
 def accelerated(network: nn.Module, x: Tensor) -> Tensor | list[Tensor] | None:

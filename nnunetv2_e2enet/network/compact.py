@@ -56,7 +56,7 @@ class CompactLayer(MaskableLayer):
         return inputs, self.weight, self.n_blocks
 
     def find_inputs(self) -> Tensor:
-        """What ``active_inputs`` is for the present mask."""
+        """The value of ``active_inputs`` for the present mask."""
         blocks = self.mask.movedim(self.output_axis, 0)[:: self.block_size].to(torch.uint8)
         return blocks.argsort(dim=1, descending=True, stable=True)[:, : self._inputs_per_block].contiguous()
 
@@ -65,7 +65,7 @@ class CompactLayer(MaskableLayer):
         self.active_inputs.copy_(self.find_inputs())
 
     def _places(self) -> tuple[Tensor, Tensor]:
-        """Of the active connections in a tensor ``(blocks, input maps, ...)``."""
+        """Indices of the active connections in a tensor ``(blocks, input maps, ...)``."""
         inputs = self.active_inputs
         return torch.arange(len(inputs), device=inputs.device)[:, None], inputs
 
@@ -188,7 +188,7 @@ COMPACT: dict[type[MaskableLayer], type[CompactLayer]] = {
     MaskedConvTranspose2d: CompactConvTranspose2d,
     MaskedConvTranspose3d: CompactConvTranspose3d,
 }
-"""By the class of the layer that stores all weights."""
+"""The class of the compact layer, by the class of the layer that stores all weights."""
 
 
 def store_active_only(layer: MaskableLayer) -> None:

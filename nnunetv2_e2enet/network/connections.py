@@ -86,7 +86,7 @@ class MaskableLayer(nn.Module):
 
     @property
     def shape(self) -> torch.Size:
-        """Of the weights of all connections, active or not."""
+        """The shape of the weights of all connections, active or not."""
         return torch.Size([*self.mask.shape, *self.weight.shape[2:]])
 
     @property

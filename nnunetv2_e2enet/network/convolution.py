@@ -29,7 +29,7 @@ class Conv3d(nn.Conv3d):
 
 
 CONV: dict[int, Callable[..., nn.Module]] = {2: Conv2d, 3: Conv3d}
-"""By the number of spatial axes."""
+"""The convolutions that can leave their bias out, by the number of spatial axes."""
 
 
 def conv3d(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:

@@ -147,13 +147,13 @@ class E2ENet(nn.Module):
         prepare_kernels(next(self.parameters()).device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> E2ENet:
-        """Of ``to`` and the like: the network may be on another device now."""
+        """The hook of ``to``, ``cuda``, ``half`` and the like: afterwards the network may be on another device."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._prepare_kernels()
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As of any module; see ``predicts_only``."""
+        """Load weights and masks as any module does; ``predicts_only`` says how they are stored."""
         layers = [layer for _, layer in maskable_layers(self)]
         if self.predicts_only:
             for layer in layers:
@@ -172,7 +172,7 @@ class E2ENet(nn.Module):
 
     @property
     def recompute(self) -> str:
-        """Which maps the backward pass computes again; results do not depend on it.
+        """The mode of recomputation in the backward pass; results do not depend on it.
 
         "none" keeps everything. "blocks" (the default) keeps one map of each shift block, the output of its convolution, and
         computes norms, activations, shifts, concatenations and the upward and downward flow again. "nodes" keeps one map of

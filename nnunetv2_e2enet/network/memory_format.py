@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-"""By the number of spatial axes."""
+"""PyTorch's format of channels-last maps, by the number of spatial axes."""
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -38,7 +38,7 @@ def pooled(feature_map: FeatureMap, pool: nn.Module) -> Tensor:
 
 
 def _stride(pool: nn.Module) -> list[int] | None:
-    """None where the pooling is more than the maximum of voxels side by side."""
+    """The stride; None where the pooling is more than the maximum of voxels side by side."""
     if type(pool) not in (nn.MaxPool2d, nn.MaxPool3d) or pool._forward_pre_hooks or pool._forward_hooks:
         return None
     plain = pool.stride == pool.kernel_size and not pool.ceil_mode and not pool.return_indices

@@ -13,8 +13,12 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network._raw_map import FeatureMap, flatten, regroup
 
 RECOMPUTE = ("none", "blocks", "nodes")
-"""What is computed twice: nothing; in each block all but its convolution, so that one map a block is kept; in each node (an
-encoder level is one too) all but its last convolution, so that one map a node is kept."""
+"""The modes of recomputation, which say what the backward pass computes again.
+
+- ``none``: nothing;
+- ``blocks``: all of a block but its convolution, so that one map a block is kept;
+- ``nodes``: all of a node but its last convolution, so that one map a node is kept. An encoder level is a node, too.
+"""
 
 
 def check_recompute(value: str) -> None:

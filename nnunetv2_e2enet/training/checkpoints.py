@@ -28,7 +28,10 @@ _ALLOWED: list[Any] = [
 ]
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
-"""In nnU-Net's order: it goes on from the first that is there. The best may be many epochs older than the latest."""
+"""nnU-Net's checkpoints, in its order: a training goes on from the first that is there.
+
+The best one may be many epochs older than the latest.
+"""
 
 _reading = Lock()  # what is allowed holds for all threads, and ends with the first that has read
 

@@ -150,7 +150,7 @@ class DSFFMixin(NetworkMixin):
             self._update_topology()
 
     def _update_topology(self) -> None:
-        """Before the first iteration, so that validation and checkpoints see networks that were trained after an update."""
+        """Update before the first iteration, so that validation and checkpoints see networks that were trained since."""
         updater = self.topology_updater
         if updater.needs_observation(self.current_epoch):
             self._observe()
