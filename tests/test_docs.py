@@ -193,6 +193,19 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
             page.read_text(),
         )
         assert not loaded, f"{page} loads {loaded}"
+    described = {
+        name for page in site.glob("api/*/*.html") for name in re.findall(r'id="(nnunetv2_e2enet[\w.]+)"', page.read_text())
+    }
+    assert set(imported_by_the_pages()) <= described
+
+
+def imported_by_the_pages() -> Iterator[str]:
+    """Names of this package that Python code in the documentation imports."""
+    for page in PAGES:
+        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom) and str(node.module).startswith("nnunetv2_e2enet"):
+                    yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 SUBJECTLESS = re.compile(r"(Before|By|From|In|Of|Over|Their|Those|What|When|Where|Which|With|Within|Without)\b")

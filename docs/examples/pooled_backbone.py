@@ -5,8 +5,8 @@ from itertools import pairwise
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
+from nnunetv2_e2enet.network import activated
 from nnunetv2_e2enet.network.blocks import MAX_POOL, ShiftBlock
-from nnunetv2_e2enet.network.depth_shift import activated
 from nnunetv2_e2enet.training.trainer import E2ENetMixin
 
 

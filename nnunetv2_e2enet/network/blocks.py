@@ -22,6 +22,7 @@ from nnunetv2_e2enet.network.recomputation import RECOMPUTE, convolved
 CONV: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 INSTANCE_NORM: dict[int, Callable[..., nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 MAX_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+"""PyTorch's max-pooling, by the number of spatial axes."""
 
 KERNEL_SIZE = (1, 3, 3)
 
