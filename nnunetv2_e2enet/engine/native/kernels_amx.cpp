@@ -1,12 +1,12 @@
-// The kernels for AVX-512 and maps in float16, with dense products in the tile registers of AMX; nothing where the compiler does
-// not know them.
+// The kernels for AVX-512 and maps in float16, with dense products in the tile registers of AMX. They are left out where the
+// compiler does not know AMX: GCC before 11 has no amxtileintrin.h, clang before 11 no amxintrin.h.
 //
 // AMX multiplies numbers of 8 significant bits (bfloat16), too few for logits. So each float is split into two of them, the first
 // 8 bits and the next, and three products are summed in float: first by first, first by second, second by first. What is left
 // out is below 2^-15 of a product.
 #include "core.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__linux__) && (__has_include(<amxtileintrin.h>) || __has_include(<amxintrin.h>))
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
