@@ -10,6 +10,8 @@ HARNESS ?= mixed
 # Users with a GPU get their normal torch; elsewhere a fixed release. Override it as in
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+# dev,kernels: with Triton, whose tests are skipped otherwise
+EXTRAS ?= dev
 BIN = $(VENV)/bin
 PARALLEL = --numprocesses $(PROCESSES) --dist loadfile
 # Some test leaves its process in the C locale (which one is not known), where files would be read as ASCII
@@ -25,7 +27,7 @@ $(VENV)/.installed: pyproject.toml setup.cfg
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/torch.txt # the rest must not replace it
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/torch.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/torch.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 install: $(VENV)/.installed  ## environment with the package in editable mode
