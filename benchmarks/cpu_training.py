@@ -158,9 +158,17 @@ def sparsity_figure(seconds: dict[str, list[float]]) -> str:
 
 
 def peak_memory(name: str, plan: Plan) -> float:
-    """GiB of this process after two iterations."""
+    """GiB of this process after two iterations, a patch of validation and another iteration."""
     sparsity, _, storage = name.partition(" ")
-    run = stock(plan, 1) if name == "stock" else on_engine(plan, float(sparsity), 1, storage or "float32")
+    storage = storage or "float32"
+    stock = name == "stock"
+    network = stock_network(plan.strides, plan.classes) if stock else e2enet(plan, float(sparsity))
+    run = iteration(network, plan, 1, on_engine=not stock, storage=storage)
+    run()
+    network.eval()
+    with torch.no_grad(), override(engine_storage=storage):
+        network(torch.zeros(1, 1, *plan.patch))
+    network.train()
     run()
     (peak,) = re.findall(
         r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.engine import training_program
+from nnunetv2_e2enet.engine.automatic import session_of
 from nnunetv2_e2enet.engine.layout import Floats, empty
 from nnunetv2_e2enet.engine.training import training_session_of
 from nnunetv2_e2enet.errors import E2ENetError
@@ -429,6 +430,22 @@ def test_memory_is_used_again_and_goes_on_release() -> None:
     assert sum(engine.profile(network).values()) > 0
     engine.release(network)
     assert session.idle_programs() == []
+
+
+def test_training_and_validation_hold_no_maps_for_each_other() -> None:
+    network = make_network()
+    x = image(network, 4, 16, 16)
+    _, expected = gradients(network, x)
+    assert training_session_of(network).idle_programs()
+    network.eval()
+    with torch.no_grad():
+        network(x)
+    assert session_of(network).idle_programs()
+    assert not training_session_of(network).idle_programs()
+    network.train()
+    _, again = gradients(network, x)
+    assert not session_of(network).idle_programs()
+    assert all(torch.equal(again[name], gradient) for name, gradient in expected.items())
 
 
 @pytest.mark.parametrize("batch", [1, 2])

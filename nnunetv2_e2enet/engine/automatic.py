@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +24,15 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.e2enet import E2ENet
 from nnunetv2_e2enet.settings import settings, variable
 
-T = TypeVar("T")
+
+class HoldsMaps(Protocol):
+    """The engine's side of one network, for one kind of work."""
+
+    def drop_idle(self) -> None:
+        """Free the memory of all feature maps that no thread uses."""
+
+
+T = TypeVar("T", bound=HoldsMaps)
 ENGINE_VARIABLE = variable("engine")
 # Multiply-accumulates of the dense network a patch; below, in mode "auto", there is little to save
 LEAST_WORK = 2e9
@@ -122,6 +130,12 @@ class Session:
         with self._lock:
             return [] if self._plan is None else list(self._plan.idle)
 
+    def drop_idle(self) -> None:
+        """Free the memory of all feature maps that no thread uses."""
+        with self._lock:
+            if self._plan is not None:
+                self._plan.idle.clear()
+
     def release(self) -> None:
         """Free packed weights and programs."""
         with self._lock:
@@ -135,24 +149,35 @@ def _drop_idle(idle: list[Program], most: int, always: int) -> None:
 
 
 class OfEachNetwork(Generic[T]):
-    """Objects that live as long as the network that they belong to, by network.
+    """Sessions of one kind, prediction or training, each of which lives as long as its network.
 
     Args:
-        make: makes the object of a network that has none.
+        make: makes the session of a network that has none.
     """
+
+    _kinds: ClassVar[list[OfEachNetwork[Any]]] = []
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
         self._lock = threading.Lock()
         self._objects: WeakKeyDictionary[nn.Module, T] = WeakKeyDictionary()
+        self._kinds.append(self)
 
     def of(self, network: nn.Module) -> T:
-        """The object of a network, made now if there is none."""
+        """The session of a network, made now if there is none."""
         with self._lock:
             return self._objects.setdefault(network, self._make())
 
+    def alone(self, network: nn.Module) -> T:
+        """The same, which is about to be used. Other kinds free their feature maps: a network trains or is validated."""
+        for kind in self._kinds:
+            if kind is not self and network in kind._objects:
+                kind.of(network).drop_idle()
+        return self.of(network)
 
-session_of = OfEachNetwork(Session).of
+
+sessions = OfEachNetwork(Session)
+session_of = sessions.of
 
 
 def why_not(network: E2ENet, x: Tensor) -> str | None:
@@ -235,7 +260,7 @@ def accelerate(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
     """
     if is_disabled():
         return None
-    session = session_of(network)
+    session = sessions.alone(network)
     session.reason = why_not(network, x)
     if session.reason is not None:
         return None

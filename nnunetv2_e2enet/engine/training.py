@@ -72,6 +72,11 @@ class TrainingSession:
         with self._lock:
             return [program for programs in self._idle for program in programs]
 
+    def drop_idle(self) -> None:
+        """Free the memory of all feature maps that no thread uses."""
+        with self._lock:
+            self._idle.clear()
+
     def release(self) -> None:
         """Free places of weights and programs."""
         with self._lock:
@@ -79,7 +84,8 @@ class TrainingSession:
             self._idle.clear()
 
 
-training_session_of = OfEachNetwork(TrainingSession).of
+training_sessions = OfEachNetwork(TrainingSession)
+training_session_of = training_sessions.of
 
 
 def why_not_train(network: E2ENet, x: Tensor) -> str | None:
@@ -118,7 +124,7 @@ def train(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
     """
     if is_disabled():
         return None
-    session = training_session_of(network)
+    session = training_sessions.alone(network)
     session.reason = why_not_train(network, x)
     if session.reason is not None:
         return None

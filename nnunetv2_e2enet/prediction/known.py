@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Sequence
 from functools import cache, reduce
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 _PREDICTOR = "nnunetv2.inference.predict_from_raw_data:nnUNetPredictor"
@@ -61,7 +61,10 @@ _digest = cache(digest)
 
 def why_unknown() -> str | None:
     """Why the installed nnU-Net may give other results; None if it is known. Asked first before anything is replaced."""
-    installed = version("nnunetv2")
+    try:
+        installed = version("nnunetv2")
+    except PackageNotFoundError:  # it lies on the path, and is not installed
+        installed = "of an unknown version"
     if installed in KNOWN and _digest() == KNOWN[installed]:
         return None
     return f"nnU-Net {installed} is not one that is known here ({', '.join(KNOWN)}), or it was changed"
