@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from nnunetv2.run import run_training
 
+from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.dsff import history, updater
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
 from nnunetv2_e2enet.training import trainer
@@ -40,7 +41,12 @@ class nnUNetTrainerE2ENet_fragile(
         max_num_features=8,
     )
 ):
-    """A few seconds of training, without what takes longer than that and writes nothing that a training goes on from."""
+    """A few seconds on the CPU engine, without what takes longer and writes nothing that a training goes on from."""
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        result: dict[str, Any] = super().train_step(batch)
+        assert engine.why_pytorch(self.network) is None
+        return result
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         pass

@@ -61,7 +61,8 @@ class Trainings:
     def run(self, results: Path, resume: bool, kill: Kill) -> int:
         """Exit status of one attempt."""
         results.mkdir(exist_ok=True)
-        environment = {**self.project.environment, "nnUNet_results": str(results), "nnUNet_n_proc_DA": "0"}
+        folders = {**self.project.environment, "nnUNet_results": str(results)}
+        environment = {**folders, "nnUNet_n_proc_DA": "0", "nnUNet_e2enet_engine": "on"}
         arguments = ["993", "3d_fullres", "0", "-tr", TRAINER, "-device", "cpu", *(["--c"] if resume else [])]
         job = {"arguments": arguments, "environment": environment, "log": str(results / "log.txt"), "kill": kill}
         assert self.server.stdin is not None
