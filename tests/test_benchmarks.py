@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import training_memory
-from support import Project
+from support import Project, make
 
 from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet_S90
 
@@ -46,6 +46,29 @@ def test_ablations_differ_from_what_they_are_compared_with(tiny: Project) -> Non
     assert [trainer.feature_sparsity for trainer in trainers] == [0.9, 0.9, 0.9]
     assert [trainer.topology_update_period for trainer in trainers] == [5, 1, 5]
     assert [trainer.initial_gain for trainer in trainers] == [1.0, 1.0, 0.5]
+
+
+def test_in_bfloat16_the_loss_stays_float32(tiny: Project) -> None:
+    """CPU autocast would compute its softmax in bfloat16, to nnU-Net's disadvantage."""
+    trainer = make(hippocampus.in_bfloat16(contestants.trainer_class(contestants.BASELINE)), tiny, tiny.tiny_plans())
+    trainer.initialize()
+    maps, logits = [], []
+    trainer.network.encoder.stages[0].register_forward_hook(lambda _module, _inputs, y: maps.append(y.dtype))
+    loss = trainer.loss
+
+    def seen(output: list[torch.Tensor], target: list[torch.Tensor]) -> torch.Tensor:
+        logits.extend(level.dtype for level in output)
+        assert not torch.is_autocast_enabled("cpu")
+        return loss(output, target)  # type: ignore[no-any-return]
+
+    trainer.loss = seen
+    image = torch.randn(2, 1, 8, 16, 16)
+    trainer.train_step({"data": image, "target": [torch.zeros(2, 1, 8, 16, 16), torch.zeros(2, 1, 8, 8, 8)]})
+    trainer.network.eval()
+    with torch.no_grad():
+        trainer.network(image)
+    assert maps == [torch.bfloat16, torch.float32]
+    assert set(logits) == {torch.float32}
 
 
 @pytest.mark.slow
