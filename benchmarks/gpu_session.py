@@ -225,7 +225,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         end_with_session()
         measure(given.measure, session)
         return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once: measurements end with this process
     begin = time.monotonic()
     stages = range(1, len(STAGES) + 1) if given.stage is None else (given.stage,)
     ends = []
@@ -239,4 +238,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once: measurements end with this process
     main()

@@ -22,6 +22,7 @@ import pytest
 import torch
 from support import Project
 
+from nnunetv2_e2enet import registry
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
 
 PROGRAM = """
@@ -141,7 +142,7 @@ def until(there: Callable[[], bool], seconds: float = 120) -> bool:
     return found
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_measurements_end_with_their_session(tmp_path: Path, how: signal.Signals) -> None:
     """With the processes that they started; and there is one session a folder."""
     program, folder = tmp_path / "program.py", tmp_path / "session"
@@ -193,6 +194,18 @@ def test_tests_that_fail_are_run_again(
             gpu_stages.passed("test_it.py", session)
     else:
         assert gpu_stages.passed("test_it.py", session)["passed"]
+
+
+def test_each_check_of_the_kernels_is_made(session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
+    kernels = registry.load("kernels")
+    monkeypatch.setattr(kernels, "wrong_kernel", lambda _: 1 / 0)
+    monkeypatch.setattr(kernels, "wrong_convolution", lambda _: "convolve")
+    with pytest.raises(SystemExit, match="not as PyTorch: one of the fused kernels, convolve"):
+        gpu_stages.agreement(session)
+    for check in ("wrong_kernel", "wrong_convolution"):
+        monkeypatch.setattr(kernels, check, lambda _: None)
+    assert len(gpu_stages.agreement(session)) == 2
 
 
 def test_convolutions_are_timed_with_the_kernels(
