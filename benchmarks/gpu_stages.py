@@ -256,7 +256,7 @@ def timed_convolutions(key: str, channels: int, size: tuple[int, ...], session: 
     if has_kernels():
         prepare_kernels(device, convolutions=True)  # as a network does when it is made
     if session.tiny:
-        channels, size = 32, (2, 6, 6)
+        channels, size = 16, (2, 4, 4)
     dtype = torch.float32 if session.tiny else torch.float16
     found = contestants.Record(session.file(key, PARTIAL), {"what": key})
     ways: dict[str, Callable[[], object]] = {}
