@@ -27,11 +27,27 @@ INSTALL = """#!/bin/sh
 # Makes the environment beside this file, from it alone. PYTHON: the interpreter that has torch, python3 unless given.
 set -e
 here=$(cd "$(dirname "$0")" && pwd)
-"${{PYTHON:-python3}}" -m venv {options}"$here/environment"
-pip="$here/environment/bin/python -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-cache-dir"
+python=${PYTHON:-python3}
+ours="$here/environment/bin/python"
+"$python" -m venv "$here/environment"
+pip="$ours -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-cache-dir"
 $pip "$here"/wheels*/*.whl
 CC=false CXX=false $pip --no-build-isolation "$here/repository"  # without the core, which is for CPUs
 """
+THEIR_PACKAGES = """# Our packages, then PYTHON's; --system-site-packages would not show those of a virtual environment.
+packages=$("$ours" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\\n")' > "$packages/of_python.pth"
+"""
+CHECK = """if ! "$ours" -c 'import torch, triton'; then
+    echo "torch and Triton cannot be imported: give the interpreter that has them, as in PYTHON=/path/to/python3 $0" >&2
+    exit 1
+fi
+"""
+
+
+def installer(with_torch: bool) -> str:
+    """A shell script. Torch and Triton come from the bundle, or are those of the machine's Python."""
+    return INSTALL + ("" if with_torch else THEIR_PACKAGES) + CHECK
 
 
 def bundle(folder: Path, preprocessed: Path, python: str, with_torch: bool) -> None:
@@ -60,7 +76,7 @@ def bundle(folder: Path, preprocessed: Path, python: str, with_torch: bool) -> N
     shutil.copytree(preprocessed, target, dirs_exist_ok=True)
     (target / "prepared").touch()  # which benchmarks/hippocampus.py looks for
     install = folder / "install.sh"
-    install.write_text(INSTALL.format(options="" if with_torch else "--system-site-packages "))
+    install.write_text(installer(with_torch))
     install.chmod(0o755)
 
 

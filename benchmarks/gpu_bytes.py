@@ -3,10 +3,11 @@
 The network is traced as ``torch.compile`` traces it, with mixed precision, and Inductor lowers forward and backward pass for
 CUDA as far as its fused kernels, each of which says what it reads and writes. No code is generated and nothing is computed. A
 kernel counts each tensor that it reads or writes once, whatever a cache may spare or a second loop may cost. Convolutions,
-which libraries compute, are counted apart: of theirs, bytes are inputs and outputs.
+which libraries compute, are counted apart: of theirs, bytes are inputs and outputs. The gradient of the maps of sparse
+convolutions also counts its float32 sums, which each block reads and writes.
 
     python benchmarks/gpu_bytes.py                                  # the plans of AMOS and Hippocampus, batch 2
-    python benchmarks/gpu_bytes.py --plans Hippocampus --kernels off --details
+    python benchmarks/gpu_bytes.py --plans Hippocampus --contestants nnU-Net "E2ENet, PyTorch's passes" --details
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,7 +83,7 @@ OURS: dict[str, Callable[[int, Any], tuple[int, int]]] = {
     "statistics": lambda count, _: (count, 2),
     "norm_gradient": lambda count, _: (count * 5 // 3, 3),  # two passes over both maps, a sum between them
     "sparse_convolution": lambda count, _: (count, 1),
-    "sparse_input_gradient": lambda count, _: (count, 3),
+    "sparse_input_gradient": lambda count, node: (count + bytes_of_sums(node), 3),
     "sparse_weight_gradient": lambda count, _: (count, 2),
     "pool": lambda count, _: (count, 1),
     "pool_gradient": lambda count, _: (count, 1),
@@ -89,6 +91,19 @@ OURS: dict[str, Callable[[int, Any], tuple[int, int]]] = {
     "separate": lambda count, node: (count, len(node.inputs)),
 }
 """Of our operators: bytes and launches, from the bytes of inputs and outputs."""
+
+
+def bytes_of_sums(node: Any) -> int:
+    """What ``sparse_input_gradient`` moves beside its inputs and outputs, less its map, of which the shape alone is read.
+
+    The float32 sums are filled with zeros, read and written at the input maps of each block, and read to be cast.
+    """
+    inputs, x = node.inputs[2:4]
+    batch, channels, *space = (int(size) for size in x.get_size())
+    values_of_blocks = batch * prod(space) * prod(int(size) for size in inputs.get_size())
+    sums = batch * channels * prod(space)
+    return 4 * (sums + 2 * values_of_blocks + sums) - x.get_dtype().itemsize * sums
+
 
 Step = dict[str, list[Moved]]
 """By "forward" and "backward"."""

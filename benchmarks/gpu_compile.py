@@ -1,6 +1,6 @@
-"""The sparse convolutions' Triton programs compiled for GPUs without one: registers, shared memory, tensor-core instructions.
+"""The Triton programs compiled for GPUs without one: registers, shared memory, tensor-core instructions.
 
-python benchmarks/gpu_compile.py          # for sm_80 (A100) and sm_90 (H100), float16 maps, blocks of 16 output maps
+python benchmarks/gpu_compile.py          # for sm_80 (A100) and sm_90 (H100)
 """
 
 from __future__ import annotations
@@ -19,28 +19,71 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nnunetv2_e2enet.kernels import sparse_programs
-from nnunetv2_e2enet.kernels.sparse import WARPS
+from nnunetv2_e2enet.kernels import pooling, programs, sparse_programs
+from nnunetv2_e2enet.kernels.operators import TILE, TILE_LAST
+from nnunetv2_e2enet.kernels.sparse import VOXELS, WARPS
 
 ARCHITECTURES = (80, 90)
 PROGRAMS = ("convolve_blocks", "gradient_of_inputs", "gradient_of_weights")
 NAMES = ("SD", "SH", "SW", "KD", "KH", "KW", "UD", "UH", "UW")
-KINDS = {"convolution": (1, 1, 1, 1, 3, 3, 1, 1, 1), "transposed": (1, 1, 1, 1, 1, 1, 2, 2, 2)}
-"""Of a convolution of 1 x 3 x 3 and of a transposed one of 2 x 2 x 2: stride, kernel, voxels that a place becomes."""
-CONSTANTS = {"BLOCK_V": 64, "BLOCK_N": 16, "BLOCK_K": 32, "WIDE": tl.float32}
-TYPES = {"x": "*fp16", "weight": "*fp16", "grad": "*fp16", "out": "*fp16", "inputs": "*i64", "parts": "*fp32"}
+SHIFTED = {"GROUPS": 3, "BLOCK_N": 16, "BLOCK_K": 32}
+KINDS: dict[str, tuple[tuple[int, ...], dict[str, int], str]] = {
+    "convolution": ((1, 1, 1, 1, 3, 3, 1, 1, 1), SHIFTED, "*fp16"),
+    "stride 2": ((1, 2, 2, 1, 3, 3, 1, 1, 1), SHIFTED, "*fp16"),
+    "blocks of 32": ((1, 1, 1, 1, 3, 3, 1, 1, 1), {**SHIFTED, "BLOCK_N": 32}, "*fp16"),
+    "bfloat16": ((1, 1, 1, 1, 3, 3, 1, 1, 1), SHIFTED, "*bf16"),
+    "transposed": ((1, 1, 1, 1, 1, 1, 2, 2, 2), {**SHIFTED, "GROUPS": 1}, "*fp16"),
+}
+"""Stride, kernel, voxels that a place becomes; other constants; type of maps."""
+NORM = {"SLOPE": 0.01, "WIDE": tl.float32}
+POOL = {"KERNEL_D": 2, "KERNEL_H": 2, "KERNEL_W": 2}
+PASSES: dict[str, dict[str, Any]] = {
+    "sums_around_first": {"WIDE": tl.float32},
+    "finish_statistics": {"BLOCK": 1024},
+    "move_tiles": {**NORM, "BACK": False, "NORM": True, "MOVE": True},
+    "pool_tiles": {**NORM, **POOL, "NORM": True},
+    "unpool_tiles": POOL,
+    "gradient_sums": NORM,
+    "finish_sums": {"BLOCK": 1024},
+    "gradient_of_norm": NORM,
+}
+"""Programs that read and write maps, in float16: constants other than the size of a tile."""
+TILES = {"tiles of a channel": (TILE, 1), "tiles of channels last": TILE_LAST}
+MAPS = ("x", "weight", "grad", "out", "single", "joined", "whole", "pooled")
+TYPES = {
+    **dict.fromkeys(("scale", "offset", "mean", "rstd", "sums", "squares", "products", "parts"), "*fp32"),
+    **dict.fromkeys(("first_parts", "second_parts", "first", "second"), "*fp32"),
+    "inputs": "*i64", "index": "*u8", "eps": "fp32",
+}  # fmt: skip
+"""Of arguments other than maps and sizes."""
 TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA)\b")
 
 
-def compiled(name: str, kind: str, architecture: int) -> dict[str, Any]:
-    """What a program becomes on an architecture: registers a thread, stack, shared memory, tensor-core instructions."""
-    program = getattr(sparse_programs, name)
-    constants = {**CONSTANTS, **dict(zip(NAMES, KINDS[kind], strict=True)), "GROUPS": 3 if kind == "convolution" else 1}
-    types = {**TYPES, "out": "*fp32"} if name == "gradient_of_inputs" else TYPES
+def compiled_convolution(name: str, kind: str, architecture: int) -> dict[str, Any]:
+    """What a program of the sparse convolutions becomes on an architecture; see ``compiled``."""
+    geometry, others, maps = KINDS[kind]
+    constants = {**dict(zip(NAMES, geometry, strict=True)), **others, "BLOCK_V": VOXELS, "WIDE": tl.float32}
+    types = {**TYPES, **dict.fromkeys(MAPS, maps), **({"out": "*fp32"} if name == "gradient_of_inputs" else {})}
+    return compiled(getattr(sparse_programs, name), constants, types, architecture, WARPS)
+
+
+def compiled_pass(name: str, tiles: str, architecture: int) -> dict[str, Any]:
+    """What a program that reads and writes maps becomes on an architecture; see ``compiled``."""
+    program = getattr(programs if hasattr(programs, name) else pooling, name)
+    constants = {**PASSES[name], **dict(zip(("BLOCK_V", "BLOCK_C"), TILES[tiles], strict=True))}
+    types = {**TYPES, **dict.fromkeys(MAPS, "*fp16")}
+    warps = pooling.WARPS_LAST if program in (pooling.pool_tiles, pooling.unpool_tiles) and TILES[tiles] == TILE_LAST else 4
+    return compiled(program, constants, types, architecture, warps)
+
+
+def compiled(
+    program: Any, constants: dict[str, Any], types: dict[str, str], architecture: int, warps: int = 4
+) -> dict[str, Any]:
+    """Registers a thread, stack, shared memory, tensor-core instructions; arguments without a type are sizes."""
     signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in program.arg_names}
     places = {(program.arg_names.index(a),): value for a, value in constants.items() if a in program.arg_names}
     result = triton.compile(
-        ASTSource(program, signature, places), target=GPUTarget("cuda", architecture, 32), options={"num_warps": WARPS}
+        ASTSource(program, signature, places), target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "program.cubin"
@@ -61,20 +104,17 @@ def _run(*command: object) -> str:
 
 
 def main() -> None:
-    table = Table(title="Sparse convolutions, float16, blocks of 16 output maps, kernel 1 x 3 x 3; transposed ones, 2 x 2 x 2")
-    for column in (
-        "program",
-        "kind",
-        "architecture",
-        "registers",
-        "stack, bytes",
-        "shared memory, bytes",
-        "tensor-core instructions",
-    ):
-        table.add_column(column, justify="left" if column == "program" else "right")
-    for name, kind, architecture in itertools.product(PROGRAMS, KINDS, ARCHITECTURES):
-        table.add_row(name, kind, f"sm_{architecture}", *map(str, compiled(name, kind, architecture).values()))
-    Console(highlight=False, width=130).print(table)
+    table = Table(title="Sparse convolutions, kernel 1 x 3 x 3, transposed ones 2 x 2 x 2; and passes over maps in float16")
+    for column in ("program", "kind", "registers", "stack, bytes", "shared memory, bytes", "tensor-core instructions"):
+        table.add_column(column, justify="left" if column in ("program", "kind") else "right")
+    rows = [(compiled_convolution, name, kind) for name, kind in itertools.product(PROGRAMS, KINDS)]
+    rows += [(compiled_pass, name, tiles) for name, tiles in itertools.product(PASSES, TILES)]
+    for compile_one, name, kind in rows:
+        found = [compile_one(name, kind, architecture) for architecture in ARCHITECTURES]
+        table.add_row(name, kind, *(" / ".join(str(f[key]) for f in found) for key in found[0]))
+    console = Console(highlight=False, width=130)
+    console.print(table)
+    console.print("each number: " + " / ".join(f"sm_{architecture}" for architecture in ARCHITECTURES))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,20 @@ import contestants
 from contestants import spread
 
 Record = Mapping[str, Any]
-"""Of one measurement: "what", "commit", "machine", "result"."""
+"""Of one measurement: "what", "commit", "machine", "result"; of one that failed: "what", "device", "error", "end"."""
 
 
 def of_tests(record: Record) -> Iterator[tuple[str, str]]:
     result = record["result"]
-    lines = result["end"].strip().splitlines()
-    yield (
-        record["what"][2:],
-        f"{'passed' if result['passed'] else 'FAILED'}: {lines[-1].strip('= ') if lines else 'no output'}",
-    )
+    if "passed" in result:
+        yield record["what"][2:], f"passed: {last_line(result['end'])}"
+    else:
+        yield record["what"][2:], ", ".join(f"{what} {seconds:.0f} s" for what, seconds in result.items())
+
+
+def last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip("= ").replace("|", "\\|") if lines else "no output"
 
 
 def of_step(record: Record) -> Iterator[tuple[str, str]]:
@@ -63,22 +67,33 @@ STAGES: dict[int, tuple[str, Callable[[Record], Iterator[tuple[str, str]]]]] = {
 
 
 def section(records: Sequence[Record]) -> list[str]:
-    """The lines of the page: a table a stage; medians, least and most.
+    """The lines of the page: a table a stage; medians, least and most; last what failed and has not been measured since.
 
     Raises:
         SystemExit: a record is of a dry run on a CPU, which says nothing about a GPU.
     """
     if not records:
         return ["No stage of `benchmarks/gpu_session.py` has been run on a GPU yet.", ""]
-    dry = next((record["what"] for record in records if record["machine"].get("warning") == contestants.WITHOUT_GPU), None)
+    dry = next((record["what"] for record in records if is_dry(record)), None)
     if dry is not None:
         raise SystemExit(f"the record {dry!r} is of a dry run without a GPU: take it away from docs/results/gpu")
+    measured = [record for record in records if "result" in record]
+    failed = [record for record in records if record["what"] not in {m["what"] for m in measured}]
     lines = []
     for number, (heading, rows) in STAGES.items():
-        of_stage = [record for record in records if record["what"].startswith(f"{number} ")]
-        if of_stage:
-            machines = sorted({f"{r['machine']['device']}, torch {r['machine']['torch']}, {r['commit']}" for r in of_stage})
-            lines += [f"### {heading}", "", "; ".join(machines) + ".", "", "| | |", "| --- | --- |"]
-            lines += [f"| {what} | {found} |" for record in of_stage for what, found in rows(record)]
-            lines.append("")
+        of_stage, failed_there = ([r for r in some if r["what"].startswith(f"{number} ")] for some in (measured, failed))
+        if not (of_stage or failed_there):
+            continue
+        machines = sorted({f"{r['machine']['device']}, torch {r['machine']['torch']}, {r['commit']}" for r in of_stage})
+        lines += [f"### {heading}", "", *(["; ".join(machines) + ".", ""] if machines else []), "| | |", "| --- | --- |"]
+        lines += [f"| {what} | {found} |" for record in of_stage for what, found in rows(record)]
+        for record in failed_there:
+            if "partial" in record:
+                lines += [f"| {what} | {found} |" for what, found in rows({**record, "result": record["partial"]})]
+            lines.append(f"| {record['what'][2:]} | failed, {record['error']}: {last_line(record['end'])} |")
+        lines.append("")
     return lines
+
+
+def is_dry(record: Record) -> bool:
+    return record.get("device") == "cpu" or record.get("machine", {}).get("warning") == contestants.WITHOUT_GPU

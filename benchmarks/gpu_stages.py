@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +21,8 @@ import gpu_training
 import torch
 from training_memory import ACTIVE, PLANS, STOCK, TINY, Candidate
 
+from nnunetv2_e2enet import registry
+from nnunetv2_e2enet.network.acceleration import KERNELS, convolutions_for, prepare_kernels
 from nnunetv2_e2enet.network.convolution import over_slices
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST
 from nnunetv2_e2enet.network.sparse_convolution import sparse_convolution
@@ -26,6 +31,8 @@ from nnunetv2_e2enet.settings import variable
 REPOSITORY = Path(__file__).resolve().parents[1]
 FEW = ("nnU-Net", "E2ENet 0.8", "E2ENet 0.8, channels last", "E2ENet 0.8, blocks of 16")
 TRAINED = ("nnU-Net", "E2ENet 0.8", "E2ENet 0.9")
+RECORD, ERROR, PARTIAL = ".json", ".error.json", ".partial"
+"""How files of a measurement end: its result; why it failed; what it has found so far."""
 
 
 class Unfinished(Exception):  # noqa: N818 (nothing went wrong)
@@ -52,6 +59,10 @@ class Session:
     def tiny(self) -> bool:
         return self.device == "cpu"
 
+    def file(self, key: str, ending: str) -> Path:
+        """Of a measurement; names have no spaces and commas, so that any tool can copy the files."""
+        return self.folder / (re.sub(r"[^\w.]+", "-", key) + ending)
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -60,10 +71,12 @@ class Measurement:
     Attributes:
         run: returns what goes into the record; raises Unfinished if it shall be called again.
         environment: of the process.
+        least_seconds: it is not begun with less time than that, in which it would not end.
     """
 
     run: Callable[[Session], Any]
     environment: dict[str, str] = field(default_factory=dict)
+    least_seconds: float = 60
 
 
 @dataclass(frozen=True)
@@ -85,34 +98,69 @@ class Step:
 
     def measurement(self) -> Measurement:
         settings = {"kernels": self.kernels, "plane_convolutions": self.plane_convolutions}
-        return Measurement(partial(timed_step, self), {variable(name): value for name, value in settings.items()})
+        environment = {variable(name): value for name, value in settings.items()}
+        return Measurement(partial(timed_step, self), environment, least_seconds=150 if self.compiled else 60)
 
 
 STEPS = [
-    Step(STOCK), Step("blocks"), Step("blocks", channels_last=True), Step("blocks", kernels="off"),
-    Step(ACTIVE, channels_last=True), Step("blocks", channels_last=True, plane_convolutions="on"),
-    Step(STOCK, channels_last=True), Step("blocks", compiled=False), Step("none"), Step(ACTIVE),
+    Step(STOCK), Step("blocks"), Step(ACTIVE, channels_last=True), Step("blocks", channels_last=True),
+    Step("blocks", kernels="off"), Step(STOCK, channels_last=True), Step(ACTIVE),
+    Step("blocks", channels_last=True, plane_convolutions="on"), Step("blocks", compiled=False), Step("none"),
     Step(STOCK, compiled=False), Step("blocks", compiled=False, kernels="off"),
 ]  # fmt: skip
+"""The most important ones first."""
 
 
-def stage_tests(_: Session) -> dict[str, Measurement]:
+def has_kernels() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def kernels_on(session: Session) -> dict[str, str]:
+    """Of the environment of a measurement that needs the kernels, on a CPU those of Triton's interpreter."""
+    return {variable("kernels"): "on" if has_kernels() else "off", **({"TRITON_INTERPRET": "1"} if session.tiny else {})}
+
+
+def stage_tests(session: Session) -> dict[str, Measurement]:
+    check = {"1 check of the kernels": Measurement(agreement, kernels_on(session), least_seconds=120)} if has_kernels() else {}
     tests = ("test_kernels.py", "test_sparse_convolution.py")
-    return {f"1 {file}": Measurement(partial(passed, file)) for file in tests}
+    return check | {f"1 {file}": Measurement(partial(passed, file), least_seconds=180) for file in tests}
+
+
+def agreement(session: Session) -> dict[str, float]:
+    """Seconds that each check takes before the kernels are used, most of them for compiling.
+
+    Raises:
+        SystemExit: a kernel fails, or differs from PyTorch.
+    """
+    kernels = registry.load("kernels")
+    seconds, wrong = {}, []
+    for check, what in KERNELS.items():
+        begin = time.perf_counter()
+        try:
+            name = getattr(kernels, check)(torch.device(session.device))
+        except Exception:  # noqa: BLE001 (the other check shall be asked as well)
+            traceback.print_exc()
+            name = f"one of the {what}"
+        seconds[what] = time.perf_counter() - begin
+        print(f"{what}: {seconds[what]:.0f} s", flush=True)
+        wrong += [] if name is None else [name]
+    if wrong:
+        raise SystemExit(f"not as PyTorch: {', '.join(wrong)}")
+    return seconds
 
 
 def passed(file: str, session: Session) -> dict[str, Any]:
     """Of the installed package, from another folder than the repository. On a CPU the programs run in Triton's interpreter.
 
     Raises:
-        RuntimeError: the tests could not be run.
+        SystemExit: a test failed, or the tests could not be run; they are run again by the next call.
     """
     where = ["-c", str(REPOSITORY / "pyproject.toml"), "--rootdir", str(REPOSITORY), "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", str(REPOSITORY / "tests" / file), "-q", *where]
     done = subprocess.run(command, cwd=session.folder, capture_output=True, text=True, check=False)
-    if done.returncode > 1:
-        raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-3000:]}{done.stderr[-1000:]}")
-    return {"passed": done.returncode == 0, "end": done.stdout[-3000:]}
+    if done.returncode:
+        raise SystemExit(f"{done.stderr[-1000:]}\n{done.stdout[-3000:]}".rstrip())
+    return {"passed": True, "end": done.stdout[-3000:]}
 
 
 def stage_steps(_: Session) -> dict[str, Measurement]:
@@ -167,7 +215,8 @@ def synchronize(device: str) -> None:
 
 
 def stage_prediction(_: Session) -> dict[str, Measurement]:
-    return {f"3 {way}": Measurement(partial(predicted, way)) for way in ("patch", "patch, compiled", "volume")}
+    least_seconds = {"patch": 60, "patch, compiled": 180, "volume": 90}
+    return {f"3 {way}": Measurement(partial(predicted, way), least_seconds=least) for way, least in least_seconds.items()}
 
 
 def predicted(way: str, session: Session) -> Any:
@@ -187,46 +236,79 @@ def predicted(way: str, session: Session) -> Any:
     return result
 
 
-def stage_convolutions(_: Session) -> dict[str, Measurement]:
-    """The second convolution of a level of the AMOS plan, forward and backward: in 3D, over slices, of active blocks alone."""
-    levels = [(48, (64, 160, 160)), (96, (64, 80, 80)), (192, (32, 40, 40)), (320, (16, 20, 20))]
-    return {f"4 {channels} maps": Measurement(partial(timed_convolutions, channels, size)) for channels, size in levels}
+def stage_convolutions(session: Session) -> dict[str, Measurement]:
+    """The second convolution of a level of the AMOS plan, forward and backward: in 3D, over slices, of active blocks alone.
+
+    On the coarsest level a few programs have all the work of the gradient of its maps.
+    """
+    levels = [(48, (64, 160, 160)), (320, (4, 5, 5)), (320, (16, 20, 20)), (96, (64, 80, 80)), (192, (32, 40, 40))]
+    keys = {f"4 {channels} maps of {' x '.join(map(str, size))}": (channels, size) for channels, size in levels}
+    return {
+        key: Measurement(partial(timed_convolutions, key, *level), kernels_on(session), least_seconds=90)
+        for key, level in keys.items()
+    }
 
 
-def timed_convolutions(channels: int, size: tuple[int, ...], session: Session) -> dict[str, Any]:
-    device = session.device
-    contestants.as_nnunet_trains(device)
+def timed_convolutions(key: str, channels: int, size: tuple[int, ...], session: Session) -> dict[str, Any]:
+    """What has been timed is kept where a later way fails, and is not timed again."""
+    device = torch.device(session.device)
+    contestants.as_nnunet_trains(session.device)
+    if has_kernels():
+        prepare_kernels(device, convolutions=True)  # as a network does when it is made
     if session.tiny:
-        size = (2, 6, 6)
+        channels, size = 16, (2, 4, 4)
     dtype = torch.float32 if session.tiny else torch.float16
-    per_block = round(0.2 * channels)
-    inputs = torch.stack([torch.randperm(channels)[:per_block].sort().values for _ in range(channels // 16)]).to(device)
-    result: dict[str, Any] = {}
+    found = contestants.Record(session.file(key, PARTIAL), {"what": key})
+    ways: dict[str, Callable[[], object]] = {}
     for last in (False, True):
-        form = torch.channels_last_3d if last else torch.contiguous_format
-        x, dense = (
-            torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=form).requires_grad_()
-            for shape in ((2, channels, *size), (channels, channels, 1, 3, 3))
-        )
+        ways |= ways_to_convolve(channels, size, device, dtype, last)
+    for name in sorted(ways, key=lambda name: "sparse" in name):  # our programs last
+        if name not in found.results:
+            found.add(name, milliseconds(ways[name], session.device))
+    return found.results
+
+
+def ways_to_convolve(
+    channels: int, size: tuple[int, ...], device: torch.device, dtype: torch.dtype, last: bool
+) -> dict[str, Callable[[], object]]:
+    """By name; of maps whose channels come last in memory or not."""
+    form = torch.channels_last_3d if last else torch.contiguous_format
+    x, dense = (
+        torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=form).requires_grad_()
+        for shape in ((2, channels, *size), (channels, channels, 1, 3, 3))
+    )
+    grad = torch.randn_like(x)
+    one = (1, 1, 1)
+
+    def there_and_back(convolve: Callable[[], torch.Tensor], weight: torch.Tensor) -> object:
+        return torch.autograd.grad(convolve(), (x, weight), grad)
+
+    conv3d = partial(torch.nn.functional.conv3d, x, dense, padding=(0, 1, 1))
+    ways: dict[str, Callable[[], object]] = {"conv3d": partial(there_and_back, conv3d, dense)}
+    if last:
+        planes = partial(over_slices, x, dense, None, one, (0, 1, 1), one, 1)
+        ways["over slices"] = partial(there_and_back, planes, dense)
+    kernels = convolutions_for(x)
+    if kernels is not None:
+        per_block = round(0.2 * channels)
+        inputs = torch.stack([torch.randperm(channels)[:per_block].sort().values for _ in range(channels // 16)]).to(device)
         active = torch.randn(channels, per_block, 1, 3, 3, device=device, dtype=dtype, requires_grad=True)
-        ways: dict[str, Callable[[], torch.Tensor]] = {
-            "conv3d": lambda x=x, w=dense: torch.nn.functional.conv3d(x, w, padding=(0, 1, 1)),
+        sparse = partial(sparse_convolution, x, active, None, inputs, one)
+        ways |= {
+            "sparse blocks": partial(there_and_back, sparse, active),
+            "sparse blocks, forward": partial(kernels.convolve, x, active, inputs, one),
+            "sparse blocks, gradient of maps": partial(kernels.input_gradient, grad, active, inputs, x, one),
+            "sparse blocks, gradient of weights": partial(kernels.weight_gradient, grad, x, inputs, (1, 3, 3), one),
         }
-        if not session.tiny:  # where there are no kernels but the interpreter's
-            ways["sparse blocks"] = lambda x=x, w=active: sparse_convolution(x, w, None, inputs, (1, 1, 1))
-        if last:
-            ways["over slices"] = lambda x=x, w=dense: over_slices(x, w, None, (1, 1, 1), (0, 1, 1), (1, 1, 1), 1)
-        for name, way in ways.items():
-            result[f"{name}{', channels last' * last}"] = milliseconds(way, device)
-    return result
+    return {name + ", channels last" * last: way for name, way in ways.items()}
 
 
-def milliseconds(way: Callable[[], torch.Tensor], device: str) -> list[float]:
+def milliseconds(once: Callable[[], object], device: str) -> list[float]:
+    """Without the first time, which is to get warm."""
     values = []
     for _ in range(20 if device == "cuda" else 2):
         begin = time.perf_counter()
-        out = way()
-        out.backward(torch.ones_like(out))
+        once()
         synchronize(device)
         values.append(1e3 * (time.perf_counter() - begin))
     return values[1:]
@@ -234,7 +316,7 @@ def milliseconds(way: Callable[[], torch.Tensor], device: str) -> list[float]:
 
 def stage_profile(session: Session) -> dict[str, Measurement]:
     names = FEW[:2] if session.tiny else FEW
-    return {f"5 {name}": Measurement(partial(profiled, name)) for name in names}
+    return {f"5 {name}": Measurement(partial(profiled, name), least_seconds=150) for name in names}
 
 
 def profiled(contestant: str, session: Session) -> Any:
@@ -251,7 +333,7 @@ def stage_trainings(session: Session) -> dict[str, Measurement]:
     names = TRAINED[:2] if session.tiny else TRAINED
     workers = (os.cpu_count() or 1) // len(names)
     environment = {"nnUNet_n_proc_DA": str(0 if session.tiny else workers), "nnUNet_def_n_proc": str(max(1, workers))}
-    return {f"6 {name}": Measurement(partial(trained, name), environment) for name in names}
+    return {f"6 {name}": Measurement(partial(trained, name), environment, least_seconds=180) for name in names}
 
 
 def trained(contestant: str, session: Session) -> Any:
@@ -290,3 +372,10 @@ def trained(contestant: str, session: Session) -> Any:
 STAGES = (stage_tests, stage_steps, stage_prediction, stage_convolutions, stage_profile, stage_trainings)
 AT_ONCE = (stage_trainings,)
 """Stages whose measurements run beside each other."""
+
+
+def by_value(session: Session) -> list[str]:
+    """Names of the measurements of all stages but the trainings, in the order in which their answers are worth most."""
+    tests, steps, prediction, convolutions, profile, _ = (list(stage(session)) for stage in STAGES)
+    first = [*tests[:-2], *steps[:4], *prediction[:1], *convolutions[:2], *steps[4:6], *prediction[1:2], *profile[:2]]
+    return list(dict.fromkeys([*first, *steps, *prediction, *convolutions, *tests, *profile]))

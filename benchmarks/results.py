@@ -4,7 +4,8 @@
 
 Records are what benchmarks/hippocampus.py writes, by default all of docs/results/*.json. The page gets, between its two
 markers, one section a record; a figure a record goes beside the record. Between two other markers it gets the tables of
-docs/results/gpu/*.json, which benchmarks/gpu_session.py writes. Everything is computed from the records alone.
+docs/results/gpu/*.json, which benchmarks/gpu_session.py writes, with what failed. Everything is computed from the records
+alone.
 """
 
 from __future__ import annotations
@@ -148,9 +149,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files.write_atomically(folder / f"{file.stem}.svg", drawing.svg(figure(record)))
     if not records:
         lines = ["No training on real scans has been recorded yet.", ""]
-    gpu = [json.loads(file.read_text()) for file in sorted((given.page.parent / "results" / "gpu").glob("*.json"))]
     text = between(text, BEGIN, END, lines)
-    files.write_atomically(given.page, between(text, GPU_BEGIN, GPU_END, gpu_results.section(gpu)))
+    gpu = gpu_results.section(records_of_gpu(given.page.parent / "results" / "gpu"))
+    files.write_atomically(given.page, between(text, GPU_BEGIN, GPU_END, gpu))
+
+
+def records_of_gpu(folder: Path) -> list[Record]:
+    """Each file holds a record, or all of those of a session."""
+    contents = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    return [record for content in contents for record in content.get("records", [content])]
 
 
 def between(text: str, begin: str, end: str, lines: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from nnunetv2_e2enet.network import E2ENet, maskable_layers, store_active_only
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
+from nnunetv2_e2enet.network.sparse_convolution import sparse_convolution
 from nnunetv2_e2enet.settings import override
 
 pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
@@ -91,3 +92,27 @@ def test_channels_last_survives_the_compiler(active_only: bool) -> None:
     assert exception.bytes == pytest.approx(HALF * (CHANNELS[0] + 1) * prod(SIZES[0]), rel=0.05)
     assert len(last) == len(first)
     assert not any(any(moved.channels_last) for moved in first)
+
+
+def test_the_sums_of_a_sparse_gradient_are_counted() -> None:
+    """By hand: 2 blocks of 8 input maps each add to 32 maps in float32."""
+
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(32, 8, 1, 3, 3))
+            self.register_buffer("inputs", torch.zeros(2, 8, dtype=torch.int64))
+            self.scale = nn.Parameter(torch.zeros(32, 1, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sparse_convolution(x * self.scale, self.weight, None, self.inputs, (1, 1, 1))
+
+    with override(kernels="on"):
+        prepare_kernels(torch.device("cpu"))
+        step = gpu_bytes.count_step(Sparse(), torch.empty(1, 32, 4, 8, 8, device="meta"))
+    prepare_kernels(torch.device("cpu"))
+    (found,) = (m.bytes for m in step["backward"] if m.launches == 3)
+    voxels = 4 * 8 * 8
+    zeros, blocks, cast = 4 * 32 * voxels, 2 * 8 * (4 + 4) * voxels, (4 + HALF) * 32 * voxels
+    small = HALF * 32 * 8 * 9 + 8 * 2 * 8  # weights and numbers of maps
+    assert found == HALF * 32 * voxels + small + zeros + blocks + cast

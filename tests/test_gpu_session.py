@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +19,14 @@ import gpu_bundle
 import gpu_session
 import gpu_stages
 import pytest
+import torch
 from support import Project
 
+from nnunetv2_e2enet import registry
+from nnunetv2_e2enet.network.acceleration import prepare_kernels
+
 PROGRAM = """
-import argparse, pathlib, sys, time
+import argparse, pathlib, re, sys, time
 parser = argparse.ArgumentParser()
 for name in ("measure", "device", "folder", "preprocessed", "seconds"):
     parser.add_argument(f"--{name}")
@@ -25,10 +36,12 @@ with (folder / "calls").open("a") as calls:
     calls.write(key[2:] + chr(10))
 if "hangs" in key:
     time.sleep(60)
+file = re.sub(r"[ ,]+", "-", key)
 if "fails" in key:
+    (folder / f"{file}.partial").write_text('{"results": {"a part": 1}}')
     sys.exit("something is wrong")
 if "goes on" not in key:
-    (folder / f"{key}.json").write_text("{}")
+    (folder / f"{file}.json").write_text('{"what": "%s", "result": 1}' % key)
 """
 """A measurement that does what its name says."""
 
@@ -38,13 +51,12 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu_stages.Sessi
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     monkeypatch.setattr(gpu_session, "__file__", str(program))
-    monkeypatch.setattr(gpu_session, "LEAST_SECONDS", 0.1)
     return gpu_stages.Session("cpu", tmp_path / "session", tmp_path, 30)
 
 
 def stage_of(*names: str, monkeypatch: pytest.MonkeyPatch, at_once: bool = False) -> None:
     def stage(_: gpu_stages.Session) -> dict[str, gpu_stages.Measurement]:
-        return {f"1 {name}": gpu_stages.Measurement(lambda _: None) for name in names}
+        return {f"1 {name}": gpu_stages.Measurement(lambda _: None, least_seconds=0.1) for name in names}
 
     monkeypatch.setattr(gpu_session, "STAGES", (stage,))
     monkeypatch.setattr(gpu_session, "AT_ONCE", (stage,) if at_once else ())
@@ -58,8 +70,9 @@ def test_a_stage_goes_on_where_it_ended(session: gpu_stages.Session, monkeypatch
     stage_of("fails", "a", "goes on", "b", monkeypatch=monkeypatch)
     assert gpu_session.run_stage(1, session) == gpu_session.FAILED
     assert calls(session) == ["fails", "a", "goes on", "b"]
-    error = json.loads((session.folder / "1 fails.error.json").read_text())
+    error = json.loads((session.folder / "1-fails.error.json").read_text())
     assert error["what"] == "1 fails"
+    assert error["partial"] == {"a part": 1}
     assert "something is wrong" in error["end"]
     assert gpu_session.run_stage(1, session) == gpu_session.FAILED
     assert calls(session)[4:] == ["goes on", "fails"]  # nothing again that has a record, what failed last
@@ -75,7 +88,149 @@ def test_what_hangs_is_stopped(session: gpu_stages.Session, monkeypatch: pytest.
     stage_of("hangs", "hangs too", monkeypatch=monkeypatch, at_once=at_once)
     assert gpu_session.run_stage(1, short) == gpu_session.FAILED
     assert sorted(calls(session)) == (["hangs", "hangs too"] if at_once else ["hangs"])  # there is no time for the second
-    assert json.loads((session.folder / "1 hangs.error.json").read_text())["error"].startswith("stopped after 1")
+    assert json.loads((session.folder / "1-hangs.error.json").read_text())["error"].startswith("stopped after 1")
+
+
+def test_all_results_come_in_one_file(session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What it holds is not measured again, in another folder either."""
+    stage_of("a, b", "fails", monkeypatch=monkeypatch)
+    results = tmp_path / "results.json"
+    gpu_session.run_stage(1, session, results)
+    records = json.loads(results.read_text())["records"]
+    assert {record["what"]: "error" in record for record in records} == {"1 a, b": False, "1 fails": True}
+    assert [file.name for file in session.folder.iterdir() if not re.fullmatch(r"[\w.-]+", file.name)] == []
+    elsewhere = gpu_stages.Session("cpu", tmp_path / "elsewhere", tmp_path, 30)
+    gpu_session.run_stage(1, elsewhere, results)
+    assert calls(elsewhere) == ["fails"]
+    assert json.loads(results.read_text())["records"][0] == records[0]
+
+
+def test_nothing_begins_that_would_not_end(session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what has a whole stage, as it never gets more."""
+
+    def stage(_: gpu_stages.Session) -> dict[str, gpu_stages.Measurement]:
+        least = {"1 longest": 1000, "1 long": 29, "1 short": 1}
+        return {key: gpu_stages.Measurement(lambda _: None, least_seconds=seconds) for key, seconds in least.items()}
+
+    monkeypatch.setattr(gpu_session, "STAGES", (stage,))
+    begun: list[str] = []
+    monkeypatch.setattr(gpu_session, "ended", lambda key, *_: begun.append(key) or time.sleep(3.5) or (0, ""))
+    assert gpu_session.run_stage(1, session) == gpu_session.UNFINISHED
+    assert begun == ["1 longest", "1 short"]
+
+
+SESSION = """
+import subprocess, sys
+sys.path.insert(0, {benchmarks!r})
+import gpu_session, gpu_stages
+
+def sleeps(session):
+    print("asleep", flush=True)
+    subprocess.run(["sh", "-c", "while date > beat; do sleep 0.1; done"], cwd=session.folder)
+
+gpu_session.STAGES = (lambda _: {{"1 sleeps": gpu_stages.Measurement(sleeps)}},)
+gpu_session.__file__ = __file__
+gpu_session.main()
+"""
+"""A session whose only measurement waits for a process that goes on for ever."""
+
+
+def until(there: Callable[[], bool], seconds: float = 120) -> bool:
+    end = time.monotonic() + seconds
+    while not (found := there()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_measurements_end_with_their_session(tmp_path: Path, how: signal.Signals) -> None:
+    """With the processes that they started; and there is one session a folder."""
+    program, folder = tmp_path / "program.py", tmp_path / "session"
+    program.write_text(SESSION.format(benchmarks=str(Path(gpu_session.__file__).parent)))
+    command = [sys.executable, str(program), "--device", "cpu", "--folder", str(folder), "--stage", "1"]
+    beat = folder / "beat"
+    with subprocess.Popen(command, start_new_session=True) as session:
+        assert until(beat.is_file)
+        with pytest.raises(SystemExit, match="another session measures in"):
+            gpu_session.run_stage(1, gpu_stages.Session("cpu", folder, tmp_path, 30))
+        session.send_signal(how)
+        assert session.wait(20) == -how
+    assert until(lambda: is_free(folder), 20)
+    before = beat.stat().st_mtime_ns
+    time.sleep(1)
+    assert beat.stat().st_mtime_ns == before
+
+
+def is_free(folder: Path) -> bool:
+    try:
+        with gpu_session.alone_in(folder):
+            return True
+    except SystemExit:
+        return False
+
+
+def test_what_is_worth_most_comes_first() -> None:
+    session = gpu_stages.Session("cuda", Path(), Path(), 1)
+    keys = gpu_stages.by_value(session)
+    assert sorted(keys) == sorted(key for stage in gpu_stages.STAGES[:5] for key in stage(session))
+    steps = ["2 nnU-Net, compiled", "2 blocks, compiled"]
+    assert [key for key in keys if not key.startswith("1 check")][:2] == steps
+    assert keys.index("3 patch") < keys.index("1 test_kernels.py")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_tests_that_fail_are_run_again(
+    session: gpu_stages.Session, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record would say that they are done."""
+    repository = tmp_path / "repository"
+    (repository / "tests").mkdir(parents=True)
+    (repository / "pyproject.toml").write_text("[tool.pytest.ini_options]")
+    (repository / "tests" / "test_it.py").write_text(f"def test_it(): assert {not fails}")
+    monkeypatch.setattr(gpu_stages, "REPOSITORY", repository)
+    session.folder.mkdir()
+    if fails:
+        with pytest.raises(SystemExit, match="1 failed in"):
+            gpu_stages.passed("test_it.py", session)
+    else:
+        assert gpu_stages.passed("test_it.py", session)["passed"]
+
+
+def test_each_check_of_the_kernels_is_made(session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
+    kernels = registry.load("kernels")
+    monkeypatch.setattr(kernels, "wrong_kernel", lambda _: 1 / 0)
+    monkeypatch.setattr(kernels, "wrong_convolution", lambda _: "convolve")
+    with pytest.raises(SystemExit, match="not as PyTorch: one of the fused kernels, convolve"):
+        gpu_stages.agreement(session)
+    for check in ("wrong_kernel", "wrong_convolution"):
+        monkeypatch.setattr(kernels, check, lambda _: None)
+    assert len(gpu_stages.agreement(session)) == 2
+
+
+def test_convolutions_are_timed_with_the_kernels(
+    session: gpu_stages.Session, setting: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No network is made here, which would prepare them. What has been timed is there where a later way fails."""
+    pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
+    session.folder.mkdir()
+    key, measurement = next(iter(gpu_stages.stage_convolutions(session).items()))
+    assert measurement.environment == {"nnUNet_e2enet_kernels": "on", "TRITON_INTERPRET": "1"}
+    setting(kernels="off")
+    prepare_kernels(torch.device("cpu"))
+    setting(kernels="on")
+    with monkeypatch.context() as broken:
+        broken.setattr(gpu_stages, "sparse_convolution", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            measurement.run(session)
+    first = json.loads(session.file(key, gpu_stages.PARTIAL).read_text())["results"]
+    assert set(first) == {"conv3d", "conv3d, channels last", "over slices, channels last"}
+    found = measurement.run(session)
+    setting(kernels="auto")
+    prepare_kernels(torch.device("cpu"))
+    parts = ("", ", forward", ", gradient of maps", ", gradient of weights")
+    assert set(found) - set(first) == {f"sparse blocks{part}{last}" for part in parts for last in ("", ", channels last")}
+    assert {name: found[name] for name in first} == first
 
 
 def test_every_measurement_has_a_name_of_its_own() -> None:
@@ -85,6 +240,7 @@ def test_every_measurement_has_a_name_of_its_own() -> None:
             measurements = stage(session)
             assert measurements
             assert all(key.startswith(f"{number} ") and "/" not in key for key in measurements)
+            assert len({session.file(key, ".json") for key in measurements}) == len(measurements)
     assert len({step.name for step in gpu_stages.STEPS}) == len(gpu_stages.STEPS)
 
 
@@ -99,12 +255,12 @@ def test_trainings_beside_each_other_go_on_until_they_are_done(in_process: Proje
     folder = tmp_path / "session"
     options = ["--device", "cpu", "--folder", str(folder), "--preprocessed", str(target.parent)]
     gpu_session.main([*options, "--stage", "4"])
-    assert len(list(folder.glob("4 *.json"))) == 4
+    assert len(list(folder.glob("4-*.json"))) == 5
     gpu_session.main([*options, "--stage", "6"])  # an epoch of each
-    assert not list(folder.glob("6 *.json"))
+    assert not list(folder.glob("6-*.json"))
     assert len(list(folder.rglob("checkpoint_latest.pth"))) == 2
     gpu_session.main([*options, "--stage", "6"])
-    records = [json.loads(file.read_text()) for file in folder.glob("6 *.json")]
+    records = [json.loads(file.read_text()) for file in folder.glob("6-*.json")]
     assert {record["what"] for record in records} == {"6 nnU-Net", "6 E2ENet 0.8"}
     for record in records:
         assert record["machine"]["warning"] == contestants.WITHOUT_GPU
@@ -148,3 +304,28 @@ def test_wheels_that_are_there_are_not_fetched(tmp_path: Path, monkeypatch: pyte
     gpu_bundle.fetch("scikit-image", tmp_path, "3.12", there)
     gpu_bundle.fetch("scikit-learn", tmp_path, "3.12", there)
     assert asked == ["scikit-learn==1.2"]
+
+
+def test_torch_of_a_virtual_environment_is_found(tmp_path: Path) -> None:
+    """The machine's Python may be one. Instead of pip, which needs the wheels, a program that does nothing."""
+    theirs, bundle = tmp_path / "theirs", tmp_path / "bundle"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(theirs)], check=True)
+    (packages,) = theirs.glob("lib/python*/site-packages")
+    (tmp_path / "pip.py").touch()
+    bundle.mkdir()
+    script = bundle / "install.sh"
+    script.write_text(gpu_bundle.installer(with_torch=False))
+    script.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(theirs / "bin" / "python"), "PYTHONPATH": str(tmp_path)}
+
+    def install() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(script)], env=environment, capture_output=True, text=True, check=False)
+
+    failed = install()
+    assert failed.returncode == 1
+    assert "give the interpreter that has them, as in PYTHON=" in failed.stderr
+    for module in ("torch", "triton"):
+        (packages / f"{module}.py").touch()
+    assert install().returncode == 0
+    where = [str(bundle / "environment" / "bin" / "python"), "-c", "import torch; print(torch.__file__)"]
+    assert subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip() == str(packages / "torch.py")

@@ -14,9 +14,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nnunetv2_e2enet import registry
-from nnunetv2_e2enet.network import E2ENet, acceleration
+from nnunetv2_e2enet.network import E2ENet, acceleration, compact, e2enet, maskable_layers, store_active_only
 from nnunetv2_e2enet.network import _raw_map as raw_map
-from nnunetv2_e2enet.network._raw_map import FeatureMap, RawMap, flatten, regroup
+from nnunetv2_e2enet.network._raw_map import FeatureMap, RawMap, flatten
 from nnunetv2_e2enet.network.depth_shift import join, separate
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST, is_channels_last
 from nnunetv2_e2enet.settings import override
@@ -195,7 +195,7 @@ def test_operators_are_well_behaved(kernels: Any, last: bool) -> None:  # noqa: 
         "pool": ([raw.raw, *raw[1:3]], 0.1, [2, 1, 2]),
         "pool_gradient": (
             x[:, :, :2, :, :1].contiguous(),
-            torch.zeros(2, 3, 2, 3, 1, dtype=torch.uint8),
+            torch.zeros(2, 3, 2, 3, 1, dtype=torch.uint8, device=DEVICE),
             [4, 3, 2],
             [2, 1, 2],
         ),
@@ -258,31 +258,92 @@ def noted(program: Any, calls: list[Any]) -> Any:
     return Noted()
 
 
-def test_kernels_agree_with_pytorch(kernels: Any) -> None:
-    assert kernels.wrong_kernel(torch.device(DEVICE)) is None
+CHECKS = {"wrong_kernel": "join", "wrong_convolution": "convolve"}
+"""By name: a kernel that the check looks at."""
 
 
+def in_tf32(convolution: Any) -> Any:
+    """As cuDNN computes in float32: of its numbers, products see 10 bits of the mantissa."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
+
+    return lambda x, weight, *others, **named: convolution(rounded(x), rounded(weight), *others, **named)
+
+
+def test_kernels_agree_with_pytorch(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where PyTorch's convolutions in float32 are less exact than ours, and where there are no gradients."""
+    for name in ("conv3d", "conv_transpose3d"):
+        monkeypatch.setattr(nn.functional, name, in_tf32(getattr(nn.functional, name)))
+    with torch.inference_mode():
+        assert kernels.wrong_kernel(torch.device(DEVICE)) is None
+        assert kernels.wrong_convolution(torch.device(DEVICE)) is None
+
+
+def kernels_that_compute() -> list[bool]:
+    """On CUDA: whether the passes do, and the convolutions of active connections."""
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda")
+        return [use(x) is not None for use in (acceleration.kernels_for, acceleration.convolutions_for)]
+
+
+@pytest.fixture
+def as_on_cuda(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process where there is CUDA, and the kernels agree with PyTorch there."""
+    monkeypatch.setattr(kernels, "DEVICES", ("cuda",))
+    for check in CHECKS:
+        monkeypatch.setattr(kernels, check, lambda _: None)
+    for state in ("_agrees", "_kernels", "_convolutions"):
+        monkeypatch.setattr(acceleration, state, {})
+
+
+@pytest.mark.usefixtures("as_on_cuda")
 @pytest.mark.parametrize("failure", ["wrong", "broken"])
+@pytest.mark.parametrize(("check", "name"), CHECKS.items())
 def test_kernels_that_do_not_agree_with_pytorch_are_not_used(
-    kernels: Any, failure: str, monkeypatch: pytest.MonkeyPatch
+    kernels: Any, check: str, name: str, failure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def join_of_zeros(tensors: list[Tensor], slopes: list[float | None], shift_size: int) -> Tensor:
+    """But the others are."""
+    module = kernels.check.operators if name == "join" else kernels.check.sparse
+    whole = getattr(module, name)
+
+    def fails(*arguments: Any) -> Tensor:
         if failure == "broken":
             raise RuntimeError("PTX assembly aborted")
-        return torch.zeros_like(join(regroup(tensors, slopes), shift_size))
+        return torch.zeros_like(whole(*arguments))
 
-    monkeypatch.setattr(kernels.check.operators, "join", join_of_zeros)
-    monkeypatch.setattr(kernels, "DEVICES", ("cuda",))
-    monkeypatch.setattr(kernels, "wrong_kernel", lambda _: kernels.check.wrong_kernel(torch.device(DEVICE)))
-    monkeypatch.setattr(acceleration, "_agrees", {})
-    monkeypatch.setattr(acceleration, "_kernels", {})
-    with pytest.warns(UserWarning, match="join differs from PyTorch" if failure == "wrong" else "PTX assembly aborted"):
-        acceleration.prepare_kernels(torch.device("cuda"))
+    monkeypatch.setattr(module, name, fails)
+    monkeypatch.setattr(kernels, check, lambda _: getattr(kernels.check, check)(torch.device(DEVICE)))
+    with pytest.warns(UserWarning, match=f"{name} differs from PyTorch" if failure == "wrong" else "PTX assembly aborted"):
+        acceleration.prepare_kernels(torch.device("cuda"), convolutions=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once a process is enough
-        acceleration.prepare_kernels(torch.device("cuda"))
-    with FakeTensorMode():
-        assert acceleration.kernels_for(torch.empty(1, device="cuda")) is None
+        acceleration.prepare_kernels(torch.device("cuda"), convolutions=True)
+    assert kernels_that_compute() == [other != check for other in CHECKS]
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_convolutions_are_checked_where_a_layer_stores_active_weights(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(kernels, "wrong_convolution", lambda device: asked.append(device.type))
+    cuda = torch.device("cuda")
+    prepare = acceleration.prepare_kernels
+    for module in (e2enet, compact):  # networks here are as on a GPU
+        monkeypatch.setattr(module, "prepare_kernels", lambda _, convolutions=False: prepare(cuda, convolutions))
+    network = E2ENet(1, 2, 2, [16, 16], nn.Conv2d, [[1, 1], [2, 2]], feature_sparsity=0.5)
+    assert kernels_that_compute() == [True, False]
+    assert not asked
+    (_, layer), *_ = maskable_layers(network)
+    layer.share_inputs(16, equal_blocks=True)
+    layer.set_random_topology(layer.connections_at(0.5))
+    store_active_only(layer)
+    assert asked == ["cuda"]
+    assert kernels_that_compute() == [True, True]
+    E2ENet(1, 2, 2, [16, 16], nn.Conv2d, [[1, 1], [2, 2]])
+    assert kernels_that_compute() == [True, True]
+    acceleration._agrees.clear()  # as in a process to which the network was sent
+    network.double()
+    assert asked == ["cuda", "cuda"]
 
 
 def test_without_a_gpu_plain_pytorch_computes() -> None:

@@ -123,6 +123,7 @@ def gpu_record(what: str, result: Any, warning: bool = False) -> dict[str, Any]:
 def test_tables_of_a_gpu(page: Path) -> None:
     records = [
         gpu_record("1 test_kernels.py", {"passed": True, "end": "....\n=== 60 passed in 9.0s ===\n"}),
+        gpu_record("1 check of the kernels", {"fused kernels": 12.3, "others": 40.0}),
         gpu_record("2 nnU-Net, compiled", {"milliseconds": [40.0, 43.0, 41.0], "peak_bytes": 3 * 2**30}),
         gpu_record("3 patch", {"results": {"E2ENet 0.8": {"seconds": [0.02, 0.03, 0.04], "over_nnunet": 0.9}}}),
         gpu_record("4 48 maps", {"conv3d": [2.0, 2.5, 1.5]}),
@@ -137,6 +138,7 @@ def test_tables_of_a_gpu(page: Path) -> None:
     text = page.read_text()
     for row in (
         "| test_kernels.py | passed: 60 passed in 9.0s |",
+        "| check of the kernels | fused kernels 12 s, others 40 s |",
         "| nnU-Net, compiled | 41.0 (40.0 to 43.0) ms, peak 3.00 GiB |",
         "| patch: E2ENet 0.8 | 30.0 (20.0 to 40.0) ms, 0.90 of nnU-Net's |",
         "| 48 maps: conv3d | 2.00 (1.50 to 2.50) ms |",
@@ -144,9 +146,35 @@ def test_tables_of_a_gpu(page: Path) -> None:
         "| E2ENet 0.8, fold 0 | Dice 0.9000 after 100 epochs of 9.0 s |",
     ):
         assert row in text
-    assert text.count("some GPU, torch 2.13.0, 0123456789.") == len(records)
+    assert text.count("some GPU, torch 2.13.0, 0123456789.") == len({record["what"][0] for record in records})
     results.main(["--page", str(page)])
     assert page.read_text() == text
     (folder / "dry.json").write_text(json.dumps(gpu_record("2 blocks", {"milliseconds": [1.0]}, warning=True)))
     with pytest.raises(SystemExit, match="'2 blocks' is of a dry run without a GPU"):
+        results.main(["--page", str(page)])
+
+
+def test_what_failed_on_a_gpu_is_listed(page: Path) -> None:
+    """Until it has been measured; of a part of it that was, the numbers. All records of a session are in one file."""
+    error = {"device": "cuda", "error": "exit status 1", "end": "Traceback\n  more\nRuntimeError: out of | memory\n"}
+    records = [
+        gpu_record("2 blocks, compiled", {"milliseconds": [1.0, 2.0, 3.0]}),
+        {"what": "2 blocks, compiled", **error},
+        {"what": "2 none, compiled", **error},
+        {"what": "4 48 maps", **error, "partial": {"conv3d": [2.0, 2.5, 1.5]}},
+    ]
+    folder = page.parent / "results" / "gpu"
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps({"records": records}))
+    results.main(["--page", str(page)])
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ") and line.strip("| -")]
+    failed = "failed, exit status 1: RuntimeError: out of \\| memory"
+    assert rows == [
+        "| blocks, compiled | 2.0 (1.0 to 3.0) ms |",
+        f"| none, compiled | {failed} |",
+        "| 48 maps: conv3d | 2.00 (1.50 to 2.50) ms |",
+        f"| 48 maps | {failed} |",
+    ]
+    (folder / "results.json").write_text(json.dumps({"records": [{"what": "2 none, compiled", **error, "device": "cpu"}]}))
+    with pytest.raises(SystemExit, match="'2 none, compiled' is of a dry run without a GPU"):
         results.main(["--page", str(page)])

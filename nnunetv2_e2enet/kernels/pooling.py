@@ -18,6 +18,8 @@ from nnunetv2_e2enet.kernels.operators import Tiles, regroup, triton_dtype, wide
 from nnunetv2_e2enet.kernels.programs import channels_of_tile, first_voxels, voxels_of_tile
 from nnunetv2_e2enet.network.memory_format import is_channels_last, memory_format
 
+WARPS, WARPS_LAST = 4, 8  # of a program; where channels come last, with fewer, a thread has not enough registers
+
 
 @triton.jit
 def pool_tiles(
@@ -110,7 +112,12 @@ def _pool(tensors: Sequence[Tensor], slope: float, stride: Sequence[int]) -> tup
     tiles = Tiles(out, is_channels_last(values))
     constants = {"SLOPE": slope, "NORM": norm is not None, "WIDE": triton_dtype(wide_dtype(values.dtype))}
     with torch.cuda.device_of(values):
-        pool_tiles[tiles.grid()](values, out, index, scale, offset, *_sizes(values, out, stride), **constants, **tiles.blocks)
+        pool_tiles[tiles.grid()](
+            *(values, out, index, scale, offset, *_sizes(values, out, stride)),
+            **constants,
+            **tiles.blocks,
+            num_warps=_warps(values),
+        )
     return out, index
 
 
@@ -125,7 +132,7 @@ def _pool_gradient(grad: Tensor, index: Tensor, size: Sequence[int], stride: Seq
     grad, index = (t.contiguous(memory_format=memory_format(out)) for t in (grad, index))
     tiles = Tiles(out, is_channels_last(out))
     with torch.cuda.device_of(out):
-        unpool_tiles[tiles.grid()](out, grad, index, *_sizes(out, grad, stride), **tiles.blocks)
+        unpool_tiles[tiles.grid()](out, grad, index, *_sizes(out, grad, stride), **tiles.blocks, num_warps=_warps(out))
     return out
 
 
@@ -145,6 +152,10 @@ def _empty_pooled(values: Tensor, stride: Sequence[int]) -> tuple[Tensor, Tensor
 def _empty_whole(grad: Tensor, index: Tensor, size: Sequence[int]) -> Tensor:
     shape = [*grad.shape[:2], *size]
     return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(index))
+
+
+def _warps(x: Tensor) -> int:
+    return WARPS_LAST if is_channels_last(x) else WARPS
 
 
 def _sizes(whole: Tensor, pooled: Tensor, stride: Sequence[int]) -> list[Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,13 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.settings import settings, variable
 
 _kernels: dict[str, Any] = {}
-"""The package of fused kernels, where it is used, by device type."""
-_agrees: dict[str, bool] = {}
-"""Results of the comparison of the kernels with PyTorch in this process, by device type."""
+"""The package of fused kernels, where its passes over maps are used, by device type."""
+_convolutions: dict[str, Any] = {}
+"""The same package, where its convolutions of active connections are used, by device type."""
+_agrees: dict[tuple[str, str], bool] = {}
+"""Results of the comparisons of the kernels with PyTorch in this process, by device type and check."""
+KERNELS = {"wrong_kernel": "fused kernels", "wrong_convolution": "convolutions of active connections"}
+"""Names of the kernels in a warning, by the function of the package that checks them."""
 
 
 def accelerated(network: nn.Module, x: Tensor) -> Tensor | list[Tensor] | None:
@@ -60,7 +65,7 @@ def kernels_may_compute() -> bool:
 
 
 def kernels_for(x: Tensor) -> Any:
-    """The package of fused kernels where the kernels compute with ``x``, else None.
+    """The package of fused kernels where its passes over maps compute with ``x``, else None.
 
     The setting "auto": on CUDA where Triton is installed and ``prepare_kernels`` has found them to agree with PyTorch. "on":
     wherever they run, unchecked. "off": never.
@@ -68,10 +73,20 @@ def kernels_for(x: Tensor) -> Any:
     return _kernels.get(x.device.type)
 
 
-def prepare_kernels(device: torch.device) -> None:
+def convolutions_for(x: Tensor) -> Any:
+    """As ``kernels_for``, of the convolutions of active connections, which have a check of their own."""
+    return _convolutions.get(x.device.type)
+
+
+def prepare_kernels(device: torch.device, convolutions: bool = False) -> None:
     """Decide whether the fused kernels compute on this kind of device, before a network computes there.
 
-    The check runs once a process. Compiled networks ask ``kernels_for`` while they are traced, too late for a check.
+    Each check runs once a process. Compiled networks ask ``kernels_for`` while they are traced, too late for a check.
+
+    Args:
+        device: where the network computes.
+        convolutions: whether a layer stores active weights alone. Nothing else needs the convolutions of active connections,
+            whose programs take a minute or two to compile for their check.
 
     Raises:
         E2ENetError: the setting is "on" without Triton.
@@ -83,24 +98,27 @@ def prepare_kernels(device: torch.device) -> None:
             f"{variable('kernels')} is on, but Triton is not installed: pip install triton, or unset the variable"
         )
     _kernels.pop(device.type, None)
+    _convolutions.pop(device.type, None)
     if mode == "off" or not installed or device.type == "meta" or (mode == "auto" and device.type != "cuda"):
         return
     kernels = registry.load("kernels")
     if kernels is None or device.type not in kernels.DEVICES:
         return
-    if mode == "auto" and device.type not in _agrees:
-        _agrees[device.type] = _agree_with_pytorch(kernels, device)
-    if mode == "on" or _agrees[device.type]:
-        _kernels[device.type] = kernels
+    for used, check, wanted in ((_kernels, "wrong_kernel", True), (_convolutions, "wrong_convolution", convolutions)):
+        key = device.type, check
+        if mode == "auto" and wanted and key not in _agrees:
+            _agrees[key] = _agree_with_pytorch(getattr(kernels, check), device, KERNELS[check])
+        if mode == "on" or _agrees.get(key):
+            used[device.type] = kernels
 
 
-def _agree_with_pytorch(kernels: Any, device: torch.device) -> bool:
-    """Do without the kernels, with a warning, where they fail or differ from PyTorch."""
+def _agree_with_pytorch(wrong_one: Callable[[torch.device], str | None], device: torch.device, what: str) -> bool:
+    """Do without these kernels, with a warning, where they fail or differ from PyTorch."""
     try:
-        wrong = kernels.wrong_kernel(device)
+        wrong = wrong_one(device)
         problem = wrong and f"{wrong} differs from PyTorch"
     except Exception as error:  # noqa: BLE001 (whatever a compiler or a driver may raise)
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if problem:
-        warnings.warn(f"E2ENet computes without its fused kernels on {device}: {problem}", stacklevel=2)
+        warnings.warn(f"E2ENet computes without its {what} on {device}: {problem}", stacklevel=2)
     return not problem

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network.acceleration import prepare_kernels
 from nnunetv2_e2enet.network.connections import (
     MaskableLayer,
     MaskedConv2d,
@@ -218,6 +219,7 @@ def store_active_only(layer: MaskableLayer) -> None:
     assert isinstance(layer, CompactLayer)
     layer.register_buffer("active_inputs", layer.find_inputs(), persistent=False)
     layer.weight.data = layer.gather(layer.weight.data)
+    prepare_kernels(layer.weight.device, convolutions=True)
 
 
 def store_all(layer: MaskableLayer) -> None:

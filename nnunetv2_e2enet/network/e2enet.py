@@ -144,7 +144,8 @@ class E2ENet(nn.Module):
         self._prepare_kernels()
 
     def _prepare_kernels(self) -> None:
-        prepare_kernels(next(self.parameters()).device)
+        in_blocks = any(layer.stores_active_only for _, layer in maskable_layers(self))
+        prepare_kernels(next(self.parameters()).device, convolutions=in_blocks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> E2ENet:
         """The hook of ``to``, ``cuda``, ``half`` and the like: afterwards the network may be on another device."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nnunetv2_e2enet.network.acceleration import kernels_for
+from nnunetv2_e2enet.network.acceleration import convolutions_for
 
 
 def can_compute(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
@@ -19,13 +19,13 @@ def can_compute(layer: nn.Conv2d | nn.Conv3d, x: Tensor) -> bool:
         p == k // 2 and k % 2 for p, k in zip(layer.padding, kernel, strict=True)
     )
     plain = half and layer.padding_mode == "zeros" and all(d == 1 for d in layer.dilation)
-    return plain and x.dim() > 2 and kernels_for(x) is not None
+    return plain and x.dim() > 2 and convolutions_for(x) is not None
 
 
 def can_upsample(layer: nn.ConvTranspose2d | nn.ConvTranspose3d, x: Tensor) -> bool:
     """Whether the kernels take the transposed convolution of a layer that stores active weights alone."""
     apart = layer.kernel_size == layer.stride and not any(layer.padding) and not any(layer.output_padding)
-    return apart and all(d == 1 for d in layer.dilation) and x.dim() > 2 and kernels_for(x) is not None
+    return apart and all(d == 1 for d in layer.dilation) and x.dim() > 2 and convolutions_for(x) is not None
 
 
 def sparse_convolution(
@@ -62,14 +62,14 @@ class _SparseConvolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, inputs)
         ctx.options = stride, shift_size, transposed
-        out: Tensor = kernels_for(x).convolve(x, weight, inputs, *ctx.options)
+        out: Tensor = convolutions_for(x).convolve(x, weight, inputs, *ctx.options)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inputs = ctx.saved_tensors
-        kernels = kernels_for(x)
+        kernels = convolutions_for(x)
         of_x = kernels.input_gradient(grad, weight, inputs, x, *ctx.options) if ctx.needs_input_grad[0] else None
         of_weight = kernels.weight_gradient(grad, x, inputs, list(weight.shape[2:]), *ctx.options)
         return of_x, of_weight.to(weight.dtype), None, None, None, None
