@@ -133,7 +133,8 @@ def test_depth_groups_of_a_learned_shift(trained: Path, tmp_path: Path) -> None:
     offsets[0], offsets[1:3] = -2.4, 1.6
     torch.save(content, tmp_path / "learned.pth")
     (fold,) = read_topologies(tmp_path / "learned.pth")
-    found = {group.offset: group.density for group in depth_groups(fold) if (group.stage, group.level) == (1, 1)}
+    groups = depth_groups(fold).set_index(["stage", "level", "offset"])
+    found = groups.loc[(1, 1), "density"].to_dict()
     mask = weights[f"{NODE}.mask"].float()
     assert found == pytest.approx({-2: float(mask[:, 0].mean()), 0: float(mask[:, 3:].mean()), 2: float(mask[:, 1:3].mean())})
     assert next(view for view in views([fold]) if view.key == "depth").figure is not None
@@ -179,7 +180,7 @@ def test_dsff_in_another_network(in_process: Project, tmp_path: Path) -> None:
     assert shown == {"change", "survival", "agreement", "losses"}
     updates = figures.change(folds).axes[0].collections[0].get_segments()
     assert [line[0][0] for line in updates] == update_epochs(folds[0]) == [1, 2]  # as the history and the losses have them
-    (agreement,) = agreements(folds)
+    (agreement,) = agreements(folds).itertuples()
     assert agreement.kind == "all layers"
     assert agreement.overlap == pytest.approx(0.2, abs=0.05) == pytest.approx(agreement.chance, abs=0.05)
     assert main(["topology", str(tmp_path), "--report", str(tmp_path / "page.html")]) == 0

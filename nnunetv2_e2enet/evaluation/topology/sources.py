@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_e2enet.dsff import HISTORY_FILE, History, TopologyHistory, read_history
+from nnunetv2_e2enet.dsff import HISTORY_FILE, History, Part, TopologyHistory, read_history
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, fusion_flows, maskable_layers
 from nnunetv2_e2enet.network.blocks import CONV
 from nnunetv2_e2enet.network.connections import MaskableLayer, MaskedConv3d
+from nnunetv2_e2enet.network.fusion import SOURCES
 from nnunetv2_e2enet.network.learned_shift import LearnedDepthShift
+from nnunetv2_e2enet.training.architecture import is_e2enet
 from nnunetv2_e2enet.training.checkpoints import newest_checkpoint, read_checkpoint
+
+FLOWS = tuple(SOURCES)
+KINDS = (*FLOWS, "upsampling", "second block", "all layers")
+"""Of connections: their flow, or another name for a layer without flows."""
+_COUNTED = ("active", "grown", "explored", "survivors", "importance")
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,31 @@ class Fold:
     def has_history(self) -> bool:
         """Whether the history of the topology could be read."""
         return not self.why_no_history
+
+    @cached_property
+    def kinds(self) -> pd.Categorical:
+        """Of the parts of the history, in the order of ``KINDS``."""
+        return pd.Categorical([self._kind(part) for part in self.history.parts], KINDS)
+
+    def _kind(self, part: Part) -> str:
+        if part.flow or self.network is None:
+            return part.flow or "all layers"
+        return "upsampling" if part.layer.endswith("upsample") else "second block"
+
+    @cached_property
+    def counts(self) -> pd.DataFrame:
+        """A row for each record and part of the history.
+
+        Columns: ``epoch``; ``layer``, ``flow`` (NaN where there is none), ``connections``, ``kind`` of the part; lists of
+        ``TopologyRecord``; ``density``, the active connections over all of the part; ``share``, those over the layer's active
+        ones.
+        """
+        parts = pd.DataFrame(self.history.parts, columns=Part._fields).assign(kind=self.kinds)
+        parts["flow"] = pd.Categorical(parts["flow"].replace("", None), FLOWS)
+        records = [parts.assign(epoch=r.epoch, **{name: getattr(r, name) for name in _COUNTED}) for r in self.history.records]
+        counts = pd.concat(records, ignore_index=True).astype({"importance": float})
+        active = counts.groupby(["epoch", "layer"])["active"].transform("sum")
+        return counts.assign(density=counts["active"] / counts["connections"], share=counts["active"] / active.clip(lower=1))
 
     def logged(self, key: str) -> list[float]:
         """Values by epoch, those that are missing as NaN; empty where none is known."""
@@ -116,7 +150,7 @@ def _network(checkpoint: Mapping[str, Any], file: Path) -> E2ENet | None:
         architecture = arguments["plans"]["configurations"][arguments["configuration"]]["architecture"]
         given = architecture["arch_kwargs"]
         own_classes = given.get("encoder_class") or given.get("decoder_class")
-        if own_classes or not str(architecture["network_class_name"]).endswith(".E2ENet"):
+        if own_classes or not is_e2enet(architecture):
             return None
         with torch.device("meta"):
             return E2ENet(
