@@ -247,8 +247,8 @@ def losses(folds: Sequence[Fold]) -> Figure:
     figure, [[axes]] = new_figure(2.7)
     for fold in shown:
         for key, label, colour, line in (
-            ("val_losses", "validation", SECOND, "--"),
             ("train_losses", "training", FIRST, "-"),
+            ("val_losses", "validation", SECOND, "--"),
         ):
             values, width = fold.logged(key), 1.5 if len(shown) == 1 else 0.9
             axes.plot(range(1, len(values) + 1), values, line, color=colour, linewidth=width, label=label)
