@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field
 from math import nan, prod
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.evaluation import memory
-from nnunetv2_e2enet.evaluation.costs import Costs, Share, breakdown, count_costs
+from nnunetv2_e2enet.evaluation.costs import Costs, breakdown, count_costs
 from nnunetv2_e2enet.evaluation.networks import Design
 from nnunetv2_e2enet.machine import free_bytes
 from nnunetv2_e2enet.network import E2ENet, accounts
@@ -58,7 +59,7 @@ class Profile:
         kept_bytes: what autograd keeps for backward in a training step, counted in float32.
         training_bytes, prediction_bytes: measured peaks; NaN where not measured, and ``note`` says why.
         seconds: each timed forward pass of one patch.
-        shares: costs by level and flow, where asked for.
+        shares: costs by level and flow, as ``breakdown``; empty unless asked for.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Profile:
     training_bytes: float = nan
     prediction_bytes: float = nan
     seconds: list[float] = field(default_factory=list)
-    shares: list[Share] = field(default_factory=list)
+    shares: pd.DataFrame = field(default_factory=pd.DataFrame)
     note: str = ""
 
     @property
@@ -93,7 +94,7 @@ class Profile:
         """All fields, with latency (s) and throughput; what was not measured is NaN."""
         low, median, high = self.latency
         summary = {"latency_seconds": {"q1": low, "median": median, "q3": high}, "voxels_per_second": self.voxels_per_second}
-        return {**asdict(self), **summary}
+        return {**asdict(self), "shares": self.shares.to_dict("records"), **summary}
 
 
 def profile(designs: Sequence[Design], settings: Settings, progress: Progress = lambda _: None) -> list[Profile]:
@@ -147,7 +148,7 @@ def _count(design: Design, network: nn.Module, settings: Settings) -> Profile:
         batch_size,
         count_costs(network, design.input_shape(), by_engine=uses_engine(network, design.input_shape(), settings)),
         accounts.saved_bytes(design.build(deep_supervision=True), design.input_shape(batch_size)),
-        shares=breakdown(network, design.input_shape()) if settings.with_breakdown else [],
+        shares=breakdown(network, design.input_shape()) if settings.with_breakdown else pd.DataFrame(),
     )
 
 
