@@ -106,11 +106,9 @@ class Comparison:
         if costs.isna().any(axis=None):
             return pd.DataFrame(columns=["active", "executed"])
         dice = self.means.loc["dice"].xs(MEAN, level="scope")["mean"]
-        arithmetic = {kind: costs[f"macs_{kind}"] for kind in ("active", "executed")}
-        scored = {
-            kind: trade_off_scores(dice, costs["parameters_active"], macs, *self.weights) for kind, macs in arithmetic.items()
-        }
-        return pd.DataFrame(scored)
+        parameters = costs["parameters_active"]
+        kinds = ("active", "executed")
+        return pd.DataFrame({k: trade_off_scores(dice, parameters, costs[f"macs_{k}"], *self.weights) for k in kinds})
 
     def interval(self, metric: str, model: str, scope: str = MEAN) -> Interval:
         """A mean of one model, of a class or over the classes."""

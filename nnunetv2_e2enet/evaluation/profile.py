@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import nan, prod
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -78,11 +78,7 @@ class Profile:
     @property
     def latency(self) -> tuple[float, float, float]:
         """Seconds of a patch: lower quartile, median, upper quartile; NaN where nothing was timed."""
-        if not self.seconds:
-            return nan, nan, nan
-        if len(self.seconds) == 1:
-            return self.seconds[0], self.seconds[0], self.seconds[0]
-        low, median, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        low, median, high = map(float, np.quantile(self.seconds or [nan], (0.25, 0.5, 0.75)))
         return low, median, high
 
     @property

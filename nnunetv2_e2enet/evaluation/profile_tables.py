@@ -45,8 +45,8 @@ def cost_columns(costs: pd.DataFrame) -> pd.DataFrame:
     for name, values in costs.items():
         what, _, kind = name.partition("_")
         head, write = written[what]
-        text[f"{head}\n{kind}"] = values.map(write, na_action="ignore").fillna(NOTHING)
-    return pd.DataFrame(text)
+        text[f"{head}\n{kind}"] = [NOTHING if math.isnan(number) else write(number) for number in values]
+    return pd.DataFrame(text, costs.index)
 
 
 def _counts(profiles: list[Profile]) -> Table:

@@ -73,10 +73,7 @@ def fold_table(folds: Sequence[Fold]) -> Table:
     """Survival of the connections of each fold, and the active ones of each flow."""
     rows = []
     for fold in folds:
-        layers = fold.connections.layers.values()
-        active, explored, connections = (
-            sum(counts) for counts in zip(*((x.n_active, int(x.explored.sum()), x.n_connections) for x in layers), strict=True)
-        )
+        active, explored, connections = fold.at()[["active", "explored", "connections"]].sum()
         density = measures.curves(fold)["density"]
         cells = [fold.name, f"{fold.epoch}", f"{len(measures.update_epochs(fold))}", f"{active:,}"]
         cells += [f"{1 - active / connections:.4f}", f"{explored / connections:.1%}"]

@@ -139,9 +139,8 @@ def change(folds: Sequence[Fold]) -> Figure:
     _check_changed(shown)
     figure, [[replaced], [explored]] = new_figure(4.0, 2)
     for fold in shown:
-        active = sum(int(layer.mask.sum()) for layer in fold.connections.layers.values())
         changed = pd.Series(fold.logged("dsff_connections_changed"))  # before this epoch's training
-        updates = changed[changed > 0] / active
+        updates = changed[changed > 0] / fold.at()["active"].sum()
         replaced.vlines(updates.index, 0, updates, color=FIRST, linewidth=1.6, alpha=0.75)
         replaced.plot(updates, "o", color=FIRST, markersize=3)
         explored.plot(fold.logged("dsff_explored"), color=FIRST)

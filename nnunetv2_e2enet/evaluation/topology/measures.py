@@ -54,8 +54,8 @@ def node_flows(folds: Sequence[Fold], epoch: int | None) -> pd.DataFrame:
         folds: all with a record of the epoch.
         epoch: of the records; None is the last of each fold.
     """
-    records = [fold.counts[fold.counts["epoch"] == (fold.counts["epoch"].max() if epoch is None else epoch)] for fold in folds]
-    return pd.concat(records).groupby(["layer", "flow"], observed=True)[["share", "density"]].mean()
+    records = pd.concat([fold.at(epoch) for fold in folds])
+    return records.groupby(["layer", "flow"], observed=True)[["share", "density"]].mean()
 
 
 def curves(fold: Fold) -> pd.DataFrame:

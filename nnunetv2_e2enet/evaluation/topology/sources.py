@@ -85,6 +85,10 @@ class Fold:
         active = counts.groupby(["epoch", "layer"])["active"].transform("sum")
         return counts.assign(density=counts["active"] / counts["connections"], share=counts["active"] / active.clip(lower=1))
 
+    def at(self, epoch: int | None = None) -> pd.DataFrame:
+        """The counts of one record; of the last unless its epoch is given."""
+        return self.counts[self.counts["epoch"] == (self.counts["epoch"].max() if epoch is None else epoch)]
+
     def logged(self, key: str) -> list[float]:
         """Values by epoch, those that are missing as NaN; empty where none is known."""
         values = [float("nan") if value is None else float(value) for value in list(self.log.get(key, []))[: self.epoch]]
