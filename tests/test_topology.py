@@ -213,6 +213,23 @@ def test_of_an_unfinished_training_the_history_goes_as_far_as_its_checkpoint(tra
     assert [record.epoch for record in fold.history.records] == [0, 1]
 
 
+def test_a_history_that_begins_before_an_update_of_the_same_epoch(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a training was resumed and its history was missing."""
+    folder = tmp_path / "fold_0"
+    shutil.copytree(trained / "fold_0", folder)
+    history = (folder / HISTORY_FILE).read_text()
+    (folder / HISTORY_FILE).write_text(history.replace('{"epoch":0', '{"epoch":1'))
+    numbers = []
+    for path in (folder, trained / "fold_0"):
+        assert main(["topology", str(path), "--report", str(tmp_path / "page.html"), "--json"]) == 0
+        numbers.append(json.loads(capsys.readouterr().out)["folds"][0]["nodes"])
+    late, early = numbers
+    assert [node["epochs"] for node in late] == [[1, 1]] * len(late)
+    assert [node["flows"] for node in late] == [node["flows"] for node in early]
+
+
 def test_nothing_that_can_be_looked_at(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = torch.load(trained / "fold_0" / CHECKPOINT, weights_only=False)
     weights = content["network_weights"]

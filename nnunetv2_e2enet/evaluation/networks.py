@@ -18,7 +18,7 @@ from torch import nn
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import read_json
 from nnunetv2_e2enet.training.architecture import e2enet_architecture, is_e2enet
-from nnunetv2_e2enet.training.checkpoints import CHECKPOINTS, newest_checkpoint, read_checkpoint
+from nnunetv2_e2enet.training.checkpoints import CHECKPOINTS, fold_checkpoints, read_checkpoint
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -150,10 +150,7 @@ class Training:
 def read_trainings(model: Path) -> list[Training]:
     """One for each fold that has a checkpoint."""
     trainings = []
-    for folder in sorted(model.glob("fold_*")):
-        file = newest_checkpoint(folder)
-        if file is None:
-            continue
+    for fold, file in fold_checkpoints(model).items():
         checkpoint = read_checkpoint(file, lazily=True)
         logged = checkpoint.get("logging", {})
         curves = {name: [float(value) for value in logged.get(name, [])] for name in LOGGED}
@@ -161,7 +158,7 @@ def read_trainings(model: Path) -> list[Training]:
         seconds = [end - start for start, end in zip(starts, ends, strict=False)]
         trainings.append(
             Training(
-                folder.name.removeprefix("fold_"),
+                fold,
                 str(checkpoint["trainer_name"]),
                 str(checkpoint["init_args"]["configuration"]),
                 int(checkpoint["current_epoch"]),

@@ -78,6 +78,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
 
 
+def fold_checkpoints(model: Path) -> dict[str, Path]:
+    """The newest checkpoint of each fold that has one, by the name of the fold."""
+    files = {folder.name.removeprefix("fold_"): newest_checkpoint(folder) for folder in sorted(model.glob("fold_*"))}
+    return {name: file for name, file in files.items() if file is not None}
+
+
 def read_checkpoint(path: Path, lazily: bool = False) -> dict[str, Any]:
     """A checkpoint that nnU-Net wrote, on the CPU. Nothing in it is executed.
 

@@ -67,8 +67,8 @@ def curves(fold: Fold) -> pd.DataFrame:
     stayed = fold.counts["active"] - fold.counts["grown"]
     numbers = fold.counts.assign(stayed=stayed, weighted=stayed * fold.counts["importance"])
     summed = ["connections", "active", "survivors", "stayed", "weighted"]
-    sums = numbers.groupby(["epoch", "kind"], observed=True)[summed].sum(min_count=1).unstack()
-    return pd.concat(
+    sums = numbers.groupby(["record", "kind"], observed=True)[summed].sum(min_count=1).unstack()
+    found = pd.concat(
         {
             "density": sums["active"] / sums["connections"],
             "importance": sums["weighted"] / sums["stayed"].clip(lower=1),
@@ -76,6 +76,7 @@ def curves(fold: Fold) -> pd.DataFrame:
         },
         axis=1,
     )
+    return found.set_axis([record.epoch for record in fold.history.records])
 
 
 def cohorts(fold: Fold) -> dict[int, float]:
