@@ -97,18 +97,17 @@ def figure(record: Record) -> drawing.Figure:
     with drawing.style():
         drawn, axes = drawing.new_figure(7.5, rows=3)
         by_iteration, by_second, by_size = (row[0] for row in axes)
-        handles = {}
         for (_, contestant), run in runs.items():
             colour, marker = model_style(names.index(contestant))
             iterations = settings["iterations"] * np.arange(1, len(run["pseudo_dice"]) + 1)
-            (handles[contestant],) = by_iteration.plot(iterations, run["pseudo_dice"], color=colour)
+            by_iteration.plot(iterations, run["pseudo_dice"], color=colour, label=contestant)
             by_second.plot(np.cumsum(run["epoch_seconds"]), run["pseudo_dice"], color=colour)
             by_size.plot(run["costs"]["parameters_active"] / 1e6, run["dice"], marker, color=colour)
         least = min(run["pseudo_dice"][-1] for run in runs.values()) - SHOWN
         for axis, label in ((by_iteration, "iterations"), (by_second, "seconds of training and its validation batches")):
             axis.set(xlabel=label, ylabel="pseudo Dice", ylim=(max(0, least), None))
         by_size.set(xlabel="million active parameters", ylabel="Dice of the fold")
-        drawing.legend_above(drawn, handles)
+        drawing.legend_above(drawn)
     return drawn
 
 

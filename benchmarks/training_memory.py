@@ -56,6 +56,12 @@ class Candidate:
     plan: str
     patch: tuple[int, ...]
     outputs: int = CLASSES
+    has_regions: bool = False
+
+    @property
+    def resolutions(self) -> int:
+        """Of nnU-Net's loss."""
+        return len((PLANS | TINY)[self.plan][0]) - 1
 
     def build(self, deep_supervision: bool = True) -> nn.Module:
         strides, _ = (PLANS | TINY)[self.plan]

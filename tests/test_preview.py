@@ -14,11 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from support import Project, untrained_model
 
-from nnunetv2_e2enet.deployment import PackedModel
+from nnunetv2_e2enet.deployment import PackedModel, preview
+from nnunetv2_e2enet.deployment.preview import write_preview
 from nnunetv2_e2enet.deployment.previews import check_previews
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.evaluation import preview
-from nnunetv2_e2enet.evaluation.preview import write_preview
 
 SHAPE, SPACING = (12, 30, 40), (4.0, 1.5, 1.0)
 LABELS = {"organ": [1], "lesion": [2], "bladder": [3]}

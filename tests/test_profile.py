@@ -6,13 +6,14 @@ import json
 import math
 import resource
 import subprocess
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from support import AMOS_STRIDES, Project, architecture
 from torch import nn
 
@@ -64,11 +65,11 @@ def test_levels_and_flows_add_up(small: Design) -> None:
     for design in (small, e2enet_variant(small, 0.8), residual_encoder_variant(small)):
         network = design.build()
         costs, shares = count_costs(network, design.input_shape()), breakdown(network, design.input_shape())
-        assert {share.level for share in shares} == {0, 1, 2}
+        assert set(shares["level"]) == {0, 1, 2}
         for field in ("parameters_stored", "parameters_active", "macs_dense", "macs_active"):
-            assert sum(asdict(share)[field] for share in shares) == getattr(costs, field)
-    flows = {share.flow for share in breakdown(e2enet_variant(small, 0.8).build(), small.input_shape())}
-    assert flows == {"encoder", "forward", "upward", "downward", "second block", "head", "norm, bias"}
+            assert shares[field].sum() == getattr(costs, field)
+    flows = breakdown(e2enet_variant(small, 0.8).build(), small.input_shape())["flow"]
+    assert set(flows) == {"encoder", "forward", "upward", "downward", "second block", "head", "norm, bias"}
 
 
 def test_counting_leaves_the_network_as_it_was(small: Design) -> None:
@@ -95,6 +96,27 @@ def test_networks_are_timed_in_turns() -> None:
     seconds = time_in_turns({name: Named(name) for name in shapes}, shapes, Settings(rounds=3))
     assert calls == ["a3", "b2"] * 4
     assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_loss_is_that_of_nnunet(small: Design, regions: bool) -> None:
+    dataset = dataset_of(3)
+    if regions:
+        dataset |= {"labels": {"background": 0, "both": [1, 2], "organ 2": [2]}, "regions_class_order": [1, 2]}
+    design = replace(small, dataset=dataset)
+    trainer = SimpleNamespace(
+        label_manager=SimpleNamespace(has_regions=regions, ignore_label=None),
+        configuration_manager=SimpleNamespace(batch_dice=True),
+        is_ddp=False,
+        enable_deep_supervision=True,
+        _do_i_compile=lambda: False,
+        _get_deep_supervision_scales=lambda: [[1, 1, 1], [1, 0.5, 0.5]],
+    )
+    ours, theirs = memory.nnunet_loss(design), nnUNetTrainer._build_loss(trainer)
+    outputs = [torch.randn(2, design.outputs, 2, size, size) for size in (8, 4)]
+    targets = [torch.randint(2, (2, 2 if regions else 1, 2, size, size)).float() for size in (8, 4)]
+    assert ours(outputs, targets) == theirs(outputs, targets) == theirs(outputs[:1], targets[:1])
+    memory._training_step(design, 1, "cpu")()
 
 
 def test_peak_memory_is_measured() -> None:

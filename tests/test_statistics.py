@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import scikit_posthocs
 from scipy import stats
@@ -133,7 +134,6 @@ def test_the_mean_over_classes_is_the_mean_of_class_means_as_in_nnunet() -> None
 
 
 def test_trade_off_score_by_hand() -> None:
-    scores = trade_off_scores({"x": 0.9, "y": 0.45}, {"x": 30.0, "y": 10.0}, {"x": 400.0, "y": 100.0})
-    assert scores == pytest.approx({"x": 1 + 1 / 3 + 1 / 4, "y": 0.5 + 1 + 1})
-    weighted = trade_off_scores({"x": 0.9, "y": 0.45}, {"x": 30.0, "y": 10.0}, {"x": 400.0, "y": 100.0}, a1=2, a2=0)
-    assert weighted == pytest.approx({"x": 2, "y": 1})
+    dice, parameters, macs = (pd.Series(values, ["x", "y"]) for values in ([0.9, 0.45], [30.0, 10.0], [400.0, 100.0]))
+    assert trade_off_scores(dice, parameters, macs).to_dict() == pytest.approx({"x": 1 + 1 / 3 + 1 / 4, "y": 0.5 + 1 + 1})
+    assert trade_off_scores(dice, parameters, macs, a1=2, a2=0).to_dict() == pytest.approx({"x": 2, "y": 1})

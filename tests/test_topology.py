@@ -133,7 +133,8 @@ def test_depth_groups_of_a_learned_shift(trained: Path, tmp_path: Path) -> None:
     offsets[0], offsets[1:3] = -2.4, 1.6
     torch.save(content, tmp_path / "learned.pth")
     (fold,) = read_topologies(tmp_path / "learned.pth")
-    found = {group.offset: group.density for group in depth_groups(fold) if (group.stage, group.level) == (1, 1)}
+    groups = depth_groups(fold).set_index(["stage", "level", "offset"])
+    found = groups.loc[(1, 1), "density"].to_dict()
     mask = weights[f"{NODE}.mask"].float()
     assert found == pytest.approx({-2: float(mask[:, 0].mean()), 0: float(mask[:, 3:].mean()), 2: float(mask[:, 1:3].mean())})
     assert next(view for view in views([fold]) if view.key == "depth").figure is not None
@@ -179,7 +180,7 @@ def test_dsff_in_another_network(in_process: Project, tmp_path: Path) -> None:
     assert shown == {"change", "survival", "agreement", "losses"}
     updates = figures.change(folds).axes[0].collections[0].get_segments()
     assert [line[0][0] for line in updates] == update_epochs(folds[0]) == [1, 2]  # as the history and the losses have them
-    (agreement,) = agreements(folds)
+    (agreement,) = agreements(folds).itertuples()
     assert agreement.kind == "all layers"
     assert agreement.overlap == pytest.approx(0.2, abs=0.05) == pytest.approx(agreement.chance, abs=0.05)
     assert main(["topology", str(tmp_path), "--report", str(tmp_path / "page.html")]) == 0
@@ -210,6 +211,23 @@ def test_of_an_unfinished_training_the_history_goes_as_far_as_its_checkpoint(tra
     (fold,) = read_topologies(folder)
     assert fold.has_history
     assert [record.epoch for record in fold.history.records] == [0, 1]
+
+
+def test_a_history_that_begins_before_an_update_of_the_same_epoch(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a training was resumed and its history was missing."""
+    folder = tmp_path / "fold_0"
+    shutil.copytree(trained / "fold_0", folder)
+    history = (folder / HISTORY_FILE).read_text()
+    (folder / HISTORY_FILE).write_text(history.replace('{"epoch":0', '{"epoch":1'))
+    numbers = []
+    for path in (folder, trained / "fold_0"):
+        assert main(["topology", str(path), "--report", str(tmp_path / "page.html"), "--json"]) == 0
+        numbers.append(json.loads(capsys.readouterr().out)["folds"][0]["nodes"])
+    late, early = numbers
+    assert [node["epochs"] for node in late] == [[1, 1]] * len(late)
+    assert [node["flows"] for node in late] == [node["flows"] for node in early]
 
 
 def test_nothing_that_can_be_looked_at(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,14 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from nnunetv2_e2enet.evaluation.profile import profile, steps
-    from nnunetv2_e2enet.evaluation.subjects import Request, designs
+    from nnunetv2_e2enet.evaluation.subjects import designs
 
     check_folders(args)
     console = console_for(args)
     settings = _settings(args)
-    request = Request(args.subjects, args.configuration, args.trainer, args.dataset_json, args.beside, args.sparsity)
     with console.status("Looking at the plans …"):
-        found = designs(request)
+        found = designs(args.subjects, args.configuration, args.trainer, args.dataset_json, args.beside, args.sparsity)
     with step_bar(console, steps(found, settings)) as tell:
         profiles = profile(found, settings, tell)
     _write(args, console, profiles, settings)

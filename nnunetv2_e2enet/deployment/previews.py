@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from nnunetv2_e2enet.deployment.images import WRITTEN
 from nnunetv2_e2enet.deployment.packed import PackedModel
+from nnunetv2_e2enet.deployment.preview import write_preview
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.evaluation.preview import write_preview
 from nnunetv2_e2enet.imaging import read_header
 
 

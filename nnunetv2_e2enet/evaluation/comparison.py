@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import pandas as pd
@@ -65,13 +65,12 @@ class Comparison:
         tolerances: of the surface Dice in mm, by class.
         results: the metrics of each case; its ``frame`` has a row for each case, model and class.
         means: by metric, model and scope (class or ``mean``), the columns ``mean``, ``low``, ``high``, ``n`` of ``Interval``.
-        fold_means: foreground mean of each metric, by model and fold; empty where there are no folds.
+        fold_means: foreground means by metric: a row for each model, a column for each fold; none where there are no folds.
         paired: tests by metric, of two models.
         ranked: tests by metric, of three or more.
         failures: classes of cases on which a model failed, worst first: ``model``, ``case``, ``label``, ``kind`` (``missed``,
             in the reference alone; ``invented``, in the prediction alone; ``low Dice``), ``dice``, ``reference_ml``,
             ``prediction_ml``.
-        scores: performance trade-off by model, with active and with executed arithmetic; empty where costs are unknown.
         weights: ``a1`` and ``a2`` of the scores.
         profiles, settings: measurements of the models' memory and time, where they were asked for.
     """
@@ -81,11 +80,10 @@ class Comparison:
     tolerances: list[float]
     results: Results
     means: pd.DataFrame
-    fold_means: dict[str, dict[str, dict[str, float]]]
+    fold_means: dict[str, pd.DataFrame]
     paired: dict[str, list[PairedTest]]
     ranked: dict[str, list[RankTest]]
     failures: pd.DataFrame
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)
     weights: tuple[float, float] = (1.0, 1.0)
     profiles: list[Profile] = field(default_factory=list)
     settings: Settings = field(default_factory=Settings)
@@ -94,6 +92,23 @@ class Comparison:
     def names(self) -> list[str]:
         """Of the models."""
         return [model.name for model in self.models]
+
+    @property
+    def costs(self) -> pd.DataFrame:
+        """The fields of ``Costs`` by model; NaN where they are not known."""
+        known = [{} if model.costs is None else asdict(model.costs) for model in self.models]
+        return pd.DataFrame(known, self.names, [field.name for field in fields(Costs)], dtype=float)
+
+    @property
+    def scores(self) -> pd.DataFrame:
+        """Performance trade-off by model, with active and with executed arithmetic; empty where any costs are unknown."""
+        costs = self.costs
+        if costs.isna().any(axis=None):
+            return pd.DataFrame(columns=["active", "executed"])
+        dice = self.means.loc["dice"].xs(MEAN, level="scope")["mean"]
+        parameters = costs["parameters_active"]
+        kinds = ("active", "executed")
+        return pd.DataFrame({k: trade_off_scores(dice, parameters, costs[f"macs_{k}"], *self.weights) for k in kinds})
 
     def interval(self, metric: str, model: str, scope: str = MEAN) -> Interval:
         """A mean of one model, of a class or over the classes."""
@@ -117,7 +132,7 @@ def compare(
     """The statistics of finished measurements. ``seed`` is that of the bootstrap; the same seed gives the same intervals."""
     two = len(results.models) == 2
     tests = results.values
-    comparison = Comparison(
+    return Comparison(
         list(models),
         labels,
         list(tolerances),
@@ -129,8 +144,6 @@ def compare(
         _failures(results, failure_dice),
         weights=weights,
     )
-    comparison.scores.update(_scores(comparison))
-    return comparison
 
 
 def model_facts(source: Source) -> ModelFacts:
@@ -148,18 +161,10 @@ def model_facts(source: Source) -> ModelFacts:
     return ModelFacts(source, costs, design.patch_size, type(network).__name__, plans, trainings)
 
 
-def _fold_means(results: Results) -> dict[str, dict[str, dict[str, float]]]:
-    folds = sorted({case.fold for case in results.cases if case.fold is not None})
-    means: dict[str, dict[str, dict[str, float]]] = {}
-    for metric in METRICS:
-        means[metric.key] = {model: {} for model in results.models}
-        for fold in folds:
-            chosen = [i for i, case in enumerate(results.cases) if case.fold == fold]
-            part = {metric.key: results.values[metric.key][:, chosen]}
-            per_model = Results(results.models, results.classes, [results.cases[i] for i in chosen], part, 0)
-            for model, mean in zip(results.models, per_model.foreground_means(metric.key), strict=True):
-                means[metric.key][model][fold] = float(mean)
-    return means
+def _fold_means(results: Results) -> dict[str, pd.DataFrame]:
+    keys = [metric.key for metric in METRICS]
+    means = results.frame.groupby(["model", "fold", "class"])[keys].mean().groupby(level=["model", "fold"]).mean()
+    return {key: means[key].unstack().reindex(results.models) for key in keys}
 
 
 def _means(results: Results, seed: int) -> pd.DataFrame:
@@ -181,19 +186,6 @@ def _failures(results: Results, failure_dice: float) -> pd.DataFrame:
     ranks = failed["model"].map(results.models.index)
     ordered = failed.assign(kind=kinds, size=-failed[volumes].max(axis=1), rank=ranks).sort_values(["dice", "size", "rank"])
     return ordered.rename(columns={"class": "label"})[["model", "case", "label", "kind", "dice", *volumes]]
-
-
-def _scores(comparison: Comparison) -> dict[str, dict[str, float]]:
-    costs = {model.name: model.costs for model in comparison.models if model.costs is not None}
-    if len(costs) < len(comparison.models):
-        return {}
-    means = comparison.results.foreground_means("dice")
-    dice = {name: float(mean) for name, mean in zip(comparison.names, means, strict=True)}
-    parameters = {name: float(c.parameters_active) for name, c in costs.items()}
-    a1, a2 = comparison.weights
-    active = trade_off_scores(dice, parameters, {name: float(c.macs_active) for name, c in costs.items()}, a1, a2)
-    executed = trade_off_scores(dice, parameters, {name: float(c.macs_executed) for name, c in costs.items()}, a1, a2)
-    return {name: {"active": active[name], "executed": executed[name]} for name in comparison.names}
 
 
 def comparable_patches(comparison: Comparison) -> bool:

@@ -11,7 +11,7 @@ from rich.console import Console
 from nnunetv2_e2enet.evaluation import numbers
 from nnunetv2_e2enet.evaluation.comparison import Comparison, ModelFacts, comparable_patches
 from nnunetv2_e2enet.evaluation.metrics import METRICS, Metric
-from nnunetv2_e2enet.evaluation.profile_tables import how_measured, measurements
+from nnunetv2_e2enet.evaluation.profile_tables import cost_columns, how_measured, measurements
 from nnunetv2_e2enet.evaluation.statistics import ALPHA, MEAN, PairedTest, RankTest
 from nnunetv2_e2enet.evaluation.tables import Table
 
@@ -63,11 +63,10 @@ def _mean(comparison: Comparison, metric: Metric, model: str, scope: str) -> str
 def folds(comparison: Comparison) -> Table | None:
     """Mean Dice of each fold; None where there is one fold or none."""
     means = comparison.fold_means["dice"]
-    names = sorted({fold for model in means.values() for fold in model})
-    if len(names) < 2:
+    if len(means.columns) < 2:
         return None
-    rows = ([model, *(f"{means[model][fold]:.4f}" for fold in names)] for model in comparison.names)
-    return Table.of("Dice of each fold", ["model", *(f"fold {name}" for name in names)], rows)
+    text = means.apply(lambda fold: fold.map("{:.4f}".format)).add_prefix("fold ").reset_index(names="model")
+    return Table("Dice of each fold", text)
 
 
 # --- classes and tests --------------------------------------------------------------------------------------------------
@@ -160,24 +159,11 @@ def _ranked_verdict(comparison: Comparison, metric: Metric) -> str:
 
 def costs(comparison: Comparison, with_patch: bool = True) -> Table:
     """Parameters, multiply-accumulates and trade-off scores of the models."""
-    head = ["model", *(f"param.\n{kind}" for kind in ("stored", "active"))]
-    head += [
-        *(f"MAC\n{kind}" for kind in ("dense", "active", "executed")),
-        *(f"PT\n{kind}" for kind in ("active", "executed")),
-    ]
-    rows = []
-    for model in comparison.models:
-        c, score = model.costs, comparison.scores.get(model.name)
-        if c is None:
-            rows.append([model.name, *[numbers.NOTHING] * 8])
-            continue
-        row = [numbers.millions(n) for n in (c.parameters_stored, c.parameters_active)]
-        row += [numbers.giga(n) for n in (c.macs_dense, c.macs_active, c.macs_executed)]
-        row += [f"{score[kind]:.3f}" if score else numbers.NOTHING for kind in ("active", "executed")]
-        rows.append([model.name, *row, numbers.sizes(model.patch_size)])
-    title = "Costs: parameters, multiply-accumulates (MAC) of one patch, trade-off score (PT)"
-    table = Table.of(title, [*head, "patch"], rows)
-    return table if with_patch else Table(table.title, table.frame.drop(columns="patch"))
+    scores = comparison.scores.apply(lambda score: score.map("{:.3f}".format)).reindex(comparison.names)
+    text = cost_columns(comparison.costs).join(scores.fillna(numbers.NOTHING).add_prefix("PT\n")).reset_index(names="model")
+    if with_patch:
+        text["patch"] = [numbers.sizes(model.patch_size) or numbers.NOTHING for model in comparison.models]
+    return Table("Costs: parameters, multiply-accumulates (MAC) of one patch, trade-off score (PT)", text)
 
 
 def cost_notes(comparison: Comparison) -> str:

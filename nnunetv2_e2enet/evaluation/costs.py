@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -51,77 +48,54 @@ def count_costs(network: nn.Module, input_shape: Sequence[int], by_engine: bool 
     return Costs(parameters.total, parameters.active, macs.total, macs.active, executed)
 
 
-@dataclass(frozen=True)
-class Share:
-    """Costs of one flow of one level. Fields as in ``Costs``; biases and norms are a flow of their own."""
-
-    level: int
-    flow: str
-    parameters_stored: int
-    parameters_active: int
-    macs_dense: int
-    macs_active: int
+FLOWS = ("encoder", "forward", "upward", "downward", "second block", "decoder", "upsampling", "head", "norm, bias", "other")
+SHARED = ["parameters_stored", "parameters_active", "macs_dense", "macs_active"]
+"""Fields of ``Costs`` that are divided between levels and flows."""
 
 
-FLOWS = ("encoder", "forward", "upward", "downward", "second block", "decoder", "upsampling", "head", "norm, bias")
-_PLACES = (  # of modules outside fusion nodes
-    (re.compile(r"encoder\.stages\.(?P<level>\d+)\."), "encoder"),
-    (re.compile(r"encoder\.(?P<stem>stem)\."), "encoder"),
-    (re.compile(r"decoder\.stages\.(?P<reversed>\d+)\."), "decoder"),
-    (re.compile(r"decoder\.transpconvs\.(?P<reversed>\d+)$"), "upsampling"),
-    (re.compile(r"decoder\.seg_layers\.(?P<reversed>\d+)$"), "head"),
-)
-
-
-def breakdown(network: nn.Module, input_shape: Sequence[int]) -> list[Share]:
-    """The costs of E2ENet or one of nnU-Net's U-Nets by level (0 is the finest) and flow.
+def breakdown(network: nn.Module, input_shape: Sequence[int]) -> pd.DataFrame:
+    """The costs of E2ENet or one of nnU-Net's U-Nets by level (0 is the finest) and flow; biases and norms are a flow.
 
     A fusion node's first convolution works on three flows at once; its costs are divided by the channels that each flow
     brings, and by the connections that are active among them. Modules of an unknown kind are at level -1, flow "other".
+
+    Returns:
+        The columns ``level``, ``flow`` and ``SHARED``.
     """
     macs = accounts.macs_by_module(network, input_shape)
     flows_of = fusion_flows(network)
-    totals: defaultdict[tuple[int, str], NDArray[np.int64]] = defaultdict(lambda: np.zeros(4, np.int64))
+    places = _places(network)
+    rows: list[tuple[int, str, int, int, int, int]] = []
     for name, module in network.named_modules():
-        own = sum(p.numel() for p in module.parameters(recurse=False))
-        if not own:
-            continue
-        level, flow = _place(name, network)
-        if not isinstance(module, _ConvNd):
-            totals[level, "norm, bias"] += [own, own, 0, 0]
-            continue
-        bias = 0 if module.bias is None else module.bias.numel()
-        totals[level, "norm, bias"] += [bias, bias, 0, 0]
-        parts = _parts(module, flow, flows_of.get(name, {}))
-        weights_each = module.weight[0, 0].numel()
-        macs_each = macs[module] // sum(connections for _, connections, _ in parts)
-        for part, connections, active in parts:
-            both = np.array([connections, active])
-            totals[level, part] += np.concatenate([both * weights_each, both * macs_each])
-    order = {flow: i for i, flow in enumerate(FLOWS)}
-    keys = sorted(totals, key=lambda key: (key[0], order.get(key[1], len(order))))
-    return [Share(level, flow, *totals[level, flow].tolist()) for level, flow in keys if totals[level, flow].any()]
+        level, flow = places.get(module, (-1, "other"))
+        convolution = isinstance(module, _ConvNd)
+        own = sum(p.numel() for p in module.parameters(recurse=False) if not (convolution and p is module.weight))
+        rows.append((level, "norm, bias", own, own, 0, 0))
+        if convolution:
+            parts = _parts(module, flow, flows_of.get(name, {}))
+            weights_each = module.weight[0, 0].numel()
+            macs_each = macs[module] // sum(connections for _, connections, _ in parts)
+            for part, n, active in parts:
+                rows.append((level, part, n * weights_each, active * weights_each, n * macs_each, active * macs_each))
+    shares = pd.DataFrame(rows, columns=["level", "flow", *SHARED]).astype({"flow": pd.CategoricalDtype(FLOWS)})
+    sums = shares.groupby(["level", "flow"], observed=True).sum()
+    return sums[sums.any(axis=1)].reset_index()
 
 
-def _place(name: str, network: nn.Module) -> tuple[int, str]:
-    for prefix, node in fusion_nodes(network).items():
-        if name.startswith(f"{prefix}."):
-            part = name.removeprefix(f"{prefix}.")
-            return node.level, "upward" if part == "upsample" else "node" if part.startswith("blocks.0.") else "second block"
-    encoder = getattr(network, "encoder", None)
-    levels = len(getattr(encoder, "stages", ()))
-    for pattern, flow in _PLACES:
-        found = pattern.match(name)
-        if not found:
-            continue
-        groups = found.groupdict()
-        if "stem" in groups:
-            return 0, flow
-        if "reversed" not in groups:
-            return int(groups["level"]), flow
-        finest = len(network.decoder.seg_layers) - 1 if isinstance(network, E2ENet) else levels - 2
-        return finest - int(groups["reversed"]), flow
-    return -1, "other"
+def _places(network: nn.Module) -> dict[nn.Module, tuple[int, str]]:
+    """Level and flow of each module, ``node`` for the first block of a fusion node; what comes later in the list counts."""
+    encoder, decoder = getattr(network, "encoder", None), getattr(network, "decoder", None)
+    found = [(getattr(encoder, "stem", None), 0, "encoder")]
+    found += [(stage, level, "encoder") for level, stage in enumerate(getattr(encoder, "stages", ()))]
+    for name, flow in (("stages", "decoder"), ("transpconvs", "upsampling"), ("seg_layers", "head")):
+        found += [(module, level, flow) for level, module in enumerate(reversed(getattr(decoder, name, ())))]
+    for node in fusion_nodes(network).values():
+        found += [
+            (node, node.level, "second block"),
+            (node.blocks[0], node.level, "node"),
+            (node.upsample, node.level, "upward"),
+        ]
+    return {module: (level, flow) for part, level, flow in found if part is not None for module in part.modules()}
 
 
 def _parts(module: _ConvNd, flow: str, flows: Mapping[str, slice]) -> list[tuple[str, int, int]]:

@@ -62,14 +62,6 @@ class Results:
         """Mean over the classes that are defined, (models, cases); NaN where none is."""
         return nan_mean(self.values[metric], axis=2)
 
-    def class_means(self, metric: str) -> NDArray[np.float64]:
-        """Mean over the cases in which a class is defined, (models, classes), as in nnU-Net's ``summary.json``."""
-        return nan_mean(self.values[metric], axis=1)
-
-    def foreground_means(self, metric: str) -> NDArray[np.float64]:
-        """Mean of the class means, one for each model: nnU-Net's ``foreground_mean``, over the classes that are defined."""
-        return nan_mean(self.class_means(metric), axis=1)
-
 
 def nan_mean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
     """Mean of the values that are not NaN; NaN without any."""

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -75,26 +76,40 @@ def _prediction(design: Design, batch_size: int, device: str) -> Callable[[], No
 
 
 def _training_step(design: Design, batch_size: int, device: str) -> Callable[[], None]:
-    from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
-    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
-
     network = design.build(deep_supervision=True).to(device)
     x = torch.randn(design.input_shape(batch_size), device=device)
-    dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
-    loss = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
+    channels, values = (design.outputs, 2) if design.has_regions else (1, design.outputs)
+    loss = nnunet_loss(design)
     optimiser = torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True)
 
     def step() -> None:
         with torch.autocast(device, enabled=device == "cuda"):
             outputs = network(x)
             heads = outputs if isinstance(outputs, (list, tuple)) else [outputs]
-            targets = [torch.randint(design.outputs, (batch_size, 1, *h.shape[2:]), device=device).float() for h in heads]
-            total = sum(loss(h, t) / 2**i for i, (h, t) in enumerate(zip(heads, targets, strict=True)))
-        assert isinstance(total, torch.Tensor)
+            targets = [torch.randint(values, (batch_size, channels, *h.shape[2:]), device=device).float() for h in heads]
+            total = loss(heads, targets)
         total.backward()
         optimiser.step()
 
     return step
+
+
+def nnunet_loss(design: Design) -> nn.Module:
+    """As nnU-Net's trainer builds it for labels without an ignored one; the lowest resolution has no weight."""
+    from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+    from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+    dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": design.has_regions, "ddp": False}
+    if design.has_regions:
+        loss = DC_and_BCE_loss({}, dice, dice_class=MemoryEfficientSoftDiceLoss)
+    else:
+        loss = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
+    weights = 0.5 ** np.arange(design.resolutions)
+    if len(weights) > 1:
+        weights[-1] = 0
+    wrapped: nn.Module = DeepSupervisionWrapper(loss, weights / weights.sum())
+    return wrapped
 
 
 def can_measure(device: str) -> bool:

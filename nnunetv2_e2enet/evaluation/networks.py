@@ -10,13 +10,15 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import read_json
-from nnunetv2_e2enet.training.checkpoints import CHECKPOINTS, newest_checkpoint, read_checkpoint
+from nnunetv2_e2enet.training.architecture import e2enet_architecture, is_e2enet
+from nnunetv2_e2enet.training.checkpoints import CHECKPOINTS, fold_checkpoints, read_checkpoint
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -87,6 +89,16 @@ class Design:
         """Channels of the logits."""
         return int(self._manager.get_label_manager(dict(self.dataset)).num_segmentation_heads)
 
+    @property
+    def has_regions(self) -> bool:
+        """Whether the classes are regions, which may overlap."""
+        return bool(self._manager.get_label_manager(dict(self.dataset)).has_regions)
+
+    @property
+    def resolutions(self) -> int:
+        """At so many, nnU-Net's loss compares a network's outputs."""
+        return len(self.settings.pool_op_kernel_sizes) - 1
+
     def input_shape(self, batch_size: int = 1) -> tuple[int, ...]:
         """Batch, channels, and the patch."""
         return (batch_size, self.input_channels, *self.patch_size)
@@ -100,8 +112,8 @@ class Design:
         settings = self.settings
         if self.architecture is not None:
             settings.configuration["architecture"] = self.architecture
-        is_e2enet = settings.network_arch_class_name.endswith(".E2ENet")  # plans say all of it, whatever trained it
-        trainer = _trainer_class("nnUNetTrainer" if is_e2enet else self.trainer)
+        described = is_e2enet(settings.configuration["architecture"])  # plans say all of it, whatever trained it
+        trainer = _trainer_class("nnUNetTrainer" if described else self.trainer)
         with redirect_stdout(StringIO()):
             network: nn.Module = trainer.build_network_architecture(
                 self._manager, settings, self.input_channels, self.outputs, deep_supervision
@@ -138,23 +150,20 @@ class Training:
 def read_trainings(model: Path) -> list[Training]:
     """One for each fold that has a checkpoint."""
     trainings = []
-    for folder in sorted(model.glob("fold_*")):
-        file = newest_checkpoint(folder)
-        if file is None:
-            continue
-        checkpoint = read_checkpoint(file)
+    for fold, file in fold_checkpoints(model).items():
+        checkpoint = read_checkpoint(file, lazily=True)
         logged = checkpoint.get("logging", {})
         curves = {name: [float(value) for value in logged.get(name, [])] for name in LOGGED}
         starts, ends = (logged.get(f"epoch_{edge}_timestamps", []) for edge in ("start", "end"))
-        seconds = sorted(end - start for start, end in zip(starts, ends, strict=False))
+        seconds = [end - start for start, end in zip(starts, ends, strict=False)]
         trainings.append(
             Training(
-                folder.name.removeprefix("fold_"),
+                fold,
                 str(checkpoint["trainer_name"]),
                 str(checkpoint["init_args"]["configuration"]),
                 int(checkpoint["current_epoch"]),
                 curves,
-                float(seconds[len(seconds) // 2]) if seconds else math.nan,
+                float(median(seconds)) if seconds else math.nan,
             )
         )
     return trainings
@@ -169,7 +178,7 @@ def model_design(model: Path, name: str) -> Design:
     file = next((f for n in CHECKPOINTS for f in sorted(model.glob(f"fold_*/{n}"))), None)
     if file is None:
         raise E2ENetError(f"{model} has no checkpoint in any fold_*: finish a training, or profile its plans.json")
-    checkpoint = read_checkpoint(file)
+    checkpoint = read_checkpoint(file, lazily=True)
     return Design(
         name,
         f"{model.name}, {file.parent.name}",
@@ -199,8 +208,6 @@ def _trainer_class(name: str) -> Any:
 
 def e2enet_variant(design: Design, sparsity: float) -> Design:
     """E2ENet in the place of the network of a design, as ``nnUNetTrainerE2ENet`` trains it."""
-    from nnunetv2_e2enet.training.architecture import e2enet_architecture
-
     architecture = e2enet_architecture(design.settings.configuration["architecture"], feature_sparsity=sparsity)
     return replace(design, name=f"E2ENet S={sparsity:g}", trainer="nnUNetTrainer", architecture=architecture, checkpoint=None)
 

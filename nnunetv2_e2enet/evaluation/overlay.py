@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -135,24 +135,28 @@ def _draw(
     """The figure; arrays have the shape (depth, height, width), the spacing is in mm in this order."""
     heights = _row_heights(image.shape, spacing)
     width = COLUMN_WIDTH_INCHES * len(columns) + 0.4
-    legend_columns = _legend_columns(width, list(labels.values()))
-    legend_rows = math.ceil(len(labels) / legend_columns)
+    columns_of_legend = legend_columns(width, list(labels.values()), FONT_SIZE)
+    legend_rows = math.ceil(len(labels) / columns_of_legend)
     inches = (width, sum(heights) + 0.6 + 0.35 * legend_rows)
     figure = Figure(figsize=inches, dpi=DOTS_PER_INCH, layout="constrained")
     rows = figure.subplots(len(PLANES), len(columns), squeeze=False, height_ratios=heights)
     low, high = np.percentile(image, [0.5, 99.5])
     for plane, row in zip(PLANES, rows, strict=True):
         index = best_slice(list(columns.values()), list(labels), plane.axis)
-        mm_down, mm_across = (mm for axis, mm in enumerate(spacing) if axis != plane.axis)
         for segmentation, cell in zip(columns.values(), row, strict=True):
-            pixels = cut(image, plane, index)
-            _draw_image(cell, pixels, (low, high), mm_down / mm_across, plane.superior_is_last_row)
-            _draw_labels(cell, cut(segmentation, plane, index), list(labels))
+            draw_slice(cell, cut(image, plane, index), plane, spacing, (low, high), "nearest")
+            labelled = cut(segmentation, plane, index)
+            for rank, label in enumerate(labels):
+                x, y, mask = outlined(labelled == label, plane, spacing)
+                if mask.any():
+                    colour, line_style = label_style(rank)
+                    cell.contourf(x, y, mask, levels=[0.5, 1.5], colors=[colour], alpha=FILL_OPACITY)
+                    cell.contour(x, y, mask, levels=[0.5], colors=[colour], linewidths=1.8, linestyles=line_style)
         row[0].set_ylabel(plane.name, fontsize=FONT_SIZE)
     for title, cell in zip(columns, rows[0], strict=True):
         cell.set_title(title, fontsize=FONT_SIZE + 2)
     legend = [_legend_entry(rank, name) for rank, name in enumerate(labels.values())]
-    figure.legend(handles=legend, loc="outside lower center", ncols=legend_columns, fontsize=FONT_SIZE, frameon=False)
+    figure.legend(handles=legend, loc="outside lower center", ncols=columns_of_legend, fontsize=FONT_SIZE, frameon=False)
     return figure
 
 
@@ -162,6 +166,36 @@ def cut(volume: NDArray[Voxel], plane: Plane, index: int) -> NDArray[Voxel]:
     return pixels
 
 
+def draw_slice(
+    cell: Axes,
+    pixels: NDArray[np.floating],
+    plane: Plane,
+    spacing: Sequence[float],
+    window: tuple[float, float],
+    interpolation: str,
+) -> None:
+    """One slice of a volume of this spacing; coordinates are mm from its corner."""
+    tall, wide = np.multiply(pixels.shape, np.delete(spacing, plane.axis))
+    origin: Literal["lower", "upper"] = "lower" if plane.superior_is_last_row else "upper"
+    extent = (0, wide, 0, tall) if plane.superior_is_last_row else (0, wide, tall, 0)
+    low, high = window
+    cell.imshow(pixels, cmap="gray", vmin=low, vmax=high, extent=extent, origin=origin, interpolation=interpolation)
+    cell.set_autoscale_on(False)
+    cell.set(xticks=[], yticks=[])
+
+
+def outlined(
+    mask: NDArray[np.bool_], plane: Plane, spacing: Sequence[float]
+) -> tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]:
+    """Columns and rows in mm and values of a mask, for contours upon ``draw_slice``.
+
+    A border of background closes the outline of what touches the edge of the picture.
+    """
+    padded = np.pad(mask, 1).astype(float)
+    rows, columns = ((np.arange(n) - 0.5) * mm for n, mm in zip(padded.shape, np.delete(spacing, plane.axis), strict=True))
+    return columns, rows, padded
+
+
 def _row_heights(shape: tuple[int, ...], spacing: tuple[float, float, float]) -> list[float]:
     """Inches of each plane's row; one inch is the same number of millimetres in all of them."""
     depth, height, width = (n * mm for n, mm in zip(shape, spacing, strict=True))
@@ -169,32 +203,9 @@ def _row_heights(shape: tuple[int, ...], spacing: tuple[float, float, float]) ->
     return [inches_per_mm * mm for mm in (height, depth, depth)]
 
 
-def _draw_image(
-    cell: Axes, pixels: NDArray[np.floating], window: tuple[float, float], aspect: float, superior_is_last_row: bool
-) -> None:
-    low, high = window
-    origin: Literal["lower", "upper"] = "lower" if superior_is_last_row else "upper"
-    cell.imshow(pixels, cmap="gray", vmin=low, vmax=high, aspect=aspect, origin=origin, interpolation="nearest")
-    cell.set_autoscale_on(False)
-    cell.set_xticks([])
-    cell.set_yticks([])
-
-
-def _draw_labels(cell: Axes, pixels: NDArray[np.integer], labels: Sequence[int]) -> None:
-    """A translucent area with an outline for each label that the slice shows."""
-    rows, columns = (np.arange(-1, n + 1) for n in pixels.shape)
-    for rank, label in enumerate(labels):
-        # a border of background closes the outline where a label touches the edge of the picture
-        mask = np.pad(pixels == label, 1).astype(float)
-        if mask.any():
-            colour, line_style = label_style(rank)
-            cell.contourf(columns, rows, mask, levels=[0.5, 1.5], colors=[colour], alpha=FILL_OPACITY)
-            cell.contour(columns, rows, mask, levels=[0.5], colors=[colour], linewidths=1.8, linestyles=line_style)
-
-
-def _legend_columns(inches: float, names: Sequence[str]) -> int:
+def legend_columns(inches: float, names: Collection[str], font_size: float) -> int:
     """How many entries as wide as the longest name stand side by side."""
-    widest = (0.62 * max(len(name) for name in names) + 4.5) * FONT_SIZE / 72
+    widest = (0.62 * max(map(len, names)) + 4.5) * font_size / 72
     return max(1, min(len(names), int(inches / widest)))
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import nan, prod
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.evaluation import memory
-from nnunetv2_e2enet.evaluation.costs import Costs, Share, breakdown, count_costs
+from nnunetv2_e2enet.evaluation.costs import Costs, breakdown, count_costs
 from nnunetv2_e2enet.evaluation.networks import Design
 from nnunetv2_e2enet.machine import free_bytes
 from nnunetv2_e2enet.network import E2ENet, accounts
@@ -58,7 +59,7 @@ class Profile:
         kept_bytes: what autograd keeps for backward in a training step, counted in float32.
         training_bytes, prediction_bytes: measured peaks; NaN where not measured, and ``note`` says why.
         seconds: each timed forward pass of one patch.
-        shares: costs by level and flow, where asked for.
+        shares: costs by level and flow, as ``breakdown``; empty unless asked for.
     """
 
     name: str
@@ -71,17 +72,13 @@ class Profile:
     training_bytes: float = nan
     prediction_bytes: float = nan
     seconds: list[float] = field(default_factory=list)
-    shares: list[Share] = field(default_factory=list)
+    shares: pd.DataFrame = field(default_factory=pd.DataFrame)
     note: str = ""
 
     @property
     def latency(self) -> tuple[float, float, float]:
         """Seconds of a patch: lower quartile, median, upper quartile; NaN where nothing was timed."""
-        if not self.seconds:
-            return nan, nan, nan
-        if len(self.seconds) == 1:
-            return self.seconds[0], self.seconds[0], self.seconds[0]
-        low, median, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        low, median, high = map(float, np.quantile(self.seconds or [nan], (0.25, 0.5, 0.75)))
         return low, median, high
 
     @property
@@ -93,7 +90,7 @@ class Profile:
         """All fields, with latency (s) and throughput; what was not measured is NaN."""
         low, median, high = self.latency
         summary = {"latency_seconds": {"q1": low, "median": median, "q3": high}, "voxels_per_second": self.voxels_per_second}
-        return {**asdict(self), **summary}
+        return {**asdict(self), "shares": self.shares.to_dict("records"), **summary}
 
 
 def profile(designs: Sequence[Design], settings: Settings, progress: Progress = lambda _: None) -> list[Profile]:
@@ -147,7 +144,7 @@ def _count(design: Design, network: nn.Module, settings: Settings) -> Profile:
         batch_size,
         count_costs(network, design.input_shape(), by_engine=uses_engine(network, design.input_shape(), settings)),
         accounts.saved_bytes(design.build(deep_supervision=True), design.input_shape(batch_size)),
-        shares=breakdown(network, design.input_shape()) if settings.with_breakdown else [],
+        shares=breakdown(network, design.input_shape()) if settings.with_breakdown else pd.DataFrame(),
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import pandas as pd
 from rich.console import Console
 
+from nnunetv2_e2enet.evaluation.costs import SHARED
 from nnunetv2_e2enet.evaluation.numbers import NOTHING, gib, giga, millions, sizes
 from nnunetv2_e2enet.evaluation.profile import Profile, Settings
 from nnunetv2_e2enet.evaluation.tables import Table
@@ -37,15 +38,22 @@ def print_profiles(console: Console, profiles: list[Profile], settings: Settings
             _parts(p, flows).print(console)
 
 
+def cost_columns(costs: pd.DataFrame) -> pd.DataFrame:
+    """Columns of ``Costs`` as people read them."""
+    written = {"parameters": ("param.", millions), "macs": ("MAC", giga)}
+    text = {}
+    for name, values in costs.items():
+        what, _, kind = name.partition("_")
+        head, write = written[what]
+        text[f"{head}\n{kind}"] = [NOTHING if math.isnan(number) else write(number) for number in values]
+    return pd.DataFrame(text, costs.index)
+
+
 def _counts(profiles: list[Profile]) -> Table:
-    head = ["network", "patch", "stored\nparam.", "active\nparam.", "dense\nMAC", "active\nMAC", "executed\nMAC"]
-    rows = []
-    for p in profiles:
-        c = p.costs
-        counted = [millions(n) for n in (c.parameters_stored, c.parameters_active)]
-        counted += [giga(n) for n in (c.macs_dense, c.macs_active, c.macs_executed)]
-        rows.append([p.name, sizes(p.patch_size), *counted])
-    return Table.of("Parameters, and multiply-accumulates (MAC) of one patch", head, rows, words=2)
+    text = cost_columns(pd.DataFrame([asdict(p.costs) for p in profiles]))
+    text.insert(0, "network", [p.name for p in profiles])
+    text.insert(1, "patch", [sizes(p.patch_size) for p in profiles])
+    return Table("Parameters, and multiply-accumulates (MAC) of one patch", text, words=2)
 
 
 def measurements(profiles: Sequence[Profile], settings: Settings, with_patch: bool = False) -> Table:
@@ -77,14 +85,7 @@ def how_measured(settings: Settings) -> str:
 
 def _parts(p: Profile, flows: bool) -> Table:
     keys = ["level", "flow"] if flows else ["level"]
-    sums = pd.DataFrame([asdict(share) for share in p.shares]).groupby(keys, sort=False).sum(numeric_only=True)
-    text = pd.DataFrame(
-        {
-            "stored\nparam.": sums["parameters_stored"].map(millions),
-            "active\nparam.": sums["parameters_active"].map(millions),
-            "dense\nMAC": sums["macs_dense"].map(giga),
-            "active\nMAC": sums["macs_active"].map(giga),
-        }
-    ).reset_index()
+    sums = p.shares.groupby(keys, observed=True)[SHARED].sum()
+    text = cost_columns(sums).reset_index()
     title = f"{p.name}: costs by level (0 is the finest)" + (" and flow" if flows else "")
-    return Table(title, text.astype({"level": str}), words=len(keys))
+    return Table(title, text.astype(str), words=len(keys))

@@ -6,11 +6,12 @@ The unit is a case. scipy, statsmodels and scikit-posthocs do the mathematics.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -208,17 +209,12 @@ def _studentized_range(models: int) -> float:
     return float(stats.studentized_range.ppf(1 - ALPHA, models, np.inf))
 
 
-def trade_off_scores(
-    dice: Mapping[str, float], parameters: Mapping[str, float], macs: Mapping[str, float], a1: float = 1.0, a2: float = 1.0
-) -> dict[str, float]:
+def trade_off_scores(dice: pd.Series, parameters: pd.Series, macs: pd.Series, a1: float = 1.0, a2: float = 1.0) -> pd.Series:
     """The paper's performance trade-off score of each model, over all the models given.
 
     ``a1 mDice / max(mDice) + a2 (min(Params) / Params + min(FLOPs) / FLOPs)``. Multiply-accumulates may stand for FLOPs:
     a constant factor cancels out. NaN where no model has a Dice above 0.
     """
-    best = max((d for d in dice.values() if not math.isnan(d)), default=0.0)
-    fewest, least = min(parameters.values()), min(macs.values())
-    return {
-        name: a1 * (dice[name] / best if best > 0 else math.nan) + a2 * (fewest / parameters[name] + least / macs[name])
-        for name in dice
-    }
+    best = dice.max()
+    relative = dice / (best if best > 0 else math.nan)
+    return a1 * relative + a2 * (parameters.min() / parameters + macs.min() / macs)

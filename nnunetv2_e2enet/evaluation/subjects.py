@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,55 +23,52 @@ from nnunetv2_e2enet.evaluation.networks import (
 )
 from nnunetv2_e2enet.evaluation.sources import default_names, is_model_folder, short_trainer_name
 from nnunetv2_e2enet.files import read_json
+from nnunetv2_e2enet.training.architecture import is_e2enet
 
 PRESETS = {"ResEnc M": "nnUNetPlannerResEncM", "ResEnc L": "nnUNetPlannerResEncL"}
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to profile.
+def designs(
+    subjects: Sequence[str],
+    configuration: str | None = None,
+    trainer: str | None = None,
+    dataset_json: Path | None = None,
+    beside: Sequence[str] | None = None,
+    sparsities: Sequence[float] = SPARSITIES,
+) -> list[Design]:
+    """All networks that were asked for, each with a name of its own.
 
-    Attributes:
+    Args:
         subjects: folders, files, names or numbers of data sets.
         configuration: of plans; ``3d_fullres`` where there is one unless given.
         trainer: builds the networks of plans, instead of those below.
         dataset_json: of a plans file that has none beside it.
         beside: which networks to build from plans (``BESIDE``); None is all for plans and data sets, none for model folders.
         sparsities: of E2ENet.
-    """
-
-    subjects: Sequence[str]
-    configuration: str | None = None
-    trainer: str | None = None
-    dataset_json: Path | None = None
-    beside: Sequence[str] | None = None
-    sparsities: Sequence[float] = SPARSITIES
-
-
-def designs(request: Request) -> list[Design]:
-    """All networks that were asked for, each with a name of its own.
 
     Raises:
         E2ENetError: a subject is nothing known.
     """
-    folders = [Path(s) for s in request.subjects if is_model_folder(Path(s))]
+    folders = [Path(s) for s in subjects if is_model_folder(Path(s))]
     names = dict(zip(folders, default_names(folders) if len(folders) > 1 else [_short(f) for f in folders], strict=True))
     found: list[Design] = []
-    for subject in request.subjects:
+    for subject in subjects:
         path = Path(subject)
         if path in names:
             design = model_design(path, names[path])
-            found += [design, *(_beside(replace(design, checkpoint=None), None, request, request.beside or ()))]
-        elif path.is_file():
-            found += _from_plans(path, None, request)
+            found += [design, *_beside(replace(design, checkpoint=None), None, beside or (), sparsities)]
+            continue
+        dataset = None if path.is_file() else dataset_folder(subject)
+        if dataset is None and not path.is_file():
+            raise E2ENetError(
+                f"{subject} is no model folder (plans.json and fold_*), plans file, or data set in nnUNet_preprocessed: "
+                "check the path, or set nnUNet_preprocessed"
+            )
+        stock = _from_plans(dataset / "nnUNetPlans.json" if dataset else path, configuration, dataset_json)
+        if trainer is not None:
+            found.append(replace(stock, name=trainer, trainer=trainer))
         else:
-            folder = dataset_folder(subject)
-            if folder is None:
-                raise E2ENetError(
-                    f"{subject} is no model folder (plans.json and fold_*), plans file, or data set in nnUNet_preprocessed: "
-                    "check the path, or set nnUNet_preprocessed"
-                )
-            found += _from_plans(folder / "nnUNetPlans.json", folder.name, request)
+            found += _beside(stock, dataset.name if dataset else None, BESIDE if beside is None else beside, sparsities)
     return _with_own_names(found)
 
 
@@ -86,31 +83,26 @@ def _with_own_names(found: Sequence[Design]) -> list[Design]:
     return list({design.name: design for design in renamed}.values())
 
 
-def _from_plans(file: Path, dataset_name: str | None, request: Request) -> list[Design]:
+def _from_plans(file: Path, configuration: str | None, dataset_json: Path | None) -> Design:
     beside = file.parent / "dataset.json"
-    description = request.dataset_json or (beside if beside.is_file() else None)
+    description = dataset_json or (beside if beside.is_file() else None)
     if description is None:
         raise E2ENetError(f"there is no dataset.json beside {file}, for channels and classes: give --dataset-json FILE")
     plans = read_json(file)
     configurations = plans.get("configurations")
     if not isinstance(configurations, dict) or not configurations:
         raise E2ENetError(f"{file} has no configurations: expected nnU-Net's plans, such as nnUNetPlans.json")
-    configuration = request.configuration or ("3d_fullres" if "3d_fullres" in configurations else next(iter(configurations)))
+    configuration = configuration or ("3d_fullres" if "3d_fullres" in configurations else next(iter(configurations)))
     name = str(plans.get("plans_name", file.stem))
-    origin = f"{name}, {configuration}"
-    stock = Design("nnU-Net", origin, plans, read_json(description), configuration)
-    if request.trainer is not None:
-        return [replace(stock, name=request.trainer, trainer=request.trainer)]
-    return _beside(stock, dataset_name, request, BESIDE if request.beside is None else request.beside)
+    return Design("nnU-Net", f"{name}, {configuration}", plans, read_json(description), configuration)
 
 
-def _beside(design: Design, dataset_name: str | None, request: Request, kinds: Sequence[str]) -> list[Design]:
+def _beside(design: Design, dataset_name: str | None, kinds: Sequence[str], sparsities: Sequence[float]) -> list[Design]:
     """The networks of the kinds asked for, on the patch and strides of a design."""
     found: list[Design] = []
-    is_e2enet = design.settings.network_arch_class_name.endswith(".E2ENet")
     if "e2enet" in kinds:
-        found += [e2enet_variant(design, sparsity) for sparsity in request.sparsities]
-    if is_e2enet:
+        found += [e2enet_variant(design, sparsity) for sparsity in sparsities]
+    if is_e2enet(design.settings.configuration["architecture"]):
         if "nnunet" in kinds and design.name == "nnU-Net":  # plans of E2ENet's planner
             found.append(replace(design, name=str(design.plans.get("plans_name", "plans"))))
         return found

@@ -81,15 +81,25 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def fold_checkpoints(model: Path) -> dict[str, Path]:
+    """The newest checkpoint of each fold that has one, by the name of the fold."""
+    files = {folder.name.removeprefix("fold_"): newest_checkpoint(folder) for folder in sorted(model.glob("fold_*"))}
+    return {name: file for name, file in files.items() if file is not None}
+
+
+def read_checkpoint(path: Path, lazily: bool = False) -> dict[str, Any]:
     """A checkpoint that nnU-Net wrote, on the CPU. Nothing in it is executed.
+
+    Args:
+        path: the file.
+        lazily: whether tensors stay in the file until they are used.
 
     Raises:
         E2ENetError: the file is missing, truncated, not nnU-Net's, or holds something that a checkpoint does not.
     """
     try:
         with _reading, safe_globals(_ALLOWED):
-            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise E2ENetError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -38,7 +37,7 @@ def legend(index: int) -> str:
     with style():
         figure = Figure(figsize=(0.2, 0.2), facecolor="none")
         figure.add_artist(Line2D([0.5], [0.5], marker=marker, color=colour, markersize=8, linestyle="none"))
-        return inline_svg(figure, f"legend-{index}", "").replace('role="img" aria-label=""', 'aria-hidden="true"')
+        return inline_svg(figure, f"legend-{index}", "")
 
 
 def pareto(
@@ -58,9 +57,11 @@ def pareto(
     figure, [[axes]] = new_figure(2.7)
     axes.set_xscale("log")
     intervals = {name: comparison.interval("dice", name) for name in comparison.names}
-    front = _front([(float(values[name]), interval.mean) for name, interval in intervals.items()])
+    dice = pd.Series({name: interval.mean for name, interval in intervals.items()})
+    points = pd.DataFrame({"cost": values, "dice": dice}).dropna().sort_values(["cost", "dice"], ascending=[True, False])
+    front = points[points["dice"] > points["dice"].cummax().shift(fill_value=-math.inf)]
     if len(front) > 1:
-        axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=1, linestyle="--")
+        axes.plot(front["cost"], front["dice"], color=MUTED, linewidth=1, linestyle="--")
     known = [float(x) for x in pd.concat([values, hollow if hollow is not None else values]) if x > 0]
     middle = math.sqrt(min(known) * max(known)) if known else 1.0
     for index, (name, interval) in enumerate(intervals.items()):
@@ -83,15 +84,6 @@ def pareto(
     axes.set(xlabel=f"{cost} ({unit}), log scale", ylabel="mean Dice")
     listed = "; ".join(f"{name}: Dice {i.mean:.4f}, {values[name]:.4g} {unit}" for name, i in intervals.items())
     return Chart(key, f"Mean Dice over {cost}", caption, figure, listed)
-
-
-def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points that no other beats in both cost and Dice, cheapest first."""
-    front: list[tuple[float, float]] = []
-    for cost, dice in sorted((p for p in points if all(map(math.isfinite, p))), key=lambda p: (p[0], -p[1])):
-        if not front or dice > front[-1][1]:
-            front.append((cost, dice))
-    return front
 
 
 def _log_axis(axes: Axes) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
+from math import ceil
 from typing import Any
 
 import matplotlib.style
@@ -15,10 +15,10 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nnunetv2_e2enet.evaluation.overlay import OKABE_ITO
+from nnunetv2_e2enet.evaluation.overlay import OKABE_ITO, legend_columns
 
 WIDTH_INCHES = 4.3
-LEGEND_CHARACTERS = 80  # with what surrounds a name, in a row of a legend
+FONT_SIZE = 9
 DOTS_PER_INCH = 200
 INK, MUTED, GRID, PAPER = "#1c2127", "#5b6570", "#e6e9ed", "#ffffff"
 COLOURS = dict(zip(("orange", "sky", "green", "purple", "yellow", "blue", "vermillion"), OKABE_ITO, strict=True))
@@ -37,7 +37,7 @@ _TIP = "tip:"
 _SETTINGS: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
+    "font.size": FONT_SIZE,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.labelsize": 9.5,
@@ -53,7 +53,7 @@ _SETTINGS: Any = {
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": FONT_SIZE,
     "lines.linewidth": 1.6,
     "figure.facecolor": PAPER,
     "axes.facecolor": "none",
@@ -123,7 +123,7 @@ def inline_svg(figure: Figure, key: str, words: str) -> str:
     Args:
         figure: drawn with the colours of ``style``.
         key: unlike that of any other figure of the page.
-        words: what a screen reader says.
+        words: what a screen reader says; nothing where they are empty.
     """
     text = svg(figure)
     text = text[text.index("<svg") :]
@@ -135,7 +135,8 @@ def inline_svg(figure: Figure, key: str, words: str) -> str:
         text = re.sub(rf"(fill|stroke): {colour}\b", rf"\1: var(--{variable})", text, flags=re.IGNORECASE)
     opening = re.match(r"<svg[^>]*viewBox=\"([^\"]+)\"[^>]*>", text, flags=re.DOTALL)
     assert opening is not None
-    return f'<svg viewBox="{opening[1]}" role="img" aria-label="{escape(words)}">{text[opening.end() :]}'.strip()
+    role = f'role="img" aria-label="{escape(words)}"' if words else 'aria-hidden="true"'
+    return f'<svg viewBox="{opening[1]}" {role}>{text[opening.end() :]}'.strip()
 
 
 def colour_variables() -> str:
@@ -146,7 +147,9 @@ def colour_variables() -> str:
     return f":root {{ {bright}}} @media screen and (prefers-color-scheme: dark) {{ :root {{ {dim}}} }}"
 
 
-def legend_above(figure: Figure, handles: Mapping[str, Artist]) -> None:
-    """Above everything else, side by side as far as there is room."""
-    columns = max(1, LEGEND_CHARACTERS // (max(map(len, handles)) + 6))
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(columns, len(handles)), handlelength=2.4)
+def legend_above(figure: Figure, title: str | None = None) -> None:
+    """The labels of all axes, each once, above everything else; rows are as few as there is room for, and equally full."""
+    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    rows = ceil(len(handles) / legend_columns(WIDTH_INCHES, handles, FONT_SIZE))
+    columns = ceil(len(handles) / rows)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=columns, handlelength=2.4, title=title)

@@ -50,10 +50,9 @@ def report_html(comparison: Comparison, pictures: Sequence[Picture], provenance:
 
 
 def _cost_charts(comparison: Comparison) -> list[Chart]:
-    costs = pd.DataFrame({m.name: {} if m.costs is None else vars(m.costs) for m in comparison.models}).T
-    if costs.empty or costs.columns.empty:
+    costs = comparison.costs
+    if costs.isna().all(axis=None):
         return []
-    costs = costs.astype(float)
     drawn = [
         charts.pareto(
             comparison,

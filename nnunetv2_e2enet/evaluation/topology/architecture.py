@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,24 +23,21 @@ _RADIUS = 0.27
 def architecture(folds: Sequence[Fold]) -> Figure:
     """Nodes and flows; the width of a flow is its density, the mean over folds."""
     network = measures.fusion_network(folds)
-    nodes = measures.nodes(folds[0])
     levels = len(network.encoder.output_channels)
     figure, [[axes]] = new_figure(1.5 + min(0.9 * levels, WIDTH_INCHES - 0.5))
-    last = [measures.records_at(fold, None) for fold in folds]
-    densities = [measures.mean_by_flow([node.densities(record) for record in last]) for node in nodes]
-    widest = max(density for flows in densities for density in flows.values())
-    for node, flows in zip(nodes, densities, strict=True):
-        for flow, density in flows.items():
-            start = (node.stage - 1, node.level + SOURCES[flow])
-            width = THICKEST * density / widest
-            axes.plot(
-                [start[0], node.stage],
-                [start[1], node.level],
-                color=FLOW_COLOURS[flow],
-                linewidth=max(width, 0.3),
-                solid_capstyle="butt",
-                zorder=1,
-            )
+    nodes = measures.nodes(folds[0])
+    densities = measures.node_flows(folds, None)["density"]
+    widest = densities.max()
+    for (layer, flow), density in densities.items():
+        node = nodes[layer]
+        axes.plot(
+            [node.stage - 1, node.stage],
+            [node.level + SOURCES[flow], node.level],
+            color=FLOW_COLOURS[flow],
+            linewidth=max(THICKEST * density / widest, 0.3),
+            solid_capstyle="butt",
+            zorder=1,
+        )
     for level in range(1, levels):
         axes.plot([0, 0], [level - 1, level], color=MUTED, linewidth=1, zorder=1)
     heads = len(network.decoder.seg_layers)
@@ -54,7 +51,7 @@ def architecture(folds: Sequence[Fold]) -> Figure:
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(length=0)
-    _legend(figure, list(dict.fromkeys(flow for flows in densities for flow in flows)), widest)
+    _legend(figure, axes, densities.index.unique("flow"), widest)
     return figure
 
 
@@ -66,8 +63,10 @@ def _circle(axes: Axes, stage: int, level: int, channels: int, encoder: bool = F
     axes.text(stage, level, str(channels), ha="center", va="center", fontsize=8, zorder=4)
 
 
-def _legend(figure: Figure, flows: Sequence[str], widest: float) -> None:
-    legend_above(figure, {flow: Line2D([], [], color=FLOW_COLOURS[flow], linewidth=4) for flow in flows})
+def _legend(figure: Figure, axes: Axes, flows: Iterable[str], widest: float) -> None:
+    for flow in flows:
+        axes.plot([], [], color=FLOW_COLOURS[flow], linewidth=4, label=flow)
+    legend_above(figure)
     shares = [widest / 8, widest / 2, widest]
     widths = [Line2D([], [], color=MUTED, linewidth=THICKEST * share / widest) for share in shares]
     labels = [f"{share:.0%}" if share >= 0.1 else f"{share:.1%}" for share in shares]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 
 from nnunetv2_e2enet.evaluation.numbers import NOTHING
 from nnunetv2_e2enet.evaluation.tables import Table
 from nnunetv2_e2enet.evaluation.topology import measures
-from nnunetv2_e2enet.evaluation.topology.measures import FLOWS, Node
-from nnunetv2_e2enet.evaluation.topology.sources import Fold
+from nnunetv2_e2enet.evaluation.topology.sources import FLOWS, Fold
+from nnunetv2_e2enet.network.fusion import FusionNode
 
 FORMAT = 1
 """Of the JSON; raised when a key changes its meaning."""
@@ -25,7 +26,7 @@ def as_json(folds: Sequence[Fold], provenance: dict[str, Any]) -> dict[str, Any]
         "format": FORMAT,
         "provenance": provenance,
         "folds": [_fold(fold) for fold in folds],
-        "agreement": [asdict(item) for item in measures.agreements(folds)],
+        "agreement": measures.agreements(folds).to_dict("records"),
     }
 
 
@@ -37,9 +38,9 @@ def _fold(fold: Fold) -> dict[str, Any]:
         "trainer": fold.trainer,
         "epochs": fold.epoch,
         "update_epochs": measures.update_epochs(fold),
-        "nodes": [_node(fold, node) for node in measures.nodes(fold)],
-        "depth_groups": [asdict(group) for group in measures.depth_groups(fold)],
-        "survival": measures.survival(fold) if whole else None,
+        "nodes": [_node(fold, layer, node) for layer, node in measures.nodes(fold).items()],
+        "depth_groups": measures.depth_groups(fold).to_dict("records"),
+        "survival": measures.curves(fold)["survival"].dropna(axis=1).to_dict("list") if whole else None,
         "cohorts": {str(epoch): share for epoch, share in measures.cohorts(fold).items()} if whole else None,
         "history": {
             "missing": fold.why_no_history or None,
@@ -51,24 +52,20 @@ def _fold(fold: Fold) -> dict[str, Any]:
     }
 
 
-def _node(fold: Fold, node: Node) -> dict[str, Any]:
-    records = fold.history.records
-    flows = {}
-    for flow, place in node.parts.items():
-        flows[flow] = {
-            "connections": node.connections[flow],
-            "active": [record.active[place] for record in records],
-            "share": [node.shares(record)[flow] for record in records],
-            "explored": [record.explored[place] / node.connections[flow] for record in records],
-            "importance": [record.importance[place] for record in records],
-        }
+def _node(fold: Fold, layer: str, node: FusionNode) -> dict[str, Any]:
+    own = fold.counts[fold.counts["layer"] == layer]
+    own = own.assign(explored=own["explored"] / own["connections"])
+    lists = ["active", "share", "explored", "importance"]
     return {
         "stage": node.stage,
         "level": node.level,
-        "layer": node.layer,
-        "channels": node.channels,
-        "epochs": [record.epoch for record in records],
-        "flows": flows,
+        "layer": layer,
+        "channels": len(fold.connections.layers[layer].mask),
+        "epochs": [record.epoch for record in fold.history.records],
+        "flows": {
+            flow: {"connections": part["connections"].iloc[0], **part[lists].to_dict("list")}
+            for flow, part in own.groupby("flow", observed=True)
+        },
     }
 
 
@@ -76,29 +73,23 @@ def fold_table(folds: Sequence[Fold]) -> Table:
     """Survival of the connections of each fold, and the active ones of each flow."""
     rows = []
     for fold in folds:
-        layers = fold.connections.layers.values()
-        active, explored, connections = (
-            sum(counts) for counts in zip(*((x.n_active, int(x.explored.sum()), x.n_connections) for x in layers), strict=True)
-        )
-        first, last = (measures.densities(fold, fold.history.records[place]) for place in (0, -1))
+        active, explored, connections = fold.at()[["active", "explored", "connections"]].sum()
+        density = measures.curves(fold)["density"]
         cells = [fold.name, f"{fold.epoch}", f"{len(measures.update_epochs(fold))}", f"{active:,}"]
         cells += [f"{1 - active / connections:.4f}", f"{explored / connections:.1%}"]
-        rows.append([*cells, *_flow_cells(first if len(fold.history.records) > 1 else None, last)])
+        rows.append([*cells, *_flow_cells(density.iloc[0] if len(density) > 1 else None, density.iloc[-1])])
     return Table.of("Connections", ["fold", "epochs", "updates", "active", "sparsity", "explored", *FLOWS], rows)
 
 
 def node_table(folds: Sequence[Fold]) -> Table:
     """Shares of the flows of each node, means over folds, first and last record; without rows where there are no nodes."""
     epochs = measures.common_epochs(folds)
+    first, last = (measures.node_flows(folds, epoch)["share"] for epoch in (epochs[0] if epochs else None, None))
     rows = []
-    for node in measures.nodes(folds[0]):
-        last, first = (
-            measures.mean_by_flow([node.shares(measures.records_at(fold, epoch)) for fold in folds])
-            for epoch in (None, epochs[0] if epochs else None)
-        )
-        shown = [{flow: share for flow, share in shares.items() if flow in node.parts} for shares in (first, last)]
-        cells = _flow_cells(shown[0] if len(epochs) > 1 else None, shown[1])
-        rows.append([f"{node.stage}", f"{node.level}", f"{node.channels}", *cells])
+    for layer, node in measures.nodes(folds[0]).items():
+        channels = len(folds[0].connections.layers[layer].mask)
+        cells = _flow_cells(first[layer] if len(epochs) > 1 else None, last[layer])
+        rows.append([f"{node.stage}", f"{node.level}", f"{channels}", *cells])
     return Table.of("Active connections of each node, by direction", ["stage", "level", "channels", *FLOWS], rows)
 
 
@@ -115,6 +106,6 @@ def print_topology(console: Console, folds: Sequence[Fold]) -> None:
             console.print(f"{fold.name}: no history, {fold.why_no_history}.", soft_wrap=True)
 
 
-def _flow_cells(first: Mapping[str, float] | None, last: Mapping[str, float]) -> list[str]:
-    start = {flow: f"{value:.1%} → " for flow, value in (first or {}).items()}
+def _flow_cells(first: pd.Series | None, last: pd.Series) -> list[str]:
+    start = {} if first is None else first.map("{:.1%} → ".format)
     return [f"{start.get(flow, '')}{last[flow]:.1%}" if flow in last else NOTHING for flow in FLOWS]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import ceil
 
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from nnunetv2_e2enet.evaluation.report.drawing import INK, MUTED, PAPER, Chart, legend_above, new_figure, style
 from nnunetv2_e2enet.evaluation.topology import measures
 from nnunetv2_e2enet.evaluation.topology.architecture import architecture
-from nnunetv2_e2enet.evaluation.topology.measures import FLOWS, MissingError
-from nnunetv2_e2enet.evaluation.topology.sources import Fold
+from nnunetv2_e2enet.evaluation.topology.measures import MissingError
+from nnunetv2_e2enet.evaluation.topology.sources import FLOWS, Fold
 from nnunetv2_e2enet.evaluation.topology.style import FIRST, FLOW_COLOURS, FLOW_LINES, FLOW_MARKERS, SECOND
 
 OFFSET_COLOURS = {-1: FLOW_COLOURS["forward"], 0: FLOW_COLOURS["upward"], 1: FLOW_COLOURS["downward"]}
@@ -51,21 +50,21 @@ def flow_shares(folds: Sequence[Fold]) -> Figure:
     """The paper's picture: a triangle of nodes, in each a stacked bar for each of several epochs."""
     measures.fusion_network(folds)
     nodes = measures.nodes(folds[0])
-    stages, levels = max(n.stage for n in nodes), max(n.level for n in nodes) + 1
+    stages, levels = max(n.stage for n in nodes.values()), max(n.level for n in nodes.values()) + 1
     epochs: list[int | None] = list(measures.common_epochs(folds)) or [None]
+    shares = pd.concat({epoch: measures.node_flows(folds, epoch)["share"] for epoch in epochs}, axis=1)
     figure, grid = new_figure(0.8 + max(0.72 * levels, 1.2), levels, stages)
     for row in grid:
         for axes in row:
             axes.set_axis_off()
-    for node in nodes:
+    for layer, node in nodes.items():
         axes = grid[node.level][node.stage - 1]
         axes.set_axis_on()
-        for x, epoch in enumerate(epochs):
-            shares = [node.shares(measures.records_at(fold, epoch)) for fold in folds]
-            bottom = 0.0
-            for flow, share in measures.mean_by_flow(shares).items():
-                axes.bar(x, share, 0.86, bottom, color=FLOW_COLOURS[flow], edgecolor=PAPER, linewidth=0.8)
-                bottom += share
+        bottom = np.zeros(len(epochs))
+        for flow, share in shares.loc[layer].iterrows():
+            style = {"color": FLOW_COLOURS[flow], "edgecolor": PAPER, "linewidth": 0.8, "label": flow}
+            axes.bar(range(len(epochs)), share, 0.86, bottom, **style)
+            bottom += share
         axes.set(ylim=(0, 1), yticks=[0, 0.5, 1], xticks=range(len(epochs)), xlim=(-0.55, len(epochs) - 0.45))
         axes.tick_params(length=2, pad=2)
         axes.set_yticklabels(["0", "50", "100"] if node.stage == 1 else [])
@@ -78,7 +77,7 @@ def flow_shares(folds: Sequence[Fold]) -> Figure:
             axes.set_ylabel(f"level {node.level}")
     figure.supylabel("share (%)", fontsize=9)
     figure.supxlabel("epoch", fontsize=9)
-    legend_above(figure, {flow: Patch(color=FLOW_COLOURS[flow]) for flow in _present(folds[0])})
+    legend_above(figure)
     return figure
 
 
@@ -89,28 +88,19 @@ def _thinned(labels: Sequence[str], characters: int) -> list[str]:
     return [label if i in (0, len(labels) - 1) else "" for i, label in enumerate(labels)]
 
 
-def _present(fold: Fold) -> list[str]:
-    return [flow for flow in FLOWS if any(part.flow == flow for part in fold.history.parts)]
-
-
-def _flow_lines(axes: Axes, fold: Fold, epochs: Sequence[int], values: Sequence[dict[str, float]], weight: float) -> None:
-    for flow in _present(fold):
-        axes.plot(
-            epochs,
-            [value[flow] for value in values],
-            linestyle=FLOW_LINES[flow],
-            color=FLOW_COLOURS[flow],
-            linewidth=weight,
-            marker=FLOW_MARKERS[flow],
-            markersize=3 if len(epochs) < 30 else 0,
-        )
-
-
-def _line_legend(figure: Figure, fold: Fold) -> None:
-    def handle(flow: str) -> Line2D:
-        return Line2D([], [], color=FLOW_COLOURS[flow], linestyle=FLOW_LINES[flow], marker=FLOW_MARKERS[flow], markersize=4)
-
-    legend_above(figure, {flow: handle(flow) for flow in _present(fold)})
+def _flow_lines(axes: Axes, values: pd.DataFrame, weight: float) -> None:
+    """A line for each flow of which there are values, by epoch."""
+    for flow in FLOWS:
+        if flow in values:
+            axes.plot(
+                values[flow],
+                linestyle=FLOW_LINES[flow],
+                color=FLOW_COLOURS[flow],
+                linewidth=weight,
+                marker=FLOW_MARKERS[flow],
+                markersize=3 if len(values) < 30 else 0,
+                label=flow,
+            )
 
 
 def _epoch_axis(axes: Axes, label: bool = True) -> None:
@@ -128,18 +118,16 @@ def evolution(folds: Sequence[Fold]) -> Figure:
     _check_changed(shown)
     figure, [[density], [importance]] = new_figure(4.2, 2)
     for fold in shown:
-        records = fold.history.records
-        epochs = [record.epoch for record in records]
-        weight = 1.8 if len(shown) == 1 else 1.0
-        _flow_lines(density, fold, epochs, [measures.densities(fold, record) for record in records], weight)
-        _flow_lines(importance, fold, epochs, [measures.importances(fold, record) for record in records], weight)
+        curves, weight = measures.curves(fold), 1.8 if len(shown) == 1 else 1.0
+        _flow_lines(density, curves["density"], weight)
+        _flow_lines(importance, curves["importance"], weight)
     density.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     density.set_ylabel("active connections")
     importance.set_ylabel(f"mean importance:\n{shown[0].history.importance}", wrap=True)
     importance.set_ylim(bottom=0)
     _epoch_axis(density, label=False)
     _epoch_axis(importance)
-    _line_legend(figure, shown[0])
+    legend_above(figure)
     return figure
 
 
@@ -151,13 +139,11 @@ def change(folds: Sequence[Fold]) -> Figure:
     _check_changed(shown)
     figure, [[replaced], [explored]] = new_figure(4.0, 2)
     for fold in shown:
-        active = sum(int(layer.mask.sum()) for layer in fold.connections.layers.values())
-        changed = fold.logged("dsff_connections_changed")
-        updates = [(epoch, value / active) for epoch, value in enumerate(changed) if value > 0]  # before this epoch's training
-        replaced.vlines([x for x, _ in updates], 0, [y for _, y in updates], color=FIRST, linewidth=1.6, alpha=0.75)
-        replaced.plot([x for x, _ in updates], [y for _, y in updates], "o", color=FIRST, markersize=3)
-        values = fold.logged("dsff_explored")
-        explored.plot(range(len(values)), values, color=FIRST)
+        changed = pd.Series(fold.logged("dsff_connections_changed"))  # before this epoch's training
+        updates = changed[changed > 0] / fold.at()["active"].sum()
+        replaced.vlines(updates.index, 0, updates, color=FIRST, linewidth=1.6, alpha=0.75)
+        replaced.plot(updates, "o", color=FIRST, markersize=3)
+        explored.plot(fold.logged("dsff_explored"), color=FIRST)
     for axes, label in ((replaced, "connections replaced"), (explored, "explored so far")):
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
@@ -175,12 +161,10 @@ def survival(folds: Sequence[Fold]) -> Figure:
     _check_changed(shown)
     figure, [[start], [each]] = new_figure(4.4, 2)
     for fold in shown:
-        epochs = [record.epoch for record in fold.history.records]
-        survivors = measures.survival(fold)
-        values = [{kind: survivors[kind][i] for kind in survivors} for i in range(len(epochs))]
-        _flow_lines(start, fold, epochs, values, 1.8 if len(shown) == 1 else 1.0)
+        survivors = measures.curves(fold)["survival"]
+        _flow_lines(start, survivors, 1.8 if len(shown) == 1 else 1.0)
         if "all layers" in survivors:
-            start.plot(epochs, survivors["all layers"], "-o", color=INK, markersize=3, linewidth=1)
+            start.plot(survivors["all layers"], "-o", color=INK, markersize=3, linewidth=1)
         cohorts = measures.cohorts(fold)
         each.plot(list(cohorts), list(cohorts.values()), "-o", color=INK, markersize=3, linewidth=1)
     start.set_ylabel("of the start,\nstill active")
@@ -191,53 +175,43 @@ def survival(folds: Sequence[Fold]) -> Figure:
         axes.set_ylim(0, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     start.set_xlabel("epochs trained")
-    if _present(shown[0]):
-        _line_legend(figure, shown[0])
+    if shown[0].network is not None:
+        legend_above(figure)
     return figure
 
 
 def depth(folds: Sequence[Fold]) -> Figure:
     """Norm and density of each node's connections by the offset of the depth shift."""
     measures.fusion_network(folds)
-    groups = [measures.depth_groups(fold) for fold in folds]
-    if not groups[0]:
+    groups = pd.concat([measures.depth_groups(fold) for fold in folds])
+    if groups.empty:
         raise MissingError("the maps of this network are not shifted along the depth (2D, or shift size 1)")
-    rows = sorted({(group.stage, group.level) for group in groups[0]})
-    offsets = sorted({group.offset for group in groups[0]})
-    figure, [[norm, density]] = new_figure(1.4 + 0.23 * len(rows), 1, 2)
-    handles = []
+    means = groups.groupby(["stage", "level", "offset"])[["norm", "density"]].mean().unstack()
+    offsets = list(means["norm"])
+    figure, [[norm, density]] = new_figure(1.4 + 0.23 * len(means), 1, 2)
     for index, offset in enumerate(offsets):
         marker = "<" if offset < 0 else ">" if offset > 0 else "o"
         colour = OFFSET_COLOURS[offset] if OFFSET_COLOURS.keys() >= set(offsets) else _ramp(index, len(offsets))
+        label = f"{offset:+d}" if offset else "0"
         for axes, value in ((norm, "norm"), (density, "density")):
-            points = [(x, y) for y, row in enumerate(rows) for x in _mean_of_group(groups, row, offset, value)]
-            (handle,) = axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=5.5)
-        handles.append(handle)
+            axes.plot(means[value, offset], range(len(means)), marker, color=colour, markersize=5.5, label=label)
     for axes in (norm, density):
         axes.grid(visible=True, axis="y")
-        axes.set(ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)))
+        axes.set(ylim=(len(means) - 0.4, -0.6), yticks=range(len(means)))
         axes.xaxis.set_major_locator(MaxNLocator(3))
     norm.axvline(1, color=MUTED, linewidth=0.8)
-    norm.set_yticklabels([f"stage {stage}, level {level}" for stage, level in rows])
+    norm.set_yticklabels([f"stage {stage}, level {level}" for stage, level in means.index])
     density.set_yticklabels([])
     norm.set_xlabel("kernel norm,\nmean of the node = 1")
     density.set_xlabel("active\nconnections")
     density.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-    labels = [f"{offset:+d}" if offset else "0" for offset in offsets]
-    columns = ceil(len(offsets) / ceil(len(offsets) / 5))
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, title="moved by (slices)", handletextpad=0.1)
+    legend_above(figure, "moved by (slices)")
     return figure
 
 
 def _ramp(index: int, count: int) -> str:
     """Offsets are in an order, and so are their colours, which can be seen on white and on black."""
     return to_hex(LinearSegmentedColormap.from_list("offsets", [FIRST, "#8a929c", SECOND])(index / max(count - 1, 1)))
-
-
-def _mean_of_group(groups: Sequence[list[measures.DepthGroup]], row: tuple[int, int], offset: int, value: str) -> list[float]:
-    """Over folds; none where no map of the node is moved by so much."""
-    found = [getattr(g, value) for fold in groups for g in fold if (g.stage, g.level) == row and g.offset == offset]
-    return [sum(found) / len(found)] if found else []
 
 
 def agreement(folds: Sequence[Fold]) -> Figure:
@@ -247,24 +221,20 @@ def agreement(folds: Sequence[Fold]) -> Figure:
             "there is one training here, and agreement takes two; give the model folder, once two folds are trained"
         )
     found = measures.agreements(folds)
-    kinds = list(dict.fromkeys(item.kind for item in found))
+    kinds = list(found["kind"].unique())
     figure, [[axes]] = new_figure(1.0 + 0.36 * len(kinds))
-    for y, kind in enumerate(kinds):
-        items = [item for item in found if item.kind == kind]
+    axes.plot([], [], "o", color=MUTED, markersize=5, label="a pair of folds")
+    for y, (kind, pairs) in enumerate(found.groupby("kind", observed=True)):
+        spread = y + 0.22 * ((np.arange(len(pairs)) + 0.5) / len(pairs) - 0.5)
         colour = FLOW_COLOURS.get(kind, MUTED)
-        spread = [y + 0.22 * ((i + 0.5) / len(items) - 0.5) for i in range(len(items))]
-        axes.plot([i.overlap for i in items], spread, FLOW_MARKERS.get(kind, "D"), color=colour, markersize=5, alpha=0.8)
-        chance = sum(item.chance for item in items) / len(items)
-        axes.plot([chance, chance], [y - 0.32, y + 0.32], color=INK, linewidth=2)
+        axes.plot(pairs["overlap"], spread, FLOW_MARKERS.get(kind, "D"), color=colour, markersize=5, alpha=0.8)
+        chance = pairs["chance"].mean()
+        axes.plot([chance, chance], [y - 0.32, y + 0.32], color=INK, linewidth=2, label="chance")
     axes.set(yticks=range(len(kinds)), yticklabels=kinds, ylim=(len(kinds) - 0.5, -0.5), xlim=(0, None))
     axes.grid(visible=True, axis="x")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("connections in common")
-    handles = [
-        Line2D([], [], color=MUTED, marker="o", markersize=5, linestyle="none"),
-        Line2D([], [], color=INK, linewidth=2),
-    ]
-    figure.legend(handles, ["a pair of folds", "chance"], loc="outside upper center", ncols=2)
+    legend_above(figure)
     return figure
 
 
@@ -275,17 +245,19 @@ def losses(folds: Sequence[Fold]) -> Figure:
         raise MissingError("the checkpoint has no log of losses")
     figure, [[axes]] = new_figure(2.7)
     for fold in shown:
-        for key, colour, line in (("val_losses", SECOND, "--"), ("train_losses", FIRST, "-")):
-            values = fold.logged(key)
-            axes.plot(range(1, len(values) + 1), values, line, color=colour, linewidth=1.5 if len(shown) == 1 else 0.9)
+        for key, label, colour, line in (
+            ("train_losses", "training", FIRST, "-"),
+            ("val_losses", "validation", SECOND, "--"),
+        ):
+            values, width = fold.logged(key), 1.5 if len(shown) == 1 else 0.9
+            axes.plot(range(1, len(values) + 1), values, line, color=colour, linewidth=width, label=label)
     updates = measures.update_epochs(shown[0])
     for epoch in updates:
         axes.axvline(epoch, 0, 0.05, color=INK, linewidth=1.2 if len(updates) < 60 else 0.5)
+    axes.plot([], [], "|", color=INK, markersize=8, label="update")
     _epoch_axis(axes)
     axes.set_ylabel("loss")
-    handles = [Line2D([], [], color=FIRST), Line2D([], [], color=SECOND, linestyle="--")]
-    handles += [Line2D([], [], color=INK, marker="|", markersize=8, linestyle="none")]
-    figure.legend(handles, ["training", "validation", "update"], loc="outside upper center", ncols=3)
+    legend_above(figure)
     return figure
 
 

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_e2enet.dsff import HISTORY_FILE, History, TopologyHistory, read_history
+from nnunetv2_e2enet.dsff import HISTORY_FILE, History, Part, TopologyHistory, read_history
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, fusion_flows, maskable_layers
 from nnunetv2_e2enet.network.blocks import CONV
 from nnunetv2_e2enet.network.connections import MaskableLayer, MaskedConv3d
+from nnunetv2_e2enet.network.fusion import SOURCES
 from nnunetv2_e2enet.network.learned_shift import LearnedDepthShift
-from nnunetv2_e2enet.training.checkpoints import newest_checkpoint, read_checkpoint
+from nnunetv2_e2enet.training.architecture import is_e2enet
+from nnunetv2_e2enet.training.checkpoints import fold_checkpoints, newest_checkpoint, read_checkpoint
+
+FLOWS = tuple(SOURCES)
+KINDS = (*FLOWS, "upsampling", "second block", "all layers")
+"""Of connections: their flow, or another name for a layer without flows."""
+_COUNTED = ("active", "grown", "explored", "survivors", "importance")
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,36 @@ class Fold:
         """Whether the history of the topology could be read."""
         return not self.why_no_history
 
+    @cached_property
+    def kinds(self) -> pd.Categorical:
+        """Of the parts of the history, in the order of ``KINDS``."""
+        return pd.Categorical([self._kind(part) for part in self.history.parts], KINDS)
+
+    def _kind(self, part: Part) -> str:
+        if part.flow or self.network is None:
+            return part.flow or "all layers"
+        return "upsampling" if part.layer.endswith("upsample") else "second block"
+
+    @cached_property
+    def counts(self) -> pd.DataFrame:
+        """The history by ``record`` and ``part``, whose places in it are the index. Two records may be of the same epoch.
+
+        Columns: ``layer``, ``flow`` (NaN where there is none), ``connections``, ``kind`` of the part; lists of
+        ``TopologyRecord``; ``density``, the active connections over all of the part; ``share``, those over the layer's active
+        ones.
+        """
+        parts = pd.DataFrame(self.history.parts, columns=Part._fields).assign(kind=self.kinds)
+        parts["flow"] = pd.Categorical(parts["flow"].replace("", None), FLOWS)
+        records = [parts.assign(**{name: getattr(record, name) for name in _COUNTED}) for record in self.history.records]
+        counts = pd.concat(dict(enumerate(records)), names=["record", "part"]).astype({"importance": float})
+        active = counts.groupby(["record", "layer"])["active"].transform("sum")
+        return counts.assign(density=counts["active"] / counts["connections"], share=counts["active"] / active.clip(lower=1))
+
+    def at(self, epoch: int | None = None) -> pd.DataFrame:
+        """The counts of the first record of an epoch; of the last record for None."""
+        epochs = [record.epoch for record in self.history.records]
+        return self.counts.loc[len(epochs) - 1 if epoch is None else epochs.index(epoch)]
+
     def logged(self, key: str) -> list[float]:
         """Values by epoch, those that are missing as NaN; empty where none is known."""
         values = [float("nan") if value is None else float(value) for value in list(self.log.get(key, []))[: self.epoch]]
@@ -71,19 +110,18 @@ def read_topologies(path: Path, folds: Sequence[str] = ()) -> list[Fold]:
         return [_fold(path.stem, path, None)]
     if not path.is_dir():
         raise E2ENetError(f"{path} is not there: expected a model folder, a fold's folder or a checkpoint")
-    if newest_checkpoint(path) is not None:
-        found = {path.name: path}
-    else:
-        found = {folder.name: folder for folder in sorted(path.glob("fold_*")) if newest_checkpoint(folder) is not None}
-        wanted = [f"fold_{name}" for name in folds] or list(found)
-        missing = [name for name in wanted if name not in found]
-        if missing or not found:
-            raise E2ENetError(
-                f"{path} has no checkpoint in {', '.join(missing) or 'any fold_*'}: expected a model folder "
-                "(TRAINER__PLANS__CONFIGURATION), one of its fold folders, or a checkpoint file"
-            )
-        found = {name: found[name] for name in wanted}
-    trainings = [_fold(name.replace("_", " "), newest_checkpoint(folder), folder) for name, folder in found.items()]
+    alone = newest_checkpoint(path)
+    if alone is not None:
+        return [_fold(path.name.replace("_", " "), alone, path)]
+    found = fold_checkpoints(path)
+    wanted = list(dict.fromkeys(folds or found))
+    missing = [f"fold_{name}" for name in wanted if name not in found]
+    if missing or not found:
+        raise E2ENetError(
+            f"{path} has no checkpoint in {', '.join(missing) or 'any fold_*'}: expected a model folder "
+            "(TRAINER__PLANS__CONFIGURATION), one of its fold folders, or a checkpoint file"
+        )
+    trainings = [_fold(f"fold {name}", found[name], found[name].parent) for name in wanted]
     for other in trainings[1:]:
         if other.connections.parts != trainings[0].connections.parts:
             raise E2ENetError(
@@ -92,8 +130,7 @@ def read_topologies(path: Path, folds: Sequence[str] = ()) -> list[Fold]:
     return trainings
 
 
-def _fold(name: str, file: Path | None, folder: Path | None) -> Fold:
-    assert file is not None
+def _fold(name: str, file: Path, folder: Path | None) -> Fold:
     checkpoint = read_checkpoint(file)
     network = _network(checkpoint, file)
     weights = checkpoint["network_weights"]
@@ -116,7 +153,7 @@ def _network(checkpoint: Mapping[str, Any], file: Path) -> E2ENet | None:
         architecture = arguments["plans"]["configurations"][arguments["configuration"]]["architecture"]
         given = architecture["arch_kwargs"]
         own_classes = given.get("encoder_class") or given.get("decoder_class")
-        if own_classes or not str(architecture["network_class_name"]).endswith(".E2ENet"):
+        if own_classes or not is_e2enet(architecture):
             return None
         with torch.device("meta"):
             return E2ENet(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nnunetv2_e2enet.evaluation.overlay import LINE_STYLES
 from nnunetv2_e2enet.evaluation.report.drawing import COLOURS
-from nnunetv2_e2enet.evaluation.topology.measures import FLOWS
+from nnunetv2_e2enet.evaluation.topology.sources import FLOWS
 
 FLOW_COLOURS = dict(zip(FLOWS, (COLOURS["blue"], COLOURS["orange"], COLOURS["green"]), strict=True))
 FLOW_LINES = dict(zip(FLOWS, LINE_STYLES, strict=True))

@@ -28,7 +28,10 @@ from nnunetv2_e2enet.evaluation.overlay import (
     Plane,
     best_slice,
     cut,
+    draw_slice,
     label_style,
+    legend_columns,
+    outlined,
     read_on_grid_of,
     read_volume,
     save_figure,
@@ -152,30 +155,16 @@ def _draw(scan: Scan, title: str, labels: Mapping[str, Sequence[int]]) -> Figure
 
 def _draw_plane(cell: Axes, scan: Scan, plane: Plane, labels: Mapping[str, Sequence[int]]) -> None:
     index = scan.places[PLANES.index(plane)]
-    pixels, classes = cut(scan.image, plane, index), cut(scan.segmentation, plane, index)
-    down, across = (axis for axis in range(3) if axis != plane.axis)
-    tall, wide = scan.size[down], scan.size[across]
-    low, high = (0.0, tall) if plane.superior_is_last_row else (tall, 0.0)
-    cell.imshow(
-        pixels,
-        cmap="gray",
-        vmin=scan.window[0],
-        vmax=scan.window[1],
-        extent=(0, wide, low, high),
-        origin="lower" if plane.superior_is_last_row else "upper",
-        interpolation="bilinear",
-    )
-    cell.set_autoscale_on(False)
+    draw_slice(cell, cut(scan.image, plane, index), plane, scan.spacing, scan.window, "bilinear")
     cell.set_axis_off()
-    # a border of background closes the contour of what touches the edge of the scan
-    y, x = ((np.arange(-1, scan.image.shape[axis] + 1) + 0.5) * scan.spacing[axis] for axis in (down, across))
+    labelled = cut(scan.segmentation, plane, index)
     for name, rank in _ranks(scan, labels).items():
-        mask = np.pad(np.isin(classes, list(labels[name])), 1)
+        x, y, mask = outlined(np.isin(labelled, list(labels[name])), plane, scan.spacing)
         if mask.any():
             colour, line_style = _style(rank)
             lines = cell.contour(x, y, mask, levels=[0.5], colors=[colour], linewidths=LINE_WIDTH, linestyles=line_style)
             lines.set_path_effects(HALO)
-    _mark_other_planes(cell, scan, (down, across), (tall, wide))
+    _mark_other_planes(cell, scan, plane)
     _write_on(cell, scan, plane, index)
 
 
@@ -192,15 +181,12 @@ def _style(rank: int) -> tuple[tuple[float, float, float], LineStyle]:
     return (red, green, blue), line_style
 
 
-def _mark_other_planes(cell: Axes, scan: Scan, axes: tuple[int, int], size: tuple[float, float]) -> None:
+def _mark_other_planes(cell: Axes, scan: Scan, plane: Plane) -> None:
     """Ticks at the edges, where the other two planes cut this one."""
-    down, across = ((scan.places[axis] + 0.5) * scan.spacing[axis] for axis in axes)
+    down, across = ((scan.places[axis] + 0.5) * scan.spacing[axis] for axis in range(3) if axis != plane.axis)
     for start, end in ((0.0, 0.04), (0.96, 1.0)):
-        for xs, ys in (
-            ((start * size[1], end * size[1]), (down, down)),
-            ((across, across), (start * size[0], end * size[0])),
-        ):
-            cell.plot(xs, ys, color=QUIET, linewidth=0.8, path_effects=HALO)
+        for line in (cell.axhline(down, start, end), cell.axvline(across, start, end)):
+            line.set(color=QUIET, linewidth=0.8, path_effects=HALO)
 
 
 def _write_on(cell: Axes, scan: Scan, plane: Plane, index: int) -> None:
@@ -239,10 +225,9 @@ def _draw_legend(cell: Axes, scan: Scan, labels: Mapping[str, Sequence[int]], in
     ]
     nothing = Line2D([], [], color="none")
     entries = found + [(nothing, f"{name}, not found") for name in labels if not scan.volume(labels[name])]
-    width, height = (72 * side for side in inches)
-    longest = max(len(text) for _, text in entries)
+    width, height = inches
     for size in FONT_SIZES:
-        columns, rows = max(1, int(width / (size * (0.58 * longest + 3.5)))), max(1, int(height / (1.5 * size)))
+        columns, rows = legend_columns(width, [text for _, text in entries], size), max(1, int(72 * height / (1.5 * size)))
         if len(entries) <= rows * columns:
             break
     else:
