@@ -42,6 +42,7 @@ from nnunetv2_e2enet.evaluation.costs import count_costs
 from nnunetv2_e2enet.training.architecture import scaled_architecture
 from nnunetv2_e2enet.training.checkpoints import newest_checkpoint, read_checkpoint
 from nnunetv2_e2enet.training.crossval import Fold, FoldState
+from nnunetv2_e2enet.training.dsff import DSFFMixin
 from nnunetv2_e2enet.training.trainer import E2ENetMixin
 from nnunetv2_e2enet.training.variants import variant
 
@@ -111,12 +112,22 @@ def renamed(cls: Any, like: Any) -> Any:
 
 
 def in_bfloat16(base: Any) -> Any:
-    """A trainer whose training iterations run under bfloat16 autocast on the CPU; validation and prediction stay float32."""
+    """A trainer whose network trains under bfloat16 autocast on the CPU; loss, validation and prediction stay float32.
+
+    Autocast on the CPU, unlike that on a GPU, would compute the loss's softmax in bfloat16 as well.
+    """
 
     class InBfloat16(base):  # type: ignore[misc]
-        def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                return super().train_step(batch)
+        def initialize(self) -> None:
+            super().initialize()
+            network, forward = self.network, self.network.forward
+
+            def in_bfloat16(x: torch.Tensor) -> Any:
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=network.training):
+                    logits = forward(x)
+                return [level.float() for level in logits] if isinstance(logits, list) else logits.float()
+
+            network.forward = in_bfloat16
 
     InBfloat16.__name__ = base.__name__
     return InBfloat16
@@ -147,10 +158,13 @@ def train(contestant: str, dataset_name: str, fold: Fold, deadline: float, given
     elif given.width:
         entry = plans["configurations"][CONFIGURATION]
         entry["architecture"] = scaled_architecture(entry["architecture"], given.width)
+    if issubclass(base, DSFFMixin):
+        base = renamed(variant(base, "seeded", topology_seed=given.seed), base)
     if given.bfloat16 and given.device == "cpu" and contestant == contestants.BASELINE:
         base = in_bfloat16(base)
     cls = until(deadline, base, given.epochs, iterations)
-    seeded(1000 * given.seed + fold.number)
+    seed = 1000 * given.seed + fold.number
+    seeded(seed)
     contestants.as_nnunet_trains(given.device)
     plans["continue_training"] = state is not FoldState.NEW
     trainer = cls(plans, CONFIGURATION, fold.number, dataset, torch.device(given.device))
@@ -159,6 +173,7 @@ def train(contestant: str, dataset_name: str, fold: Fold, deadline: float, given
     else:
         if state is FoldState.STARTED:
             trainer.load_checkpoint(str(newest_checkpoint(fold.folder)))
+            seeded(seed + 10**6 * trainer.current_epoch)  # the same number again would repeat batches of the first epochs
         try:
             trainer.run_training()
         finally:
