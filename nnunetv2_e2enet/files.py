@@ -7,6 +7,7 @@ import os
 import secrets
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from nnunetv2_e2enet.errors import E2ENetError
@@ -46,6 +47,22 @@ def write(path: Path, content: str | bytes) -> None:
     except OSError as error:
         raise E2ENetError(
             f"cannot write {path} ({error.strerror}): expected a folder with room and write permission; choose another place"
+        ) from error
+
+
+def make_writable(folder: Path) -> None:
+    """Makes a folder, unless it is there, and a file in it, which is gone at once.
+
+    Raises:
+        E2ENetError: that cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise E2ENetError(
+            f"cannot write into {folder} ({error.strerror}): expected a folder with room and write permission, or a new one"
         ) from error
 
 

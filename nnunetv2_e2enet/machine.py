@@ -4,30 +4,63 @@ from __future__ import annotations
 
 import errno
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 MEMORY = Path("/proc/meminfo")
-GROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
 _ALLOCATORS = ("out of memory", "can't allocate memory")  # on a GPU; on a CPU, where torch raises a RuntimeError
+
+
+@dataclass(frozen=True)
+class _Accounts:
+    """Files of a control group: its limit, the bytes it uses, and how many of these are pages of files that can go."""
+
+    limit: str
+    used: str
+    pages_of_files: tuple[str, str]
+
+
+_V1 = _Accounts("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+_V2 = _Accounts("memory.max", "memory.current", ("active_file", "inactive_file"))
 
 
 def free_bytes() -> float:
     """Memory that processes can still take; infinity where the system does not say.
 
-    A container's limit counts where it is lower; pages of files that its processes have read do not.
+    The limit of a container or of a batch job's control group (version 1 or 2, with all groups above it) counts where it is
+    lower. Pages of files that its processes have read do not.
     """
-    free = math.inf
-    if MEMORY.is_file():
-        free = bytes_in(MEMORY, "MemAvailable")
-    limit, used, details = GROUP / "memory.max", GROUP / "memory.current", GROUP / "memory.stat"
-    if limit.is_file() and used.is_file() and details.is_file():
-        maximum = limit.read_text(encoding="utf-8").strip()
-        if maximum.isdigit():
-            files = dict(line.split() for line in details.read_text(encoding="utf-8").splitlines())
-            free = min(free, float(maximum) - float(used.read_text(encoding="utf-8")) + float(files.get("inactive_file", 0)))
-    return free
+    free = bytes_in(MEMORY, "MemAvailable") if MEMORY.is_file() else math.inf
+    return min(free, *(_free_in(group, accounts) for group, accounts in _control_groups()), math.inf)
+
+
+def _control_groups() -> Iterator[tuple[Path, _Accounts]]:
+    """The groups that this process belongs to, as far as they can be seen from within a container."""
+    lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines() if MEMBERSHIP.is_file() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = GROUPS / "memory" if controllers else GROUPS
+        group = root / path.lstrip("/")
+        for each in (group, *group.parents):
+            if each.is_relative_to(root):
+                yield each, _V1 if controllers else _V2
+
+
+def _free_in(group: Path, accounts: _Accounts) -> float:
+    try:
+        limit, used = ((group / name).read_text(encoding="utf-8").strip() for name in (accounts.limit, accounts.used))
+        details = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+    except OSError:  # the root group has no limit, and others may not be visible
+        return math.inf
+    files = sum(float(details.get(name, 0)) for name in accounts.pages_of_files)
+    return float(limit) - float(used) + files if limit.isdigit() else math.inf
 
 
 def bytes_in(file: Path, field: str) -> float:

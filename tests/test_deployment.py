@@ -355,6 +355,7 @@ def test_models_that_cannot_be_exported(
         (["-step_size", "0"], "the step size is 0.0"),
         (["-npp", "0"], "0 for both"),
         (["-part_id", "1"], "counted from 0"),
+        (["-npp", "0", "-nps", "0", "-num_parts", "2"], "-npp 0 -nps 0 predicts all parts in one process"),
         (["-prev_stage_predictions", "somewhere"], "no cascade's second stage"),
     ],
 )
@@ -365,6 +366,41 @@ def test_predictions_that_cannot_be_made(
     assert main(["predict", *files, "-device", "cpu", *options]) == 1
     assert message in single_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_is_not_replaced(
+    packed: Path, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan = Path(shutil.copy(min((project.raw / "imagesTs").glob("*_0000.nii.gz")), tmp_path / "scan.nii.gz"))
+    given = scan.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", str(tmp_path)):
+        assert main(["predict", "-m", str(packed), "-i", "scan.nii.gz", "-o", folder, "-device", "cpu"]) == 1
+        assert "scan.nii.gz would replace an image of that name: name another folder with -o" in single_line(capsys)
+    assert scan.read_bytes() == given
+
+
+def test_segmentations_cannot_be_written(
+    packed: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    for out in (tmp_path / "out", tmp_path / "out" / "below"):
+        files = ["-m", str(packed), "-i", str(project.raw / "imagesTs"), "-o", str(out)]
+        assert main(["predict", *files, "-device", "cpu"]) == 1
+        assert f"cannot write into {out} (" in single_line(capsys)
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+def test_other_files_of_a_folder_are_left_alone(packed: Path, project: Project, tmp_path: Path) -> None:
+    """Segmentations may lie among images: they are named differently."""
+    for image in (project.raw / "imagesTs").iterdir():
+        shutil.copy(image, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    files = ["-m", str(packed), "-i", str(tmp_path), "-o", str(tmp_path)]
+    assert main(["predict", *files, "-device", "cpu", "--disable_tta", "--volumes"]) == 0
+    with (tmp_path / "volumes.csv").open(newline="") as file:
+        assert {f"{row['case']}.nii.gz" for row in csv.DictReader(file)} == set(images(project))
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
 def test_cascades_need_the_first_stage(packed: Path) -> None:

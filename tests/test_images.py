@@ -146,6 +146,15 @@ def test_channels_are_given_one_by_one(tmp_path: Path, model: PackedModel) -> No
         folder_of_images([tmp_path / "t1", tmp_path / "small"], two),
     ):
         pass
+    for change in (SimpleITK.Image.SetOrigin, SimpleITK.Image.SetDirection):
+        moved = make_scan(seed=1)
+        change(moved, (9, 9, 9) if change is SimpleITK.Image.SetOrigin else (1, 0, 0, 0, -1, 0, 0, 0, -1))
+        SimpleITK.WriteImage(moved, tmp_path / "moved.nii.gz")
+        with (
+            pytest.raises(E2ENetError, match=r"moved\.nii\.gz has .* origin .*: resample the channels to one grid"),
+            folder_of_images([tmp_path / "t1", tmp_path / "moved.nii.gz"], two),
+        ):
+            pass
     with (
         pytest.raises(E2ENetError, match="1 images are given with -i, but the model has the channels T1, T2"),
         folder_of_images([tmp_path / "t1"], two),

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from support import run_python
@@ -29,6 +31,7 @@ from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.prediction import install, known, scans, why_never, why_nnunet
 from nnunetv2_e2enet.prediction.export import Export
 from nnunetv2_e2enet.prediction.windows import predict_mirrored
+from nnunetv2_e2enet.settings import override
 
 pytestmark = pytest.mark.skipif(isinstance(load_scan_core(), str), reason="the compiled core was not built")
 
@@ -62,7 +65,7 @@ def make_plans(transpose: tuple[int, ...] = (0, 1, 2), **configuration: Any) -> 
             "image_reader_writer": "SimpleITKIO",
             "label_manager": "LabelManager",
             "transpose_forward": list(transpose),
-            "transpose_backward": list(np.argsort(transpose)),
+            "transpose_backward": np.argsort(transpose).tolist(),
             "foreground_intensity_properties_per_channel": {"0": {}},
             "configurations": {"here": here},
         }
@@ -426,8 +429,13 @@ def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scans, "free_bytes", lambda: 1e4)
     with pytest.raises(E2ENetError, match=r"4 classes of 8 x 16 x 16 voxels need 0\.0 GB of memory, 0\.0 GB are free: close"):
         predictor.predict_single_npy_array(image((8, 16, 16), 0), {"spacing": [1, 1, 1]})
+    monkeypatch.setattr(scans, "free_bytes", lambda: 1.2e5)  # enough but for the engine's feature maps
+    with override(engine="on"), pytest.raises(E2ENetError, match=r"need .* GB of memory, .* GB are free"):
+        predictor.predict_single_npy_array(image((8, 16, 16), 0), {"spacing": [1, 1, 1]})
+    predictor.predict_single_npy_array(image((8, 16, 16), 0), {"spacing": [1, 1, 1]})
+    monkeypatch.setattr(scans, "free_bytes", lambda: 1e4)
     case = {"data": torch.zeros(1, 8, 16, 16), "data_properties": {"shape_before_cropping": (8, 16, 16)}, "ofile": None}
-    with pytest.raises(SystemExit, match=r"^E2ENet: 4 classes of"):
+    with pytest.raises(E2ENetError, match=r"^4 classes of"):
         predictor.predict_from_data_iterator([case])
 
 
@@ -437,32 +445,57 @@ def test_a_scan_larger_than_memory_is_one_line() -> None:
     predictor = make_predictor(make_plans(patch_size=[8, 1024, 1024]), tile_step_size=1.0)
     data = torch.zeros(1, 1, 1, 1).expand(1, 16, side, side)
     case = {"data": data, "data_properties": {"shape_before_cropping": (16, side, side)}, "ofile": None}
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(E2ENetError) as error:
         predictor.predict_from_data_iterator([case])
-    assert re.fullmatch(
-        rf"E2ENet: 4 classes of 16 x {side} x {side} voxels need .* GB of memory, .* close .*", str(error.value)
+    assert re.fullmatch(rf"4 classes of 16 x {side} x {side} voxels need .* GB of memory, .* close .*", str(error.value))
+
+
+def test_files_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files whose names have no folder go to the current one; a folder that is gone is one line."""
+    predictor = make_predictor(make_plans())
+    monkeypatch.chdir(tmp_path)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(image((8, 16, 16))[0]), "a_0000.nii.gz")
+    assert predictor.predict_from_files_sequential([["a_0000.nii.gz"]], ["a"]) == []
+    expected = predictor.predict_single_npy_array(image((8, 16, 16)), {"spacing": [1, 1, 1]})
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(SimpleITK.ReadImage("a.nii.gz")), expected)
+    data, _, properties = DefaultPreprocessor(verbose=False).run_case(
+        ["a_0000.nii.gz"], None, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
     )
+    case = {"data": torch.from_numpy(data), "data_properties": properties, "ofile": str(tmp_path / "gone" / "a")}
+    with pytest.raises(E2ENetError, match=r"^cannot write .*gone/a\.nii\.gz \(.*\): expected a folder with room"):
+        predictor.predict_from_data_iterator([case])
 
 
-def test_memory_that_runs_out_is_one_line() -> None:
-    """A limit that the check before the first window does not know of."""
+@pytest.mark.parametrize("engine", ["off", "on"])
+def test_memory_that_runs_out_is_one_line(engine: str) -> None:
+    """A limit that the check before the first window does not know of: of the sums, or of the engine's feature maps."""
+    patch, voxels, room = (
+        ("[8, 16, 16]", "8, 3000, 3000", 2**28) if engine == "off" else ("[8, 1024, 1024]", "8, 8, 8", 3 * 2**28)
+    )
     code = """
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, TESTS)
 import torch
 import test_prediction
-predictor = test_prediction.make_predictor(test_prediction.make_plans())
+predictor = test_prediction.make_predictor(test_prediction.make_plans(patch_size=PATCH))
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-data = torch.zeros(1, 1, 1, 1).expand(1, 8, 3000, 3000)
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, resource.RLIM_INFINITY))  # sums of windows take 576 MB
+data = torch.zeros(1, 1, 1, 1).expand(1, VOXELS)
+resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
 shape = tuple(data.shape[1:])
 properties = {"spacing": [1, 1, 1], "shape_before_cropping": shape, "shape_after_cropping_and_before_resampling": shape}
 properties["bbox_used_for_cropping"] = [[0, n] for n in shape]
 case = {"data": data, "data_properties": properties, "ofile": None}
 predictor.predict_from_data_iterator([case])
 """
-    result = run_python(code.replace("TESTS", repr(str(Path(__file__).parent))))
+    for name, value in {
+        "TESTS": repr(str(Path(__file__).parent)),
+        "PATCH": patch,
+        "VOXELS": voxels,
+        "ROOM": str(room),
+    }.items():
+        code = code.replace(name, value)
+    result = run_python(code, {"nnUNet_e2enet_engine": engine})
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("E2ENet: out of memory: close other programs")
     assert "Traceback" not in result.stderr

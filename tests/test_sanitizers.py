@@ -66,6 +66,5 @@ def test_networks_of_all_kinds_run_clean(sanitized: Path, settings: dict[str, st
 
 
 def test_whole_scans_run_clean(sanitized: Path, settings: dict[str, str]) -> None:
-    """Labels of random logits, and scans of which windows are summed; commands and settings need fixtures of their own."""
-    chosen = "(export or threshold or probabilities_are or memory) and not runs_out"
-    run_clean(sanitized, ("test_prediction.py",), chosen, settings)
+    """Labels of random logits, and scans whose windows are summed, mirrored and divided."""
+    run_clean(sanitized, ("test_prediction.py",), "not runs_out", settings)

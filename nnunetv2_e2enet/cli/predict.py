@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import make_writable
 from nnunetv2_e2enet.registration import find_nnunet
 from nnunetv2_e2enet.settings import STORAGE_16_BIT, override
 
@@ -102,7 +103,9 @@ def run(args: argparse.Namespace) -> int:
             args.verbose,
             not args.disable_progress_bar,
         )
-        cases = _cases(args, images, model)
+        everything = _first_channels(images, model)
+        cases = everything[args.part_id :: args.num_parts]
+        _check_places(args, everything, images, model)
         if args.preview:
             check_previews(cases, model)
         if series is not None:
@@ -112,17 +115,31 @@ def run(args: argparse.Namespace) -> int:
                 )
             for image in cases:  # one, or none of this part
                 check_dicom_seg(image, series, model)
-        args.o.mkdir(parents=True, exist_ok=True)
+        make_writable(args.o)
         _predict(args, predictor, images)
-        _finish(args, model, cases, series)
+        _finish(args, model, everything, cases, series)
     return 0
 
 
-def _cases(args: argparse.Namespace, images: Path, model: PackedModel) -> list[Path]:
-    """First channels of the cases that are predicted, in nnU-Net's order."""
+def _first_channels(images: Path, model: PackedModel) -> list[Path]:
+    """The first channel of each case, in nnU-Net's order."""
     ending = f"_0000{model.description.dataset['file_ending']}"
-    found = sorted(images.glob(f"*{ending}"), key=lambda path: path.name.removesuffix(ending))
-    return found[args.part_id :: args.num_parts]
+    return sorted(images.glob(f"*{ending}"), key=lambda path: path.name.removesuffix(ending))
+
+
+def _segmentation(folder: Path, image: Path, model: PackedModel) -> Path:
+    """The segmentation of the case whose first channel is ``image``."""
+    ending = model.description.dataset["file_ending"]
+    return folder / f"{image.name.removesuffix(f'_0000{ending}')}{ending}"
+
+
+def _check_places(args: argparse.Namespace, cases: Sequence[Path], images: Path, model: PackedModel) -> None:
+    """Raises E2ENetError where a segmentation would take the place of an image."""
+    given = {path.resolve() for path in (*args.i, *images.iterdir())}
+    for image in cases:
+        target = _segmentation(args.o, image, model)
+        if target.resolve() in given:
+            raise E2ENetError(f"the segmentation {target} would replace an image of that name: name another folder with -o")
 
 
 def _predict(args: argparse.Namespace, predictor: nnUNetPredictor, images: Path) -> None:
@@ -138,25 +155,28 @@ def _predict(args: argparse.Namespace, predictor: nnUNetPredictor, images: Path)
         predictor.predict_from_files(str(images), str(args.o), num_parts=args.num_parts, part_id=args.part_id, **options)
 
 
-def _finish(args: argparse.Namespace, model: PackedModel, cases: Sequence[Path], series: Series | None) -> None:
-    """What is made of the segmentations."""
+def _finish(
+    args: argparse.Namespace, model: PackedModel, everything: Sequence[Path], cases: Sequence[Path], series: Series | None
+) -> None:
+    """Writes all that is made of segmentations: of ``cases``, or of every case that this or another part has segmented."""
     from nnunetv2_e2enet.deployment.dicom_seg import write_dicom_seg
     from nnunetv2_e2enet.deployment.previews import write_previews
     from nnunetv2_e2enet.deployment.volumes import write_volumes
 
-    ending = model.description.dataset["file_ending"]
     progress = not args.disable_progress_bar
     folders = [args.o]
+    segmented = [path for path in (_segmentation(args.o, image, model) for image in everything) if path.is_file()]
     if args.postprocess:
-        folders.append(_postprocess(args.o, model, progress))
+        folders.append(_postprocess(segmented, args.o / "postprocessed", model, progress))
     for folder in folders:
         if args.volumes:
-            write_volumes(folder, model, progress)
+            write_volumes(folder / "volumes.csv", [folder / path.name for path in segmented], model, progress)
         if args.preview:
             write_previews(folder, cases, model, progress)
         if series is not None:
-            for case in (image.name.removesuffix(f"_0000{ending}") for image in cases):
-                write_dicom_seg(folder / f"{case}.dcm", folder / f"{case}{ending}", series, model, folder != args.o)
+            for path in (_segmentation(folder, image, model) for image in cases):
+                case = path.name.removesuffix(model.description.dataset["file_ending"])
+                write_dicom_seg(folder / f"{case}.dcm", path, series, model, folder != args.o)
 
 
 def _check(args: argparse.Namespace, model: PackedModel) -> None:
@@ -165,6 +185,8 @@ def _check(args: argparse.Namespace, model: PackedModel) -> None:
         raise E2ENetError(f"-part_id {args.part_id} of -num_parts {args.num_parts}: parts are counted from 0")
     if args.npp < 0 or args.nps < 0 or (args.npp == 0) != (args.nps == 0):
         raise E2ENetError(f"-npp {args.npp} -nps {args.nps}: at least 1 process each, or 0 for both to work without")
+    if args.npp == 0 and args.num_parts > 1:
+        raise E2ENetError("-npp 0 -nps 0 predicts all parts in one process: leave -num_parts out, or use 1 process each")
     previous = model.description.managers()[1].previous_stage_name
     if (previous is None) != (args.prev_stage_predictions is None):
         needed = "is no cascade's second stage" if previous is None else f"needs the segmentations of {previous}"
@@ -186,17 +208,15 @@ def _set_threads(device: str) -> None:
         torch.set_num_threads(1)
 
 
-def _postprocess(folder: Path, model: PackedModel, progress: bool) -> Path:
-    """The folder that it makes."""
+def _postprocess(segmentations: Sequence[Path], target: Path, model: PackedModel, progress: bool) -> Path:
+    """The folder ``target``, with what nnU-Net's postprocessing leaves of each segmentation."""
     from nnunetv2.postprocessing.remove_connected_components import load_postprocess_save
     from tqdm import tqdm
 
     from nnunetv2_e2enet.deployment.segmenter import postprocessing_steps
 
     reader = model.description.managers()[0].image_reader_writer_class()
-    target = folder / "postprocessed"
     target.mkdir(exist_ok=True)
-    segmentations = sorted(folder.glob(f"*{model.description.dataset['file_ending']}"))
     for path in tqdm(segmentations, desc="Postprocessing", disable=not progress):
         load_postprocess_save(str(path), str(target / path.name), reader, *postprocessing_steps(model))
     return target

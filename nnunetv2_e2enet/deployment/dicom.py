@@ -72,6 +72,8 @@ def read_series(series: Series) -> SimpleITK.Image:
         E2ENetError: slices are missing, lie at uneven distances or askew, differ in size, or cannot be read.
     """
     slices = [read_header(file) for file in series.files]
+    if slices[0].GetNumberOfComponents() != 1:
+        raise E2ENetError(f"{series} is in colour: expected a scan of one channel")
     if len(slices) == 1:
         return read_image(series.files[0])
     _check(series, slices)
@@ -85,8 +87,6 @@ def read_series(series: Series) -> SimpleITK.Image:
 
 def _check(series: Series, slices: Sequence[SimpleITK.ImageFileReader]) -> None:
     first = slices[0]
-    if first.GetNumberOfComponents() != 1:
-        raise E2ENetError(f"{series} is in colour: expected a scan of one channel")
     alike = all(s.GetSize() == first.GetSize() and np.allclose(s.GetSpacing()[:2], first.GetSpacing()[:2]) for s in slices)
     if not alike or not all(np.allclose(s.GetDirection(), first.GetDirection(), atol=1e-3) for s in slices):
         raise E2ENetError(f"{series} has slices of several sizes or directions: expected one volume; is a scout part of it?")

@@ -20,6 +20,9 @@ from nnunetv2_e2enet.imaging import read_header, read_image
 WRITTEN = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
 """Endings of files with a geometry, which SimpleITK writes and nnU-Net's readers read."""
 
+SAME_PLACE = 0.1
+"""Voxels by which the origins of a case's channels may differ."""
+
 
 @contextmanager
 def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path]:
@@ -81,10 +84,23 @@ def _put(path: Path, target: Path, ending: str) -> None:
 
 
 def _check_grids(paths: Sequence[Path], files: Sequence[Path]) -> None:
+    """Raises E2ENetError unless the voxels of all channels lie in the same places."""
     first: SimpleITK.ImageFileReader | None = None
     for path, file in zip(paths, files, strict=True):
         reader = read_header(file, called=path)
         first = first or reader
-        if reader.GetSize() != first.GetSize() or not np.allclose(reader.GetSpacing(), first.GetSpacing(), rtol=1e-4):
-            given, other = (f"{r.GetSize()} voxels of {r.GetSpacing()} mm" for r in (reader, first))
-            raise E2ENetError(f"{path} has {given}, {paths[0]} has {other}: resample the channels to one grid")
+        if not _same_grid(reader, first):
+            given, other = (
+                f"{r.GetSize()} voxels of {r.GetSpacing()} mm, origin {r.GetOrigin()}, directions {r.GetDirection()}"
+                for r in (reader, first)
+            )
+            raise E2ENetError(f"{path} has {given}; {paths[0]} has {other}: resample the channels to one grid")
+
+
+def _same_grid(one: SimpleITK.ImageFileReader, other: SimpleITK.ImageFileReader) -> bool:
+    return (
+        one.GetSize() == other.GetSize()
+        and np.allclose(one.GetSpacing(), other.GetSpacing(), rtol=1e-4)
+        and np.allclose(one.GetDirection(), other.GetDirection(), rtol=0, atol=1e-3)
+        and np.allclose(one.GetOrigin(), other.GetOrigin(), rtol=0, atol=SAME_PLACE * min(other.GetSpacing()))
+    )

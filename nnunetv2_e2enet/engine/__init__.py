@@ -4,7 +4,7 @@ An E2ENet on the CPU uses the engine by itself: in eval mode with gradients off,
 settings ``engine``, ``engine_kernels`` and ``engine_storage`` (``nnunetv2_e2enet.settings``) say more. See docs/engine.md.
 """
 
-from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, disabled, predicts
+from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, bytes_to_take, disabled, predicts
 from nnunetv2_e2enet.engine.core import KERNELS, KERNELS_VARIABLE, STORAGE_VARIABLE, STORAGES, load_core
 from nnunetv2_e2enet.engine.counts import executed_macs, product_macs
 from nnunetv2_e2enet.engine.status import Status, peak_flops, profile, release, status, why_pytorch
@@ -18,6 +18,7 @@ __all__ = [
     "STORAGE_VARIABLE",
     "Status",
     "accelerate",
+    "bytes_to_take",
     "disabled",
     "executed_macs",
     "load_core",

@@ -205,6 +205,26 @@ def predicts(network: E2ENet, input_shape: Sequence[int]) -> bool:
     return True
 
 
+def bytes_to_take(network: E2ENet, input_shape: Sequence[int]) -> int:
+    """Memory that the next patch of this shape takes for feature maps; 0 where PyTorch computes, or where it is held already.
+
+    The weights are packed, and the memory is reserved, which takes none yet.
+    """
+    core = load_core()
+    if isinstance(core, str) or not predicts(network, input_shape):
+        return 0
+    session, patch_size = session_of(network), tuple(input_shape[2:])
+    try:
+        plan = session.plan(network, core)
+    except NotSupportedError:
+        return 0
+    if any(program.patch_size == patch_size for program in session.idle_programs()):
+        return 0
+    program = session.take_program(plan, patch_size)
+    session.give_back(plan, program)
+    return program.n_bytes
+
+
 def accelerate(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
     """The logits of ``network(x)``, or None where PyTorch has to compute them.
 

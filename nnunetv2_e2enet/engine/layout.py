@@ -38,6 +38,9 @@ def pages(floats: int) -> Floats:
     """Memory that starts at a page, huge ones if there are, and goes back to the system with the last reference to it.
 
     From an allocator that keeps what was freed, patches of many sizes would leave pieces that fit none of them.
+
+    Raises:
+        OSError: the system has none left (ENOMEM).
     """
     n_bytes = max(1, floats) * np.float32().itemsize
     # Memory that processes share, the default, gets no huge pages, and a forked child would write into it

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from nnunetv2_e2enet.engine import bytes_to_take
 from nnunetv2_e2enet.engine.scan import ScanCore
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.machine import free_bytes
@@ -108,7 +109,7 @@ def segment(predictor: nnUNetPredictor, core: ScanCore, data: Tensor, properties
     classes, size, shape = labels.num_segmentation_heads, tuple(padded.shape[1:]), tuple(data.shape[1:])
     folds = len(predictor.list_of_parameters)
     sums = SlidingSums.shape(classes, size, [as_window(slicer) for slicer in slicers])
-    _check_memory(predictor, classes, size, sums, properties)
+    _check_memory(predictor, padded.shape[0], classes, size, sums, properties)
     total = torch.empty((shape[0], classes, *size[1:]), dtype=torch.half) if folds > 1 else None
     strides = (prod(size[1:]), size[2])
     result = Export(core, predictor.plans_manager, configuration, labels, properties, shape, strides)
@@ -179,6 +180,7 @@ def _threads() -> Iterator[None]:
 
 def _check_memory(
     predictor: nnUNetPredictor,
+    channels: int,
     classes: int,
     size: Sequence[int],
     sums: Sequence[int],
@@ -186,9 +188,11 @@ def _check_memory(
 ) -> None:
     """Before hours of work end in a process that the system kills."""
     half, single = 2, 4
+    patch = predictor.configuration_manager.patch_size
     needed = half * prod(sums) * (1 + 1 / classes)
-    patch_and_mirror_image = 2 * prod(predictor.configuration_manager.patch_size)
+    patch_and_mirror_image = 2 * prod(patch)
     needed += single * classes * patch_and_mirror_image
+    needed += bytes_to_take(predictor.network.eval(), (1, channels, *patch))
     needed += prod(properties["shape_before_cropping"]) * np.dtype(label_dtype(predictor.label_manager)).itemsize
     if len(predictor.list_of_parameters) > 1:
         needed += half * classes * prod(size)
@@ -211,13 +215,21 @@ def write(predictor: nnUNetPredictor, segmentation: Segmentation, target: str, p
         properties: of the preprocessed image.
 
     Raises:
-        OSError, RuntimeError: it cannot be written.
+        E2ENetError: the file cannot be written.
     """
     final = Path(target + predictor.dataset_json["file_ending"])
     writer = predictor.plans_manager.image_reader_writer_class()
-    with TemporaryDirectory(prefix=".writing_", dir=final.parent) as folder:  # not a hidden file, which commands would find
-        writer.write_seg(segmentation, str(Path(folder) / final.name), properties)
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == final.name):  # the segmentation last
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            path.replace(final.parent / path.name)
+    try:
+        with TemporaryDirectory(
+            prefix=".writing_", dir=final.parent
+        ) as folder:  # not a hidden file, which commands would find
+            writer.write_seg(segmentation, str(Path(folder) / final.name), properties)
+            for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == final.name):  # the segmentation last
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                path.replace(final.parent / path.name)
+    except (OSError, RuntimeError) as error:  # SimpleITK raises the latter
+        reason = " ".join(str(error).split())
+        raise E2ENetError(
+            f"cannot write {final} ({reason}): expected a folder with room and write permission; --continue_prediction goes on"
+        ) from error

@@ -2,20 +2,25 @@
 
 nnU-Net has no hook between its command and its predictor. Four methods of ``nnUNetPredictor`` are therefore replaced in the
 running process, when an E2ENet is built to predict. Each asks ``why_nnunet`` first, and calls the method that it replaced
-unless the answer is None. Nothing of nnU-Net's files is changed.
+unless the answer is None. Nothing of nnU-Net's files is changed. A scan that cannot be predicted raises E2ENetError, of which
+nnU-Net's commands, like ours, show the message alone.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
@@ -45,6 +50,7 @@ def install() -> None:
             _replace("predict_from_data_iterator", _predict_cases)
             _replace("predict_from_files_sequential", _predict_sequentially)
             _replace("predict_single_npy_array", _predict_array)
+            sys.excepthook = functools.partial(_show, sys.excepthook)
             _installed = True
 
 
@@ -56,6 +62,16 @@ def _replace(name: str, replacement: Callable[..., Any]) -> None:
         return replacement(functools.partial(original, predictor), predictor, *arguments, **options)
 
     setattr(nnUNetPredictor, name, method)
+
+
+def _show(
+    others: Callable[..., Any], kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Prints an error that ends the program."""
+    if isinstance(error, E2ENetError):
+        print(f"E2ENet: {error}", file=sys.stderr)
+    else:
+        others(kind, error, traceback)
 
 
 def why_never() -> str | None:
@@ -150,6 +166,8 @@ def _predict_sequentially(
             images, outputs, save_probabilities, overwrite, folder_with_segs_from_prev_stage
         )
         return own
+    if isinstance(outputs, list):  # files without a folder are of the current one
+        outputs = [f"./{output}" if Path(output).name == output else output for output in outputs]
     results = predictor.predict_from_files(images, outputs, save_probabilities, overwrite, 1, 1)
     return None if results is None else [segmentation for segmentation in results if segmentation is not None]
 
@@ -167,13 +185,22 @@ def _predict_cases(
         processes = () if num_processes_segmentation_export is None else (num_processes_segmentation_export,)
         results: list[Segmentation | None] = original(data_iterator, save_probabilities, *processes)
         return results
+    with _memory():
+        try:
+            return _segment_and_write(predictor, core, data_iterator)
+        finally:
+            if isinstance(data_iterator, MultiThreadedAugmenter):
+                data_iterator._finish()
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Frees what nnU-Net caches. Too little memory is an E2ENetError."""
     try:
-        return _segment_and_write(predictor, core, data_iterator)
-    except E2ENetError as error:
-        raise SystemExit(f"E2ENet: {error}") from None
-    except (MemoryError, RuntimeError) as error:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise SystemExit("E2ENet: out of memory: close other programs, or use a machine with more") from error
+            raise E2ENetError("out of memory: close other programs, or use a machine with more") from error
         raise
     finally:
         compute_gaussian.cache_clear()
@@ -227,10 +254,11 @@ def _predict_array(
             save_or_return_probabilities,
         )
     preprocessor, configuration = preprocessing(predictor)
-    data, _, properties = preprocessor.run_case_npy(
-        input_image, None, image_properties, predictor.plans_manager, configuration, predictor.dataset_json
-    )
-    segmentation = segment(predictor, core, torch.from_numpy(data), properties)
+    with _memory():
+        data, _, properties = preprocessor.run_case_npy(
+            input_image, None, image_properties, predictor.plans_manager, configuration, predictor.dataset_json
+        )
+        segmentation = segment(predictor, core, torch.from_numpy(data), properties)
     if output_file_truncated is None:
         return segmentation
     write(predictor, segmentation, output_file_truncated, properties)
