@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +28,9 @@ _ALLOWED: list[Any] = [
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 """In nnU-Net's order: it goes on from the first that is there. The best may be many epochs older than the latest."""
+
+_NAME_ANOTHER = "name a model folder, a fold's folder or a checkpoint_*.pth"
+_RESUME = f"remove it and repeat the command; nnU-Net resumes from the next of {', '.join(CHECKPOINTS)} that is there"
 
 _reading = Lock()  # what is allowed holds for all threads, and ends with the first that has read
 
@@ -78,8 +80,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, remedy: str = _NAME_ANOTHER) -> dict[str, Any]:
     """A checkpoint that nnU-Net wrote, on the CPU. Nothing in it is executed.
+
+    Args:
+        path: the file.
+        remedy: what to do where it cannot be used, for the message.
 
     Raises:
         E2ENetError: the file is missing, truncated, not nnU-Net's, or holds something that a checkpoint does not.
@@ -87,15 +93,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with _reading, safe_globals(_ALLOWED):
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise E2ENetError(
-            f"{path} cannot be read as a checkpoint, it is truncated or not nnU-Net's ({reason}): remove it and repeat the "
-            "command; nnU-Net resumes from the next of checkpoint_final, checkpoint_latest, checkpoint_best that is there"
-        ) from error
+    except OSError as error:
+        raise E2ENetError(f"cannot read {path} ({error.strerror}): check the path and its permissions") from error
+    except Exception as error:  # torch raises errors of many kinds, and its texts are of its options
+        if is_out_of_memory(error):
+            raise
+        raise E2ENetError(f"{path} is not a checkpoint of nnU-Net, or it is truncated: {remedy}") from error
     missing = [key for key in _KEYS if key not in checkpoint] if isinstance(checkpoint, dict) else list(_KEYS)
     if missing:
-        raise E2ENetError(f"{path} has no {', '.join(missing)}: it is not a checkpoint of an nnU-Net training")
+        raise E2ENetError(f"{path} has no {', '.join(missing)}: it is not a checkpoint of an nnU-Net training; {remedy}")
     return checkpoint
 
 
@@ -107,7 +113,7 @@ def check_checkpoint(path: Path, architecture: Mapping[str, Any], network_state:
         architecture: entry of the plans from which the network was built.
         network_state: ``state_dict()`` of that network, not wrapped.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, _RESUME)
     saved = _architecture(checkpoint)
     if saved.get("network_class_name") != architecture["network_class_name"]:
         raise E2ENetError(
