@@ -107,7 +107,7 @@ def _check_trainer(name: str) -> None:
     try:
         with redirect_stdout(StringIO()):  # nnU-Net narrates its search in nnUNet_extTrainer
             recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
+    except Exception as error:  # nnU-Net imports all its modules in search of a class; any of them may fail
         raise E2ENetError(f"nnU-Net finds no trainer {name}: run e2enet register, or see e2enet info --all") from error
 
 
