@@ -74,6 +74,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise E2ENetError(f"{path.name} is missing in {path.parent}: expected a JSON file; check the path") from error
     except (OSError, ValueError) as error:
         raise E2ENetError(f"cannot read {path} as JSON ({error}): check the path, or write the file again") from error
     if not isinstance(content, dict):

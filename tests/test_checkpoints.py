@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, foreign or hostile, and disks that are full."""
 
+import gzip
 import resource
 import shutil
 from collections.abc import Callable
@@ -91,25 +92,48 @@ class Hostile:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "list", "missing"])
-def test_files_that_are_no_checkpoints(checkpoint: Path, damage: str) -> None:
+NO_CHECKPOINTS = {
+    "empty": b"",
+    "text": b"not a checkpoint\n" * 9,
+    "scan": gzip.compress(bytes(400)),
+    "packed": b"X" + bytes(7) + b'{"nnunetv2-e2enet":',
+    "letters": b"i" * 40,
+    "numbers": b"I1\x002\n",
+}
+
+
+@pytest.mark.parametrize("damage", [*NO_CHECKPOINTS, "truncated", "list", "missing"])
+def test_files_that_are_no_checkpoints(checkpoint: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     data = checkpoint.read_bytes()
     if damage == "missing":
         checkpoint.unlink()
     elif damage == "list":
         torch.save([1, 2], checkpoint)
     else:
-        checkpoint.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "text": b"not a checkpoint\n" * 9}[damage])
+        checkpoint.write_bytes({**NO_CHECKPOINTS, "truncated": data[: len(data) // 2]}[damage])
     with pytest.raises(E2ENetError, match="checkpoint") as error:
         read_checkpoint(checkpoint)
     assert "\n" not in str(error.value)
+    assert main(["topology", str(checkpoint)]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "remove" not in message
+    assert "weights_only" not in message
+    assert damage == "missing" or "name a model folder, a fold's folder or a checkpoint_*.pth" in message
+
+
+def test_memory_that_runs_out_is_no_fault_of_a_checkpoint(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is told to remove it."""
+    monkeypatch.setattr(torch, "load", no_memory)
+    with pytest.raises(RuntimeError, match="memory"):
+        read_checkpoint(checkpoint)
 
 
 def test_hostile_checkpoint_is_not_executed(in_process: Project, checkpoint: Path, tmp_path: Path) -> None:
     mark = tmp_path / "executed"
     rewrite(checkpoint, lambda content: content.update(extra=Hostile(mark)))
     trainer = make(nnUNetTrainerE2ENet_smoke, in_process)
-    with pytest.raises(SystemExit, match="cannot be read"):
+    with pytest.raises(SystemExit, match="is not a checkpoint of nnU-Net, or it is truncated: remove it and repeat"):
         trainer.load_checkpoint(str(checkpoint))
     assert not mark.exists()
     torch.load(checkpoint, weights_only=False)  # it would have been
@@ -124,7 +148,7 @@ def test_model_folder_with_a_hostile_checkpoint_is_not_executed(
     for checkpoint in model.glob("fold_*/*.pth"):
         rewrite(checkpoint, lambda content: content.update(extra=Hostile(mark)))
     assert main(["profile", str(model), "--rounds", "1"]) == 1
-    assert "cannot be read as a checkpoint" in capsys.readouterr().err
+    assert "is not a checkpoint of nnU-Net" in capsys.readouterr().err
     assert not mark.exists()
 
 

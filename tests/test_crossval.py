@@ -72,13 +72,55 @@ def test_unfinished_folds_go_on_from_where_they_are(
 
 
 def test_a_failing_fold_is_named(project: Project, model: Path) -> None:
-    output = crossval(project, model, "-tr", "nnUNetTrainerE2ENet_nosuch", "--folds", "0", check=False)
-    assert "1 of 2 folds did not finish, first fold 0 of nnUNetTrainerE2ENet_nosuch" in output.replace("\n", " ")
+    (model / "fold_2").mkdir()
+    (model / "fold_2" / "checkpoint_latest.pth").write_text("no checkpoint")
+    output = crossval(project, model, "--folds", "0", "2", check=False)
+    assert f"1 of 2 folds did not finish, first fold 2 of {TRAINER}" in output.replace("\n", " ")
     assert "Traceback" not in output
-    failed = model.with_name(model.name.replace(TRAINER, "nnUNetTrainerE2ENet_nosuch"))
-    # nnU-Net's own words: the trainer is unknown, or (with a torchvision that does not fit torch) its search broke off
-    assert "RuntimeError" in (failed / "crossval_fold_0.log").read_text()
-    assert not (model / "crossval_results_folds_0").exists()
+    assert "remove it and repeat the command" in (model / "crossval_fold_2.log").read_text()
+    assert not (model / "crossval_results_folds_0_2").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["993", "3d_fullers", "-device", "cpu"], "has no configuration 3d_fullers: choose one of 2d, 3d_fullres"),
+        (["993", "3d_fullers", "--status"], "has no configuration 3d_fullers"),
+        (["993", "3d_fullres", "-p", "OtherPlans"], "OtherPlans.json is missing: run nnUNetv2_plan_and_preprocess"),
+        (["993", "3d_fullres", "-tr", "nnUNetTrainerE2ENet_nosuch"], "nnU-Net finds no trainer nnUNetTrainerE2ENet_nosuch"),
+        (["4", "3d_fullres"], "no data set 4 in nnUNet_raw="),
+        (["993", "3d_fullres", "0"], "0 is a fold as in nnUNetv2_train: choose folds with --folds"),
+        (["993", "3d_fullres"], "PyTorch finds no CUDA device here: use -device cpu"),
+    ],
+)
+@pytest.mark.usefixtures("in_process", "registered")
+def test_what_can_never_be_trained_is_not_started(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert main(["crossval", *arguments]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.usefixtures("in_process", "registered")
+def test_results_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("nnUNet_results", "/proc/results")
+    assert main([*COMMAND]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("e2enet crossval: cannot write into /proc/results/Dataset993_Phantom/")
+    assert output.err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("in_process")
+def test_gpus_that_are_not_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert main(["crossval", "993", "3d_fullres", "-tr", "nnUNetTrainer", "--gpus", "0", "2"]) == 1
+    assert "--gpus 0 2: expected numbers from 0 to 1" in capsys.readouterr().err
 
 
 def test_jobs_are_submitted_for_what_is_not_done(

@@ -316,7 +316,8 @@ def spoil_checkpoint(model: Path, change: Callable[[dict[str, Any]], Any]) -> No
     [
         (lambda m: (m / "plans.json").unlink(), "no nnU-Net model folder"),
         (lambda m: shutil.rmtree(m / "fold_1"), "no checkpoint_final.pth of fold 1, found those of 0"),
-        (lambda m: (m / "fold_1" / "checkpoint_final.pth").write_bytes(b"PK"), "cannot be read as a checkpoint"),
+        (lambda m: (m / "fold_1" / "checkpoint_final.pth").write_bytes(b"PK"), "or it is truncated: train that fold again"),
+        (lambda m: (m / "dataset.json").unlink(), "dataset.json is missing in "),
         (
             lambda m: spoil_plans(m, lambda c: c["architecture"].update(network_class_name="PlainConvUNet")),
             "trained PlainConvUNet",
@@ -330,7 +331,7 @@ def spoil_checkpoint(model: Path, change: Callable[[dict[str, Any]], Any]) -> No
         (lambda m: spoil_checkpoint(m, lambda w: w.popitem()), "is missing in the weights"),
         (lambda m: spoil_checkpoint(m, lambda w: w["encoder.stages.0.0.conv.weight"].fill_(float("nan"))), "not finite"),
     ],
-    ids=["folder", "fold", "checkpoint", "foreign", "shift size", "strides", "patch", "missing", "nan"],
+    ids=["folder", "fold", "checkpoint", "data set", "foreign", "shift size", "strides", "patch", "missing", "nan"],
 )
 def test_models_that_cannot_be_exported(
     trained: Path,
@@ -350,7 +351,8 @@ def test_models_that_cannot_be_exported(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-i", "nowhere"], "holds no *_0000.nii.gz"),
+        (["-i", "nowhere"], "nowhere does not exist"),
+        (["-m", "."], ". is a folder: export it first (e2enet export . FILE)"),
         (["-m", "nowhere"], "is not a file"),
         (["-step_size", "0"], "the step size is 0.0"),
         (["-npp", "0"], "0 for both"),
@@ -366,6 +368,30 @@ def test_predictions_that_cannot_be_made(
     assert main(["predict", *files, "-device", "cpu", *options]) == 1
     assert message in single_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_setting_is_no_fault_of_the_file(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nnunetv2_e2enet.settings._current", None)
+    monkeypatch.setenv("nnUNet_e2enet_engine_storage", "float15")
+    assert main(["predict", "-m", str(packed), "-i", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
+    assert single_line(capsys).startswith("e2enet predict: nnUNet_e2enet_engine_storage is 'float15': use one of")
+
+
+def test_models_that_cannot_be_named(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in project.environment.items():
+        monkeypatch.setenv(name, value)
+    results = f"nnUNet_results={project.environment['nnUNet_results']}"
+    for arguments, message in (
+        (["model"], "model: expected two paths, MODEL_FOLDER and OUT"),
+        (["out", "-d", "4", "-c", "3d_fullres"], f"{results}: check the number and these folders"),
+        (["out", "-d", "Liver", "-c", "3d_fullres"], "data set Liver: expected a number, or a name"),
+    ):
+        assert main(["export", *arguments]) == 1
+        assert message in single_line(capsys)
 
 
 def test_an_image_is_not_replaced(

@@ -168,8 +168,11 @@ def test_what_is_no_image(tmp_path: Path, model: PackedModel) -> None:
     for name in ("broken.nii.gz", "notes.txt"):
         with pytest.raises(E2ENetError, match="cannot be read as an image"), folder_of_images([tmp_path / name], model):
             pass
-    for name in ("nowhere", "."):
-        with pytest.raises(E2ENetError, match=r"holds no .* and no DICOM slices"), folder_of_images([tmp_path / name], model):
+    for name, message in (
+        ("nowhere", "nowhere does not exist"),
+        (".", r"holds no \*_0000\.nii\.gz and no DICOM slices.*; broken\.nii\.gz has to be called broken_0000\.nii\.gz$"),
+    ):
+        with pytest.raises(E2ENetError, match=message), folder_of_images([tmp_path / name], model):
             pass
     SimpleITK.WriteImage(make_scan(), tmp_path / "scan.nrrd")
     pictures = PackedModel(

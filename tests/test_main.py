@@ -62,3 +62,35 @@ def test_the_broken_pipe_of_a_pool_is_no_closed_output(monkeypatch: pytest.Monke
         monkeypatch.setattr("sys.stdout", output)
         with pytest.raises(BrokenPipeError, match="a worker has died"):
             main(["phantom", "1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "-m", "m.e2enet", "-i", "scan.nii.gz", "-o", "out", "-d", "302"], "unrecognized arguments: -d 302"),
+        (["profile", "4", "--round", "3"], "unrecognized arguments: --round 3"),
+        (["crossval", "4", "3d_fullres", "--fold=0"], "unrecognized arguments: --fold=0"),
+    ],
+)
+def test_options_are_written_out(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: e2enet {arguments[0]} ")
+    assert error.endswith(f"e2enet {arguments[0]}: error: {message}\n")
+
+
+def test_a_short_option_may_be_joined_with_its_value() -> None:
+    assert entry.build_parser().parse_args(["plan", "-d4"]).d == [4]
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_demo_needs_a_folder_that_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, Path("/proc/demo")):
+        assert main(["demo", "--folder", str(folder)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"e2enet demo: cannot write into {folder} (")
+        assert error.count("\n") == 1

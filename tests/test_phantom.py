@@ -80,7 +80,7 @@ def test_many_structures_need_a_finer_field_of_view() -> None:
 @pytest.mark.parametrize(
     ("size", "spacing", "message"),
     [
-        ((15, 40, 40), SPACING, "too coarse"),
+        ((15, 40, 40), tuple(np.array([2.5678, 0.95, 0.95])), "phantom of 15 x 40 x 40 voxels of 2.57 x 0.95 x 0.95 mm: too"),
         ((24, 24, 24), SPACING, "too coarse"),
         ((24, 0, 24), SPACING, "positive"),
         (SIZE, (2.5, 1.0, -1.0), "positive"),

@@ -1,6 +1,7 @@
 """Planning needs a data set's fingerprint alone, so these data sets have large images on paper and small ones on disk."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from support import nnunet_environment, run_forked
 from torch import nn
 
+from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.datasets import write_phantom_dataset
 from nnunetv2_e2enet.network import E2ENet, accounts, e2enet_features, maskable_layers
 from nnunetv2_e2enet.training.planner import STOCK_BYTES_PER_ELEMENT
@@ -142,8 +144,35 @@ def test_bytes_that_stock_nnunet_keeps_per_element_of_its_estimate(
 def test_planning_without_a_fingerprint_or_folders_says_so_in_one_line(project: Path, runner: Runner) -> None:
     missing = run_forked(runner, "e2enet", "plan", "-d", "992", env=nnunet_environment(project), check=False)
     assert missing.returncode == 1
-    assert missing.stdout.splitlines()[-1].startswith("e2enet plan: data set 992 cannot be planned: ")
+    assert missing.stdout.splitlines()[-1].startswith("e2enet plan: no data set 992 in nnUNet_raw=")
     assert "Traceback" not in missing.stdout
     unset = run_forked(runner, "e2enet", "plan", "-d", "991", env={"nnUNet_raw": ""}, check=False)
     assert unset.returncode == 1
     assert "nnUNet_preprocessed is not set" in unset.stdout or "nnUNet_raw is not set" in unset.stdout
+
+
+def test_what_cannot_be_planned_is_said_in_one_line(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(project, tmp_path / "project"))
+    for name, value in nnunet_environment(copy).items():
+        monkeypatch.setenv(name, value)
+    preprocessed = copy / "nnUNet_preprocessed" / DATASET
+
+    def message(*options: str) -> str:
+        assert main(["plan", "-d", "991", *options]) == 1
+        return capsys.readouterr().err
+
+    for target in ("-3", "0", "nan"):
+        assert message("-gpu_memory_target", target) == f"e2enet plan: -gpu_memory_target {target}: expected GB above 0\n"
+    (preprocessed / "Plans.json").mkdir()  # stands for a file that cannot be written
+    assert "data set 991 cannot be planned: " in (said := message("-overwrite_plans_name", "Plans"))
+    assert said.count("\n") == 1
+    (preprocessed / "dataset_fingerprint.json").write_text("{")
+    assert f"cannot read {preprocessed / 'dataset_fingerprint.json'} as JSON" in (said := message())
+    assert said.count("\n") == 1
+    (preprocessed / "dataset_fingerprint.json").unlink()
+    assert "data set 991 cannot be planned: " in (said := message())
+    assert "ingerprint" in said
+    (copy / "nnUNet_raw" / "Dataset991_Other").mkdir()
+    assert "data set 991 is Dataset991_Abdomen and Dataset991_Other in nnUNet_raw=" in message()

@@ -248,6 +248,9 @@ def test_nothing_that_can_be_looked_at(trained: Path, tmp_path: Path, capsys: py
         ([str(tmp_path / "maskless.pth")], "has no connections of decoder.stages.0.0"),
         ([str(tmp_path / "stock.pth")], "of a network without DSFF"),
         ([str(trained), "--report", str(tmp_path / "missing" / "page.html")], "is missing"),
+        ([str(trained), "--json", str(tmp_path)], "it is a folder; name a file"),
+        ([str(trained / "fold_0"), "--folds", "3"], "fold_0 is one training: leave --folds out"),
+        ([str(trained / "fold_0" / CHECKPOINT), "--folds", "0"], "is one training: leave --folds out"),
     ):
         assert main(["topology", *arguments]) == 1
         error = capsys.readouterr().err

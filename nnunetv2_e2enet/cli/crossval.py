@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from nnunetv2_e2enet.cli.nnunet import FOLDERS, PREPROCESSED, model_folder, nnunet_folder
 from nnunetv2_e2enet.errors import E2ENetError, check_extra
-from nnunetv2_e2enet.files import read_json
+from nnunetv2_e2enet.files import make_writable, read_json
 from nnunetv2_e2enet.registration import find_nnunet
 from nnunetv2_e2enet.training import crossval
 from nnunetv2_e2enet.training.crossval import Fold, FoldState
@@ -35,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("dataset", metavar="DATASET", help="name or id")
     parser.add_argument("configuration", metavar="CONFIGURATION", help="such as 3d_fullres")
+    parser.add_argument("fold", nargs="?", help=argparse.SUPPRESS)  # of nnUNetv2_train, named in a message
     parser.add_argument("-tr", action="append", metavar="TRAINER", help="once for each trainer (default: nnUNetTrainerE2ENet)")
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="FOLD", help="default: 0 1 2 3 4")
@@ -52,11 +56,13 @@ def run(args: argparse.Namespace) -> int:
     if args.status:
         console.print(_table(folds))
         return 0
-    if args.slurm is not None:
-        return _submit(console, folds, _parameters(args.slurm))
     open_folds = [fold for fold in folds if fold.state() is not FoldState.DONE]
+    if args.slurm is not None:
+        return _submit(console, open_folds, _parameters(args.slurm))
+    gpus = _gpus(args) if open_folds else []
+    _make_folders(open_folds)
     with Live(_table(folds), console=console, refresh_per_second=1) as live:
-        codes = crossval.run_locally(open_folds, _gpus(args), lambda: live.update(_table(folds, running=open_folds)))
+        codes = crossval.run_locally(open_folds, gpus, lambda: live.update(_table(folds, running=open_folds)))
         live.update(_table(folds))
     failed = [fold for fold in open_folds if codes[fold] or fold.state() is not FoldState.DONE]
     if failed:
@@ -68,23 +74,46 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _folds(args: argparse.Namespace) -> list[Fold]:
-    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
-    from nnunetv2.utilities.file_path_utilities import get_output_folder
-
-    for folder in (nnUNet_raw, nnUNet_preprocessed, nnUNet_results):
-        if not folder.get():
-            raise E2ENetError(f"{folder.env_var_name} is not set: export {folder.env_var_name}=FOLDER (see nnU-Net's docs)")
+    if args.fold is not None:
+        raise E2ENetError(f"{args.fold} is a fold as in nnUNetv2_train: choose folds with --folds, such as --folds 0 1")
+    for variable in FOLDERS:
+        nnunet_folder(variable)
     if len(set(args.folds)) < len(args.folds) or min(args.folds) < 0:
         raise E2ENetError(f"folds {args.folds}: expected different numbers from 0")
     options = ("-device", args.device, *(["--npz"] if args.npz else []))
     folds = []
     for trainer in args.tr or ["nnUNetTrainerE2ENet"]:
-        try:
-            model = Path(get_output_folder(args.dataset, trainer, args.p, args.configuration))
-        except (RuntimeError, ValueError) as error:  # nnU-Net: no such data set
-            raise E2ENetError(f"data set {args.dataset}: {str(error).splitlines()[0]}") from error
+        model = model_folder(args.dataset, trainer, args.p, args.configuration)
+        if not (model / "plans.json").is_file():  # never trained
+            _check_plans(nnunet_folder(PREPROCESSED) / model.parent.name / f"{args.p}.json", args.configuration)
+            _check_trainer(trainer)
         folds += [Fold(model, args.dataset, number, options) for number in args.folds]
     return folds
+
+
+def _check_plans(file: Path, configuration: str) -> None:
+    """Raises E2ENetError unless plans are there and have a configuration."""
+    if not file.is_file():
+        raise E2ENetError(f"{file} is missing: run nnUNetv2_plan_and_preprocess for the data set, or name its plans with -p")
+    present = read_json(file).get("configurations", {})
+    if configuration not in present:
+        raise E2ENetError(f"{file} has no configuration {configuration}: choose one of {', '.join(present)}")
+
+
+def _check_trainer(name: str) -> None:
+    """Raises E2ENetError unless nnU-Net finds a trainer."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        with redirect_stdout(StringIO()):  # nnU-Net narrates its search in nnUNet_extTrainer
+            recursive_find_trainer_class_by_name(name)
+    except Exception as error:  # nnU-Net imports all its modules in search of a class; any of them may fail
+        raise E2ENetError(f"nnU-Net finds no trainer {name}: run e2enet register, or see e2enet info --all") from error
+
+
+def _make_folders(folds: Sequence[Fold]) -> None:
+    for model in {fold.model for fold in folds}:
+        make_writable(model)
 
 
 def _gpus(args: argparse.Namespace) -> list[int]:
@@ -94,8 +123,10 @@ def _gpus(args: argparse.Namespace) -> list[int]:
         return []
     present = torch.cuda.device_count()
     gpus = list(range(present)) if args.gpus is None else args.gpus
-    if not gpus or max(gpus) >= present:
-        raise E2ENetError(f"{present} GPUs are here, asked for {args.gpus or 'all'}: name those that are here, or -device cpu")
+    if not present:
+        raise E2ENetError("PyTorch finds no CUDA device here: use -device cpu")
+    if not set(gpus) <= set(range(present)):
+        raise E2ENetError(f"--gpus {' '.join(map(str, gpus))}: expected numbers from 0 to {present - 1}, of the GPUs here")
     return gpus
 
 
@@ -129,14 +160,14 @@ def _parameters(pairs: Sequence[str]) -> dict[str, Any]:
     return {key: int(value) if value.isdigit() else value for key, value in parameters.items()}
 
 
-def _submit(console: Console, folds: Sequence[Fold], parameters: Mapping[str, Any]) -> int:
-    """One job a fold. The command may be repeated: jobs are submitted for what is not done."""
+def _submit(console: Console, open_folds: Sequence[Fold], parameters: Mapping[str, Any]) -> int:
+    """One job a fold that is not done, so that the command may be repeated."""
     check_extra("--slurm", "cluster", "submitit")
     import submitit
 
+    _make_folders(open_folds)
     cluster = parameters.get("cluster", "slurm")
     settings = {key: value for key, value in parameters.items() if key != "cluster"}
-    open_folds = [fold for fold in folds if fold.state() is not FoldState.DONE]
     for fold in open_folds:
         executor = submitit.AutoExecutor(folder=fold.model / "submitit", cluster=cluster)
         executor.update_parameters(name=f"{fold.trainer}_{fold.number}", **settings)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.files import read_json
+from nnunetv2_e2enet.files import make_writable, read_json
 from nnunetv2_e2enet.registration import console_command, find_nnunet, is_registered
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     if not is_registered(nnunet):
         raise E2ENetError("the demo uses nnU-Net's own commands, which do not find E2ENet yet: run `e2enet register` first")
     folder = args.folder.resolve()
-    if folder.exists() and any(folder.iterdir()):
+    make_writable(folder)
+    if any(folder.iterdir()):
         raise E2ENetError(f"{folder} is not empty: remove it, or name a new one with --folder")
     workspace = Workspace(folder, args.device or _best_device())
     console = Console(highlight=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nnunetv2_e2enet.cli.nnunet import model_folder
 from nnunetv2_e2enet.errors import E2ENetError, check_extra
 from nnunetv2_e2enet.registration import find_nnunet
 
@@ -63,16 +64,9 @@ def _paths(args: argparse.Namespace) -> tuple[Path, Path]:
     """The model folder and what to write."""
     if args.d is None:
         if len(args.paths) != 2:
-            raise E2ENetError(f"{len(args.paths)} paths: expected MODEL_FOLDER and OUT, or OUT with -d and -c")
+            found = " ".join(map(str, args.paths))
+            raise E2ENetError(f"{found}: expected two paths, MODEL_FOLDER and OUT, or one, OUT, with -d and -c")
         return args.paths[0], args.paths[1]
     if len(args.paths) != 1 or args.c is None:
         raise E2ENetError("-d names the model with -c (and -tr, -p) in the place of MODEL_FOLDER: expected one path, OUT")
-    from nnunetv2.paths import nnUNet_results
-    from nnunetv2.utilities.file_path_utilities import get_output_folder
-
-    if not nnUNet_results.get():
-        raise E2ENetError("nnUNet_results is not set: export nnUNet_results=FOLDER, or give the model folder itself")
-    try:
-        return Path(get_output_folder(args.d, args.tr, args.p, args.c)), args.paths[0]
-    except (RuntimeError, ValueError) as error:  # nnU-Net: no such data set
-        raise E2ENetError(f"data set {args.d}: {str(error).splitlines()[0]}") from error
+    return model_folder(args.d, args.tr, args.p, args.c), args.paths[0]

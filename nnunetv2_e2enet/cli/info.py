@@ -131,7 +131,7 @@ def _report(nnunet: NnUNet) -> Report:
         nnunet=str(nnunet.folder),
         device=_device(),
         engine={**status, "library": None if status["library"] is None else str(status["library"])},
-        scans="slices become labels as windows leave them" if reason is None else f"in nnU-Net's own way: {reason}",
+        scans="predicted by this package, with nnU-Net's result" if reason is None else f"in nnU-Net's own way: {reason}",
         gpu_kernels=kernels_status(),
         registration={str(path): _state(text) for path, text in registered_files(nnunet).items()},
         experiments_registered=has_experiments(nnunet),

@@ -8,7 +8,7 @@ import select
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TextIO
+from typing import Any, TextIO
 
 import shtab
 
@@ -51,9 +51,24 @@ COMMANDS: dict[str, ModuleType] = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Options are written out, and an argument that is unknown is an error of the subcommand that it was given to."""
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """Without abbreviations; argparse's ``allow_abbrev`` leaves those of ``-device``, so that ``-d`` would be one."""
+        return [match for match in super()._get_option_tuples(option_string) if option_string.startswith(match[1])]
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but nothing may be left unknown."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="e2enet", description="E2ENet for nnU-Net v2.")
+    parser = Parser(prog="e2enet", description="E2ENet for nnU-Net v2.")
     parser.add_argument("--version", action="version", version=f"nnunetv2-e2enet {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, module in COMMANDS.items():

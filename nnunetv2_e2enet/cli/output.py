@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import make_writable, write
 
 
 def add_json_argument(parser: argparse._ActionsContainer) -> None:
@@ -35,17 +36,22 @@ def console_for(args: argparse.Namespace) -> Console:
 
 
 def check_folders(args: argparse.Namespace, *options: str) -> None:
-    """Raises E2ENetError unless the folders of ``--json`` and of the files that other options name are there."""
+    """Raises E2ENetError unless the files of ``--json`` and other options can be written into folders that are there."""
     given = [getattr(args, option) for option in options] + ([] if args.json in (None, "-") else [Path(args.json)])
     for file in given:
-        if file is not None and not file.resolve().parent.is_dir():
+        if file is None:
+            continue
+        if file.is_dir():
+            raise E2ENetError(f"cannot write {file}: it is a folder; name a file")
+        folder = file.resolve().parent
+        if not folder.is_dir():
             raise E2ENetError(f"cannot write {file}: the folder {file.parent} is missing; make it, or choose another place")
+        make_writable(folder)
 
 
 def write_json(args: argparse.Namespace, content: Mapping[str, Any]) -> list[Path]:
     """Print or write a result; returns the file that was written, if any."""
     from nnunetv2_e2enet.evaluation.export import plain
-    from nnunetv2_e2enet.files import write
 
     if args.json is None:
         return []

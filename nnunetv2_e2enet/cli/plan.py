@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 
+from nnunetv2_e2enet.cli.nnunet import PREPROCESSED, RAW, dataset_name, nnunet_folder
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import read_json
 from nnunetv2_e2enet.registration import find_nnunet
 
 HELP = "plan with nnUNetPlannerE2ENet, registered or not (as nnUNetv2_plan_experiment does)"
@@ -29,14 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     find_nnunet()
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
-    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 
     from nnunetv2_e2enet.planners.e2enet_planners import nnUNetPlannerE2ENet
 
-    for folder in (nnUNet_raw, nnUNet_preprocessed):
-        if not folder.get():
-            raise E2ENetError(f"{folder.env_var_name} is not set: export {folder.env_var_name}=FOLDER (see nnU-Net's docs)")
+    if args.gpu_memory_target is not None and not 0 < args.gpu_memory_target < math.inf:
+        raise E2ENetError(f"-gpu_memory_target {args.gpu_memory_target:g}: expected GB above 0")
+    raw, preprocessed = nnunet_folder(RAW), nnunet_folder(PREPROCESSED)
     for dataset_id in args.d:
+        name = dataset_name(str(dataset_id))
+        read_json(raw / name / "dataset.json")
+        fingerprint = preprocessed / name / "dataset_fingerprint.json"
+        if fingerprint.exists():  # nnU-Net says what to do where it is missing
+            read_json(fingerprint)
         try:
             plan_experiment_dataset(
                 dataset_id,
@@ -46,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
                 args.overwrite_target_spacing,
                 args.overwrite_plans_name,
             )
-        except RuntimeError as error:  # nnU-Net: no such data set, or its fingerprint is missing
+        except (RuntimeError, OSError) as error:  # nnU-Net: a fingerprint is missing, plans cannot be written
             reason = str(error).splitlines()[0]
             raise E2ENetError(f"data set {dataset_id} cannot be planned: {reason}") from error
     return 0

@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from nnunetv2_e2enet.evaluation.topology.export import print_topology
     from nnunetv2_e2enet.evaluation.topology.sources import read_topologies
+    from nnunetv2_e2enet.training.checkpoints import newest_checkpoint
 
+    if args.folds and (args.folder.is_file() or newest_checkpoint(args.folder) is not None):
+        raise E2ENetError(f"--folds chooses folds of a model folder, but {args.folder} is one training: leave --folds out")
     check_folders(args, "report")
     console = console_for(args)
     with console.status("Reading checkpoints …"):

@@ -278,11 +278,12 @@ def _acquired(
 
 def _check_field_of_view(size: Size, spacing: Spacing, smallest_side: int) -> None:
     """The smallest organ must show on a voxel, wherever the random pose puts it."""
+    given = f"phantom of {' x '.join(map(str, size))} voxels of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm"
     if min(size) < 1 or min(spacing) <= 0:
-        raise E2ENetError(f"phantom of {size} voxels of {spacing} mm: expected positive numbers; correct them")
+        raise E2ENetError(f"{given}: expected positive numbers; correct them")
     if 2 * _voxels_per_unit(size, spacing).min() < smallest_side:
         raise E2ENetError(
-            f"phantom of {size} voxels of {spacing} mm: too coarse for its smallest organ; expected the shortest side of the "
+            f"{given}: too coarse for its smallest organ; expected the shortest side of the "
             f"field of view to be {smallest_side} times the largest voxel side or more; choose more or finer voxels"
         )
 

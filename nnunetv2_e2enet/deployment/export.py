@@ -15,6 +15,8 @@ from nnunetv2_e2enet.training.checkpoints import read_checkpoint
 
 CHECKPOINT = "checkpoint_final.pth"
 
+_REMEDY = "train that fold again, or leave it out with -f"
+
 _KEEP_LARGEST = "remove_all_but_largest_component_from_segmentation"
 
 
@@ -32,7 +34,7 @@ def pack_model(folder: Path, folds: Sequence[str] | None = None, checkpoint: str
     if not (folder / "plans.json").is_file():
         raise E2ENetError(f"{folder} is no nnU-Net model folder: expected one with plans.json, dataset.json and fold_*")
     names = _folds(folder, folds, checkpoint)
-    content = read_checkpoint(folder / f"fold_{names[0]}" / checkpoint)
+    content = read_checkpoint(folder / f"fold_{names[0]}" / checkpoint, _REMEDY)
     axes = content.get("inference_allowed_mirroring_axes")
     description = Description(
         plans=read_json(folder / "plans.json"),
@@ -53,10 +55,11 @@ def pack_model(folder: Path, folds: Sequence[str] | None = None, checkpoint: str
     packed: dict[str, Arrays] = {}
     for name in names:
         path = folder / f"fold_{name}" / checkpoint
+        weights = read_checkpoint(path, _REMEDY)["network_weights"]
         try:
-            packed[name] = pack(read_checkpoint(path)["network_weights"], network)
+            packed[name] = pack(weights, network)
         except E2ENetError as error:
-            raise E2ENetError(f"{path}: {error}; train that fold again, or leave it out with -f") from error
+            raise E2ENetError(f"{path}: {error}; {_REMEDY}") from error
     return PackedModel(description, packed)
 
 

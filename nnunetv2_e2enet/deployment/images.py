@@ -37,6 +37,9 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
         E2ENetError: there is no such image, it cannot be read, or not as many channels are given as the model has.
     """
     ending = model.description.dataset["file_ending"]
+    for path in paths:
+        if not path.exists():
+            raise E2ENetError(f"{path} does not exist: expected a folder of images, a DICOM series, or an image")
     if len(paths) == 1 and any(paths[0].glob(f"*_0000{ending}")):
         yield paths[0]
         return
@@ -67,7 +70,7 @@ def _put(path: Path, target: Path, ending: str) -> None:
     if series is None and not path.is_file():
         raise E2ENetError(
             f"{path} holds no *_0000{ending} and no DICOM slices: expected a folder of images named as nnU-Net wants them, a "
-            "DICOM series, or an image"
+            f"DICOM series, or an image{_misnamed(path, ending)}"
         )
     if series is None and path.name.endswith(ending):
         try:
@@ -81,6 +84,12 @@ def _put(path: Path, target: Path, ending: str) -> None:
         print(f"Reading {series}")
     image = read_image(path) if series is None else read_series(series)
     SimpleITK.WriteImage(image, str(target), useCompression=False)
+
+
+def _misnamed(folder: Path, ending: str) -> str:
+    """What nnU-Net wants an image in a folder to be called, as the end of a message; empty where none is there."""
+    found = min(folder.glob(f"*{ending}"), default=None)
+    return "" if found is None else f"; {found.name} has to be called {found.name.removesuffix(ending)}_0000{ending}"
 
 
 def _check_grids(paths: Sequence[Path], files: Sequence[Path]) -> None:

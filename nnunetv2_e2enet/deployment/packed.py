@@ -23,6 +23,7 @@ from nnunetv2_e2enet.deployment.description import Description
 from nnunetv2_e2enet.deployment.packing import Arrays, unpack
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import write
+from nnunetv2_e2enet.settings import settings
 
 FORMAT = 1
 KEY = "nnunetv2-e2enet"
@@ -98,6 +99,11 @@ def read_packed(path: Path) -> PackedModel:
     Raises:
         E2ENetError: the file is missing, truncated, altered or something else, or holds what cannot be used.
     """
+    settings()  # a wrong one is no fault of the file
+    if path.is_dir():
+        raise E2ENetError(
+            f"{path} is a folder: export it first (e2enet export {path} FILE), or use nnUNetv2_predict_from_modelfolder"
+        )
     if not path.is_file():
         raise E2ENetError(f"{path} is not a file: expected one that e2enet export wrote")
     try:

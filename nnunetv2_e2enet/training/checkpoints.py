@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +31,9 @@ CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best
 
 The best one may be many epochs older than the latest.
 """
+
+_NAME_ANOTHER = "name a model folder, a fold's folder or a checkpoint_*.pth"
+_RESUME = f"remove it and repeat the command; nnU-Net resumes from the next of {', '.join(CHECKPOINTS)} that is there"
 
 _reading = Lock()  # what is allowed holds for all threads, and ends with the first that has read
 
@@ -87,11 +89,12 @@ def fold_checkpoints(model: Path) -> dict[str, Path]:
     return {name: file for name, file in files.items() if file is not None}
 
 
-def read_checkpoint(path: Path, lazily: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: Path, remedy: str = _NAME_ANOTHER, lazily: bool = False) -> dict[str, Any]:
     """A checkpoint that nnU-Net wrote, on the CPU. Nothing in it is executed.
 
     Args:
         path: the file.
+        remedy: what to do where it cannot be used, for the message.
         lazily: whether tensors stay in the file until they are used.
 
     Raises:
@@ -100,15 +103,15 @@ def read_checkpoint(path: Path, lazily: bool = False) -> dict[str, Any]:
     try:
         with _reading, safe_globals(_ALLOWED):
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise E2ENetError(
-            f"{path} cannot be read as a checkpoint, it is truncated or not nnU-Net's ({reason}): remove it and repeat the "
-            "command; nnU-Net resumes from the next of checkpoint_final, checkpoint_latest, checkpoint_best that is there"
-        ) from error
+    except OSError as error:
+        raise E2ENetError(f"cannot read {path} ({error.strerror}): check the path and its permissions") from error
+    except Exception as error:  # torch raises errors of many kinds, and its texts are of its options
+        if is_out_of_memory(error):
+            raise
+        raise E2ENetError(f"{path} is not a checkpoint of nnU-Net, or it is truncated: {remedy}") from error
     missing = [key for key in _KEYS if key not in checkpoint] if isinstance(checkpoint, dict) else list(_KEYS)
     if missing:
-        raise E2ENetError(f"{path} has no {', '.join(missing)}: it is not a checkpoint of an nnU-Net training")
+        raise E2ENetError(f"{path} has no {', '.join(missing)}: it is not a checkpoint of an nnU-Net training; {remedy}")
     return checkpoint
 
 
@@ -120,7 +123,7 @@ def check_checkpoint(path: Path, architecture: Mapping[str, Any], network_state:
         architecture: entry of the plans from which the network was built.
         network_state: ``state_dict()`` of that network, not wrapped.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, _RESUME)
     saved = _architecture(checkpoint)
     if saved.get("network_class_name") != architecture["network_class_name"]:
         raise E2ENetError(
