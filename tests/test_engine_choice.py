@@ -86,7 +86,7 @@ def test_other_configurations_stay_with_pytorch(settings: dict[str, object], rea
     network = make_network(**settings)
     assert not uses_engine(network, torch.randn(1, 1, 8, 32, 32))
     assert reason in str(engine.why_pytorch(network))
-    assert not engine.predicts(network, (1, 1, 8, 32, 32))
+    assert engine.why_not_predicted(network, (1, 1, 8, 32, 32)) is not None
 
 
 @needs_core

@@ -494,13 +494,13 @@ def stays_with_pytorch(network: E2ENet, x: Tensor) -> str:
 def test_other_configurations_stay_with_pytorch(options: dict[str, object], reason: str) -> None:
     network = make_network(**options)  # type: ignore[arg-type]
     assert reason in stays_with_pytorch(network, image(network, 4, 16, 16))
-    assert not engine.trains(network, (1, 1, 4, 16, 16))
+    assert engine.why_not_trained(network, (1, 1, 4, 16, 16)) is not None
 
 
 def test_hooks_and_wanted_gradients_stay_with_pytorch() -> None:
     network = make_network()
     x = image(network, 4, 16, 16)
-    assert engine.trains(network, x.shape)
+    assert engine.why_not_trained(network, x.shape) is None
     handle = network.encoder.stages[0].register_full_backward_hook(lambda *_: None)
     assert "backward hooks" in stays_with_pytorch(network, x)
     handle.remove()

@@ -23,6 +23,7 @@ from nnunetv2_e2enet.evaluation.costs import breakdown, count_costs
 from nnunetv2_e2enet.evaluation.memory import peak_bytes
 from nnunetv2_e2enet.evaluation.networks import Design, e2enet_variant, residual_encoder_variant
 from nnunetv2_e2enet.evaluation.profile import Settings, time_in_turns
+from nnunetv2_e2enet.settings import override
 
 AMOS_PATCH = [64, 160, 160]
 
@@ -173,6 +174,14 @@ def test_the_command_on_a_plans_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = " ".join(capsys.readouterr().out.split())
     assert "PyTorch multiplies masked weights like any others" in shown
     assert "costs by level" in shown
+    assert "E2ENet S=0.5: prediction and training in PyTorch: the network is small" in shown
+    with override(engine="on"):
+        assert main([*command, "--no-time"]) == 0
+    assert "in PyTorch:" not in capsys.readouterr().out
+    with override(engine="on"):
+        assert main([*command, "--no-time", "--dtype", "bfloat16"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "E2ENet S=0.5: prediction in PyTorch: the engine computes in float32 on a CPU, not in bfloat16 on cpu." in shown
 
 
 @pytest.mark.parametrize(

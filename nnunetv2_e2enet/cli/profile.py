@@ -100,7 +100,7 @@ def _write(args: argparse.Namespace, console: Console, profiles: list[Profile], 
     from dataclasses import asdict
 
     from nnunetv2_e2enet.engine.status import status
-    from nnunetv2_e2enet.evaluation.profile_tables import print_profiles
+    from nnunetv2_e2enet.evaluation.profile_tables import print_exceptions, print_profiles
     from nnunetv2_e2enet.evaluation.provenance import command_line, provenance
 
     engine = status().reason if settings.device == "cpu" else "the CPU engine is not used on CUDA"
@@ -108,6 +108,7 @@ def _write(args: argparse.Namespace, console: Console, profiles: list[Profile], 
         print_profiles(console, profiles, settings, args.levels, args.flows)
         if settings.with_time or settings.with_memory:
             console.print(f"E2ENet: {engine}.", soft_wrap=True)
+        print_exceptions(console, profiles)
     content = {
         "format": 1,
         "provenance": provenance(command_line("profile", args.subjects)),

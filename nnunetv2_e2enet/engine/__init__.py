@@ -4,11 +4,11 @@ An E2ENet on the CPU uses the engine by itself: in eval mode with gradients off,
 settings ``engine``, ``engine_kernels`` and ``engine_storage`` (``nnunetv2_e2enet.settings``) say more. See docs/engine.md.
 """
 
-from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, bytes_to_take, disabled, predicts
+from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, accelerate, bytes_to_take, disabled, why_not_predicted
 from nnunetv2_e2enet.engine.core import KERNELS, KERNELS_VARIABLE, STORAGE_VARIABLE, STORAGES, load_core
 from nnunetv2_e2enet.engine.counts import executed_macs, product_macs
 from nnunetv2_e2enet.engine.status import Status, peak_flops, profile, release, status, why_pytorch
-from nnunetv2_e2enet.engine.training import train, trains
+from nnunetv2_e2enet.engine.training import train, why_not_trained
 
 __all__ = [
     "ENGINE_VARIABLE",
@@ -23,12 +23,12 @@ __all__ = [
     "executed_macs",
     "load_core",
     "peak_flops",
-    "predicts",
     "product_macs",
     "profile",
     "release",
     "status",
     "train",
-    "trains",
+    "why_not_predicted",
+    "why_not_trained",
     "why_pytorch",
 ]

@@ -218,16 +218,21 @@ def _work(network: E2ENet, size: list[int]) -> float:
     return float(sum(voxels[level] * p.numel() for level, module in levels for p in module.parameters()))
 
 
-def predicts(network: E2ENet, input_shape: Sequence[int]) -> bool:
-    """Whether the engine takes a float32 input of this shape on the CPU."""
+def why_not_predicted(network: E2ENet, input_shape: Sequence[int]) -> str | None:
+    """Why a float32 input of this shape on the CPU would stay with PyTorch; None if the engine takes it."""
+    core = load_core()
     x = torch.empty(tuple(input_shape), dtype=torch.float32, device="cpu")
-    if not isinstance(load_core(), Core) or why_not(network, x) is not None:
-        return False
+    reason = core if isinstance(core, str) else why_not(network, x)
+    return reason or why_not_described(network)
+
+
+def why_not_described(network: E2ENet) -> str | None:
+    """Why a part of the network is none that the engine has; None if it has all."""
     try:
         describe(network)
-    except NotSupportedError:
-        return False
-    return True
+    except NotSupportedError as reason:
+        return str(reason)
+    return None
 
 
 def bytes_to_take(network: E2ENet, input_shape: Sequence[int]) -> int:
@@ -236,7 +241,7 @@ def bytes_to_take(network: E2ENet, input_shape: Sequence[int]) -> int:
     The weights are packed, and the memory is reserved, which takes none yet.
     """
     core = load_core()
-    if isinstance(core, str) or not predicts(network, input_shape):
+    if isinstance(core, str) or why_not_predicted(network, input_shape) is not None:
         return 0
     session, patch_size = session_of(network), tuple(input_shape[2:])
     try:

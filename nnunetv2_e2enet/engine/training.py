@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nnunetv2_e2enet.engine.automatic import OfEachNetwork, is_disabled, why_not
+from nnunetv2_e2enet.engine.automatic import OfEachNetwork, is_disabled, why_not, why_not_described
 from nnunetv2_e2enet.engine.core import Core, load_core
-from nnunetv2_e2enet.engine.description import NotSupportedError, check_modules, describe
+from nnunetv2_e2enet.engine.description import NotSupportedError, check_modules
 from nnunetv2_e2enet.engine.training_program import TrainingProgram
 from nnunetv2_e2enet.engine.training_weights import TrainingWeights
 from nnunetv2_e2enet.errors import E2ENetError
@@ -149,16 +149,12 @@ def _load_core() -> Core | str:
     return load_core("avx512", core.storage) if isinstance(core, Core) and core.has_tiles else core
 
 
-def trains(network: E2ENet, input_shape: Sequence[int]) -> bool:
-    """Whether the engine computes training iterations with a float32 input of this shape on the CPU."""
+def why_not_trained(network: E2ENet, input_shape: Sequence[int]) -> str | None:
+    """Why training iterations with a float32 input of this shape on the CPU would stay with PyTorch; None if they do not."""
+    core = _load_core()
     x = torch.empty(tuple(input_shape), dtype=torch.float32, device="cpu")
-    if not isinstance(_load_core(), Core) or why_not_train(network, x) is not None:
-        return False
-    try:
-        describe(network)
-    except NotSupportedError:
-        return False
-    return True
+    reason = core if isinstance(core, str) else why_not_train(network, x)
+    return reason or why_not_described(network)
 
 
 def _logit_shapes(weights: TrainingWeights, x: Tensor) -> list[tuple[int, ...]]:

@@ -57,6 +57,7 @@ class Profile:
         batch_size: patches in the training step whose memory is given.
         costs: counted, for one patch.
         kept_bytes: what autograd keeps for backward in a training step, counted in float32.
+        why_pytorch_predicts, why_pytorch_trains: reasons why the CPU engine does not; None where it does.
         training_bytes, prediction_bytes: measured peaks; NaN where not measured, and ``note`` says why.
         seconds: each timed forward pass of one patch.
         shares: costs by level and flow, as ``breakdown``; empty unless asked for.
@@ -69,6 +70,8 @@ class Profile:
     batch_size: int
     costs: Costs
     kept_bytes: int
+    why_pytorch_predicts: str | None = None
+    why_pytorch_trains: str | None = None
     training_bytes: float = nan
     prediction_bytes: float = nan
     seconds: list[float] = field(default_factory=list)
@@ -127,23 +130,29 @@ def steps(designs: Sequence[Design], settings: Settings) -> int:
     return len(designs) * one
 
 
-def uses_engine(network: nn.Module, input_shape: Sequence[int], settings: Settings) -> bool:
-    """Whether a network predicts with the CPU engine under these settings."""
-    if settings.device != "cpu" or settings.dtype != "float32" or not isinstance(network, E2ENet):
-        return False
-    return engine.predicts(network, input_shape)
+def why_pytorch(network: nn.Module, input_shape: Sequence[int], settings: Settings) -> str | None:
+    """Why PyTorch predicts, or in training mode trains, a network under these settings; None if the CPU engine does."""
+    if not isinstance(network, E2ENet):
+        return f"the network is {type(network).__name__}"
+    if settings.device != "cpu" or (settings.dtype != "float32" and not network.training):
+        return f"the engine computes in float32 on a CPU, not in {settings.dtype} on {settings.device}"
+    return (engine.why_not_trained if network.training else engine.why_not_predicted)(network, input_shape)
 
 
 def _count(design: Design, network: nn.Module, settings: Settings) -> Profile:
     batch_size = settings.batch_size or design.batch_size
+    trained_by_pytorch = why_pytorch(network.train(), design.input_shape(batch_size), settings)
+    predicted_by_pytorch = why_pytorch(network.eval(), design.input_shape(), settings)
     return Profile(
         design.name,
         design.origin,
         type(network).__name__,
         design.patch_size,
         batch_size,
-        count_costs(network, design.input_shape(), by_engine=uses_engine(network, design.input_shape(), settings)),
+        count_costs(network, design.input_shape(), by_engine=predicted_by_pytorch is None),
         accounts.saved_bytes(design.build(deep_supervision=True), design.input_shape(batch_size)),
+        predicted_by_pytorch,
+        trained_by_pytorch,
         shares=breakdown(network, design.input_shape()) if settings.with_breakdown else pd.DataFrame(),
     )
 

@@ -13,6 +13,7 @@ from nnunetv2_e2enet.evaluation.costs import SHARED
 from nnunetv2_e2enet.evaluation.numbers import NOTHING, gib, giga, millions, sizes
 from nnunetv2_e2enet.evaluation.profile import Profile, Settings
 from nnunetv2_e2enet.evaluation.tables import Table
+from nnunetv2_e2enet.network import E2ENet
 
 COLUMNS = (
     "Stored: in memory and checkpoints. Dense: all connections. Active: those that the sparse topology leaves, and the dense "
@@ -36,6 +37,16 @@ def print_profiles(console: Console, profiles: list[Profile], settings: Settings
             console.print(f"{p.name}: {p.note}")
         if levels or flows:
             _parts(p, flows).print(console)
+
+
+def print_exceptions(console: Console, profiles: list[Profile]) -> None:
+    """A line for each E2ENet whose prediction or training is left to PyTorch, with the reason."""
+    for p in profiles:
+        reasons = {"prediction": p.why_pytorch_predicts, "training": p.why_pytorch_trains}
+        by_reason = {reason: [what for what in reasons if reasons[what] == reason] for reason in reasons.values() if reason}
+        for reason, what in by_reason.items():
+            if p.architecture == E2ENet.__name__:
+                console.print(f"{p.name}: {' and '.join(what)} in PyTorch: {reason}.")
 
 
 def cost_columns(costs: pd.DataFrame) -> pd.DataFrame:

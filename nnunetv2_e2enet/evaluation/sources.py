@@ -204,7 +204,10 @@ def find_reference(sources: Sequence[Source], given: Path | None) -> Path:
     for folder in candidates:
         if folder.is_dir() and any((folder / f"{case}{sources[0].file_ending}").is_file() for case in wanted):
             return folder
-    looked = ", ".join(dict.fromkeys(map(str, candidates))) or "nowhere, as nnUNet_preprocessed and nnUNet_raw are not set"
+    looked = (
+        ", ".join(dict.fromkeys(map(str, candidates)))
+        or "nowhere, as no result has a plans.json, or nnUNet_preprocessed and nnUNet_raw are not set"
+    )
     raise E2ENetError(f"no reference segmentations of these cases (looked in {looked}): name their folder with --reference")
 
 
