@@ -102,12 +102,22 @@ def alone_in(folder: Path) -> Iterator[int]:
 def collect(session: Session, results: Path) -> None:
     """Bring all records and errors of the folder into one file."""
     records = [json.loads(file.read_text()) for file in sorted(session.folder.glob(f"[0-9]-*{RECORD}"))]
-    files.write_atomically(results, json.dumps({"records": records}, indent=2) + "\n")
+    files.write_atomically(results, json.dumps({"device": session.device, "records": records}, indent=2) + "\n")
 
 
 def unpack(results: Path, session: Session) -> None:
-    """The reverse of ``collect``, of what the folder lacks."""
-    for record in json.loads(results.read_text())["records"] if results.is_file() else ():
+    """The reverse of ``collect``, of what the folder lacks.
+
+    Raises:
+        SystemExit: the folder or the file is of another device.
+    """
+    device = session.folder / "device"
+    content = json.loads(results.read_text()) if results.is_file() else {"device": session.device, "records": []}
+    for file, found in ((device, device.read_text() if device.is_file() else session.device), (results, content["device"])):
+        if found != session.device:
+            raise SystemExit(f"{file.parent} has measurements on {found}, not on {session.device}: give another --folder")
+    device.write_text(session.device)
+    for record in content["records"]:
         if not session.file(record["what"], RECORD).is_file():
             file = session.file(record["what"], ERROR if "error" in record else RECORD)
             files.write_atomically(file, json.dumps(record, indent=2) + "\n")
@@ -162,6 +172,10 @@ def ended(key: str, session: Session, measurement: Measurement, seconds: float, 
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                for _ in range(100):  # processes that the measurement has forked hold the lock until they are gone
+                    os.killpg(process.pid, 0)
+                    time.sleep(0.1)
     return process.returncode, reason
 
 

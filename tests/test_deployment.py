@@ -417,15 +417,22 @@ def test_segmentations_cannot_be_written(
     assert (tmp_path / "out").read_text() == "a file"
 
 
-def test_other_files_of_a_folder_are_left_alone(packed: Path, project: Project, tmp_path: Path) -> None:
-    """Segmentations may lie among images: they are named differently."""
+def test_other_files_of_a_folder_are_left_alone(
+    packed: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A segmentation may lie beside its image, and images of other cases, but not in a folder of images for nnU-Net."""
     for image in (project.raw / "imagesTs").iterdir():
         shutil.copy(image, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    files = ["-m", str(packed), "-i", str(tmp_path), "-o", str(tmp_path)]
-    assert main(["predict", *files, "-device", "cpu", "--disable_tta", "--volumes"]) == 0
+    first = min(before)
+    options = ["-m", str(packed), "-o", str(tmp_path), "-device", "cpu", "--disable_tta", "--volumes"]
+    for again in ([], ["--continue_prediction"]):
+        assert main(["predict", *options, "-i", str(tmp_path / first), *again]) == 0
     with (tmp_path / "volumes.csv").open(newline="") as file:
-        assert {f"{row['case']}.nii.gz" for row in csv.DictReader(file)} == set(images(project))
+        assert {f"{row['case']}_0000.nii.gz" for row in csv.DictReader(file)} == {first}
+    capsys.readouterr()
+    assert main(["predict", *options, "-i", str(tmp_path)]) == 1
+    assert "nnU-Net would take segmentations there for images: name another folder with -o" in single_line(capsys)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 

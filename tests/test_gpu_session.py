@@ -26,7 +26,7 @@ from nnunetv2_e2enet import registry
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
 
 PROGRAM = """
-import argparse, pathlib, re, sys, time
+import argparse, os, pathlib, re, sys, time
 parser = argparse.ArgumentParser()
 for name in ("measure", "device", "folder", "preprocessed", "seconds"):
     parser.add_argument(f"--{name}")
@@ -34,6 +34,8 @@ given = parser.parse_args()
 folder, key = pathlib.Path(given.folder), given.measure
 with (folder / "calls").open("a") as calls:
     calls.write(key[2:] + chr(10))
+if "forks" in key and [os.fork() for _ in range(3)]:
+    memory = bytearray(os.urandom(1 << 16)) * (100 << 4)  # which takes a while to be given back
 if "hangs" in key:
     time.sleep(60)
 file = re.sub(r"[ ,]+", "-", key)
@@ -89,6 +91,23 @@ def test_what_hangs_is_stopped(session: gpu_stages.Session, monkeypatch: pytest.
     assert gpu_session.run_stage(1, short) == gpu_session.FAILED
     assert sorted(calls(session)) == (["hangs", "hangs too"] if at_once else ["hangs"])  # there is no time for the second
     assert json.loads((session.folder / "1-hangs.error.json").read_text())["error"].startswith("stopped after 1")
+
+
+def test_what_a_measurement_forked_is_gone(session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the lock of the folder, so that the next stage can begin at once."""
+    short = gpu_stages.Session(session.device, session.folder, session.preprocessed, 1.5)
+    stage_of("forks and hangs", monkeypatch=monkeypatch)
+    assert gpu_session.run_stage(1, short) == gpu_session.FAILED
+    assert gpu_session.run_stage(1, short) == gpu_session.FAILED
+
+
+def test_a_folder_is_of_one_device(session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stage_of("a", monkeypatch=monkeypatch)
+    results = tmp_path / "results.json"
+    gpu_session.run_stage(1, session, results)
+    for folder in (session.folder, tmp_path / "elsewhere"):
+        with pytest.raises(SystemExit, match="has measurements on cpu, not on cuda: give another --folder"):
+            gpu_session.run_stage(1, gpu_stages.Session("cuda", folder, tmp_path, 30), results)
 
 
 def test_all_results_come_in_one_file(session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from support import Project, make
 
-from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.training import timed
 from nnunetv2_e2enet.training.timed import FIRST_ITERATIONS, TRAINING_TIME_FILE, TimedMixin
 from nnunetv2_e2enet.training.variants import variant
@@ -58,6 +57,6 @@ def test_a_training_takes_the_seconds_of_another(in_process: Project, monkeypatc
 def test_the_other_training_must_have_ended(in_process: Project) -> None:
     trainer = make(AsLong, in_process, in_process.tiny_plans())
     with pytest.raises(
-        E2ENetError, match=r"Timed_as_long trains .* but there is no .*Timed_other__.*: train Timed_other first"
+        SystemExit, match=r"^E2ENet: Timed_as_long trains .* but there is no .*Timed_other__.*: train Timed_other first"
     ):
         trainer.run_training()

@@ -86,7 +86,8 @@ def _folds(args: argparse.Namespace) -> list[Fold]:
         model = model_folder(args.dataset, trainer, args.p, args.configuration)
         if not (model / "plans.json").is_file():  # never trained
             _check_plans(nnunet_folder(PREPROCESSED) / model.parent.name / f"{args.p}.json", args.configuration)
-            _check_trainer(trainer)
+            if not args.status:
+                _check_trainer(trainer)
         folds += [Fold(model, args.dataset, number, options) for number in args.folds]
     return folds
 
@@ -108,7 +109,10 @@ def _check_trainer(name: str) -> None:
         with redirect_stdout(StringIO()):  # nnU-Net narrates its search in nnUNet_extTrainer
             recursive_find_trainer_class_by_name(name)
     except Exception as error:  # nnU-Net imports all its modules in search of a class; any of them may fail
-        raise E2ENetError(f"nnU-Net finds no trainer {name}: run e2enet register, or see e2enet info --all") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise E2ENetError(
+            f"nnU-Net finds no trainer {name} ({reason}): run e2enet register, or see e2enet info --all"
+        ) from error
 
 
 def _make_folders(folds: Sequence[Fold]) -> None:

@@ -55,8 +55,12 @@ class Parser(argparse.ArgumentParser):
     """Options are written out, and an argument that is unknown is an error of the subcommand that it was given to."""
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
-        """Without abbreviations; argparse's ``allow_abbrev`` leaves those of ``-device``, so that ``-d`` would be one."""
-        return [match for match in super()._get_option_tuples(option_string) if option_string.startswith(match[1])]
+        """Options that are joined with a number, as in ``-d4``.
+
+        argparse's ``allow_abbrev=False`` leaves abbreviations of ``-device``, of which ``-d`` would be one.
+        """
+        matches = super()._get_option_tuples(option_string)
+        return [match for match in matches if option_string.removeprefix(match[1]).isdigit()]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, but nothing may be left unknown."""

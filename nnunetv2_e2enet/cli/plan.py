@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         fingerprint = preprocessed / name / "dataset_fingerprint.json"
         if fingerprint.exists():  # nnU-Net says what to do where it is missing
             read_json(fingerprint)
+    for dataset_id in args.d:
         try:
             plan_experiment_dataset(
                 dataset_id,

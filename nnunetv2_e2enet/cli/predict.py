@@ -134,8 +134,12 @@ def _segmentation(folder: Path, image: Path, model: PackedModel) -> Path:
 
 
 def _check_places(args: argparse.Namespace, cases: Sequence[Path], images: Path, model: PackedModel) -> None:
-    """Raises E2ENetError where a segmentation would take the place of an image."""
-    given = {path.resolve() for path in (*args.i, *images.iterdir())}
+    """Raises E2ENetError where a segmentation would take the place of an image, or would be taken for one the next time."""
+    if args.o.resolve() == images.resolve():
+        raise E2ENetError(
+            f"{args.o} holds the images, and nnU-Net would take segmentations there for images: name another folder with -o"
+        )
+    given = {path.resolve() for path in args.i}
     for image in cases:
         target = _segmentation(args.o, image, model)
         if target.resolve() in given:

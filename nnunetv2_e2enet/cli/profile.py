@@ -108,7 +108,8 @@ def _write(args: argparse.Namespace, console: Console, profiles: list[Profile], 
         print_profiles(console, profiles, settings, args.levels, args.flows)
         if settings.with_time or settings.with_memory:
             console.print(f"E2ENet: {engine}.", soft_wrap=True)
-        print_exceptions(console, profiles)
+        if settings.device == "cpu":
+            print_exceptions(console, profiles)
     content = {
         "format": 1,
         "provenance": provenance(command_line("profile", args.subjects)),

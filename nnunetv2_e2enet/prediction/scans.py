@@ -230,6 +230,4 @@ def write(predictor: nnUNetPredictor, segmentation: Segmentation, target: str, p
                 path.replace(final.parent / path.name)
     except (OSError, RuntimeError) as error:  # SimpleITK raises the latter
         reason = " ".join(str(error).split())
-        raise E2ENetError(
-            f"cannot write {final} ({reason}): expected a folder with room and write permission; --continue_prediction goes on"
-        ) from error
+        raise E2ENetError(f"cannot write {final} ({reason}): expected a folder with room and write permission") from error

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -95,19 +96,21 @@ def read_checkpoint(path: Path, remedy: str = _NAME_ANOTHER, lazily: bool = Fals
     Args:
         path: the file.
         remedy: what to do where it cannot be used, for the message.
-        lazily: whether tensors stay in the file until they are used.
+        lazily: whether tensors stay in the file until they are used, if its format (torch's since 1.6) allows it.
 
     Raises:
         E2ENetError: the file is missing, truncated, not nnU-Net's, or holds something that a checkpoint does not.
     """
     try:
         with _reading, safe_globals(_ALLOWED):
-            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
-    except OSError as error:
-        raise E2ENetError(f"cannot read {path} ({error.strerror}): check the path and its permissions") from error
+            checkpoint: dict[str, Any] = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=lazily and is_zipfile(path)
+            )
     except Exception as error:  # torch raises errors of many kinds, and its texts are of its options
         if is_out_of_memory(error):
             raise
+        if isinstance(error, OSError):
+            raise E2ENetError(f"cannot read {path} ({error.strerror}): check the path and its permissions") from error
         raise E2ENetError(f"{path} is not a checkpoint of nnU-Net, or it is truncated: {remedy}") from error
     missing = [key for key in _KEYS if key not in checkpoint] if isinstance(checkpoint, dict) else list(_KEYS)
     if missing:

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import read_json, write_atomically
 from nnunetv2_e2enet.training.interface import Overrides
 
@@ -32,7 +31,7 @@ class TimedMixin(Overrides, TrainerBase):
             seconds of an iteration in the former epoch. None: nnU-Net's number of iterations.
 
     Raises:
-        E2ENetError: at the start of a training, if the other trainer has not ended one yet.
+        SystemExit: at the start of a training, if the other trainer has not ended one yet.
     """
 
     as_long_as: str | None = None
@@ -55,8 +54,9 @@ class TimedMixin(Overrides, TrainerBase):
         model = convert_trainer_plans_config_to_identifier(trainer, plans, self.configuration_name)
         file = Path(self.output_folder_base).with_name(model) / f"fold_{self.fold}" / TRAINING_TIME_FILE
         if not file.is_file():
-            raise E2ENetError(
-                f"{type(self).__name__} trains for as many seconds as {trainer}, but there is no {file}: train {trainer} first"
+            raise SystemExit(
+                f"E2ENet: {type(self).__name__} trains for as many seconds as {trainer}, but there is no {file}: "
+                f"train {trainer} first"
             )
         return float(read_json(file)["seconds"])
 
