@@ -123,6 +123,7 @@ def test_gpus_that_are_not_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "--gpus 0 2: expected numbers from 0 to 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_jobs_are_submitted_for_what_is_not_done(
     project: Project, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -251,6 +251,7 @@ def test_without_kernels_a_network_that_predicts_stays_dense() -> None:
     assert not any(layer.stores_active_only for _, layer in maskable_layers(predicting))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fused_kernels")
 def test_nnunets_predictor_uses_active_blocks(in_process: Project) -> None:
     cls = variant(nnUNetTrainerE2ENet_B16active, "small", base_num_features=16, max_num_features=16)

@@ -83,8 +83,15 @@ def test_checkpoints_hold_networks_that_were_trained_after_an_update(in_process:
     assert nonzero > 0.8 * active  # a third would be zero directly after the update
 
 
-@pytest.mark.parametrize("growth", GROWTHS)
-@pytest.mark.parametrize("stop", [2, 3])  # before an update, and between two
+@pytest.mark.parametrize(
+    ("growth", "stop"),  # before an update, and between two
+    [
+        ("random", 2),
+        ("gradient", 3),
+        pytest.param("gradient", 2, marks=pytest.mark.slow),
+        pytest.param("random", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_resuming_at_any_epoch_gives_the_same_topologies(in_process: Project, growth: str, stop: int) -> None:
     fixed = batch()
 

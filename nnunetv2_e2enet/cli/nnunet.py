@@ -44,7 +44,7 @@ def dataset_name(given: str) -> str:
 
 
 def model_folder(dataset: str, trainer: str, plans: str, configuration: str) -> Path:
-    """Where nnU-Net keeps a model.
+    """The folder in which nnU-Net keeps a model.
 
     Raises:
         E2ENetError: nnUNet_results is not set, or there is no such data set.
