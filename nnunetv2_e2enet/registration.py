@@ -13,11 +13,13 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import write_atomically
@@ -285,3 +287,24 @@ def _restore(path: Path, text: str | None) -> None:
         path.unlink()
     else:
         write_atomically(path, text)
+
+
+def find_trainer(name: str) -> Any:
+    """The class of a trainer, as nnU-Net's commands find it.
+
+    Raises:
+        E2ENetError: nnU-Net does not find it, or its search breaks off at a module that cannot be imported.
+    """
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    if name == nnUNetTrainer.__name__:  # no search, for which nnU-Net imports all of its trainers
+        return nnUNetTrainer
+    try:
+        with redirect_stdout(StringIO()):  # nnU-Net narrates its search in nnUNet_extTrainer
+            return recursive_find_trainer_class_by_name(name)
+    except Exception as error:  # any of the modules that nnU-Net imports in search of a class may fail
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise E2ENetError(
+            f"nnU-Net finds no trainer {name} ({reason}): run e2enet register, or see e2enet info --all"
+        ) from error

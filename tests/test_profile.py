@@ -189,7 +189,7 @@ def test_the_command_on_a_plans_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         (["none_such"], "is no model folder"),
         (["PLANS", "-c", "2d"], "no configuration 2d"),
-        (["PLANS", "--trainer", "nnUNetTrainerNone"], "does not find the trainer"),
+        (["PLANS", "--trainer", "nnUNetTrainerNone"], "nnU-Net finds no trainer nnUNetTrainerNone"),
         (["PLANS", "--rounds", "0"], "at least 1"),
         (["PLANS", "--sparsity", "1"], "feature_sparsity is 1"),
     ],

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from rich.table import Table
 from nnunetv2_e2enet.cli.nnunet import FOLDERS, PREPROCESSED, model_folder, nnunet_folder
 from nnunetv2_e2enet.errors import E2ENetError, check_extra
 from nnunetv2_e2enet.files import make_writable, read_json
-from nnunetv2_e2enet.registration import find_nnunet
+from nnunetv2_e2enet.registration import find_nnunet, find_trainer
 from nnunetv2_e2enet.training import crossval
 from nnunetv2_e2enet.training.crossval import Fold, FoldState
 
@@ -87,7 +85,7 @@ def _folds(args: argparse.Namespace) -> list[Fold]:
         if not (model / "plans.json").is_file():  # never trained
             _check_plans(nnunet_folder(PREPROCESSED) / model.parent.name / f"{args.p}.json", args.configuration)
             if not args.status:
-                _check_trainer(trainer)
+                find_trainer(trainer)
         folds += [Fold(model, args.dataset, number, options) for number in args.folds]
     return folds
 
@@ -99,20 +97,6 @@ def _check_plans(file: Path, configuration: str) -> None:
     present = read_json(file).get("configurations", {})
     if configuration not in present:
         raise E2ENetError(f"{file} has no configuration {configuration}: choose one of {', '.join(present)}")
-
-
-def _check_trainer(name: str) -> None:
-    """Raises E2ENetError unless nnU-Net finds a trainer."""
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    try:
-        with redirect_stdout(StringIO()):  # nnU-Net narrates its search in nnUNet_extTrainer
-            recursive_find_trainer_class_by_name(name)
-    except Exception as error:  # nnU-Net imports all its modules in search of a class; any of them may fail
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise E2ENetError(
-            f"nnU-Net finds no trainer {name} ({reason}): run e2enet register, or see e2enet info --all"
-        ) from error
 
 
 def _make_folders(folds: Sequence[Fold]) -> None:

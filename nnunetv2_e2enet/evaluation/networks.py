@@ -17,6 +17,7 @@ from torch import nn
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import read_json
+from nnunetv2_e2enet.registration import find_trainer
 from nnunetv2_e2enet.training.architecture import e2enet_architecture, is_e2enet
 from nnunetv2_e2enet.training.checkpoints import CHECKPOINTS, fold_checkpoints, read_checkpoint
 
@@ -113,7 +114,7 @@ class Design:
         if self.architecture is not None:
             settings.configuration["architecture"] = self.architecture
         described = is_e2enet(settings.configuration["architecture"])  # plans say all of it, whatever trained it
-        trainer = _trainer_class("nnUNetTrainer" if described else self.trainer)
+        trainer = find_trainer("nnUNetTrainer" if described else self.trainer)
         with redirect_stdout(StringIO()):
             network: nn.Module = trainer.build_network_architecture(
                 self._manager, settings, self.input_channels, self.outputs, deep_supervision
@@ -188,22 +189,6 @@ def model_design(model: Path, name: str) -> Design:
         str(checkpoint["trainer_name"]),
         checkpoint=file,
     )
-
-
-def _trainer_class(name: str) -> Any:
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    if name == nnUNetTrainer.__name__:  # no search, for which nnU-Net imports all of its trainers
-        return nnUNetTrainer
-    try:
-        with redirect_stdout(StringIO()):
-            return recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:  # not there, or nnU-Net's search met a module that cannot be imported
-        reason = str(error).split("\n")[0]
-        raise E2ENetError(
-            f"nnU-Net does not find the trainer {name}: `e2enet register`, or set nnUNet_extTrainer ({reason})"
-        ) from error
 
 
 def e2enet_variant(design: Design, sparsity: float) -> Design:
