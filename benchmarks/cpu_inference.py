@@ -22,22 +22,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import cpu_records
 import torch
 from contestants import AMOS_STRIDES, stock_network
+from cpu_records import Table
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
-from nnunetv2_e2enet.evaluation.provenance import processor
 from nnunetv2_e2enet.network import E2ENet, e2enet_features
 from nnunetv2_e2enet.settings import override
 
@@ -54,29 +53,6 @@ class Plan:
 
 AMOS = Plan(AMOS_STRIDES, [64, 160, 160], 16)
 HIPPOCAMPUS = Plan([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]], [40, 56, 40], 3)
-
-
-@dataclass
-class Table:
-    """Seconds of each candidate by round; ``bases`` are those that the others are divided by."""
-
-    title: str
-    seconds: dict[str, list[float]]
-    bases: list[str]
-    notes: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        width = max(len(name) for name in self.seconds)
-        bases = "".join(f" {'over ' + base.removeprefix('nnU-Net, '):16}" for base in self.bases)
-        lines = [f"\n{self.title}: median (least-most)", f"{'':{width}} {'seconds':19}{bases}".rstrip()]
-        for name, values in self.seconds.items():
-            ratios = [spread([a / b for a, b in zip(values, self.seconds[base], strict=True)], 2) for base in self.bases]
-            lines.append(f"{name:{width}} {spread(values, 3):19}" + "".join(f" {ratio:16}" for ratio in ratios).rstrip())
-        return lines + self.notes
-
-
-def spread(values: list[float], digits: int) -> str:
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def e2enet(plan: Plan, sparsity: float) -> E2ENet:
@@ -162,7 +138,7 @@ def targets(options: argparse.Namespace) -> list[Table]:
         f"peak of the machine: {peak / 1e9:.0f} GFLOP/s in a loop of multiply-adds, {bandwidth():.0f} GB/s copied"
     )
     for sparsity, network in networks.items():
-        seconds = median(table.seconds[f"E2ENet S={sparsity}, engine"])
+        seconds = median(table.values[f"E2ENet S={sparsity}, engine"])
         before = engine.profile(network)  # with the first patch, which touches all memory for the first time
         network(image(patch))
         parts = {name: value - before[name] for name, value in engine.profile(network).items()}
@@ -174,7 +150,7 @@ def targets(options: argparse.Namespace) -> list[Table]:
             f"({overall / peak:.0%} of the peak); products alone, {alone / 1e9:.0f} GFLOP/s ({alone / peak:.0%})"
         )
         shares = [f"{name} {part / whole:.0%}" for name, part in sorted(parts.items(), key=lambda item: -item[1]) if part]
-        table.notes += ["  " + ", ".join(shares[:4]), "  " + ", ".join(shares[4:])]
+        table.notes.append(f"S={sparsity}, CPU time of the first thread: {', '.join(shares)}")
     return [table]
 
 
@@ -223,7 +199,7 @@ def volume(options: argparse.Namespace) -> list[Table]:
         seconds |= time_in_turn({" x ".join(map(str, patch)): engine_call(network, image(patch))}, options.rounds)
     table = Table("E2ENet S=0.8 in the engine as the patch grows", seconds, [])
     voxels = [p[0] * p[1] * p[2] / 1e6 for p in patches]
-    rates = [f"{median(s) / v:.2f}" for s, v in zip(table.seconds.values(), voxels, strict=True)]
+    rates = [f"{median(s) / v:.2f}" for s, v in zip(table.values.values(), voxels, strict=True)]
     table.notes.append("seconds a million voxels: " + ", ".join(rates))
     return [table]
 
@@ -255,21 +231,6 @@ def bandwidth() -> float:
     return 2 * source.nbytes / best / 1e9
 
 
-def machine(threads: int) -> dict[str, Any]:
-    try:
-        openvino = version("openvino")
-    except PackageNotFoundError:
-        openvino = "not installed"
-    return {
-        "cpu": processor(),
-        "threads": threads,
-        "kernels": engine.status().kernels,
-        "torch": torch.__version__,
-        "openvino": openvino,
-        "dtype": "float32",
-    }
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -282,16 +243,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    about = machine(options.threads)
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(", ".join(f"{key} {value}" for key, value in cpu_records.machine().items()))
     tables: list[Table] = []
     for part in options.parts:
         for table in PARTS[part](options):
             print("\n".join(table.lines()), flush=True)
             tables.append(table)
+            if options.json is not None:
+                cpu_records.write(options.json, tables)
     print(f"\npeak memory of all of it {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
-    if options.json is not None:
-        options.json.write_text(json.dumps({"machine": about, "tables": [asdict(table) for table in tables]}, indent=1))
 
 
 if __name__ == "__main__":

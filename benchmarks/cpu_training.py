@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import re
 import subprocess
 import sys
@@ -35,14 +34,16 @@ from statistics import median
 
 import numpy as np
 import torch
+import cpu_records
 from contestants import stock_network
-from cpu_inference import AMOS, HIPPOCAMPUS, Plan, Table
+from cpu_inference import AMOS, HIPPOCAMPUS, Plan
+from cpu_records import Table
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 
-from nnunetv2_e2enet import engine
+from nnunetv2_e2enet import engine, files
 from nnunetv2_e2enet.evaluation.report import drawing
 from nnunetv2_e2enet.network import E2ENet, e2enet_features
 from nnunetv2_e2enet.settings import override
@@ -176,23 +177,24 @@ def peak_memory(name: str, plan: Plan) -> float:
     return int(peak) / 2**20
 
 
-def memory(patch: list[int] | None) -> list[str]:
-    lines = ["\nLargest resident memory, GiB"]
+def memory(patch: list[int] | None) -> Table:
+    found = {}
     for name in ("stock", "0.8", "0.9", "0.8 float16", "0.9 float16"):
         command = [sys.executable, __file__, "--peak-memory-of", name]
         command += ["--patch", *map(str, patch)] if patch else []
-        lines.append(f"{name:12} {float(subprocess.run(command, check=True, capture_output=True, text=True).stdout):.2f}")
-    return lines
+        measured = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        found[STOCK if name == "stock" else f"E2ENet, S = {name.replace(' ', ', engine, ')}"] = [measured]
+    return Table("Largest resident memory of a training with a patch of validation", found, [STOCK], unit="GiB")
 
 
-def kinds(plan: Plan, rounds: int) -> list[str]:
+def kinds(plan: Plan, rounds: int) -> Table:
     network = e2enet(plan, 0.8)
     run = iteration(network, plan, 1, on_engine=True)
     before = engine.profile(network)  # with the first iteration, which touches all memory for the first time
     for _ in range(rounds):
         run()
-    parts = {name: (value - before[name]) / rounds for name, value in engine.profile(network).items()}
-    return ["\nCPU seconds of the first thread, an iteration, S = 0.8", *(f"{n:28} {v:.3f}" for n, v in parts.items())]
+    parts = {name: [(value - before[name]) / rounds] for name, value in engine.profile(network).items()}
+    return Table("CPU seconds of the first thread in an iteration, S = 0.8", parts, [])
 
 
 def main() -> None:
@@ -206,13 +208,15 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="where to draw the part sparsity (SVG)")
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.figure and "sparsity" not in arguments.parts:
+        parser.error("--figure draws the part sparsity: add it to --parts")
     torch.set_num_threads(arguments.threads)
     amos, hippocampus = (replace(p, patch=arguments.patch) if arguments.patch else p for p in (AMOS, HIPPOCAMPUS))
     if arguments.peak_memory_of:
         print(peak_memory(arguments.peak_memory_of, amos))
         return
     rounds, bfloat16 = arguments.rounds, arguments.bfloat16
-    parts: dict[str, list[Callable[[], Table | list[str]]]] = {
+    parts: dict[str, list[Callable[[], Table]]] = {
         "amos": [lambda: beside_stock("AMOS plan", amos, 1, rounds, bfloat16)],
         "hippocampus": [
             lambda: beside_stock("Hippocampus plan", hippocampus, 2, rounds, bfloat16),
@@ -223,18 +227,17 @@ def main() -> None:
         "memory": [lambda: memory(arguments.patch)],
         "kinds": [lambda: kinds(amos, rounds)],
     }
-    tables = {}
+    tables: list[Table] = []
     for part in arguments.parts:
         for measure in parts[part]:
-            found = measure()
-            print("\n".join(found.lines() if isinstance(found, Table) else found), flush=True)
-            if isinstance(found, Table):
-                tables[found.title] = found.seconds
+            tables.append(measure())
+            print("\n".join(tables[-1].lines()), flush=True)
             if arguments.json:
-                arguments.json.write_text(json.dumps(tables, indent=1))
+                cpu_records.write(arguments.json, tables)
             gc.collect()
     if arguments.figure:
-        arguments.figure.write_text(sparsity_figure(tables[SPARSITY_TITLE]))
+        (by_share,) = (table for table in tables if table.title == SPARSITY_TITLE)
+        files.write_atomically(arguments.figure, sparsity_figure(by_share.values))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Tables and figures of docs/results.md from the records of trainings on real scans and of a GPU: ``make results``.
+"""Tables and figures of docs/results.md from the records in docs/results: ``make results``.
 
     python benchmarks/results.py [RECORD ...] [--page PAGE]
 
 Records are what benchmarks/hippocampus.py writes, by default all of docs/results/*.json. The page gets, between its two
 markers, one section a record; a figure a record goes beside the record. Between two other markers it gets the tables of
-docs/results/gpu/*.json, which benchmarks/gpu_session.py writes, with what failed. Everything is computed from the records
-alone.
+docs/results/gpu/*.json, which benchmarks/gpu_session.py writes, with what failed, and between two more those of
+docs/results/cpu/*.json (benchmarks/cpu_records.py). Everything is computed from the records alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import contestants
+import cpu_records
 import gpu_results
 import numpy as np
 
@@ -28,6 +29,8 @@ from nnunetv2_e2enet.evaluation.statistics import Interval, mean_interval
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- make results: begin -->", "<!-- make results: end -->"
 GPU_BEGIN, GPU_END = "<!-- make results, gpu: begin -->", "<!-- make results, gpu: end -->"
+CPU_BEGIN, CPU_END = "<!-- make results, cpu: begin -->", "<!-- make results, cpu: end -->"
+MARKERS = (BEGIN, END, GPU_BEGIN, GPU_END, CPU_BEGIN, CPU_END)
 PHANTOMS = "phantoms of fifteen structures, 8 cases to train on in fold 0 and 32 in fold 1, the same 16 to validate on"
 POINTS = 100  # of Dice
 SHOWN = 0.1  # of pseudo Dice, below the end of the worst training: earlier epochs are steep and all alike
@@ -137,8 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     records = given.records or sorted((given.page.parent / "results").glob("*.json"))
     text = given.page.read_text(encoding="utf-8")
-    if not all(marker in text for marker in (BEGIN, END, GPU_BEGIN, GPU_END)):
-        raise SystemExit(f"{given.page} lacks the markers {BEGIN}, {END}, {GPU_BEGIN}, {GPU_END}, between which the tables go")
+    if not all(marker in text for marker in MARKERS):
+        raise SystemExit(f"{given.page} lacks the markers {', '.join(MARKERS)}, between which the tables go")
     lines = []
     for file in records:
         record = json.loads(file.read_text())
@@ -150,7 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines = ["No training on real scans has been recorded yet.", ""]
     text = between(text, BEGIN, END, lines)
     gpu = gpu_results.section(records_of_gpu(given.page.parent / "results" / "gpu"))
-    files.write_atomically(given.page, between(text, GPU_BEGIN, GPU_END, gpu))
+    text = between(text, GPU_BEGIN, GPU_END, gpu)
+    cpu = [json.loads(file.read_text()) for file in sorted((given.page.parent / "results" / "cpu").glob("*.json"))]
+    files.write_atomically(given.page, between(text, CPU_BEGIN, CPU_END, cpu_records.section(cpu)))
 
 
 def records_of_gpu(folder: Path) -> list[Record]:

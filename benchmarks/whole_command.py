@@ -21,14 +21,16 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cpu_records
 import numpy as np
 import SimpleITK
 import torch
-from contestants import amos_labels, as_amos, console_command, spread
+from contestants import amos_labels, as_amos, console_command
+from cpu_records import Table
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -217,30 +219,15 @@ def measure(folder: Path, variant: Variant, options: list[str], measured: Measur
     measured.all_processes.append(most / 2**30)
 
 
-def ratios(values: list[float], bases: list[float]) -> str:
-    """Of each round; a dash without a base."""
-    pairs = list(zip(values, bases, strict=False))
-    return spread([value / base for value, base in pairs], ".2f") if pairs else "-"
-
-
-def table(results: dict[str, Measured]) -> str:
-    """Median, least and most of all rounds so far, in Markdown."""
-    base = results.get(STOCK.name, Measured())
-    rows = [
-        "| | seconds | ratio | GiB, all processes | ratio | GiB, largest process |",
-        "| --- | --- | --- | --- | --- | --- |",
+def tables(results: dict[str, Measured]) -> list[Table]:
+    """Of all rounds so far."""
+    return [
+        Table("Seconds of the command", {name: m.seconds for name, m in results.items()}, [STOCK.name]),
+        Table("Memory of all processes", {name: m.all_processes for name, m in results.items()}, [STOCK.name], unit="GiB"),
+        Table(
+            "Memory of the largest process", {name: m.largest_process for name, m in results.items()}, [STOCK.name], unit="GiB"
+        ),
     ]
-    for name, measured in results.items():
-        if measured.seconds:
-            cells = (
-                spread(measured.seconds),
-                ratios(measured.seconds, base.seconds),
-                spread(measured.all_processes, ".2f"),
-                ratios(measured.all_processes, base.all_processes),
-                spread(measured.largest_process, ".2f"),
-            )
-            rows.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(rows)
 
 
 def main() -> None:
@@ -275,8 +262,8 @@ def main() -> None:
                     flush=True,
                 )
                 if arguments.json is not None:
-                    arguments.json.write_text(json.dumps({name: asdict(m) for name, m in results.items()}, indent=1))
-            print(f"median (least to most) after round {n} of {arguments.rounds}\n\n{table(results)}\n", flush=True)
+                    cpu_records.write(arguments.json, tables(results))
+            print(f"after round {n} of {arguments.rounds}", *(line for t in tables(results) for line in t.lines()), sep="\n")
 
 
 if __name__ == "__main__":

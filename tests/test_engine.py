@@ -153,16 +153,21 @@ def test_maps_in_float16_are_rounded_and_nothing_else(
     strides: list[list[int]], size: tuple[int, ...], kernels: str, setting: Callable[..., None]
 ) -> None:
     setting(engine_kernels=kernels, engine_storage="float16")
-    network, x = make_network(strides, deep_supervision=True), torch.randn(2, 1, *size)
-    ours, exact = both_ways(network, x)
-    with torch.inference_mode():
-        rounded = with_rounded_maps(network)(x.double())
-    for a, b, c in zip(ours, rounded, exact, strict=True):
-        assert rms(b - c) > 2e-4 * rms(c)
-        if kernels == "amx":  # its products round to 16 bits, which is more often another last bit of a pixel
-            assert rms(a - c) < 1.25 * rms(b - c)
-        else:  # a last bit of difference before rounding is now and then one of a pixel after it
-            assert rms(a - b) < 0.5 * rms(b - c)
+    shares = []
+    for seed in range(4):
+        network, x = make_network(strides, deep_supervision=True, seed=seed), torch.randn(2, 1, *size)
+        ours, exact = both_ways(network, x)
+        with torch.inference_mode():
+            rounded = with_rounded_maps(network)(x.double())
+        for a, b, c in zip(ours, rounded, exact, strict=True):
+            assert rms(b - c) > 2e-4 * rms(c)
+            if kernels == "amx":  # its products round to 16 bits, which is more often another last bit of a pixel
+                assert rms(a - c) < 1.25 * rms(b - c)
+            else:
+                shares.append(rms(a - b) / rms(b - c))
+    # A last bit of difference before rounding is now and then one of a pixel after it, on some CPUs and for some networks more
+    # often than on others. What rounded anything else would be 1.4: its errors would have nothing to do with these.
+    assert kernels == "amx" or np.sqrt(np.mean(np.square(shares))) < 0.75
 
 
 @needs_core

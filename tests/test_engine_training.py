@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.engine import training_program
 from nnunetv2_e2enet.engine.automatic import session_of
+from nnunetv2_e2enet.engine.core import Core, load_core
 from nnunetv2_e2enet.engine.layout import Floats, empty
 from nnunetv2_e2enet.engine.training import training_session_of
 from nnunetv2_e2enet.errors import E2ENetError
@@ -432,8 +434,9 @@ def test_memory_is_used_again_and_goes_on_release() -> None:
     assert session.idle_programs() == []
 
 
-def test_training_and_validation_hold_no_maps_for_each_other() -> None:
-    network = make_network()
+def test_training_and_validation_hold_no_memory_for_each_other() -> None:
+    network, core = make_network(), load_core()
+    assert isinstance(core, Core)
     x = image(network, 4, 16, 16)
     _, expected = gradients(network, x)
     assert training_session_of(network).idle_programs()
@@ -442,9 +445,12 @@ def test_training_and_validation_hold_no_maps_for_each_other() -> None:
         network(x)
     assert session_of(network).idle_programs()
     assert not training_session_of(network).idle_programs()
+    of_prediction = weakref.ref(session_of(network).plan(network, core).weights)
+    assert of_prediction() is not None
     network.train()
     _, again = gradients(network, x)
     assert not session_of(network).idle_programs()
+    assert of_prediction() is None
     assert all(torch.equal(again[name], gradient) for name, gradient in expected.items())
 
 

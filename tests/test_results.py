@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import contestants
+import cpu_records
 import numpy as np
 import pytest
 import results
+from cpu_records import Table
 
 from nnunetv2_e2enet.evaluation.statistics import mean_interval
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE = f"Before.\n\n{results.BEGIN}\n\nwhat was there\n\n{results.END}\n\n{results.GPU_BEGIN}\n{results.GPU_END}\n\nAfter.\n"
+PAGE = f"Before.\n\n{results.BEGIN}\n\nwhat was there\n\n{results.END}\n\n{results.GPU_BEGIN}\n{results.GPU_END}\n\n{results.CPU_BEGIN}\n{results.CPU_END}\n\nAfter.\n"
 
 
 def run(case_dice: dict[str, list[float]], parameters: int = 1_500_000) -> dict[str, Any]:
@@ -178,3 +180,31 @@ def test_what_failed_on_a_gpu_is_listed(page: Path) -> None:
     (folder / "results.json").write_text(json.dumps({"records": [{"what": "2 none, compiled", **error, "device": "cpu"}]}))
     with pytest.raises(SystemExit, match="'2 none, compiled' is of a dry run without a GPU"):
         results.main(["--page", str(page)])
+
+
+def test_tables_of_a_cpu(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Table("A patch", {"nnU-Net": [2.0, 4.0, 3.0], "E2ENet": [1.0, 1.0, 2.0], "missing": []}, ["nnU-Net"], ["of noise"])
+    other = Table("Memory", {"nnU-Net": [8.0], "E2ENet": [4.0]}, ["nnU-Net"], unit="GiB")
+    file = page.parent / "results" / "cpu" / "some_cpu.json"
+    file.parent.mkdir()
+    monkeypatch.setattr("sys.argv", ["/somewhere/cpu_inference.py", "--json", str(file), "--parts", "targets"])
+    cpu_records.write(file, [one, other])
+    results.main(["--page", str(page)])
+    text = page.read_text()
+    for line in (
+        "### `python benchmarks/cpu_inference.py --parts targets`",
+        "A patch: median (least to most).",
+        "|  | seconds | over nnU-Net |",
+        "| nnU-Net | 3.000 (2.000 to 4.000) | 1.00 (1.00 to 1.00) |",
+        "| E2ENet | 1.000 (1.000 to 2.000) | 0.50 (0.25 to 0.67) |",
+        "- of noise",
+        "Memory.",
+        "| E2ENet | 4.000 | 0.50 |",
+    ):
+        assert line in text.splitlines()
+    assert "missing" not in text
+    assert f"commit {contestants.commit()}." in text
+    assert str(file) not in text
+    printed = "\n".join(one.lines())
+    assert "A patch: median (least to most)" in printed
+    assert "0.50 (0.25 to 0.67)" in printed

@@ -25,14 +25,14 @@ from nnunetv2_e2enet.network.e2enet import E2ENet
 from nnunetv2_e2enet.settings import settings, variable
 
 
-class HoldsMaps(Protocol):
+class HoldsMemory(Protocol):
     """The engine's side of one network, for one kind of work."""
 
-    def drop_idle(self) -> None:
-        """Free the memory of all feature maps that no thread uses."""
+    def make_room(self) -> None:
+        """Free what this kind of work will make anew anyway after another kind, or what is cheap to make."""
 
 
-T = TypeVar("T", bound=HoldsMaps)
+T = TypeVar("T", bound=HoldsMemory)
 ENGINE_VARIABLE = variable("engine")
 # Multiply-accumulates of the dense network a patch; below, in mode "auto", there is little to save
 LEAST_WORK = 2e9
@@ -130,11 +130,9 @@ class Session:
         with self._lock:
             return [] if self._plan is None else list(self._plan.idle)
 
-    def drop_idle(self) -> None:
-        """Free the memory of all feature maps that no thread uses."""
-        with self._lock:
-            if self._plan is not None:
-                self._plan.idle.clear()
+    def make_room(self) -> None:
+        """Free packed weights and programs: a training changes the weights."""
+        self.release()
 
     def release(self) -> None:
         """Free packed weights and programs."""
@@ -169,10 +167,10 @@ class OfEachNetwork(Generic[T]):
             return self._objects.setdefault(network, self._make())
 
     def alone(self, network: nn.Module) -> T:
-        """The same, which is about to be used. Other kinds free their feature maps: a network trains or is validated."""
+        """The same, which is about to be used. Other kinds make room: a network trains or is validated."""
         for kind in self._kinds:
             if kind is not self and network in kind._objects:
-                kind.of(network).drop_idle()
+                kind.of(network).make_room()
         return self.of(network)
 
 

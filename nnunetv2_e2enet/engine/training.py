@@ -72,8 +72,8 @@ class TrainingSession:
         with self._lock:
             return [program for programs in self._idle for program in programs]
 
-    def drop_idle(self) -> None:
-        """Free the memory of all feature maps that no thread uses."""
+    def make_room(self) -> None:
+        """Free the memory of all feature maps that no thread uses; weights keep their places, which take long to find."""
         with self._lock:
             self._idle.clear()
 

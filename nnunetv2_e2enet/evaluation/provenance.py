@@ -45,10 +45,12 @@ def _version(package: str) -> str:
 
 
 def processor() -> str:
-    """Name of the CPU's model."""
+    """Name of the CPU's model, with family and number of the model on Linux (virtual machines share a name)."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        first, _, _ = cpuinfo.read_text(encoding="utf-8", errors="replace").partition("\n\n")
+        found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+        if "model name" in found:
+            numbers = [f"{key.removeprefix('cpu ')} {found[key]}" for key in ("cpu family", "model") if key in found]
+            return f"{found['model name']} ({', '.join(numbers)})" if numbers else found["model name"]
     return platform.processor() or "unknown"

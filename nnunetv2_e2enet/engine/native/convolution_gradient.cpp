@@ -15,6 +15,7 @@ constexpr int64_t kPrivateFloats = 3 << 20;  // of transformed tiles up to which
 constexpr int64_t kSharedFloats = 3 << 20;   // of transformed tiles that threads hold together otherwise
 constexpr int64_t kStreamBytes = 32 << 20;   // a map that will not stay in any cache is written past them
 constexpr int kTaps = 9;
+constexpr int kTogether = 16;  // kernels that are transformed side by side
 
 // Of F(4 x 4, 3 x 3), as in engine/weights.py.
 constexpr double kG[6][3] = {{1 / 4., 0, 0},          {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.},
@@ -280,25 +281,34 @@ class ConvolutionGradient {
         }
     }
 
-    // Sums of all threads to gradients of kernels: G^T s G.
+    // Sums of all threads to gradients of kernels: G^T s G, of some kernels side by side.
     void finish(int thread, int team) {
         const int copies = schedule_.shared ? 1 : team;
         const int64_t sums = job_.weights.dense ? sums_ : job_.weights.connections;
-        const Share share(sums, thread, team);
-        for (int64_t e = share.first; e < share.last; ++e) {
-            if (job_.places[e] < 0) continue;
-            double s[kPoints] = {}, half[3][6] = {};
-            for (int p = 0; p < kPoints; ++p)
-                for (int t = 0; t < copies; ++t) s[p] += totals_[(t * kPoints + p) * sums_ + e];
-            for (int i = 0; i < 6; ++i)
-                for (int k = 0; k < 3; ++k)
-                    for (int j = 0; j < 6; ++j) half[k][j] += kG[i][k] * s[6 * i + j];
-            float* to = job_.weight_gradient + int64_t{job_.places[e]} * kTaps;
+        const Share blocks(divide_up(sums, kTogether), thread, team);
+        for (int64_t block = blocks.first; block < blocks.last; ++block) {
+            const int64_t first = block * kTogether;
+            const int count = static_cast<int>(std::min<int64_t>(kTogether, sums - first));
+            double half[3][6][kTogether] = {};
+            for (int i = 0; i < 6; ++i) {
+                for (int j = 0; j < 6; ++j) {
+                    double s[kTogether] = {};
+                    for (int t = 0; t < copies; ++t)
+                        for (int e = 0; e < count; ++e) s[e] += totals_[(t * kPoints + 6 * i + j) * sums_ + first + e];
+                    for (int k = 0; k < 3; ++k)
+                        for (int e = 0; e < kTogether; ++e) half[k][j][e] += kG[i][k] * s[e];
+                }
+            }
             for (int k = 0; k < 3; ++k) {
-                double row[3] = {};
-                for (int j = 0; j < 6; ++j)
-                    for (int l = 0; l < 3; ++l) row[l] += half[k][j] * kG[j][l];
-                for (int l = 0; l < 3; ++l) to[3 * k + l] += static_cast<float>(row[l]);
+                for (int l = 0; l < 3; ++l) {
+                    double tap[kTogether] = {};
+                    for (int j = 0; j < 6; ++j)
+                        for (int e = 0; e < kTogether; ++e) tap[e] += half[k][j][e] * kG[j][l];
+                    for (int e = 0; e < count; ++e) {
+                        const int64_t place = job_.places[first + e];
+                        if (place >= 0) job_.weight_gradient[place * kTaps + 3 * k + l] += static_cast<float>(tap[e]);
+                    }
+                }
             }
         }
     }
@@ -320,11 +330,10 @@ class ConvolutionGradient {
 }  // namespace
 
 void pack_kernels(const float* weight, const int32_t* places, int64_t n, int turned, float* to, int threads) {
-    constexpr int kBlock = 16;  // kernels that are transformed side by side
     #pragma omp parallel for num_threads(threads) schedule(static) if (n > 1 << 10)
-    for (int64_t block = 0; block < divide_up(n, kBlock); ++block) {
-        const int64_t first = block * kBlock, count = std::min<int64_t>(kBlock, n - first);
-        double kernel[kTaps][kBlock] = {}, half[6][3][kBlock];
+    for (int64_t block = 0; block < divide_up(n, kTogether); ++block) {
+        const int64_t first = block * kTogether, count = std::min<int64_t>(kTogether, n - first);
+        double kernel[kTaps][kTogether] = {}, half[6][3][kTogether];
         for (int64_t e = 0; e < count; ++e) {
             if (places[first + e] < 0) continue;
             const float* from = weight + int64_t{places[first + e]} * kTaps;
@@ -332,12 +341,12 @@ void pack_kernels(const float* weight, const int32_t* places, int64_t n, int tur
         }
         for (int i = 0; i < 6; ++i)
             for (int l = 0; l < 3; ++l)
-                for (int e = 0; e < kBlock; ++e)
+                for (int e = 0; e < kTogether; ++e)
                     half[i][l][e] = kG[i][0] * kernel[l][e] + kG[i][1] * kernel[3 + l][e] + kG[i][2] * kernel[6 + l][e];
         for (int i = 0; i < 6; ++i)
             for (int j = 0; j < 6; ++j) {
-                float row[kBlock];
-                for (int e = 0; e < kBlock; ++e)
+                float row[kTogether];
+                for (int e = 0; e < kTogether; ++e)
                     row[e] = static_cast<float>(half[i][0][e] * kG[j][0] + half[i][1][e] * kG[j][1] + half[i][2][e] * kG[j][2]);
                 std::copy(row, row + count, to + (6 * i + j) * n + first);
             }

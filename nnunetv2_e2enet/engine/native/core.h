@@ -70,6 +70,8 @@ struct Unpooled {
     const Pixels* pooled;    // largest (or smallest) raw values, channel 0
     const float* gradient;   // of the pooled map, channel 0
     const int64_t* places;   // [window of the tile][kChunk]: of each tile in a coarse map
+    const int64_t* lines;    // of the cache: a place in each that `places` are in
+    int64_t n_lines;
     const uint32_t* later;   // [vector]: tiles in the second slice of their windows
     int depth, height, width;
 };

@@ -27,7 +27,7 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
         if (q / kTile < grid.height && q % kTile < grid.width) phases.push_back(q);
     const int64_t n_phases = static_cast<int64_t>(phases.size());
     Scratch memory(scratch);
-    const int64_t window_floats = round_up(per_vector * vectors, kCacheLine), product_floats = outputs * tiles;
+    const int64_t window_floats = round_up(shape.floats(tiles), kCacheLine), product_floats = outputs * tiles;
     float* windows = memory.take(window_floats * (shared ? 1 : threads));
     float* products = memory.take(round_up(product_floats, kCacheLine) * threads);
     if (!scratch) return memory.used();
@@ -56,7 +56,7 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
             for (int64_t i = its.first; i < its.last; ++i) {
                 const int q = phases[static_cast<size_t>(i)];
                 const float* bases[kTaps];
-                window.taps(own, inputs * n * kernels.lanes, q, bases);
+                window.taps(own, n * kernels.lanes, q, bases);
                 kernels.dense_product(bases, kTaps, static_cast<int>(inputs), job.weight, 0, groups, static_cast<int>(outputs),
                                       m, n);
                 kernels.store_phase(m, static_cast<int>(outputs), grid, first, n, q, job.out.data,
@@ -78,7 +78,8 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
     const int64_t vectors = std::min<int64_t>(4, divide_up(grid.tiles, kernels.lanes)), tiles = vectors * kernels.lanes;
     const int64_t blocks = divide_up(grid.tiles, tiles), inputs = job.in.channels;
     Scratch memory(scratch);
-    const int64_t in_floats = kPhases * inputs * tiles, out_floats = kPhases * job.classes * tiles;
+    const int64_t in_pitch = odd_lines(inputs * tiles), out_pitch = odd_lines(job.classes * tiles);
+    const int64_t in_floats = kPhases * in_pitch, out_floats = kPhases * out_pitch;
     float* in_rows = memory.take(in_floats * threads);
     float* out_rows = memory.take(out_floats * threads);
     if (!scratch) return memory.used();
@@ -95,15 +96,15 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
                 const int64_t first = block * tiles, count = std::min(tiles, grid.tiles - first);
                 Span spans[kPhases];
                 for (int64_t q = 0; q < kPhases; ++q)
-                    spans[q] = {place(first, grid.chunk) + q * kChunk, q * inputs * tiles, static_cast<int32_t>(count)};
+                    spans[q] = {place(first, grid.chunk) + q * kChunk, q * in_pitch, static_cast<int32_t>(count)};
                 for (int64_t c = 0; c < inputs; ++c)
                     kernels.gather(channel_of(kernels, job.in, c), spans, kPhases, 1, scale_of(job.in, c), offset_of(job.in, c),
                                    slope_of(job.in), in + c * tiles);
                 for (int q = 0; q < kPhases; ++q) {
-                    const float* bases[1] = {in + q * inputs * tiles};
+                    const float* bases[1] = {in + q * in_pitch};
                     kernels.dense_product(bases, 1, static_cast<int>(inputs), job.weight, 0,
                                           static_cast<int>(divide_up(job.classes, kernels.dense_rows)), job.classes,
-                                          out + q * job.classes * tiles, static_cast<int>(vectors));
+                                          out + q * out_pitch, static_cast<int>(vectors));
                 }
                 for (const Segment& s : cut_rows(grid, first, tiles)) {
                     for (int64_t k = 0; k < job.classes; ++k) {
@@ -111,8 +112,8 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
                             const int64_t x = kTile * s.column, y = kTile * s.row + row;
                             float* to = logits + ((k * grid.depth + s.slice) * grid.height + y) * grid.width + x;
                             const int64_t pixels = std::min(s.count * kTile, grid.width - x);
-                            const float* from = out + (row * kTile * job.classes + k) * tiles + s.lane;
-                            kernels.pixels_row(from, job.classes * tiles, s.count, pixels, to);
+                            const float* from = out + row * kTile * out_pitch + k * tiles + s.lane;
+                            kernels.pixels_row(from, out_pitch, s.count, pixels, to);
                             if (job.bias)
                                 for (int64_t i = 0; i < pixels; ++i) to[i] += job.bias[k];
                         }

@@ -38,8 +38,8 @@ class StridedGradient {
 
     int64_t reserve(float* base) {
         Scratch scratch(base);
-        fine_ = scratch.take(window_.rows * window_.columns * inputs_ * tiles());
-        coarse_ = scratch.take(around_.rows * around_.columns * outputs_ * tiles());
+        fine_ = scratch.take(window_.floats(tiles()));
+        coarse_ = scratch.take(around_.floats(tiles()));
         for (float*& products : products_) products = scratch.take(round_up(inputs_, kDenseRows) * tiles());
         sums_ = scratch.take(kTaps * dots_);
         return scratch.used();
@@ -52,8 +52,8 @@ class StridedGradient {
         const int64_t n = std::min<int64_t>(vectors_, divide_up(grid.tiles - first, kernels_.lanes)), tiles = n * kernels_.lanes;
         const std::vector<Segment> rows = cut_rows(grid, first, tiles);
         if (first + tiles > grid.tiles) {  // lanes that no tile is in must not spoil sums
-            std::fill(fine_, fine_ + window_.rows * window_.columns * inputs_ * tiles, 0.0f);
-            std::fill(coarse_, coarse_ + around_.rows * around_.columns * outputs_ * tiles, 0.0f);
+            std::fill(fine_, fine_ + window_.floats(tiles), 0.0f);
+            std::fill(coarse_, coarse_ + around_.floats(tiles), 0.0f);
         }
         window_.fill(rows, tiles, 0, inputs_, fine_);
         around_.fill(rows, tiles, 0, outputs_, coarse_);
@@ -67,10 +67,11 @@ class StridedGradient {
             for (int b = 0; b < sw_; ++b) turned += multiply_position(a, b, turned, static_cast<int>(n));
     }
 
-    void finish(const StridedGradient* all, int threads) const {
-        for (int64_t k = 0; k < kTaps * dots_; ++k) {
+    void finish(const StridedGradient* all, int thread, int team) const {
+        const Share share(kTaps * dots_, thread, team);
+        for (int64_t k = share.first; k < share.last; ++k) {
             float total = 0;
-            for (int t = 0; t < threads; ++t) total += all[t].sums_[k];
+            for (int t = 0; t < team; ++t) total += all[t].sums_[k];
             if (job_.places[k] >= 0) job_.weight_gradient[job_.places[k]] += total;
         }
     }
@@ -79,7 +80,7 @@ class StridedGradient {
     static constexpr int32_t kOnce[3] = {1, 1, 1};
 
     const float* coarse_at(int64_t row, int64_t column, int64_t tiles) const {
-        return coarse_ + ((row + 1) * around_.columns + column + 1) * outputs_ * tiles;
+        return coarse_ + ((row + 1) * around_.columns + column + 1) * around_.pitch(tiles);
     }
 
     void sum_up(int n) {
@@ -90,7 +91,7 @@ class StridedGradient {
         for (int q = 0; q < kPhases; ++q) {
             if (q / kTile >= grid.height || q % kTile >= grid.width) continue;
             const float* bases[kTaps];
-            window_.taps(fine_, inputs_ * tiles, q, bases);
+            window_.taps(fine_, tiles, q, bases);
             for (int t = 0; t < kTaps; ++t) in[t][count] = bases[t];
             out[count++] = coarse_at(q / kTile, q % kTile, tiles);
         }
@@ -147,14 +148,15 @@ class HeadGradient {
     HeadGradient(const Kernels& kernels, const HeadGradientJob& job)
         : kernels_(kernels), job_(job), inputs_(job.in.channels),
           vectors_(static_cast<int>(std::min<int64_t>(4, divide_up(job.in.grid.tiles, kernels.lanes)))),
+          pixels_pitch_(odd_lines(inputs_ * tiles())), logits_pitch_(odd_lines(job.classes * tiles())),
           dots_(count_dots(kernels, job.classes, inputs_)), biases_(static_cast<size_t>(job.classes), 0.0) {}
 
     int tiles() const { return vectors_ * kernels_.lanes; }
 
     int64_t reserve(float* base) {
         Scratch scratch(base);
-        pixels_ = scratch.take(kPhases * inputs_ * tiles());
-        logits_ = scratch.take(int64_t{kPhases} * job_.classes * tiles());
+        pixels_ = scratch.take(kPhases * pixels_pitch_);
+        logits_ = scratch.take(kPhases * logits_pitch_);
         products_ = scratch.take(round_up(inputs_, kDenseRows) * tiles());
         sums_ = scratch.take(dots_);
         return scratch.used();
@@ -166,8 +168,8 @@ class HeadGradient {
         const Grid& grid = job_.in.grid;
         const int64_t all = tiles();
         const std::vector<Segment> rows = cut_rows(grid, first, all);
-        std::fill(logits_, logits_ + kPhases * job_.classes * all, 0.0f);
-        if (first + all > grid.tiles) std::fill(pixels_, pixels_ + kPhases * inputs_ * all, 0.0f);
+        std::fill(logits_, logits_ + kPhases * logits_pitch_, 0.0f);
+        if (first + all > grid.tiles) std::fill(pixels_, pixels_ + kPhases * pixels_pitch_, 0.0f);
         std::vector<Span> spans;
         for (const Segment& s : rows)
             for (int64_t q = 0; q < kPhases; ++q) load_row(s, q, spans);
@@ -176,8 +178,8 @@ class HeadGradient {
                             scale_of(job_.in, c), offset_of(job_.in, c), slope_of(job_.in), pixels_ + c * all);
         const float *in[kPhases], *out[kPhases];
         for (int64_t q = 0; q < kPhases; ++q) {
-            in[q] = pixels_ + q * inputs_ * all;
-            out[q] = logits_ + q * job_.classes * all;
+            in[q] = pixels_ + q * pixels_pitch_;
+            out[q] = logits_ + q * logits_pitch_;
             kernels_.dense_product(out + q, 1, job_.classes, job_.turned, 0, static_cast<int>(divide_up(inputs_, kDenseRows)),
                                    static_cast<int>(inputs_), products_, vectors_);
             store_products(first, q);
@@ -185,15 +187,16 @@ class HeadGradient {
         kernels_.dense_dots(out, job_.classes, in, static_cast<int>(inputs_), kPhases, sums_, vectors_);
     }
 
-    void finish(const HeadGradient* all, int threads) const {
-        for (int64_t k = 0; k < dots_; ++k) {
+    void finish(const HeadGradient* all, int thread, int team) const {
+        const Share share(dots_, thread, team), classes(job_.classes, thread, team);
+        for (int64_t k = share.first; k < share.last; ++k) {
             float total = 0;
-            for (int t = 0; t < threads; ++t) total += all[t].sums_[k];
+            for (int t = 0; t < team; ++t) total += all[t].sums_[k];
             if (job_.places[k] >= 0) job_.weight_gradient[job_.places[k]] += total;
         }
-        for (int64_t k = 0; job_.bias_gradient && k < job_.classes; ++k) {
+        for (int64_t k = classes.first; job_.bias_gradient && k < classes.last; ++k) {
             double total = 0;
-            for (int t = 0; t < threads; ++t) total += all[t].biases_[static_cast<size_t>(k)];
+            for (int t = 0; t < team; ++t) total += all[t].biases_[static_cast<size_t>(k)];
             job_.bias_gradient[k] += static_cast<float>(total);
         }
     }
@@ -204,12 +207,12 @@ class HeadGradient {
         const Grid& grid = job_.in.grid;
         const int64_t y = kTile * s.row + q / kTile, x = kTile * s.column + q % kTile, all = tiles();
         int64_t n = y < grid.height && x < grid.width ? std::min(s.count, (grid.width - 1 - x) / kTile + 1) : 0;
-        const int64_t tile = s.slice * grid.slice + s.row * grid.tiles_x + s.column, to = q * inputs_ * all + s.lane;
+        const int64_t tile = s.slice * grid.slice + s.row * grid.tiles_x + s.column, to = q * pixels_pitch_ + s.lane;
         if (n > 0) spans.push_back({place(tile, grid.chunk) + q * kChunk, to, static_cast<int32_t>(n)});
         if (n < s.count) spans.push_back({-1, to + n, static_cast<int32_t>(s.count - n)});
         for (int64_t k = 0; k < job_.classes; ++k) {
             const float* from = job_.logits + ((k * grid.depth + s.slice) * grid.height + y) * grid.width + x;
-            float* target = logits_ + (q * job_.classes + k) * all + s.lane;
+            float* target = logits_ + q * logits_pitch_ + k * all + s.lane;
             double total = 0;
             for (int64_t t = 0; t < n; ++t) {
                 target[t] = from[t * kTile];
@@ -231,7 +234,7 @@ class HeadGradient {
     const HeadGradientJob& job_;
     const int64_t inputs_;
     const int vectors_;
-    const int64_t dots_;
+    const int64_t pixels_pitch_, logits_pitch_, dots_;
     std::vector<double> biases_;
     float *pixels_ = nullptr, *logits_ = nullptr, *products_ = nullptr, *sums_ = nullptr;
 };

@@ -174,6 +174,14 @@ inline __attribute__((always_inline)) void prefetch_chunk(const Kernels& kernels
     for (int64_t i = 0; i < kChannel * kernels.pixel_bytes; i += 64) __builtin_prefetch(first + i, 0, 3);
 }
 
+// A block of tiles of a channel, all phases: the block lies in one chunk.
+inline __attribute__((always_inline)) void prefetch_block(const Kernels& kernels, const Pixels* block, int64_t tiles) {
+    const char* first = static_cast<const char*>(block);
+    const int64_t phase = kChunk * kernels.pixel_bytes, bytes = tiles * kernels.pixel_bytes;
+    for (int q = 0; q < kPhases; ++q)
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + q * phase + i, 0, 3);
+}
+
 inline float scale_of(const Map& map, int64_t c) { return map.scale ? map.scale[c] : 1.0f; }
 inline float offset_of(const Map& map, int64_t c) { return map.offset ? map.offset[c] : 0.0f; }
 inline float slope_of(const Map& map) { return map.scale ? map.slope : 1.0f; }

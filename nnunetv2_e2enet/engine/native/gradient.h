@@ -236,6 +236,10 @@ class Unpooling {
         const Pixel* pooled = static_cast<const Pixel*>(job_.pooled) + static_cast<int64_t>(channel) * e2e::kChannel;
         const float* gradient = job_.gradient + static_cast<int64_t>(channel) * e2e::kChannel;
         const int windows = e2e::kPhases / (job_.height * job_.width);
+        for (int64_t k = 0; k < job_.n_lines; ++k) {  // of the next channel
+            __builtin_prefetch(pooled + e2e::kChannel + job_.lines[k], 0, 3);
+            __builtin_prefetch(gradient + e2e::kChannel + job_.lines[k], 0, 3);
+        }
         for (int64_t k = 0; k < windows * e2e::kChunk; ++k) {
             best_[k] = value_of(pooled[job_.places[k]]);
             gradient_[k] = gradient[job_.places[k]];
@@ -303,6 +307,9 @@ static void norm_sums(float* gradient, const e2e::Pixels* raw, int channels, con
         for (int i = 0; i < vectors; ++i) {
             const Pixel* r = raw_channel + there + i * kLanes;
             float* g = g_channel + i * kLanes;
+            // The next channel, or the first of the next chunk, lies behind this one.
+            prefetch(raw_channel + there + e2e::kChannel + i * kLanes * e2e::kPhases, kLanes * e2e::kPhases);
+            prefetch(g_channel + e2e::kChannel + i * kLanes * e2e::kPhases, kLanes * e2e::kPhases);
             if (unpooled) unpooling.add(i, raw_channel, r, g);
             for (int q = 0; q < e2e::kPhases; ++q) {
                 const Vec pixel = load(r + q * e2e::kChunk), own = load(g + q * e2e::kChunk);

@@ -13,20 +13,23 @@ class Upsampler {
   public:
     Upsampler(const Kernels& kernels, const Upsample& job, const Grid& fine, const UpsampleTarget& target, float* scratch)
         : kernels_(kernels), job_(job), fine_(fine), target_(target), pixels_(scratch),
-          pitch_(job.coarse.channels * kernels.upsample_tiles) {}
+          pitch_(pitch(kernels, job)) {}
 
     static bool takes(const Upsample& job) { return job.stride[1] <= 2 && job.stride[2] <= 2; }
     static int64_t floats(const Kernels& kernels, const Upsample& job) {
-        return kPhases * job.coarse.channels * kernels.upsample_tiles;
+        return kPhases * pitch(kernels, job);
     }
 
     // The block of coarse tiles from `first` on, activated.
     void load(int64_t first) {
         const Map& coarse = job_.coarse;
         const int64_t there = place(first, coarse.grid.chunk);
-        for (int64_t c = 0; c < coarse.channels; ++c)
-            kernels_.activate_block(at(kernels_, coarse.data, c * kChannel + there), scale_of(coarse, c), offset_of(coarse, c),
-                                    slope_of(coarse), pixels_ + c * kernels_.upsample_tiles, pitch_);
+        for (int64_t c = 0; c < coarse.channels; ++c) {
+            const auto block = [&](int64_t channel) { return at(kernels_, coarse.data, channel * kChannel + there); };
+            if (c + 1 < coarse.channels) prefetch_block(kernels_, block(c + 1), kernels_.upsample_tiles);
+            kernels_.activate_block(block(c), scale_of(coarse, c), offset_of(coarse, c), slope_of(coarse),
+                                    pixels_ + c * kernels_.upsample_tiles, pitch_);
+        }
         rows_ = cut_rows(coarse.grid, first, kernels_.upsample_tiles);
     }
 
@@ -43,6 +46,10 @@ class Upsampler {
     }
 
   private:
+    static int64_t pitch(const Kernels& kernels, const Upsample& job) {
+        return odd_lines(int64_t{job.coarse.channels} * kernels.upsample_tiles);
+    }
+
     void multiply_pixel(int position, const Group& group, int row, int column) const {
         const int sh = job_.stride[1], sw = job_.stride[2];
         UpsampleTask task{};
@@ -143,19 +150,31 @@ class Pooling {
     // All channels of one chunk of coarse tiles.
     void chunk(int64_t index) {
         plan(index * kChunk);
-        for (int64_t c = 0; c < job_.in.channels; ++c)
+        for (int64_t c = 0; c < job_.in.channels; ++c) {
+            if (c + 1 < job_.in.channels) prefetch_channel(c + 1);
             kernels_.pool(at(kernels_, job_.in.data, c * channel_), spans_.data(), static_cast<int64_t>(spans_.size()),
                           places_.data(), further_, sw_, job_.gamma[c] >= 0,
                           at(kernels_, job_.out.data, c * kChannel + index * job_.out.grid.chunk));
+        }
     }
 
   private:
+    // All of the chunks that pixels are read from.
+    inline __attribute__((always_inline)) void prefetch_channel(int64_t c) const {
+        for (const int64_t chunk : chunks_) {
+            const int64_t there = chunk * job_.in.grid.chunk + c * channel_;
+            const char* first = static_cast<const char*>(at(kernels_, job_.in.data, there));
+            for (int64_t i = 0; i < channel_ * kernels_.pixel_bytes; i += 64) __builtin_prefetch(first + i, 0, 3);
+        }
+    }
+
     // The same for every channel: runs of coarse tiles in one phase, none of whose pixels leave their chunk, and where the
     // further pixels of the window of the first tile lie.
     void plan(int64_t first) {
         const Grid& coarse = job_.out.grid;
         spans_.clear();
         places_.clear();
+        chunks_.clear();
         for (int q = 0; q < kPhases; ++q) {
             const int64_t end = std::min<int64_t>(first + kChunk, coarse.tiles);
             for (int64_t tile = first, count; tile < end; tile += count) {
@@ -181,6 +200,8 @@ class Pooling {
                 const int64_t phase = job_.halved ? y % kTile / 2 * 2 + x % kTile / 2 : y % kTile * kTile + x % kTile;
                 const int64_t there = place(tile, fine.chunk) + phase * kChunk;
                 n = std::min(n, tiles_in_chunk(tile, sw_));
+                const int64_t chunk = there / fine.chunk;
+                if (std::find(chunks_.begin(), chunks_.end(), chunk) == chunks_.end()) chunks_.push_back(chunk);
                 if (i == 0) from = there;
                 if (i > 0) places_.push_back(there);
             }
@@ -193,7 +214,7 @@ class Pooling {
     const int sd_, sh_, sw_, further_;  // pixels of the window but the first
     const int64_t channel_;
     std::vector<Span> spans_;
-    std::vector<int64_t> places_;
+    std::vector<int64_t> places_, chunks_;
 };
 
 }  // namespace

@@ -12,11 +12,12 @@ class UnpoolingPlan {
   public:
     explicit UnpoolingPlan(const NormGradientJob& job)
         : job_(job), rows_(job.pooled.data ? kTile / job.stride[1] : 0), columns_(job.pooled.data ? kTile / job.stride[2] : 0),
-          places_(static_cast<size_t>(rows_ * columns_ * kChunk)) {}
+          places_(static_cast<size_t>(rows_ * columns_ * kChunk)), lines_(places_.size()) {}
 
     Unpooled chunk(int lanes, int64_t first) {
         const Grid &fine = job_.raw.grid, &coarse = job_.pooled.grid;
         std::fill(later_, later_ + kChunk, 0);
+        int64_t* end = lines_.data();
         for (int64_t lane = 0; lane < kChunk; ++lane) {
             const int64_t tile = std::min(first + lane, fine.tiles - 1), slice = tile / fine.slice;
             const int64_t ty = tile % fine.slice / fine.tiles_x, tx = tile % fine.slice % fine.tiles_x;
@@ -25,17 +26,20 @@ class UnpoolingPlan {
                 const int64_t y = std::min<int64_t>(ty * rows_ + w / columns_, coarse.height - 1);
                 const int64_t x = std::min<int64_t>(tx * columns_ + w % columns_, coarse.width - 1);
                 const int64_t there = slice / job_.stride[0] * coarse.slice + y / kTile * coarse.tiles_x + x / kTile;
-                places_[static_cast<size_t>(w * kChunk + lane)] =
-                    place(there, coarse.chunk) + (y % kTile * kTile + x % kTile) * kChunk;
+                const int64_t at = place(there, coarse.chunk) + (y % kTile * kTile + x % kTile) * kChunk;
+                places_[static_cast<size_t>(w * kChunk + lane)] = at;
+                const int64_t line = at / kCacheLine * kCacheLine;
+                if (std::find(lines_.data(), end, line) == end) *end++ = line;
             }
         }
-        return {job_.pooled.data, job_.pooled_gradient, places_.data(), later_, job_.stride[0], job_.stride[1], job_.stride[2]};
+        return {job_.pooled.data, job_.pooled_gradient, places_.data(), lines_.data(), end - lines_.data(), later_,
+                job_.stride[0], job_.stride[1], job_.stride[2]};
     }
 
   private:
     const NormGradientJob& job_;
     const int rows_, columns_;
-    std::vector<int64_t> places_;
+    std::vector<int64_t> places_, lines_;
     uint32_t later_[kChunk];
 };
 
@@ -110,15 +114,16 @@ class UpsampleGradient {
     UpsampleGradient(const Kernels& kernels, const UpsampleGradientJob& job)
         : kernels_(kernels), job_(job), coarse_(job.upsample.coarse), sh_(job.upsample.stride[1]), sw_(job.upsample.stride[2]),
           subs_(sh_ * sw_), tiles_(kernels.upsample_tiles), vectors_(kernels.upsample_tiles / kernels.lanes),
-          inputs_(coarse_.channels), outputs_(job.upsample.outputs), pitch_(round_up(job.upsample.connections, kCacheLine)) {}
+          inputs_(coarse_.channels), outputs_(job.upsample.outputs), coarse_pitch_(odd_lines(inputs_ * tiles_)),
+          fine_pitch_(odd_lines(outputs_ * tiles_)), sums_pitch_(round_up(job.upsample.connections, kCacheLine)) {}
 
     int64_t tiles() const { return tiles_; }
 
     int64_t reserve(float* base) {
         Scratch scratch(base);
-        pixels_ = scratch.take(kPhases * inputs_ * tiles_);
-        products_ = scratch.take(kPhases * inputs_ * tiles_);
-        fine_ = scratch.take(subs_ * kPhases * outputs_ * tiles_);
+        pixels_ = scratch.take(kPhases * coarse_pitch_);
+        products_ = scratch.take(kPhases * coarse_pitch_);
+        fine_ = scratch.take(subs_ * kPhases * fine_pitch_);
         sums_ = scratch.take(total_sums());
         return scratch.used();
     }
@@ -128,35 +133,38 @@ class UpsampleGradient {
     void block(int64_t first) {
         const std::vector<Segment> rows = cut_rows(coarse_.grid, first, tiles_);
         const bool partial = first + tiles_ > coarse_.grid.tiles;
-        load_pixels(rows, partial);
+        const int64_t there = place(first, coarse_.grid.chunk);
+        load_pixels(rows, there, partial);
         for (int position = 0; position < job_.upsample.stride[0]; ++position) {
             load_fine(rows, position, partial);
             for (int sub = 0; sub < subs_; ++sub) multiply(position * subs_ + sub, sub);
         }
-        const int64_t there = place(first, coarse_.grid.chunk);
-        for (int64_t c = 0; c < inputs_; ++c)
+        for (int64_t c = 0; c < inputs_; ++c) {
+            float* into = job_.into + c * kChannel + there;
+            if (c + 1 < inputs_) prefetch_block(*kernels_.floats(), into + kChannel, tiles_);
             for (int64_t q = 0; q < kPhases; ++q)
-                kernels_.accumulate(products_ + (q * inputs_ + c) * tiles_, tiles_,
-                                    job_.into + c * kChannel + there + q * kChunk, job_.add);
+                kernels_.accumulate(products_ + q * coarse_pitch_ + c * tiles_, tiles_, into + q * kChunk, job_.add);
+        }
     }
 
-    // Those of all threads: `all` is of the first.
-    void finish(const UpsampleGradient* all, int threads) const {
+    // A thread's share of the sums of all threads: `all` is of the first.
+    void finish(const UpsampleGradient* all, int thread, int team) const {
+        const Share share(job_.upsample.connections, thread, team);
         for (int64_t k = 0; k < subs_ * job_.upsample.stride[0]; ++k) {
-            for (int64_t e = 0; e < job_.upsample.connections; ++e) {
+            for (int64_t e = share.first; e < share.last; ++e) {
                 float total = 0;
-                for (int t = 0; t < threads; ++t) total += all[t].sums_[k * pitch_ + e];
+                for (int t = 0; t < team; ++t) total += all[t].sums_[k * sums_pitch_ + e];
                 job_.weight_gradient[job_.places[k * job_.upsample.connections + e]] += total;
             }
         }
     }
 
   private:
-    int64_t total_sums() const { return subs_ * job_.upsample.stride[0] * pitch_; }
+    int64_t total_sums() const { return subs_ * job_.upsample.stride[0] * sums_pitch_; }
 
     // The coarse pixels, activated; zero outside the plane.
-    void load_pixels(const std::vector<Segment>& rows, bool partial) {
-        if (partial) std::fill(pixels_, pixels_ + kPhases * inputs_ * tiles_, 0.0f);
+    void load_pixels(const std::vector<Segment>& rows, int64_t there, bool partial) {
+        if (partial) std::fill(pixels_, pixels_ + kPhases * coarse_pitch_, 0.0f);
         spans_.clear();
         for (int64_t q = 0; q < kPhases; ++q)
             for (const Segment& s : rows) {
@@ -164,25 +172,29 @@ class UpsampleGradient {
                 int64_t n = std::max<int64_t>(0, std::min(s.count, pixels - s.column));
                 if (kTile * s.row + q / kTile >= coarse_.grid.height) n = 0;
                 const int64_t tile = s.slice * coarse_.grid.slice + s.row * coarse_.grid.tiles_x + s.column;
-                const int64_t to = q * inputs_ * tiles_ + s.lane;
+                const int64_t to = q * coarse_pitch_ + s.lane;
                 if (n > 0) spans_.push_back({place(tile, coarse_.grid.chunk) + q * kChunk, to, static_cast<int32_t>(n)});
                 if (n < s.count) spans_.push_back({-1, to + n, static_cast<int32_t>(s.count - n)});
             }
-        for (int64_t c = 0; c < inputs_; ++c)
+        for (int64_t c = 0; c < inputs_; ++c) {
+            if (c + 1 < inputs_) prefetch_block(kernels_, at(kernels_, coarse_.data, (c + 1) * kChannel + there), tiles_);
             kernels_.gather(channel_of(kernels_, coarse_, c), spans_.data(), static_cast<int64_t>(spans_.size()), 1,
                             scale_of(coarse_, c), offset_of(coarse_, c), slope_of(coarse_), pixels_ + c * tiles_);
+        }
     }
 
     // The gradient of the fine pixels at one position of the stride in depth: fine_[row and column position][phase][output][tile].
     void load_fine(const std::vector<Segment>& rows, int position, bool partial) {
-        if (partial) std::fill(fine_, fine_ + subs_ * kPhases * outputs_ * tiles_, 0.0f);
+        if (partial) std::fill(fine_, fine_ + subs_ * kPhases * fine_pitch_, 0.0f);
         spans_.clear();
         for (int64_t k = 0; k < subs_ * kPhases; ++k)
-            for (const Segment& s : rows) plan_row(s, position, k / kPhases, k % kPhases, k * outputs_ * tiles_ + s.lane);
+            for (const Segment& s : rows) plan_row(s, position, k / kPhases, k % kPhases, k * fine_pitch_ + s.lane);
         const Kernels& floats = *kernels_.floats();
-        for (int64_t o = 0; o < outputs_; ++o)
+        for (int64_t o = 0; o < outputs_; ++o) {
+            if (o + 1 < outputs_) prefetch_fine(floats, job_.gradient, o + 1, rows, job_.upsample.stride, position);
             floats.gather(channel_of(floats, job_.gradient, o), spans_.data(), static_cast<int64_t>(spans_.size()), sw_, 1.0f, 0.0f,
                           1.0f, fine_ + o * tiles_);
+        }
     }
 
     void plan_row(const Segment& s, int position, int64_t sub, int64_t phase, int64_t to) {
@@ -206,12 +218,12 @@ class UpsampleGradient {
         const SparseRows rows{up.start, up.output, up.index, up.outputs};
         const float *v[kPhases], *m[kPhases];
         for (int64_t q = 0; q < kPhases; ++q) {
-            v[q] = pixels_ + q * inputs_ * tiles_;
-            m[q] = fine_ + (sub * kPhases + q) * outputs_ * tiles_;
-            kernels_.sparse_product(m[q], products_ + q * inputs_ * tiles_, turned, job_.turned + position * up.connections, vectors_,
+            v[q] = pixels_ + q * coarse_pitch_;
+            m[q] = fine_ + (sub * kPhases + q) * fine_pitch_;
+            kernels_.sparse_product(m[q], products_ + q * coarse_pitch_, turned, job_.turned + position * up.connections, vectors_,
                                     position > 0);
         }
-        kernels_.sparse_dots(v, m, kPhases, rows, sums_ + position * pitch_, vectors_);
+        kernels_.sparse_dots(v, m, kPhases, rows, sums_ + position * sums_pitch_, vectors_);
     }
 
     const Kernels& kernels_;
@@ -220,7 +232,7 @@ class UpsampleGradient {
     const int sh_, sw_, subs_;
     const int64_t tiles_;
     const int vectors_;
-    const int64_t inputs_, outputs_, pitch_;
+    const int64_t inputs_, outputs_, coarse_pitch_, fine_pitch_, sums_pitch_;
     std::vector<Span> spans_;
     float *pixels_ = nullptr, *products_ = nullptr, *fine_ = nullptr, *sums_ = nullptr;
 };

@@ -70,7 +70,22 @@ class Pieces {
     }
 };
 
-// All that output tiles need: window[row * columns + column][channel][tile], normalised, zero outside.
+// All that coarse tiles cover of a channel of the finer map, in slices at one position of the stride in depth.
+inline __attribute__((always_inline)) void prefetch_fine(const Kernels& kernels, const Map& map, int64_t c,
+                                                         const std::vector<Segment>& segments, const int32_t* stride,
+                                                         int64_t position) {
+    const Grid& fine = map.grid;
+    for (const Segment& s : segments) {
+        const int64_t d = std::min<int64_t>(std::max<int64_t>(s.slice * stride[0] + position, 0), fine.depth - 1);
+        const int64_t tile = d * fine.slice + s.row * stride[1] * fine.tiles_x + s.column * stride[2];
+        const int64_t end = tile + (stride[1] - 1) * fine.tiles_x + s.count * stride[2];
+        for (int64_t t = tile & ~int64_t{kChunk - 1}; t < std::min(end, fine.tiles); t += kChunk)
+            prefetch_chunk(kernels, channel_of(kernels, map, c), fine.chunk, t);
+    }
+}
+
+// All that output tiles need: window[row * columns + column][channel][tile], normalised, zero outside. The pitch of positions is
+// an odd number of cache lines: what is read together must not all fall into the same sets of a cache.
 class Window {
   public:
     const int rows, columns;
@@ -80,26 +95,29 @@ class Window {
 
     void fill(const std::vector<Segment>& segments, int64_t tiles, int64_t first_channel, int64_t last_channel, float* window) {
         for (int64_t c = first_channel; c < last_channel; ++c) {
-            if (c == first_channel || shift_[c] != shift_[c - 1]) plan(segments, shift_[c], in_.channels * tiles);
-            if (c + 1 < last_channel) prefetch_channel(segments, c + 1);
+            if (c == first_channel || shift_[c] != shift_[c - 1]) plan(segments, shift_[c], pitch(tiles));
+            if (c + 1 < last_channel) prefetch_fine(kernels_, in_, c + 1, segments, stride_, -shift_[c + 1]);
             kernels_.gather(channel_of(kernels_, in_, c), spans_.data(), static_cast<int64_t>(spans_.size()), stride_[2],
                             scale_of(in_, c), offset_of(in_, c), slope_of(in_), window + c * tiles);
         }
     }
 
-    void taps(const float* window, int64_t channel_floats, int phase, const float* bases[kTaps]) const {
+    int64_t pitch(int64_t tiles) const { return odd_lines(in_.channels * tiles); }
+    int64_t floats(int64_t tiles) const { return rows * columns * pitch(tiles); }
+
+    void taps(const float* window, int64_t tiles, int phase, const float* bases[kTaps]) const {
         for (int t = 0; t < kTaps; ++t) {
             const int row = stride_[1] * (phase / kTile) + t / 3, column = stride_[2] * (phase % kTile) + t % 3;
-            bases[t] = window + (row * columns + column) * channel_floats;
+            bases[t] = window + (row * columns + column) * pitch(tiles);
         }
     }
 
   private:
     // The same for all channels that move alike.
-    void plan(const std::vector<Segment>& segments, int64_t shift, int64_t channel_floats) {
+    void plan(const std::vector<Segment>& segments, int64_t shift, int64_t pitch) {
         spans_.clear();
         for (int w = 0; w < rows * columns; ++w)
-            for (const Segment& s : segments) plan_row(s, shift, w / columns - 1, w % columns - 1, w * channel_floats + s.lane);
+            for (const Segment& s : segments) plan_row(s, shift, w / columns - 1, w % columns - 1, w * pitch + s.lane);
     }
 
     void plan_row(const Segment& s, int64_t shift, int row, int column, int64_t to) {
@@ -119,18 +137,6 @@ class Window {
             spans_.push_back({place(at, fine.chunk) + phase * kChunk, to + t, static_cast<int32_t>(n)});
         }
         if (hi < s.count) spans_.push_back({-1, to + hi, static_cast<int32_t>(s.count - hi)});
-    }
-
-    inline __attribute__((always_inline)) void prefetch_channel(const std::vector<Segment>& segments, int64_t c) const {
-        const Grid& fine = in_.grid;
-        for (const Segment& s : segments) {
-            const int64_t shifted = s.slice * stride_[0] - shift_[c];
-            const int64_t d = std::min<int64_t>(std::max<int64_t>(shifted, 0), fine.depth - 1);
-            const int64_t tile = d * fine.slice + s.row * stride_[1] * fine.tiles_x + s.column * stride_[2];
-            const int64_t end = tile + (stride_[1] - 1) * fine.tiles_x + s.count * stride_[2];
-            for (int64_t t = tile & ~int64_t{kChunk - 1}; t < std::min(end, fine.tiles); t += kChunk)
-                prefetch_chunk(kernels_, channel_of(kernels_, in_, c), fine.chunk, t);
-        }
     }
 
     const Kernels& kernels_;
@@ -164,10 +170,11 @@ int64_t run_blocks(const Kernels& kernels, const Job& job, const Grid& grid, Tim
             const Share share(divide_up(grid.tiles, own.tiles()), thread, team);
             for (int64_t block = share.first; block < share.last; ++block) own.block(block * own.tiles());
         });
+        #pragma omp barrier
+        own.finish(all.data(), thread, team);
         watch.lap(timer);
     }
     failure.rethrow();
-    all[0].finish(all.data(), team);
     return floats;
 }
 
