@@ -1,4 +1,4 @@
-"""Records of what was measured on a CPU: what the benchmarks print and write, and the tables of docs/results.md made of them."""
+"""Records of what was measured on a CPU: what the benchmarks print and write, and their tables in docs/results.md."""
 
 from __future__ import annotations
 

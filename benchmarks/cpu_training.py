@@ -32,9 +32,9 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import cpu_records
 import numpy as np
 import torch
-import cpu_records
 from contestants import stock_network
 from cpu_inference import AMOS, HIPPOCAMPUS, Plan
 from cpu_records import Table

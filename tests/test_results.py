@@ -17,7 +17,8 @@ from cpu_records import Table
 from nnunetv2_e2enet.evaluation.statistics import mean_interval
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE = f"Before.\n\n{results.BEGIN}\n\nwhat was there\n\n{results.END}\n\n{results.GPU_BEGIN}\n{results.GPU_END}\n\n{results.CPU_BEGIN}\n{results.CPU_END}\n\nAfter.\n"
+PAGE = "Before.\n\n" + results.BEGIN + "\n\nwhat was there\n\n" + results.END + "\n\n"
+PAGE += f"{results.GPU_BEGIN}\n{results.GPU_END}\n\n{results.CPU_BEGIN}\n{results.CPU_END}\n\nAfter.\n"
 
 
 def run(case_dice: dict[str, list[float]], parameters: int = 1_500_000) -> dict[str, Any]:
