@@ -94,22 +94,29 @@ def table(record: Record) -> list[str]:
 
 
 def figure(record: Record) -> drawing.Figure:
-    """Pseudo Dice over iterations and over seconds of training, one line a run; and Dice over active parameters."""
+    """Pseudo Dice over iterations and over seconds of training, one line a run; and Dice over what a network costs."""
     runs, settings = runs_of(record), record["settings"]
     names = list(dict.fromkeys(contestant for _, contestant in runs))
     with drawing.style():
-        drawn, axes = drawing.new_figure(7.5, rows=3)
-        by_iteration, by_second, by_size = (row[0] for row in axes)
+        drawn, axes = drawing.new_figure(11, rows=5)
+        by_iteration, by_second, by_size, by_work, by_time = (row[0] for row in axes)
         for (_, contestant), run in runs.items():
             colour, marker = model_style(names.index(contestant))
-            iterations = settings["iterations"] * np.arange(1, len(run["pseudo_dice"]) + 1)
+            iterations, seconds = (
+                settings["iterations"] * np.arange(1, len(run["pseudo_dice"]) + 1),
+                np.cumsum(run["epoch_seconds"]),
+            )
             by_iteration.plot(iterations, run["pseudo_dice"], color=colour, label=contestant)
-            by_second.plot(np.cumsum(run["epoch_seconds"]), run["pseudo_dice"], color=colour)
-            by_size.plot(run["costs"]["parameters_active"] / 1e6, run["dice"], marker, color=colour)
+            by_second.plot(seconds, run["pseudo_dice"], color=colour)
+            costs = run["costs"]["parameters_active"] / 1e6, run["costs"]["macs_active"] / 1e9, seconds[-1] / 60
+            for axis, cost in zip((by_size, by_work, by_time), costs, strict=True):
+                axis.plot(cost, run["dice"], marker, color=colour)
         least = min(run["pseudo_dice"][-1] for run in runs.values()) - SHOWN
         for axis, label in ((by_iteration, "iterations"), (by_second, "seconds of training and its validation batches")):
             axis.set(xlabel=label, ylabel="pseudo Dice", ylim=(max(0, least), None))
-        by_size.set(xlabel="million active parameters", ylabel="Dice of the fold")
+        labels = ("million active parameters", "G multiply-accumulates of a patch", "minutes of training")
+        for axis, label in zip((by_size, by_work, by_time), labels, strict=True):
+            axis.set(xlabel=label, ylabel="Dice of the fold", xlim=(0, None))
         drawing.legend_above(drawn)
     return drawn
 
@@ -128,7 +135,7 @@ def section(record: Record, name: str) -> list[str]:
         "",
         *table(record),
         "",
-        f"![Pseudo Dice over iterations and seconds, Dice over active parameters](results/{name}.svg)",
+        f"![Pseudo Dice over iterations and seconds, Dice over parameters, multiply-accumulates and minutes](results/{name}.svg)",
         "",
     ]
 

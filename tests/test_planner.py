@@ -170,6 +170,9 @@ def test_what_cannot_be_planned_is_said_in_one_line(
     assert said.count("\n") == 1
     (preprocessed / "dataset_fingerprint.json").write_text("{")
     assert f"cannot read {preprocessed / 'dataset_fingerprint.json'} as JSON" in (said := message())
+    assert len(said.splitlines()) == 1
+    (preprocessed / "dataset_fingerprint.json").write_text('{"spacings": []}')
+    assert "dataset_fingerprint.json lacks shapes_after_crop, median_relative" in (said := message())
     assert said.count("\n") == 1
     (preprocessed / "dataset_fingerprint.json").unlink()
     assert "data set 991 cannot be planned: " in (said := message())

@@ -10,6 +10,10 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import read_json
 from nnunetv2_e2enet.registration import find_nnunet
 
+FINGERPRINT_KEYS = (  # that planning reads
+    *("spacings", "shapes_after_crop", "median_relative_size_after_cropping"),
+    "foreground_intensity_properties_per_channel",
+)
 HELP = "plan with nnUNetPlannerE2ENet, registered or not (as nnUNetv2_plan_experiment does)"
 
 
@@ -43,7 +47,11 @@ def run(args: argparse.Namespace) -> int:
         read_json(raw / name / "dataset.json")
         fingerprint = preprocessed / name / "dataset_fingerprint.json"
         if fingerprint.exists():  # nnU-Net says what to do where it is missing
-            read_json(fingerprint)
+            missing = [key for key in FINGERPRINT_KEYS if key not in read_json(fingerprint)]
+            if missing:
+                raise E2ENetError(
+                    f"{fingerprint} lacks {', '.join(missing)}: write it again with `nnUNetv2_extract_fingerprint -d {dataset_id}`"
+                )
     for dataset_id in args.d:
         try:
             plan_experiment_dataset(
