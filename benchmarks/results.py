@@ -135,7 +135,7 @@ def section(record: Record, name: str) -> list[str]:
         "",
         *table(record),
         "",
-        f"![Pseudo Dice over iterations and seconds, Dice over parameters, multiply-accumulates and minutes](results/{name}.svg)",
+        f"![Pseudo Dice over iterations and seconds, Dice over what a network costs](results/{name}.svg)",
         "",
     ]
 
