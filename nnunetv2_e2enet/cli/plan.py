@@ -49,9 +49,8 @@ def run(args: argparse.Namespace) -> int:
         if fingerprint.exists():  # nnU-Net says what to do where it is missing
             missing = [key for key in FINGERPRINT_KEYS if key not in read_json(fingerprint)]
             if missing:
-                raise E2ENetError(
-                    f"{fingerprint} lacks {', '.join(missing)}: write it again with `nnUNetv2_extract_fingerprint -d {dataset_id}`"
-                )
+                again = f"write it again with `nnUNetv2_extract_fingerprint -d {dataset_id}`"
+                raise E2ENetError(f"{fingerprint} lacks {', '.join(missing)}: {again}")
     for dataset_id in args.d:
         try:
             plan_experiment_dataset(
