@@ -183,7 +183,8 @@ def memory(patch: list[int] | None) -> Table:
         command = [sys.executable, __file__, "--peak-memory-of", name]
         command += ["--patch", *map(str, patch)] if patch else []
         measured = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        found[STOCK if name == "stock" else f"E2ENet, S = {name.replace(' ', ', engine, ')}"] = [measured]
+        sparsity, _, storage = name.partition(" ")
+        found[STOCK if name == "stock" else ", ".join(filter(None, (f"E2ENet, S = {sparsity}, engine", storage)))] = [measured]
     return Table("Largest resident memory of a training with a patch of validation", found, [STOCK], unit="GiB")
 
 
