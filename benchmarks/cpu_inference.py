@@ -30,10 +30,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import cpu_records
+import recording
 import torch
 from contestants import AMOS_STRIDES, stock_network
-from cpu_records import Table
+from recording import Table
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
@@ -243,14 +243,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    print(", ".join(f"{key} {value}" for key, value in cpu_records.machine().items()))
+    print(", ".join(f"{key} {value}" for key, value in recording.machine().items()))
     tables: list[Table] = []
     for part in options.parts:
         for table in PARTS[part](options):
             print("\n".join(table.lines()), flush=True)
             tables.append(table)
             if options.json is not None:
-                cpu_records.write(options.json, tables)
+                recording.write(options.json, tables)
     print(f"\npeak memory of all of it {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 

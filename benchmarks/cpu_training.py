@@ -32,15 +32,15 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-import cpu_records
 import numpy as np
+import recording
 import torch
 from contestants import stock_network
 from cpu_inference import AMOS, HIPPOCAMPUS, Plan
-from cpu_records import Table
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from recording import Table
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine, files
@@ -234,7 +234,7 @@ def main() -> None:
             tables.append(measure())
             print("\n".join(tables[-1].lines()), flush=True)
             if arguments.json:
-                cpu_records.write(arguments.json, tables)
+                recording.write(arguments.json, tables)
             gc.collect()
     if arguments.figure:
         (by_share,) = (table for table in tables if table.title == SPARSITY_TITLE)

@@ -29,6 +29,7 @@ from unittest import mock
 if __name__ == "__main__":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: the kernels' operators exist on the CPU too
 
+import recording
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -324,6 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--details", action="store_true", help="also by kind of kernel")
     parser.add_argument("--output", type=Path, help="a JSON file for the counts")
+    parser.add_argument("--json", type=Path, help="a record for docs/results/counts")
     given = parser.parse_args(arguments)
     console = Console(highlight=False, width=140)
     counts: dict[str, dict[str, Any]] = {}
@@ -333,6 +335,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         counts[plan] = {name: summary(step) for name, step in counted.items()}
     if given.output is not None:
         files.write_atomically(given.output, json.dumps(counts, indent=2) + "\n")
+    if given.json is not None:
+        recording.write(given.json, tables(counts, given.batch), counted=True)
+
+
+def tables(counts: dict[str, dict[str, Any]], batch_size: int) -> list[recording.Table]:
+    """Bytes of both passes, without convolutions and of convolutions."""
+    found = []
+    for plan, by_contestant in counts.items():
+        for what, key in (("without convolutions", "bytes"), ("inputs and outputs of convolutions", "convolution_bytes")):
+            values = {name: [sum(p[key] for p in passes.values()) / 2**30] for name, passes in by_contestant.items()}
+            title = f"{plan}, batch {batch_size}, float16: bytes of a compiled step, {what}"
+            found.append(recording.Table(title, values, ["nnU-Net"], unit="GiB"))
+    return found
 
 
 if __name__ == "__main__":

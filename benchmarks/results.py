@@ -5,7 +5,8 @@
 Records are what benchmarks/hippocampus.py writes, by default all of docs/results/*.json. The page gets, between its two
 markers, one section a record; a figure a record goes beside the record. Between two other markers it gets the tables of
 docs/results/gpu/*.json, which benchmarks/gpu_session.py writes, with what failed, and between two more those of
-docs/results/cpu/*.json (benchmarks/cpu_records.py). Everything is computed from the records alone.
+docs/results/cpu/*.json and docs/results/counts/*.json (benchmarks/recording.py). Everything is computed from the records
+alone.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import contestants
-import cpu_records
 import gpu_results
 import numpy as np
+import recording
 
 from nnunetv2_e2enet import files
 from nnunetv2_e2enet.evaluation.report import drawing
@@ -30,7 +31,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- make results: begin -->", "<!-- make results: end -->"
 GPU_BEGIN, GPU_END = "<!-- make results, gpu: begin -->", "<!-- make results, gpu: end -->"
 CPU_BEGIN, CPU_END = "<!-- make results, cpu: begin -->", "<!-- make results, cpu: end -->"
-MARKERS = (BEGIN, END, GPU_BEGIN, GPU_END, CPU_BEGIN, CPU_END)
+COUNTS_BEGIN, COUNTS_END = "<!-- make results, counts: begin -->", "<!-- make results, counts: end -->"
+MARKERS = (BEGIN, END, GPU_BEGIN, GPU_END, CPU_BEGIN, CPU_END, COUNTS_BEGIN, COUNTS_END)
 PHANTOMS = "phantoms of fifteen structures, 8 cases to train on in fold 0 and 32 in fold 1, the same 16 to validate on"
 POINTS = 100  # of Dice
 SHOWN = 0.1  # of pseudo Dice, below the end of the worst training: earlier epochs are steep and all alike
@@ -161,8 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = between(text, BEGIN, END, lines)
     gpu = gpu_results.section(records_of_gpu(given.page.parent / "results" / "gpu"))
     text = between(text, GPU_BEGIN, GPU_END, gpu)
-    cpu = [json.loads(file.read_text()) for file in sorted((given.page.parent / "results" / "cpu").glob("*.json"))]
-    files.write_atomically(given.page, between(text, CPU_BEGIN, CPU_END, cpu_records.section(cpu)))
+    for folder, begin, end in (("cpu", CPU_BEGIN, CPU_END), ("counts", COUNTS_BEGIN, COUNTS_END)):
+        found = [json.loads(file.read_text()) for file in sorted((given.page.parent / "results" / folder).glob("*.json"))]
+        text = between(text, begin, end, recording.section(found))
+    files.write_atomically(given.page, text)
 
 
 def records_of_gpu(folder: Path) -> list[Record]:

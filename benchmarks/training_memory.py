@@ -16,10 +16,13 @@ from __future__ import annotations
 import argparse
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
+import recording
 import torch
 from contestants import AMOS_STRIDES, spread, stock_network
 from rich.console import Console
@@ -160,23 +163,30 @@ def forward_backward(network: nn.Module, x: torch.Tensor) -> None:
     loss.backward()
 
 
-def count(console: Console) -> None:
-    table = Table(title="Batch 1, float32: nnU-Net, and E2ENet by what it computes again")
-    for name in ("plan", "patch", "", "nnU-Net", *RECOMPUTE, ACTIVE):
-        table.add_column(name, justify="left" if name in ("plan", "patch", "") else "right")
+def count() -> list[recording.Table]:
+    """Batch 1, float32: nnU-Net, and E2ENet by what it computes again."""
+    tables = []
     for name, (_, patch) in PLANS.items():
-        stock, *ours = (Candidate(kind, name, patch) for kind in (STOCK, *RECOMPUTE, ACTIVE))
-        kept, peak = stock.kept(1), stock.peak(1)
-        table.add_row(
-            name, " x ".join(map(str, patch)), "kept for backward", gib(kept), *(over(c.kept(1), kept) for c in ours)
-        )
-        table.add_row("", "", "alive at once", gib(peak), *(over(c.peak(1), peak) for c in ours))
-        macs = [f"{c.multiply_accumulates() / 1e9:.0f} G" for c in (stock, *ours)]
-        table.add_row("", "", "multiply-accumulates", *macs)
-        table.add_row("", "", "weights, gradients, momentum", *(f"{c.state() / 2**20:.0f} MiB" for c in (stock, *ours)))
-        elements = stock.build().compute_conv_feature_map_size(patch)
-        table.add_row("", "", "kept / nnU-Net's estimate", f"{kept / elements:.2f} bytes", end_section=True)
-    console.print(table)
+        candidates = [Candidate(kind, name, patch) for kind in (STOCK, *RECOMPUTE, ACTIVE)]
+        stock, where = candidates[0], f"{name}, {' x '.join(map(str, patch))}"
+        counted: dict[str, tuple[str, Callable[[Candidate], float]]] = {
+            "kept for the backward pass": ("GiB", lambda c: c.kept(1) / 2**30),
+            "all tensors alive at once": ("GiB", lambda c: c.peak(1) / 2**30),
+            "multiply-accumulates of a step": ("G", lambda c: c.multiply_accumulates() / 1e9),
+            "weights, gradients and momentum": ("GiB", lambda c: c.state() / 2**30),
+        }
+        for what, (unit, of) in counted.items():
+            values = {
+                c if c in (STOCK, ACTIVE) else f"E2ENet, recompute {c}": [of(candidate)] for c, candidate in candidates.items()
+            }
+            tables.append(recording.Table(f"{where}: {what}", values, [STOCK], unit=unit))
+        estimate = stock.build().compute_conv_feature_map_size(patch)
+        tables[-1].notes.append(f"nnU-Net keeps {stock.kept(1) / estimate:.2f} bytes for each element of its own estimate")
+    return tables
+
+
+def label(candidate: Candidate) -> str:
+    return f"E2ENet, recompute {candidate.kind}" if candidate.kind in RECOMPUTE else candidate.kind
 
 
 def gib(count: float) -> str:
@@ -199,8 +209,7 @@ def measure(console: Console, plan: str, scale: int, batch_size: int, device: st
     peaks = [peak_bytes(c, True, batch_size, device, threads) for c in candidates]  # type: ignore[arg-type]
     seconds = time_in_turn(candidates, batch_size, device, threads)
     for candidate, peak, times in zip(candidates, peaks, seconds, strict=True):
-        name = f"E2ENet, recompute {candidate.kind}" if candidate.kind in RECOMPUTE else candidate.kind
-        table.add_row(name, gib(candidate.peak(batch_size)), gib(peak), over(peak, peaks[0]), spread(times, ".2f"))
+        table.add_row(label(candidate), gib(candidate.peak(batch_size)), gib(peak), over(peak, peaks[0]), spread(times, ".2f"))
     console.print(table)
 
 
@@ -230,9 +239,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="patches in the batch that is measured")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="where to write what was counted")
     arguments = parser.parse_args()
     console = Console(highlight=False, width=140)
-    count(console)
+    counted = count()
+    for table in counted:
+        console.print("\n".join(table.lines()))
+    if arguments.json:
+        recording.write(arguments.json, counted, counted=True)
     if arguments.measure:
         measure(console, arguments.measure, arguments.scale, arguments.batch, arguments.device, arguments.threads)
 

@@ -25,16 +25,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cpu_records
 import numpy as np
+import recording
 import SimpleITK
 import torch
 from contestants import amos_labels, as_amos, console_command
-from cpu_records import Table
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
+from recording import Table
 
 from nnunetv2_e2enet.engine import ENGINE_VARIABLE, STORAGE_VARIABLE
 from nnunetv2_e2enet.evaluation.provenance import processor
@@ -262,7 +262,7 @@ def main() -> None:
                     flush=True,
                 )
                 if arguments.json is not None:
-                    cpu_records.write(arguments.json, tables(results))
+                    recording.write(arguments.json, tables(results))
             print(f"after round {n} of {arguments.rounds}", *(line for t in tables(results) for line in t.lines()), sep="\n")
 
 

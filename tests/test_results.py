@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import contestants
-import cpu_records
 import numpy as np
 import pytest
+import recording
 import results
-from cpu_records import Table
+from recording import Table
 
 from nnunetv2_e2enet.evaluation.statistics import mean_interval
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = "Before.\n\n" + results.BEGIN + "\n\nwhat was there\n\n" + results.END + "\n\n"
-PAGE += f"{results.GPU_BEGIN}\n{results.GPU_END}\n\n{results.CPU_BEGIN}\n{results.CPU_END}\n\nAfter.\n"
+PAGE += "\n\n".join([*results.MARKERS[2:], "After.\n"])
 
 
 def run(case_dice: dict[str, list[float]], parameters: int = 1_500_000) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def test_tables_of_a_cpu(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = page.parent / "results" / "cpu" / "some_cpu.json"
     file.parent.mkdir()
     monkeypatch.setattr("sys.argv", ["/somewhere/cpu_inference.py", "--json", str(file), "--parts", "targets"])
-    cpu_records.write(file, [one, other])
+    recording.write(file, [one, other])
     results.main(["--page", str(page)])
     text = page.read_text()
     for line in (

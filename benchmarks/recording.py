@@ -1,4 +1,4 @@
-"""Records of what was measured on a CPU: what the benchmarks print and write, and their tables in docs/results.md."""
+"""Records of what was measured on a CPU, or counted: what benchmarks print and write, and their tables in docs/results.md."""
 
 from __future__ import annotations
 
@@ -92,9 +92,10 @@ def command() -> str:
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
 
 
-def write(file: Path, tables: Sequence[Table]) -> None:
-    """All that was measured so far, with command, commit and machine."""
-    about = {"command": command(), "commit": commit(), "machine": machine()}
+def write(file: Path, tables: Sequence[Table], counted: bool = False) -> None:
+    """All that was measured so far, with command, commit and machine; what was counted is the same on any machine."""
+    about: dict[str, Any] = {"command": command(), "commit": commit()}
+    about["machine"] = {"cpu": "Counted: no device", "torch": torch.__version__} if counted else machine()
     files.write_atomically(file, json.dumps({**about, "tables": [asdict(table) for table in tables]}, indent=1) + "\n")
 
 
