@@ -176,9 +176,7 @@ def count() -> list[recording.Table]:
             "weights, gradients and momentum": ("GiB", lambda c: c.state() / 2**30),
         }
         for what, (unit, of) in counted.items():
-            values = {
-                c if c in (STOCK, ACTIVE) else f"E2ENet, recompute {c}": [of(candidate)] for c, candidate in candidates.items()
-            }
+            values = {label(candidate): [of(candidate)] for candidate in candidates}
             tables.append(recording.Table(f"{where}: {what}", values, [STOCK], unit=unit))
         estimate = stock.build().compute_conv_feature_map_size(patch)
         tables[-1].notes.append(f"nnU-Net keeps {stock.kept(1) / estimate:.2f} bytes for each element of its own estimate")
