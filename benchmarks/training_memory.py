@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -163,10 +163,11 @@ def forward_backward(network: nn.Module, x: torch.Tensor) -> None:
     loss.backward()
 
 
-def count() -> list[recording.Table]:
+def count(plans: Sequence[str]) -> list[recording.Table]:
     """Batch 1, float32: nnU-Net, and E2ENet by what it computes again."""
     tables = []
-    for name, (_, patch) in PLANS.items():
+    for name in plans:
+        patch = PLANS[name][1]
         candidates = [Candidate(kind, name, patch) for kind in (STOCK, *RECOMPUTE, ACTIVE)]
         stock, where = candidates[0], f"{name}, {' x '.join(map(str, patch))}"
         counted: dict[str, tuple[str, Callable[[Candidate], float]]] = {
@@ -237,10 +238,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="patches in the batch that is measured")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS), help="to count for (default: all)")
     parser.add_argument("--json", type=Path, help="where to write what was counted")
     arguments = parser.parse_args()
     console = Console(highlight=False, width=140)
-    counted = count()
+    counted = count(arguments.plans)
     for table in counted:
         console.print("\n".join(table.lines()))
     if arguments.json:
