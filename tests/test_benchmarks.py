@@ -179,3 +179,13 @@ def test_phantoms_with_little_and_more_data(tiny: Project, tmp_path: Path, monke
     assert all(len(dice) == 15 for result in record["results"].values() for dice in result["case_dice"].values())
     splits = json.loads((tmp_path / "nnUNet_preprocessed" / hippocampus.PHANTOMS / "splits_final.json").read_text())
     assert [len(split["train"]) for split in splits] == [2, 3]
+
+
+def test_counts_become_tables() -> None:
+    kept, alive, macs, state = training_memory.count(["Hippocampus"])
+    stock = training_memory.Candidate(training_memory.STOCK, "Hippocampus", training_memory.PLANS["Hippocampus"][1])
+    assert kept.values["nnU-Net"] == [stock.kept(1) / 2**30]
+    assert [table.unit for table in (kept, alive, macs, state)] == ["GiB", "GiB", "G", "GiB"]
+    assert kept.bases == ["nnU-Net"]
+    assert alive.rows()[1][2] == "1.00"
+    assert macs.values["E2ENet, recompute nodes"] > macs.values["E2ENet, recompute none"]

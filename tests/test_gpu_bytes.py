@@ -116,3 +116,14 @@ def test_the_sums_of_a_sparse_gradient_are_counted() -> None:
     zeros, blocks, cast = 4 * 32 * voxels, 2 * 8 * (4 + 4) * voxels, (4 + HALF) * 32 * voxels
     small = HALF * 32 * 8 * 9 + 8 * 2 * 8  # weights and numbers of maps
     assert found == HALF * 32 * voxels + small + zeros + blocks + cast
+
+
+def test_tables_add_up_both_passes() -> None:
+    passes = {
+        "forward": {"bytes": 2**30, "convolution_bytes": 5 * 2**30},
+        "backward": {"bytes": 2**31, "convolution_bytes": 0},
+    }
+    without, of_convolutions = gpu_bytes.tables({"AMOS": {"nnU-Net": passes, "E2ENet": passes}}, 2)
+    assert without.values == {"nnU-Net": [3.0], "E2ENet": [3.0]}
+    assert of_convolutions.values["E2ENet"] == [5.0]
+    assert without.title.startswith("AMOS, batch 2, float16")
