@@ -35,7 +35,7 @@ install: $(VENV)/.installed  ## environment with the package in editable mode
 register: install  ## make the environment's nnU-Net find E2ENet
 	$(BIN)/e2enet register
 
-demo: register  ## phantom data through nnU-Net's commands, E2ENet beside stock nnU-Net (up to 7 minutes)
+demo: register  ## phantom data through nnU-Net's commands, E2ENet beside stock nnU-Net (3 to 7 minutes)
 	rm -rf $(DEMO)
 	$(BIN)/e2enet demo --folder $(DEMO)
 
