@@ -167,7 +167,7 @@ def test_maps_in_float16_are_rounded_and_nothing_else(
                 shares.append(rms(a - b) / rms(b - c))
     # A last bit of difference before rounding is now and then one of a pixel after it, on some CPUs and for some networks more
     # often than on others. What rounded anything else would be 1.4: its errors would have nothing to do with these.
-    assert kernels == "amx" or np.sqrt(np.mean(np.square(shares))) < 0.75
+    assert kernels == "amx" or np.sqrt(np.mean(np.square(shares))) < 0.5
 
 
 @needs_core

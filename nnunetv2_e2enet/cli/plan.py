@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
         read_json(raw / name / "dataset.json")
         fingerprint = preprocessed / name / "dataset_fingerprint.json"
         if fingerprint.exists():  # nnU-Net says what to do where it is missing
-            missing = [key for key in FINGERPRINT_KEYS if key not in read_json(fingerprint)]
+            found = read_json(fingerprint)
+            missing = [key for key in FINGERPRINT_KEYS if key not in found]
             if missing:
                 again = f"write it again with `nnUNetv2_extract_fingerprint -d {dataset_id}`"
                 raise E2ENetError(f"{fingerprint} lacks {', '.join(missing)}: {again}")
