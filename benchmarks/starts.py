@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunetv2_e2enet.dsff import InputScaledL1Norm
+from nnunetv2_e2enet.dsff import InputScaledL1Norm, Schedule
 from nnunetv2_e2enet.network import fusion_nodes, maskable_layers
+from nnunetv2_e2enet.network.connections import he_normal_
 from nnunetv2_e2enet.network.fusion import FusionNode
 from nnunetv2_e2enet.training.trainer import E2ENetMixin
 
@@ -51,6 +52,14 @@ def strengthen_upward_flow(trainer: Any) -> None:
                 node.upsample.weight.mul_(2.7)
 
 
+def give_weights_to_grown(trainer: Any) -> None:
+    """Grown connections, whose weights are zero after an update, get those that connections of the start have."""
+    for _, layer in maskable_layers(trainer.unwrapped_network):
+        grown = layer.over_kernel(layer.mask & (layer.weight.flatten(2).abs().sum(2) == 0))
+        with torch.no_grad():
+            layer.weight.copy_(torch.where(grown, he_normal_(torch.empty_like(layer.weight)), layer.weight))
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     METHOD: {},
     "as it was": {"after_start": keep_by_chance},
@@ -60,6 +69,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gain 1/sqrt(density)": {"initial_gain": 5**0.5},
     "input-scaled importance": {"importance": InputScaledL1Norm()},
     "static": {"topology_update_period": None},
+    "grown connections with weights": {"after_update": give_weights_to_grown},
+    "an update every 1,200 iterations": {"topology_update_iterations": 1200},
     "strong upward flow": {"after_start": strengthen_upward_flow},
 }
 
@@ -68,6 +79,8 @@ class StartTrainer(E2ENetMixin, nnUNetTrainer):
     """Looks at the flows at the start, at each quarter and at the end."""
 
     after_start: Callable[[Any], None] | None = None
+    after_update: Callable[[Any], None] | None = None
+    topology_update_iterations: int | None = None  # between two updates, in the place of a number of epochs
 
     def __init__(self, plans, configuration, fold, dataset_json, device):  # type: ignore[no-untyped-def]  # nnU-Net's own
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -79,6 +92,16 @@ class StartTrainer(E2ENetMixin, nnUNetTrainer):
         if self.after_start is not None:
             self.after_start(self)
         self.seen.append(flows(self))
+
+    def _schedule(self) -> Schedule:
+        if self.topology_update_iterations is not None:
+            self.topology_update_period = max(1, round(self.topology_update_iterations / self.num_iterations_per_epoch))
+        return super()._schedule()
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.after_update is not None and self.topology_updater.schedule.is_update(self.current_epoch):
+            self.after_update(self)
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         super().on_train_epoch_end(train_outputs)

@@ -12,6 +12,7 @@ import gpu_training
 import hippocampus
 import numpy as np
 import pytest
+import starts
 import torch
 import training_memory
 from support import Project, make
@@ -69,6 +70,38 @@ def test_in_bfloat16_the_loss_stays_float32(tiny: Project) -> None:
         trainer.network(image)
     assert maps == [torch.bfloat16, torch.float32]
     assert set(logits) == {torch.float32}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_starts_are_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")  # in processes nnU-Net augments without a seed
+    variants = [starts.METHOD, "grown connections with weights", "an update every 1,200 iterations"]
+    output = tmp_path / "starts.json"
+    sizes = ["--base", "8", "--maximum", "16", "--epochs", "4", "--period", "1", *ITERATIONS]
+    starts.main(["993", "--plans", PLANS, "--seeds", "0", *sizes, "--output", str(output), "--variants", *variants])
+    results = json.loads(output.read_text())["results"]
+    assert list(results) == [f"{name} | seed 0" for name in variants]
+    losses = [result["losses"] for result in results.values()]
+    assert losses[0][0] == losses[1][0] == losses[2][0]  # the first update comes after the first epoch
+    assert len({run[-1] for run in losses}) == 3
+    assert all(name in capsys.readouterr().out for name in variants[:1])
+
+
+def test_grown_connections_get_weights_of_the_start(tiny: Project) -> None:
+    trainer = make(starts.StartTrainer, tiny, tiny.tiny_plans())
+    trainer.initialize()
+    layers = trainer.topology_updater.layers
+    weights = {name: layer.weight.clone() for name, layer in layers.items()}
+    update = trainer.topology_updater.update(trainer.topology_update_period, trainer.optimizer)
+    starts.give_weights_to_grown(trainer)
+    for change in update.layers:
+        layer, before = layers[change.name], weights[change.name]
+        kept = layer.mask & ~change.grown
+        after = layer.weight.flatten(2).abs().sum(2)
+        assert change.grown.any()
+        assert torch.equal(layer.weight[kept], before[kept])
+        assert torch.equal(after > 0, layer.mask)
+        assert 0.3 < float(layer.weight.detach()[change.grown].std() / before.detach()[kept].std()) < 3
 
 
 @pytest.mark.slow
