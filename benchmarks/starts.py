@@ -132,6 +132,8 @@ def flows(trainer: Any) -> dict[str, dict[str, float]]:
 
 def train(variant: dict[str, Any], seed: int, args: argparse.Namespace) -> dict[str, Any]:
     plans, dataset = contestants.load_plans(args.dataset, args.plans)
+    if args.batch_size is not None:
+        plans["configurations"][args.configuration]["batch_size"] = args.batch_size
     for source in (torch.manual_seed, np.random.seed, random.seed):
         source(seed)
     trainer = StartTrainer({**plans, "continue_training": False}, args.configuration, 0, dataset, torch.device(args.device))
@@ -150,6 +152,7 @@ def train(variant: dict[str, Any], seed: int, args: argparse.Namespace) -> dict[
     trainer.run_training()
     log = trainer.logger.local_logger.my_fantastic_logging
     return {
+        "commit": contestants.commit(),
         "losses": [float(loss) for loss in log["train_losses"]],
         "dice": statistics.fmean(float(dice) for dice in log["mean_fg_dice"][-3:]),
         "flows": trainer.seen,
@@ -180,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plans", default="nnUNetPlans")
     parser.add_argument("--configuration", default="3d_fullres")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, help="default: that of the plans")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=20)
