@@ -14,6 +14,23 @@ static void gradient_transform(const e2e::Channel* channels, int n, const e2e::G
 
 // ---- sums over tiles --------------------------------------------------------------------------------------------------
 
+#if E2E_ISA == 256
+
+// Of two vectors, lanes 0, 1, 0, 1 of either half; and lanes 2, 3, 2, 3.
+static inline Vec first_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0x44); }
+static inline Vec second_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0xee); }
+
+// The sum over the lanes of each of kLanes vectors, in their order. Crosses the halves of a vector once, which takes longest.
+static inline Vec sums_of(const Vec* v) {
+    Vec pair[4], four[2];
+    #pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) pair[i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < 2; ++i) four[i] = first_pairs(pair[2 * i], pair[2 * i + 1]) + second_pairs(pair[2 * i], pair[2 * i + 1]);
+    return _mm256_permute2f128_ps(four[0], four[1], 0x20) + _mm256_permute2f128_ps(four[0], four[1], 0x31);
+}
+
+#else
+
 template <int N>
 static inline void halve(Vec* v) {
     #pragma GCC unroll 8
@@ -27,7 +44,9 @@ static inline Vec sums_of(Vec* v) {
     return v[0];
 }
 
-constexpr int kHeld = E2E_ISA == 512 ? 8 : 4;  // vectors of an output map that stay in registers
+#endif
+
+constexpr int kHeld = E2E_ISA == 512 ? 8 : 4;  // vectors of an output map that registers hold beside the sums
 
 // Connections e ... e + Count - 1, the last of which may be repeated.
 template <int Segments, int N, int Count>
@@ -35,11 +54,23 @@ static inline void dots_of(const float* const* v, const Vec held[Segments][N], c
     Vec acc[kLanes];
     #pragma GCC unroll 16
     for (int k = 0; k < kLanes; ++k) acc[k] = zero();
-    #pragma GCC unroll 16
-    for (int k = 0; k < Count; ++k) {
-        const int64_t row = static_cast<int64_t>(index[k < n ? k : n - 1]) * (N * kLanes);
-        for (int s = 0; s < Segments; ++s)
-            for (int i = 0; i < N; ++i) acc[k] = fma(held[s][i], load(v[s] + row + i * kLanes), acc[k]);
+    const auto row_of = [&](int k) { return static_cast<int64_t>(index[k < n ? k : n - 1]) * (N * kLanes); };
+    if constexpr (Segments * N <= kHeld) {
+        #pragma GCC unroll 16
+        for (int k = 0; k < Count; ++k) {
+            const int64_t row = row_of(k);
+            for (int s = 0; s < Segments; ++s)
+                for (int i = 0; i < N; ++i) acc[k] = fma(held[s][i], load(v[s] + row + i * kLanes), acc[k]);
+        }
+    } else {  // from memory, so each of them is loaded once for all sums
+        const float* in[Count];
+        #pragma GCC unroll 16
+        for (int k = 0; k < Count; ++k) in[k] = v[0] + row_of(k);
+        #pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) {
+            #pragma GCC unroll 16
+            for (int k = 0; k < Count; ++k) acc[k] = fma(held[0][i], load(in[k] + i * kLanes), acc[k]);
+        }
     }
     store_up_to(sums, load_lanes(sums, (1u << n) - 1) + sums_of(acc), n);
 }
@@ -84,7 +115,10 @@ static void sparse_dots(const float* const* v, const float* const* m, int segmen
         case 2: return dots_of_segments<2>(v, m, segments, rows, sums);
         case 3: return dots_of_segments<3>(v, m, segments, rows, sums);
         case 4: return dots_of_segments<4>(v, m, segments, rows, sums);
-        default: return dots_of_segments<5>(v, m, segments, rows, sums);
+        case 5: return dots_of_segments<5>(v, m, segments, rows, sums);
+        case 6: return dots_of_segments<6>(v, m, segments, rows, sums);
+        case 7: return dots_of_segments<7>(v, m, segments, rows, sums);
+        default: return dots_of_segments<8>(v, m, segments, rows, sums);
     }
 }
 
@@ -140,8 +174,7 @@ struct Landing {
     }
 };
 
-static inline void put(const Landing& landing, Vec v, float* to, bool add, bool bypass) {
-    if (landing.whole && bypass) return stream(to + landing.at[0], v);
+static inline void put(const Landing& landing, Vec v, float* to, bool add) {
     if (landing.whole) return store(to + landing.at[0], add ? v + load(to + landing.at[0]) : v);
     for (int i = 0; i < 2; ++i) {
         if (!landing.lanes[i]) continue;
@@ -150,19 +183,30 @@ static inline void put(const Landing& landing, Vec v, float* to, bool add, bool 
     }
 }
 
+constexpr int kLine = 64 / sizeof(float);
+
+// Whether all pixels of the line that a vector goes to come from tiles first ... last - 1, so that it can be written past the
+// caches. `there`: the vector's first tile; `moved`: how far it was moved.
+static inline bool whole_line(int64_t there, int64_t moved, int64_t first, int64_t last) {
+    const int64_t line = there / kLine * kLine - moved;
+    return there % kLanes == 0 && line >= first && line + kLine <= last;
+}
+
 static void gradient_output(const float* m, int64_t m_pitch, const e2e::Target* targets, int n, const e2e::Grid& grid,
                             int64_t first, int vectors) {
     (void)grid;
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
+    alignas(64) float lines[e2e::kPhases][kLine];  // until they are whole
     for (int c = 0; c < n; ++c) {
         const e2e::Target& target = targets[c];
         float* data = target.data;
         if (!data) continue;
         for (int i = 0; i < vectors; ++i) {
-            const int64_t tile = first + i * kLanes;
-            const Landing landing(tile + target.move, target.chunk, bits_between(tile, target.lo, target.hi));
+            const int64_t tile = first + i * kLanes, there = tile + target.move;
+            const Landing landing(there, target.chunk, bits_between(tile, target.lo, target.hi));
             if (!(landing.lanes[0] | landing.lanes[1])) continue;
-            const bool bypass = target.bypass && landing.at[0] % kLanes == 0;  // whole vectors lie where vectors begin
+            const bool bypass = target.bypass && whole_line(there, target.move, first > target.lo ? first : target.lo,
+                                                            first + tiles < target.hi ? first + tiles : target.hi);
             const float* at = m + c * tiles + i * kLanes;
             Vec half[4][6], y[4];
             for (int j = 0; j < 6; ++j) {
@@ -173,7 +217,20 @@ static void gradient_output(const float* m, int64_t m_pitch, const e2e::Target* 
             }
             for (int k = 0; k < 4; ++k) {
                 transform_out(half[k], y);
-                for (int j = 0; j < 4; ++j) put(landing, y[j], data + (4 * k + j) * e2e::kChunk, target.add, bypass);
+                for (int j = 0; j < 4; ++j) {
+                    const int q = 4 * k + j;
+                    if (!bypass) {
+                        put(landing, y[j], data + q * e2e::kChunk, target.add);
+                    } else if (kLanes == kLine) {
+                        stream(data + q * e2e::kChunk + landing.at[0], y[j]);
+                    } else {
+                        store(lines[q] + there % kLine, y[j]);
+                    }
+                }
+            }
+            if (kLanes < kLine && bypass && there % kLine + kLanes == kLine) {
+                float* line = data + landing.at[0] + kLanes - kLine;
+                for (int q = 0; q < e2e::kPhases; ++q) stream_line(line + q * e2e::kChunk, lines[q]);
             }
         }
     }

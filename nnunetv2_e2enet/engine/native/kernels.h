@@ -30,16 +30,17 @@ static inline void multiply_add(const float* row, Vec weight, Vec* acc) {
 }
 
 // Loads are what there is too little of: four weights are loaded at once, and the places of their inputs. Two sets of sums do
-// not wait for each other.
+// not wait for each other; of many vectors one set is enough, and all that registers hold.
 template <int N>
 static void sparse_rows(const float* v, float* m, const SparseRows& rows, const float* weight, bool add) {
     constexpr int64_t tiles = N * kLanes;
+    constexpr int kOther = N <= 5 ? 1 : 0;
     for (int32_t r = 0; r < rows.rows; ++r) {
         float* target = m + rows.output[r] * tiles;
-        Vec a[N], b[N];
+        Vec sums[kOther + 1][N];
         for (int i = 0; i < N; ++i) {
-            a[i] = add ? load(target + i * kLanes) : zero();
-            b[i] = zero();
+            sums[kOther][i] = zero();
+            sums[0][i] = add ? load(target + i * kLanes) : zero();
         }
         int32_t e = rows.start[r];
         const int32_t end = rows.start[r + 1];
@@ -47,17 +48,17 @@ static void sparse_rows(const float* v, float* m, const SparseRows& rows, const 
             const Vec w = load_four(weight + e);
             uint16_t index[4];
             std::memcpy(index, rows.index + e, sizeof index);
-            multiply_add<N>(v + index[0] * tiles, splat_of_four<0>(w), a);
-            multiply_add<N>(v + index[1] * tiles, splat_of_four<1>(w), b);
-            multiply_add<N>(v + index[2] * tiles, splat_of_four<2>(w), a);
-            multiply_add<N>(v + index[3] * tiles, splat_of_four<3>(w), b);
+            multiply_add<N>(v + index[0] * tiles, splat_of_four<0>(w), sums[0]);
+            multiply_add<N>(v + index[1] * tiles, splat_of_four<1>(w), sums[kOther]);
+            multiply_add<N>(v + index[2] * tiles, splat_of_four<2>(w), sums[0]);
+            multiply_add<N>(v + index[3] * tiles, splat_of_four<3>(w), sums[kOther]);
         }
         for (; e + 2 <= end; e += 2) {
-            multiply_add<N>(v + rows.index[e] * tiles, splat(weight[e]), a);
-            multiply_add<N>(v + rows.index[e + 1] * tiles, splat(weight[e + 1]), b);
+            multiply_add<N>(v + rows.index[e] * tiles, splat(weight[e]), sums[0]);
+            multiply_add<N>(v + rows.index[e + 1] * tiles, splat(weight[e + 1]), sums[kOther]);
         }
-        if (e < end) multiply_add<N>(v + rows.index[e] * tiles, splat(weight[e]), a);
-        for (int i = 0; i < N; ++i) store(target + i * kLanes, a[i] + b[i]);
+        if (e < end) multiply_add<N>(v + rows.index[e] * tiles, splat(weight[e]), sums[0]);
+        for (int i = 0; i < N; ++i) store(target + i * kLanes, kOther ? sums[0][i] + sums[kOther][i] : sums[0][i]);
     }
 }
 
@@ -111,7 +112,10 @@ static void sparse_product(const float* v, float* m, const SparseRows& rows, con
         case 2: return sparse_rows<2>(v, m, rows, weight, add);
         case 3: return sparse_rows<3>(v, m, rows, weight, add);
         case 4: return sparse_rows<4>(v, m, rows, weight, add);
-        default: return sparse_rows<5>(v, m, rows, weight, add);
+        case 5: return sparse_rows<5>(v, m, rows, weight, add);
+        case 6: return sparse_rows<6>(v, m, rows, weight, add);
+        case 7: return sparse_rows<7>(v, m, rows, weight, add);
+        default: return sparse_rows<8>(v, m, rows, weight, add);
     }
 }
 

@@ -113,7 +113,7 @@ class UpsampleGradient {
   public:
     UpsampleGradient(const Kernels& kernels, const UpsampleGradientJob& job)
         : kernels_(kernels), job_(job), coarse_(job.upsample.coarse), sh_(job.upsample.stride[1]), sw_(job.upsample.stride[2]),
-          subs_(sh_ * sw_), tiles_(kernels.upsample_tiles), vectors_(kernels.upsample_tiles / kernels.lanes),
+          subs_(sh_ * sw_), vectors_(std::min(4, 32 / kernels.lanes)), tiles_(vectors_ * kernels.lanes),
           inputs_(coarse_.channels), outputs_(job.upsample.outputs), coarse_pitch_(odd_lines(inputs_ * tiles_)),
           fine_pitch_(odd_lines(outputs_ * tiles_)), sums_pitch_(round_up(job.upsample.connections, kCacheLine)) {}
 
@@ -230,9 +230,8 @@ class UpsampleGradient {
     const UpsampleGradientJob& job_;
     const Map& coarse_;
     const int sh_, sw_, subs_;
-    const int64_t tiles_;
     const int vectors_;
-    const int64_t inputs_, outputs_, coarse_pitch_, fine_pitch_, sums_pitch_;
+    const int64_t tiles_, inputs_, outputs_, coarse_pitch_, fine_pitch_, sums_pitch_;
     std::vector<Span> spans_;
     float *pixels_ = nullptr, *products_ = nullptr, *fine_ = nullptr, *sums_ = nullptr;
 };

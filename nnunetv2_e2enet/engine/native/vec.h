@@ -87,11 +87,22 @@ static inline Mask mask_of(uint32_t bits) {
 }
 static inline Vec keep(Mask m, Vec v) { return _mm256_and_ps(m, v); }
 static inline Vec load_where(Mask m, const float* p) { return keep(m, load(p)); }
-static inline __m256i first_lanes(int64_t n) {
-    return _mm256_castps_si256(mask_of((1u << n) - 1));
+// Masked stores take tens of cycles on AMD's CPUs, so lanes are stored by fours and one by one.
+static inline void store_lanes(float* p, Vec v, uint32_t lanes) {
+    if (lanes == 0xff) return store(p, v);
+    __m128 half = _mm256_castps256_ps128(v);
+    for (int k = 0; k < 2; ++k, lanes >>= 4, p += 4, half = _mm256_extractf128_ps(v, 1)) {
+        if ((lanes & 0xf) == 0xf) {
+            _mm_storeu_ps(p, half);
+        } else if (lanes & 0xf) {
+            if (lanes & 1) _mm_store_ss(p, half);
+            if (lanes & 2) _mm_store_ss(p + 1, _mm_shuffle_ps(half, half, 0x55));
+            if (lanes & 4) _mm_store_ss(p + 2, _mm_unpackhi_ps(half, half));
+            if (lanes & 8) _mm_store_ss(p + 3, _mm_shuffle_ps(half, half, 0xff));
+        }
+    }
 }
-static inline void store_first(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
-static inline void store_lanes(float* p, Vec v, uint32_t lanes) { _mm256_maskstore_ps(p, _mm256_castps_si256(mask_of(lanes)), v); }
+static inline void store_first(float* p, Vec v, int64_t n) { store_lanes(p, v, (1u << n) - 1); }
 static inline Vec load_lanes(const float* p, uint32_t lanes) {
     return _mm256_maskload_ps(p, _mm256_castps_si256(mask_of(lanes)));
 }
