@@ -179,6 +179,23 @@ def test_an_ordinary_network() -> None:
             assert (ours[name] - expected).norm() <= 2e-3 * expected.norm(), name
 
 
+@pytest.mark.parametrize(
+    "size", [(14, 160, 160), (16, 144, 148)]
+)  # where slices begin with a line of the cache, and where not
+def test_gradients_that_no_cache_holds(size: tuple[int, int, int]) -> None:
+    """They are written past the caches, where whole lines of them are known."""
+    network = away_from_kinks(make_network([[1, 1, 1], [1, 2, 2]], [26, 24]))
+    x = image(network, *size)
+    with engine.disabled():
+        _, theirs = gradients(network, x)
+    for kernels in KERNELS:
+        with override(engine_kernels=kernels):
+            _, ours = gradients(network, x)
+        for name, expected in theirs.items():
+            if not name.endswith("conv.bias"):
+                assert (ours[name] - expected).norm() <= 1e-3 * expected.norm(), (kernels, name)
+
+
 def test_equal_values_in_a_window_have_the_gradient_of_the_first() -> None:
     network = make_network([[1, 1, 1], [2, 2, 2]], [4, 6], feature_sparsity=0.0)
     x = torch.zeros(1, 1, 4, 8, 8)  # all activations of a map are the same, but at the border
