@@ -47,6 +47,7 @@ static inline void store(Pixel* p, Vec v) {
 #endif
 
 static inline void store_lanes(Pixel* p, Vec v, uint32_t lanes) {
+    if (lanes == (1u << kLanes) - 1) return store(p, v);
     Pixel all[kLanes];
     store(all, v);
     for (int i = 0; i < kLanes; ++i)
