@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import ablations
+import active_costs
 import contestants
 import gpu_inference
 import gpu_training
@@ -222,3 +223,16 @@ def test_counts_become_tables() -> None:
     assert kept.bases == ["nnU-Net"]
     assert alive.rows()[1][2] == "1.00"
     assert macs.values["E2ENet, recompute nodes"] > macs.values["E2ENet, recompute none"]
+
+
+def test_active_costs_follow_the_sparsity() -> None:
+    parameters, forward, fusion, dense = active_costs.count((0.0, 0.9))
+    assert parameters.rows()[1:] == [
+        ["nnU-Net", "31.12", "1.00"],
+        ["E2ENet, S = 0", "23.81", "0.76"],
+        ["E2ENet, S = 0.9", "7.629", "0.25"],
+    ]
+    for name in ("E2ENet, S = 0", "E2ENet, S = 0.9"):
+        assert fusion.values[name][0] + dense.values[name][0] == pytest.approx(forward.values[name][0])
+    (all_of_it,), (tenth,) = fusion.values.values()
+    assert tenth == pytest.approx(0.1 * all_of_it, rel=1e-2)
