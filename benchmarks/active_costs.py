@@ -1,7 +1,7 @@
 """What DSFF leaves: parameters and multiply-accumulates of active connections, by sparsity, beside stock nnU-Net.
 
 Both are counted for a patch of the AMOS plan with 16 classes, with the heads of all levels, as in training; nothing is
-computed, and no device is needed. ``--json`` writes the record from which ``make results`` makes the tables of docs/results.md.
+computed, and no device is needed. ``--json`` writes the record from which ``make results`` makes tables of docs/results.md.
 
     python benchmarks/active_costs.py
 """
