@@ -24,7 +24,7 @@ struct Schedule {
         const WinogradWeights& w = job.weights;
         const int64_t total = divide_up(slices * job.out.grid.slice, kernels.lanes);
         const int64_t per_vector = (kPoints * int64_t{kernels.lanes}) * (w.inputs + w.outputs);
-        const int64_t most = std::min<int64_t>(total, kernels.lanes == 8 ? 8 : 4);
+        const int64_t most = std::min<int64_t>(total, kernels.block_vectors);
         const int64_t fit = std::min(most, std::max<int64_t>(2, kPrivateFloats / 4 / per_vector));
         vectors = static_cast<int>(total <= 16 || per_vector * fit > kPrivateFloats ? most : fit);
         shared = per_vector * vectors > kPrivateFloats || total < 4 * int64_t{threads} * vectors;

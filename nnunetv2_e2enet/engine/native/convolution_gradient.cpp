@@ -37,7 +37,7 @@ struct Schedule {
         const WinogradWeights& w = job.weights;
         const int64_t total = divide_up(slices * job.raw.grid.slice, kernels.lanes);
         const int64_t per_vector = kPoints * int64_t{kernels.lanes} * (std::max(w.inputs, w.outputs) + w.outputs);
-        vectors = kernels.lanes == 8 ? 8 : 4;
+        vectors = kernels.block_vectors;
         shared = per_vector * vectors > kPrivateFloats || total < 4 * int64_t{threads} * vectors;
         if (shared) vectors = static_cast<int>(std::min<int64_t>(vectors, total));
         blocks = 1;

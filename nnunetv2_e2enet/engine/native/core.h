@@ -22,7 +22,6 @@ constexpr int kChunk = 64;
 constexpr int kChannel = kPhases * kChunk;  // pixels of a channel in a chunk
 constexpr int kHalvedChannel = 4 * kChunk;   // the same of a map whose tiles were pooled to 2 x 2 pixels
 constexpr int kPoints = 36;     // of the 6 x 6 transformed tile of Winograd's F(4 x 4, 3 x 3)
-constexpr int kMaxVectors = 8;  // vectors of tiles in a block
 constexpr int kDenseRows = 6;   // output maps that the dense product of most kernels computes together
 
 struct Grid {
@@ -133,6 +132,7 @@ struct UpsampleTask {
 struct Kernels {
     int lanes;
     int pixel_bytes;
+    int block_vectors;  // of tiles in a block of a convolution, at most
     // V[point][channel][tile of the block] = transformed input; memory of the block after is asked for meanwhile
     void (*input_transform)(const Channel* channels, int n, const Grid& grid, int64_t first, int vectors, float* v,
                             int64_t v_pitch);

@@ -29,7 +29,8 @@ class StridedGradient {
   public:
     StridedGradient(const Kernels& kernels, const StridedGradientJob& job)
         : kernels_(kernels), job_(job), sh_(job.stride[1]), sw_(job.stride[2]), inputs_(job.in.channels),
-          outputs_(job.gradient.channels), vectors_(static_cast<int>(std::min<int64_t>(kernels.lanes == 16 ? 2 : 4, divide_up(job.gradient.grid.tiles, kernels.lanes)))),
+          outputs_(job.gradient.channels),
+          vectors_(static_cast<int>(std::min<int64_t>(vectors_of_32_tiles(kernels), divide_up(job.gradient.grid.tiles, kernels.lanes)))),
           dots_(count_dots(kernels, outputs_, inputs_)), still_(static_cast<size_t>(outputs_), 0),
           window_(kernels, job.in, job.shift, job.stride), around_(*kernels.floats(), job.gradient, still_.data(), kOnce),
           groups_(cut_groups(job.shift, inputs_)), pieces_(groups_.size() * static_cast<size_t>(sh_)) {}

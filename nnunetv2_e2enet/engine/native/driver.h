@@ -50,6 +50,9 @@ inline int64_t odd_lines(int64_t floats) {
     return (lines | 1) * kCacheLine;
 }
 
+// Vectors of a block of about 32 tiles, but not so many that the sums of a product leave the registers.
+inline int vectors_of_32_tiles(const Kernels& kernels) { return std::min(4, 32 / kernels.lanes); }
+
 // Contiguous share of `n` items for one thread of a team; the same for every run, so results are too.
 struct Share {
     int64_t first, last;

@@ -15,7 +15,6 @@ namespace E2E_NAMESPACE {
 using e2e::Channel;
 using e2e::Grid;
 using e2e::kDenseRows;
-using e2e::kMaxVectors;
 using e2e::kPhases;
 using e2e::kPoints;
 using e2e::Pixels;
@@ -236,7 +235,7 @@ static int64_t multiply_add_only(int64_t rounds) {
 }
 
 static const e2e::Kernels kTable = {
-    kLanes,      sizeof(Pixel), input_transform, sparse_product, sparse_pair, kDenseRows, 1, dense_product, output_transform,
+    kLanes,      sizeof(Pixel), kBlockVectors, input_transform, sparse_product, sparse_pair, kDenseRows, 1, dense_product, output_transform,
     store_phase, kUpsampleTiles, activate_block,  upsample_product, gather,        pool,
     multiply_add_only, pixels_row,
     kDotRows, kDotColumns, gradient_transform, gradient_output, sparse_dots, dense_dots, norm_sums, norm_gradient, accumulate, add_pieces,

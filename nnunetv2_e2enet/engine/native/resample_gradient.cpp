@@ -113,7 +113,7 @@ class UpsampleGradient {
   public:
     UpsampleGradient(const Kernels& kernels, const UpsampleGradientJob& job)
         : kernels_(kernels), job_(job), coarse_(job.upsample.coarse), sh_(job.upsample.stride[1]), sw_(job.upsample.stride[2]),
-          subs_(sh_ * sw_), vectors_(std::min(4, 32 / kernels.lanes)), tiles_(vectors_ * kernels.lanes),
+          subs_(sh_ * sw_), vectors_(vectors_of_32_tiles(kernels)), tiles_(vectors_ * kernels.lanes),
           inputs_(coarse_.channels), outputs_(job.upsample.outputs), coarse_pitch_(odd_lines(inputs_ * tiles_)),
           fine_pitch_(odd_lines(outputs_ * tiles_)), sums_pitch_(round_up(job.upsample.connections, kCacheLine)) {}
 

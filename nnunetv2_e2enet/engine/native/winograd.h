@@ -69,7 +69,8 @@ static inline uint32_t bits_between(int64_t first, int64_t lo, int64_t hi) {
     return from <= 0 ? below_to : below_to & ~((1u << from) - 1);
 }
 
-constexpr int kWindowVectors = e2e::kMaxVectors + 2;
+constexpr int kBlockVectors = E2E_ISA == 256 ? 8 : 4;  // of tiles in a block, at most
+constexpr int kWindowVectors = kBlockVectors + (E2E_ISA == 256 ? 2 : 3);  // rows an odd number of cache lines apart
 
 // What a block of tiles needs of one channel: rows of pixels (the last of the tiles above, the tiles' own four, the first of the
 // tiles below), and in each the pixels by their column in the tile, a tile a lane. Activated; zero outside the plane.
@@ -292,7 +293,7 @@ template <bool Gradient>
 static inline void transform_block(const e2e::Channel* channels, int n, const e2e::Grid& grid, int64_t first, int vectors,
                                    float* v, int64_t v_pitch, float* m, int64_t m_pitch) {
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
-    Neighbours neighbours[e2e::kMaxVectors];
+    Neighbours neighbours[kBlockVectors];
     for (int i = 0; i < vectors; ++i) neighbours[i].look(grid, first + i * kLanes);
     // A channel is transformed after the next has been fetched: what was just stored cannot be loaded across its vectors yet.
     Reach reach[2];
@@ -353,8 +354,8 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
                              int64_t first, int vectors, e2e::Pixels* out, const e2e::Halved& halved, bool bypass,
                              e2e::Statistics* statistics) {
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
-    uint32_t bits[e2e::kMaxVectors][e2e::kPhases];
-    bool whole[e2e::kMaxVectors];
+    uint32_t bits[kBlockVectors][e2e::kPhases];
+    bool whole[kBlockVectors];
     int64_t count = 0;
     for (int i = 0; i < vectors; ++i) {
         const LaneBits lanes(grid, first + i * kLanes);
@@ -365,7 +366,7 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
             count += __builtin_popcount(bits[i][q]);
         }
     }
-    alignas(64) Pixel block[e2e::kPhases][e2e::kMaxVectors * kLanes];
+    alignas(64) Pixel block[e2e::kPhases][(kBlockVectors + 1) * kLanes];
     for (int o = first_output; o < last_output; ++o) {
         e2e::Statistics& s = statistics[o];
         Pixel* channel = static_cast<Pixel*>(out) + o * e2e::kChannel;
@@ -415,7 +416,7 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
 static void store_phase(const float* m, int outputs, const e2e::Grid& grid, int64_t first, int vectors, int phase, e2e::Pixels* out,
                         e2e::Statistics* statistics) {
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
-    Mask masks[e2e::kMaxVectors];
+    Mask masks[kBlockVectors];
     int64_t count = 0;
     for (int i = 0; i < vectors; ++i) {
         const LaneBits lanes(grid, first + i * kLanes);
