@@ -13,33 +13,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import recording
-import torch
-from contestants import AMOS, AMOS_STRIDES, BASELINE, stock_network
+from contestants import BASELINE, stock_network
+from cpu_inference import AMOS
+from cpu_training import e2enet
 from torch import nn
 
-from nnunetv2_e2enet.network import E2ENet, accounts, e2enet_features
+from nnunetv2_e2enet.network import accounts
 
-CLASSES = 16
 SPARSITIES = (0.0, 0.7, 0.8, 0.862, 0.9)
-TITLE = f"AMOS, {' x '.join(map(str, AMOS['patch_size']))}, {CLASSES} classes"
-
-
-def e2enet(sparsity: float) -> E2ENet:
-    """At the AMOS plan, with a topology of its start."""
-    levels = len(AMOS_STRIDES)
-    features = e2enet_features(levels)
-    return E2ENet(1, CLASSES, levels, features, nn.Conv3d, AMOS_STRIDES, deep_supervision=True, feature_sparsity=sparsity)
+TITLE = f"AMOS, {' x '.join(map(str, AMOS.patch))}, {AMOS.classes} classes"
 
 
 def count(sparsities: Sequence[float] = SPARSITIES) -> list[recording.Table]:
     """Of all active connections; then of the fusion, which can be switched off, and of encoder and heads, which cannot."""
-    shape = (1, 1, *AMOS["patch_size"])
+    shape = (1, 1, *AMOS.patch)
     parameters: dict[str, list[float]] = {}
     forward: dict[str, list[float]] = {}
     fusion: dict[str, list[float]] = {}
     dense: dict[str, list[float]] = {}
-    networks: list[tuple[str, nn.Module]] = [(BASELINE, stock_network(AMOS_STRIDES, CLASSES))]
-    networks += [(f"E2ENet, S = {sparsity:g}", e2enet(sparsity)) for sparsity in sparsities]
+    networks: list[tuple[str, nn.Module]] = [(BASELINE, stock_network(AMOS.strides, AMOS.classes))]
+    networks += [(f"E2ENet, S = {sparsity:g}", e2enet(AMOS, sparsity)) for sparsity in sparsities]
     for name, network in networks:
         macs = accounts.multiply_accumulates(network, shape)
         parameters[name] = [accounts.parameter_counts(network).active / 1e6]
@@ -59,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the counts")
     given = parser.parse_args(arguments)
-    torch.manual_seed(0)
     tables = count()
     for table in tables:
         print("\n".join(table.lines()))
