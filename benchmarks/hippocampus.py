@@ -191,8 +191,10 @@ def result(fold: Fold) -> dict[str, Any]:
     seconds = [e - s for s, e in zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)]
     summary = json.loads((fold.folder / "validation" / "summary.json").read_text())
     of_cases = {Path(case["prediction_file"]).name: case["metrics"] for case in summary["metric_per_case"]}
+    names = {str(value): name for name, value in json.loads((fold.model / "dataset.json").read_text())["labels"].items()}
     return {
         "dice": summary["foreground_mean"]["Dice"],
+        "structures": [names[label] for label in summary["metric_per_case"][0]["metrics"]],
         "case_dice": {name: [metrics[label]["Dice"] for label in metrics] for name, metrics in sorted(of_cases.items())},
         "costs": json.loads((fold.folder / COSTS_FILE).read_text()),
         "cases": len(summary["metric_per_case"]),

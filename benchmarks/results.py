@@ -2,11 +2,10 @@
 
     python benchmarks/results.py [RECORD ...] [--page PAGE]
 
-Records are what benchmarks/hippocampus.py writes, by default all of docs/results/*.json. The page gets, between its two
-markers, one section a record; a figure a record goes beside the record. Between two other markers it gets the tables of
-docs/results/gpu/*.json, which benchmarks/gpu_session.py writes, with what failed, and between two more those of
-docs/results/cpu/*.json and docs/results/counts/*.json (benchmarks/recording.py). Everything is computed from the records
-alone.
+Records are what benchmarks/hippocampus.py writes, by default all of docs/results/*.json. The page gets, between two markers,
+one section a record; a figure a record goes beside the record. Between other markers it gets the tables of docs/results/gpu
+(benchmarks/gpu_session.py; also what failed), docs/results/starts (benchmarks/starts.py), docs/results/cpu and
+docs/results/counts (benchmarks/recording.py). Everything is computed from the records alone.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import contestants
 import gpu_results
 import numpy as np
 import recording
+import starts
 
 from nnunetv2_e2enet import files
 from nnunetv2_e2enet.evaluation.report import drawing
@@ -28,11 +28,8 @@ from nnunetv2_e2enet.evaluation.report.charts import model_style
 from nnunetv2_e2enet.evaluation.statistics import Interval, mean_interval
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-BEGIN, END = "<!-- make results: begin -->", "<!-- make results: end -->"
-GPU_BEGIN, GPU_END = "<!-- make results, gpu: begin -->", "<!-- make results, gpu: end -->"
-CPU_BEGIN, CPU_END = "<!-- make results, cpu: begin -->", "<!-- make results, cpu: end -->"
-COUNTS_BEGIN, COUNTS_END = "<!-- make results, counts: begin -->", "<!-- make results, counts: end -->"
-MARKERS = (BEGIN, END, GPU_BEGIN, GPU_END, CPU_BEGIN, CPU_END, COUNTS_BEGIN, COUNTS_END)
+PARTS = ("trainings", "gpu", "starts", "cpu", "counts")
+"""Of the page: what is between the two markers of each comes from the records."""
 PHANTOMS = "phantoms of fifteen structures, 8 cases to train on in fold 0 and 32 in fold 1, the same 16 to validate on"
 POINTS = 100  # of Dice
 SHOWN = 0.1  # of pseudo Dice, below the end of the worst training: earlier epochs are steep and all alike
@@ -58,7 +55,7 @@ def difference(run: Record, baseline: Record) -> Interval:
     ours, theirs = run["case_dice"], baseline["case_dice"]
     if ours.keys() != theirs.keys():
         raise SystemExit("a fold was validated on other cases by its baseline: these records do not belong together")
-    values = [np.mean(ours[case]) - np.mean(theirs[case]) for case in sorted(ours)]
+    values = [np.nanmean(ours[case]) - np.nanmean(theirs[case]) for case in sorted(ours)]
     return mean_interval(POINTS * np.array(values))
 
 
@@ -93,6 +90,19 @@ def table(record: Record) -> list[str]:
             dice, above = np.mean(folds, axis=0)
             lines.append(f"| mean of {len(folds)} | {contestant} | {dice:.4f} | {above:+.2f} | | | | |")
     return lines
+
+
+def by_structure(record: Record) -> list[str]:
+    """A row a structure: its mean Dice over the cases of a fold, for each run whose record names the structures."""
+    runs = {key: run for key, run in runs_of(record).items() if "structures" in run}
+    if not runs:
+        return []
+    columns = ["structure", *(f"{contestant}, fold {fold}" for fold, contestant in runs)]
+    means = [
+        dict(zip(run["structures"], np.nanmean(list(run["case_dice"].values()), axis=0), strict=True)) for run in runs.values()
+    ]
+    rows = [[name, *(f"{dice[name]:.3f}" for dice in means)] for name in means[0]]
+    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)] + [""]
 
 
 def figure(record: Record) -> drawing.Figure:
@@ -137,6 +147,7 @@ def section(record: Record, name: str) -> list[str]:
         "",
         *table(record),
         "",
+        *by_structure(record),
         f"![Pseudo Dice over iterations and seconds, Dice over what a network costs](results/{name}.svg)",
         "",
     ]
@@ -149,34 +160,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     records = given.records or sorted((given.page.parent / "results").glob("*.json"))
     text = given.page.read_text(encoding="utf-8")
-    if not all(marker in text for marker in MARKERS):
-        raise SystemExit(f"{given.page} lacks the markers {', '.join(MARKERS)}, between which the tables go")
-    lines = []
+    missing = [marker for part in PARTS for marker in markers(part) if marker not in text]
+    if missing:
+        raise SystemExit(f"{given.page} lacks the markers {', '.join(missing)}, between which the tables go")
+    folder = given.page.parent / "results"
+    folder.mkdir(exist_ok=True)
+    trainings = []
     for file in records:
         record = json.loads(file.read_text())
-        lines += section(record, file.stem)
-        folder = given.page.parent / "results"
-        folder.mkdir(exist_ok=True)
+        trainings += section(record, file.stem)
         files.write_atomically(folder / f"{file.stem}.svg", drawing.svg(figure(record)))
-    if not records:
-        lines = ["No training on real scans has been recorded yet.", ""]
-    text = between(text, BEGIN, END, lines)
-    gpu = gpu_results.section(records_of_gpu(given.page.parent / "results" / "gpu"))
-    text = between(text, GPU_BEGIN, GPU_END, gpu)
-    for folder, begin, end in (("cpu", CPU_BEGIN, CPU_END), ("counts", COUNTS_BEGIN, COUNTS_END)):
-        found = [json.loads(file.read_text()) for file in sorted((given.page.parent / "results" / folder).glob("*.json"))]
-        text = between(text, begin, end, recording.section(found))
+    lines = {
+        "trainings": trainings or ["No training on real scans has been recorded yet.", ""],
+        "gpu": gpu_results.section(of_sessions(read(folder / "gpu"))),
+        "starts": starts.section(read(folder / "starts")),
+        "cpu": recording.section(list(read(folder / "cpu").values())),
+        "counts": recording.section(list(read(folder / "counts").values())),
+    }
+    for part in PARTS:
+        text = with_lines(text, part, lines[part])
     files.write_atomically(given.page, text)
 
 
-def records_of_gpu(folder: Path) -> list[Record]:
-    """Each file holds a record, or all of those of a session."""
-    contents = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    return [record for content in contents for record in content.get("records", [content])]
+def read(folder: Path) -> dict[str, Record]:
+    """All records of a folder, by the names of their files."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
 
 
-def between(text: str, begin: str, end: str, lines: Sequence[str]) -> str:
-    """A page with these lines between two of its markers."""
+def of_sessions(contents: Mapping[str, Record]) -> list[Record]:
+    """Each file of a GPU holds a record, or all of those of a session."""
+    return [record for content in contents.values() for record in content.get("records", [content])]
+
+
+def markers(part: str) -> tuple[str, str]:
+    return f"<!-- make results, {part}: begin -->", f"<!-- make results, {part}: end -->"
+
+
+def with_lines(text: str, part: str, lines: Sequence[str]) -> str:
+    """The page with these lines between the markers of a part."""
+    begin, end = markers(part)
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
     return "\n".join([f"{before}{begin}", "", *lines, ""]).rstrip("\n") + f"\n\n{end}{after}"

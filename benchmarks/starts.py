@@ -8,7 +8,8 @@ density of its connections, means over all nodes, at the start, at each quarter 
     nnUNetv2_plan_and_preprocess -d 990 -c 3d_fullres
     python benchmarks/starts.py 990 --epochs 20 --iterations 100 --seeds 0 1 2 --output starts.json
 
-The program goes on where it stopped. ``--table starts.json`` prints the table of docs/experiments.md.
+The program goes on where it stopped. ``--table --output starts.json`` prints its table. ``make results`` puts the tables
+of the records in docs/results/starts into docs/results.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import os
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from nnunetv2_e2enet.training.trainer import E2ENetMixin
 
 FLOWS = ("forward", "upward", "downward")
 METHOD = "the method"
+POINTS = 100  # of Dice
 
 
 def keep_by_chance(trainer: Any) -> None:
@@ -159,22 +161,48 @@ def train(variant: dict[str, Any], seed: int, args: argparse.Namespace) -> dict[
     }
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown: means over seeds, with the range of the Dice."""
-    rows = [
-        "| start | pseudo Dice (least to most) | upward: amplitude at the start, density at the end | forward | downward |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for variant in dict.fromkeys(name.split(" | ")[0] for name in results):
-        runs = [result for name, result in results.items() if name.split(" | ")[0] == variant]
-        dice = [run["dice"] for run in runs]
-        cells = [f"{statistics.fmean(dice):.3f} ({min(dice):.3f} to {max(dice):.3f})"]
+def table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Rows in Markdown: means over seeds, with the range of the Dice and of its distance to the method's of the same seed."""
+    columns = ["start", "seeds", "pseudo Dice", "points above the method"]
+    columns += ["upward: amplitude at the start, density at the end", "forward", "downward"]
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    variants: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for key, run in results.items():
+        name, _, seed = key.partition(" | seed ")
+        variants.setdefault(name, {})[seed] = run
+    for name, runs in variants.items():
+        method = {} if name == METHOD else variants.get(METHOD, {})
+        above = [POINTS * (runs[seed]["dice"] - method[seed]["dice"]) for seed in runs if seed in method]
+        cells = [str(len(runs)), with_range([run["dice"] for run in runs.values()], ".3f"), with_range(above, "+.1f")]
         for flow in ("upward", "forward", "downward"):
-            amplitude = statistics.fmean(run["flows"][0][flow]["amplitude"] for run in runs)
-            density = statistics.fmean(run["flows"][-1][flow]["density"] for run in runs)
+            amplitude = statistics.fmean(run["flows"][0][flow]["amplitude"] for run in runs.values())
+            density = statistics.fmean(run["flows"][-1][flow]["density"] for run in runs.values())
             cells.append(f"{amplitude:.2f}, {density:.2f}")
-        rows.append(f"| {variant} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def with_range(values: Sequence[float], form: str) -> str:
+    """Mean, least and most; nothing of no values."""
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def section(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The lines of docs/results.md: for each record, by name, with what its variants were trained, and the table."""
+    lines = []
+    for name, record in records.items():
+        given = {key: value for key, value in record.items() if key not in ("machine", "results", "remark")}
+        settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in given.items())
+        machine, commits = record["machine"], sorted({run["commit"] for run in record["results"].values()})
+        lines += [f"### {name}", "", *([record["remark"], ""] if "remark" in record else [])]
+        lines.append(
+            f"`python benchmarks/starts.py`: {settings}. {machine['device']}, torch {machine['torch']}; "
+            f"commit {', '.join(commits)}. Means over seeds (least to most)."
+        )
+        lines += ["", *table(record["results"]), ""]
+    return lines or ["No record yet.", ""]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -197,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "table", "variants", "seeds")}
     if args.table:
-        print(table(contestants.Record(args.output, {}).results))
+        print("\n".join(table(contestants.Record(args.output, {}).results)))
         return
     contestants.check_device(args.device)
     os.environ.setdefault("nnUNet_n_proc_DA", "0")
@@ -207,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if f"{name} | seed {seed}" not in record.results:
                 with contestants.temporary_results():
                     record.add(f"{name} | seed {seed}", train(VARIANTS[name], seed, args))
-    print(table(record.results))
+    print("\n".join(table(record.results)))
 
 
 if __name__ == "__main__":

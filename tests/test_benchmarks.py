@@ -210,6 +210,7 @@ def test_phantoms_with_little_and_more_data(tiny: Project, tmp_path: Path, monke
     assert record["settings"]["phantoms"]
     assert set(record["results"]) == {f"{name} | fold {fold}" for name in ("nnU-Net", "E2ENet") for fold in (0, 1)}
     assert {tuple(result["case_dice"]) for result in record["results"].values()} == {("phantom_000.nii.gz",)}
+    assert all(len(set(result["structures"])) == 15 for result in record["results"].values())
     assert all(len(dice) == 15 for result in record["results"].values() for dice in result["case_dice"].values())
     splits = json.loads((tmp_path / "nnUNet_preprocessed" / hippocampus.PHANTOMS / "splits_final.json").read_text())
     assert [len(split["train"]) for split in splits] == [2, 3]

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import recording
 import results
+import starts
 from recording import Table
 
 from nnunetv2_e2enet.evaluation.statistics import mean_interval
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE = "Before.\n\n" + results.BEGIN + "\n\nwhat was there\n\n" + results.END + "\n\n"
-PAGE += "\n\n".join([*results.MARKERS[2:], "After.\n"])
+PAGE = "\n\n".join(
+    ["Before.", *(f"{begin}\n\nwhat was there\n\n{end}" for begin, end in map(results.markers, results.PARTS)), "After.\n"]
+)
 
 
 def run(case_dice: dict[str, list[float]], parameters: int = 1_500_000) -> dict[str, Any]:
@@ -94,6 +96,19 @@ def test_without_the_baseline_nothing_is_compared(page: Path) -> None:
     write(page, {"E2ENet 0.9 | fold 0": run({"a": [0.5]})})
     results.main(["--page", str(page)])
     assert "| 0 | E2ENet 0.9 | 0.5000 |  | 1.50 M |" in page.read_text()
+
+
+def test_dice_of_each_structure(page: Path) -> None:
+    """Also where a structure is in none of a case's two segmentations, and has no Dice there."""
+    named = {"structures": ["liver", "spleen"]}
+    stock = {**run({"a": [0.8, 0.5], "b": [0.6, float("nan")]}), **named}
+    ours = {**run({"a": [0.7, 0.6], "b": [0.5, float("nan")]}), **named}
+    write(page, {"nnU-Net | fold 0": stock, "E2ENet 0.8 | fold 0": ours, "E2ENet 0.9 | fold 0": run({"a": [0.5], "b": [0.5]})})
+    results.main(["--page", str(page)])
+    rows = page.read_text().splitlines()
+    at = rows.index("| structure | nnU-Net, fold 0 | E2ENet 0.8, fold 0 |")
+    assert rows[at + 2 : at + 4] == ["| liver | 0.700 | 0.600 |", "| spleen | 0.500 | 0.600 |"]
+    assert "-5.00 (-10.00 to " in next(row for row in rows if row.startswith("| 0 | E2ENet 0.8 |"))
 
 
 def test_what_does_not_belong_together_is_refused(page: Path) -> None:
@@ -209,3 +224,35 @@ def test_tables_of_a_cpu(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     printed = "\n".join(one.lines())
     assert "A patch: median (least to most)" in printed
     assert "0.50 (0.25 to 0.67)" in printed
+
+
+def test_starts(page: Path) -> None:
+    """Means over seeds; a variant is compared with the method's runs of the same seeds."""
+
+    def run_of(dice: float, density: float) -> dict[str, Any]:
+        flows = [{flow: {"amplitude": 0.5, "density": d} for flow in starts.FLOWS} for d in (0.2, density)]
+        return {"commit": "0123456789", "losses": [0.0], "dice": dice, "flows": flows}
+
+    runs = {
+        f"{starts.METHOD} | seed 0": run_of(0.7, 0.1),
+        "gain 0.5 | seed 0": run_of(0.75, 0.2),
+        f"{starts.METHOD} | seed 1": run_of(0.8, 0.3),
+        "gain 0.5 | seed 1": run_of(0.79, 0.2),
+        "gain 0.7 | seed 2": run_of(0.5, 0.2),
+    }
+    record = {"dataset": "4", "batch_size": 2, "machine": {"device": "some CPU", "torch": "2.13.0"}, "results": runs}
+    file = page.parent / "results" / "starts" / "hippocampus.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({**record, "remark": "A short one."}))
+    results.main(["--page", str(page)])
+    text = page.read_text()
+    for line in (
+        "### hippocampus",
+        "A short one.",
+        "`python benchmarks/starts.py`: dataset 4, batch size 2. some CPU, torch 2.13.0; commit 0123456789. "
+        "Means over seeds (least to most).",
+        "| the method | 2 | 0.750 (0.700 to 0.800) |  | 0.50, 0.20 | 0.50, 0.20 | 0.50, 0.20 |",
+        "| gain 0.5 | 2 | 0.770 (0.750 to 0.790) | +2.0 (-1.0 to +5.0) | 0.50, 0.20 | 0.50, 0.20 | 0.50, 0.20 |",
+        "| gain 0.7 | 1 | 0.500 (0.500 to 0.500) |  | 0.50, 0.20 | 0.50, 0.20 | 0.50, 0.20 |",
+    ):
+        assert line in text.splitlines()
