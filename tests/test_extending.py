@@ -15,6 +15,7 @@ from support import Project, make, train_epochs
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.dsff import HISTORY_FILE, read_history
+from nnunetv2_e2enet.evaluation.topology.sources import read_topologies
 from nnunetv2_e2enet.network import MaskableLayer, fusion_flows, maskable_layers
 from nnunetv2_e2enet.settings import override
 from nnunetv2_e2enet.training.variants import variant
@@ -125,7 +126,19 @@ def test_the_wiring_has_no_downward_flow(in_process: Project, tmp_path: Path) ->
     assert flows
     assert all(list(of_node) == ["forward", "upward"] for of_node in flows.values())
     trainer.topology_history.start()
-    train_epochs(trainer, 1)
+    train_epochs(trainer, 3)  # with two updates
+    (fold,) = read_topologies(Path(trainer.output_folder))
+    written, shown = read_history(Path(trainer.output_folder) / HISTORY_FILE), fold.history
+    assert fold.why_no_history == ""
+    assert {part.layer: part.connections for part in shown.parts} == {
+        name: layer.n_connections for name, layer in maskable_layers(trainer.network)
+    }
+    assert len(shown.records) == len(written.records) == 3
+    for whole, divided in zip(shown.records, written.records, strict=True):
+        assert [sum(values) for values in (whole.active, whole.grown, whole.survivors)] == [
+            sum(values) for values in (divided.active, divided.grown, divided.survivors)
+        ]
+        assert min(divided.importance) <= min(whole.importance) <= max(whole.importance) <= max(divided.importance)
     assert main(["topology", trainer.output_folder, "--report", str(tmp_path / "page.html")]) == 0
     assert "its fusion nodes and flows are not known" in (tmp_path / "page.html").read_text()
 

@@ -61,6 +61,19 @@ def test_wilcoxon_by_hand() -> None:
     assert (test.wins, test.ties, test.losses) == (6, 0, 0)
 
 
+def test_most_cases_are_ties() -> None:
+    """The median of the differences is zero then, and the ranks of the others decide."""
+    values = np.full((2, 24, 1), 0.9)
+    values[0, :11, 0] += np.linspace(0.01, 0.05, 11)
+    test = paired_tests(values, ["a"])[1]
+    assert (test.wins, test.ties, test.losses, test.median_difference) == (11, 13, 0, 0)
+    assert test.p < 0.01
+    assert test.rank_biserial == 1
+    assert paired_tests(values[::-1], ["a"])[1].rank_biserial == -1
+    values[1, 0, 0] += 0.5  # the largest of eleven ranks: 11 of 66 against, 55 for the first model
+    assert paired_tests(values, ["a"])[1].rank_biserial == pytest.approx((55 - 11) / 66)
+
+
 def test_models_that_are_the_same_do_not_differ() -> None:
     same = np.repeat(random_values(1), 2, axis=0)
     assert all(test.p == test.p_holm == 1 and test.ties == 30 for test in paired_tests(same, CLASSES))

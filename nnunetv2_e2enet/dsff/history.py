@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +82,13 @@ class History:
     def up_to(self, epoch: int) -> tuple[TopologyRecord, ...]:
         """The records of the time before a checkpoint of ``epoch`` epochs, which is written before the update that follows."""
         return tuple(r for r in self.records if r.epoch < epoch or (r.epoch == epoch and not any(r.grown)))
+
+    def without_flows(self) -> History:
+        """The same history, whose parts are whole layers; the importance is the mean over the connections that stayed."""
+        names = list(dict.fromkeys(part.layer for part in self.parts))
+        places = [[i for i, part in enumerate(self.parts) if part.layer == name] for name in names]
+        parts = (Part(name, "", sum(self.parts[i].connections for i in of)) for name, of in zip(names, places, strict=True))
+        return History(self.importance, tuple(parts), tuple(_merged(record, places) for record in self.records))
 
 
 class TopologyHistory:
@@ -243,6 +250,29 @@ def read_history(path: Path) -> History:
         raise E2ENetError(
             f"{path} cannot be read as a topology history ({error}): move it away; a training that is resumed begins a new one"
         ) from error
+
+
+def _merged(record: TopologyRecord, places: Sequence[Sequence[int]]) -> TopologyRecord:
+    """A record whose parts are put together as ``places`` says."""
+
+    def total(counts: Sequence[int]) -> list[int]:
+        return [sum(counts[i] for i in of) for of in places]
+
+    importance: list[float | None] = []
+    for of in places:
+        means = [(record.importance[i], record.active[i] - record.grown[i]) for i in of]
+        known = [(mean, stayed) for mean, stayed in means if mean is not None]
+        mean = sum(mean * stayed for mean, stayed in known) / max(sum(stayed for _, stayed in known), 1)
+        importance.append(_short(mean) if len(known) == len(of) else None)
+    return replace(
+        record,
+        active=total(record.active),
+        pruned=total(record.pruned),
+        grown=total(record.grown),
+        explored=total(record.explored),
+        survivors=total(record.survivors),
+        importance=importance,
+    )
 
 
 def _narrow(values: Tensor, layer: MaskableLayer, channels: slice) -> Tensor:

@@ -132,7 +132,7 @@ def _paired_verdict(comparison: Comparison, metric: Metric) -> str:
     mean, interval = numbers.signed(test.difference.mean, metric), numbers.limits(test.difference, metric)
     size = f"{first} - {second} = {mean}{unit} ({interval})"
     if test.p_holm < ALPHA:
-        better = (test.median_difference > 0) == metric.higher_is_better
+        better = (test.rank_biserial > 0) == metric.higher_is_better
         finding = f"{first if better else second} is better"
     elif 2 / 2 ** (test.wins + test.losses) >= ALPHA:  # the smallest p-value that signs of so many cases can give
         finding = "too few cases to show a difference"
