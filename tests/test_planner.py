@@ -106,6 +106,16 @@ def test_preprocessed_data_are_shared_with_stock_plans(planned: Path) -> None:
     assert ours["configurations"]["3d_lowres"]["data_identifier"] == "nnUNetE2ENetPlans_3d_lowres"  # another spacing
 
 
+@pytest.mark.parametrize(
+    "options", [["-overwrite_target_spacing", "3", "2", "2"], ["-preprocessor_name", "Other"]], ids=["spacing", "preprocessor"]
+)
+def test_data_that_are_preprocessed_otherwise_are_not_shared(planned: Path, runner: Runner, options: list[str]) -> None:
+    """nnU-Net's preprocessing replaces the folder that the plans name, which may be that of nnUNetPlans."""
+    run_forked(runner, "e2enet", "plan", "-d", "991", *options, "-overwrite_plans_name", "X", env=nnunet_environment(planned))
+    for name in ("2d", "3d_fullres"):
+        assert plans(planned, "X")["configurations"][name]["data_identifier"] == f"X_{name}"
+
+
 def test_registered_planner_gives_the_same_plans(planned: Path, runner: Runner) -> None:
     before = plans(planned, "nnUNetE2ENetPlans")
     command = ["nnUNetv2_plan_experiment", "-d", "991", "-pl", "nnUNetPlannerE2ENet", "-overwrite_plans_name", "Again"]

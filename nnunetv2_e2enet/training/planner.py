@@ -82,10 +82,15 @@ class E2ENetPlannerMixin(Overrides, PlannerBase):
         return cast(E2ENet, network).saved_bytes([int(size) for size in patch_size])
 
     def generate_data_identifier(self, configuration_name: str) -> str:
-        """2d and 3d_fullres are preprocessed as with nnUNetPlans, so they share its data (as the ResEnc planners do)."""
-        if configuration_name in ("2d", "3d_fullres"):
+        """Preprocessed as with nnUNetPlans, 2d and 3d_fullres share its data, as the ResEnc planners' do."""
+        if configuration_name in ("2d", "3d_fullres") and self._preprocesses_as_stock:
             return f"nnUNetPlans_{configuration_name}"
         return f"{self.plans_identifier}_{configuration_name}"
+
+    @property
+    def _preprocesses_as_stock(self) -> bool:
+        stock = self.preprocessor_name == "DefaultPreprocessor" and self.overwrite_target_spacing is None
+        return stock and not self.suppress_transpose
 
     def get_plans_for_configuration(
         self,
