@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,10 @@ from nnunetv2_e2enet.training.variants import variant
 EPOCHS = {"num_epochs": 4, "num_val_iterations_per_epoch": 1}
 
 
+class Killed(Exception):  # noqa: N818 (stands for a kill)
+    pass
+
+
 class Timed(TimedMixin, nnUNetTrainer):
     pass
 
@@ -26,8 +31,13 @@ Other = variant(Timed, "other", **EPOCHS, num_iterations_per_epoch=3)
 AsLong = variant(Timed, "as_long", **EPOCHS, as_long_as="Timed_other")
 
 
-def train(cls: Any, project: Project, monkeypatch: pytest.MonkeyPatch, seconds: float) -> tuple[list[int], dict[str, Any]]:
-    """A training on a clock that an iteration moves by so many seconds: iterations of each epoch, and the record."""
+def train(
+    cls: Any, project: Project, monkeypatch: pytest.MonkeyPatch, seconds: float, epochs_before_a_kill: int | None = None
+) -> tuple[list[int], dict[str, Any]]:
+    """A training on a clock that an iteration moves by so many seconds: iterations of each epoch, and the record.
+
+    It goes on from a checkpoint if there is one.
+    """
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(timed.time, "monotonic", lambda: clock.now)
@@ -41,17 +51,41 @@ def train(cls: Any, project: Project, monkeypatch: pytest.MonkeyPatch, seconds: 
             epochs.append(len(train_outputs))
             super().on_train_epoch_end(train_outputs)
 
+        def on_epoch_start(self) -> None:
+            if self.current_epoch == epochs_before_a_kill:
+                raise Killed
+            super().on_epoch_start()
+
     epochs: list[int] = []
     Clocked.__name__ = cls.__name__
     trainer = make(Clocked, project, project.tiny_plans())
-    trainer.run_training()
+    trainer.save_every = 1
+    checkpoint = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    if checkpoint.is_file():
+        trainer.load_checkpoint(str(checkpoint))
+    with nullcontext() if epochs_before_a_kill is None else pytest.raises(Killed):
+        trainer.run_training()
     return epochs, json.loads((Path(trainer.output_folder) / TRAINING_TIME_FILE).read_text())
 
 
 def test_a_training_takes_the_seconds_of_another(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert train(Other, in_process, monkeypatch, 6.0) == ([3] * 4, {"seconds": 72.0, "iterations": 12})
-    expected = {"seconds": 72.0, "iterations": 36}
-    assert train(AsLong, in_process, monkeypatch, 2.0) == ([FIRST_ITERATIONS, 10, 10, 11], expected)
+    expected = {"seconds": 72.0, "iterations": 12, "epochs": [[18.0, 3]] * 4, "ended": True}
+    assert train(Other, in_process, monkeypatch, 6.0) == ([3] * 4, expected)
+    epochs = [FIRST_ITERATIONS, 10, 10, 11]
+    expected = {"seconds": 72.0, "iterations": 36, "epochs": [[2.0 * n, n] for n in epochs], "ended": True}
+    assert train(AsLong, in_process, monkeypatch, 2.0) == (epochs, expected)
+
+
+def test_a_training_that_was_killed_knows_the_seconds_of_before(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, unfinished = train(Other, in_process, monkeypatch, 6.0, epochs_before_a_kill=2)
+    assert unfinished == {"seconds": 36.0, "iterations": 6, "epochs": [[18.0, 3]] * 2, "ended": False}
+    with pytest.raises(SystemExit, match=r"of a training that has ended: train Timed_other first"):
+        train(AsLong, in_process, monkeypatch, 2.0)
+    assert train(Other, in_process, monkeypatch, 6.0)[1]["seconds"] == 72
+    assert train(AsLong, in_process, monkeypatch, 2.0, epochs_before_a_kill=2)[0] == [FIRST_ITERATIONS, 10]
+    epochs, record = train(AsLong, in_process, monkeypatch, 2.0)
+    assert epochs == [10, 11]
+    assert (record["seconds"], record["iterations"]) == (72, 36)
 
 
 def test_the_other_training_must_have_ended(in_process: Project) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,8 @@ FIRST_ITERATIONS = 5  # of the first epoch, in which the speed is not known yet
 class TimedMixin(Overrides, TrainerBase):
     """Takes the time of a training; to be put before an nnU-Net trainer.
 
-    ``training_time.json`` in the output folder holds the seconds of all iterations together, and their number. Validation does
-    not count.
+    ``training_time.json`` in the output folder holds the seconds of all iterations together, and their number, also of a
+    training that was interrupted. Validation does not count.
 
     Attributes:
         as_long_as: name of another timed trainer, whose seconds on the same data set, plans, configuration and fold this one
@@ -36,9 +37,7 @@ class TimedMixin(Overrides, TrainerBase):
 
     as_long_as: str | None = None
     _allowed: float | None = None
-    _spent = 0.0
-    _iterations = 0
-    _seconds_per_iteration = 0.0
+    _epochs: Sequence[tuple[float, int]] = ()  # seconds and iterations of each
     _epoch_started = 0.0
 
     def on_train_start(self) -> None:
@@ -46,6 +45,11 @@ class TimedMixin(Overrides, TrainerBase):
         if self.as_long_as is not None:
             self._allowed = self._seconds_of(self.as_long_as)
         super().on_train_start()
+        file = Path(self.output_folder) / TRAINING_TIME_FILE
+        if self.current_epoch and file.is_file():  # a training that goes on
+            self._epochs = read_json(file)["epochs"][: self.current_epoch]
+        else:
+            self._epochs = []
 
     def _seconds_of(self, trainer: str) -> float:
         from nnunetv2.utilities.file_path_utilities import convert_trainer_plans_config_to_identifier
@@ -53,12 +57,13 @@ class TimedMixin(Overrides, TrainerBase):
         plans = self.plans_manager.plans_name
         model = convert_trainer_plans_config_to_identifier(trainer, plans, self.configuration_name)
         file = Path(self.output_folder_base).with_name(model) / f"fold_{self.fold}" / TRAINING_TIME_FILE
-        if not file.is_file():
+        time_taken = read_json(file) if file.is_file() else {}
+        if not time_taken.get("ended"):
             raise SystemExit(
-                f"E2ENet: {type(self).__name__} trains for as many seconds as {trainer}, but there is no {file}: "
-                f"train {trainer} first"
+                f"E2ENet: {type(self).__name__} trains for as many seconds as {trainer}, but there is no {file} of "
+                f"a training that has ended: train {trainer} first"
             )
-        return float(read_json(file)["seconds"])
+        return float(time_taken["seconds"])
 
     def on_train_epoch_start(self) -> None:
         """As nnU-Net does, with as many iterations as fit into the epoch's share of the time."""
@@ -68,23 +73,30 @@ class TimedMixin(Overrides, TrainerBase):
         self._epoch_started = time.monotonic()
 
     def _planned_iterations(self, seconds: float) -> int:
-        if not self._iterations:
+        if not self._epochs:
             return FIRST_ITERATIONS
-        left = (seconds - self._spent) / max(1, self.num_epochs - self.current_epoch)
-        planned: int = max(1, round(left / self._seconds_per_iteration))
+        left = (seconds - sum(spent for spent, _ in self._epochs)) / max(1, self.num_epochs - self.current_epoch)
+        last, iterations = self._epochs[-1]
+        planned: int = max(1, round(left * iterations / last))
         return planned
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """As nnU-Net does, and takes the time of an iteration."""
         super().on_train_epoch_end(train_outputs)
-        seconds = time.monotonic() - self._epoch_started
-        self._spent += seconds
-        self._iterations += len(train_outputs)
-        self._seconds_per_iteration = seconds / len(train_outputs)
+        self._epochs = [*self._epochs, (time.monotonic() - self._epoch_started, len(train_outputs))]
+        self._write_time(ended=False)
 
     def on_train_end(self) -> None:
-        """As nnU-Net does, and writes the seconds and iterations of the training."""
+        """As nnU-Net does, and writes that the training has ended."""
         super().on_train_end()
+        self._write_time(ended=True)
+
+    def _write_time(self, ended: bool) -> None:
         if self.local_rank == 0:
-            content = {"seconds": self._spent, "iterations": self._iterations}
+            content = {
+                "seconds": sum(seconds for seconds, _ in self._epochs),
+                "iterations": sum(iterations for _, iterations in self._epochs),
+                "epochs": self._epochs,
+                "ended": ended,
+            }
             write_atomically(Path(self.output_folder) / TRAINING_TIME_FILE, json.dumps(content))
