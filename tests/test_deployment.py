@@ -131,6 +131,16 @@ def test_volumes_and_previews(packed: Path, by_nnunet: Path, project: Project, t
 
 
 @pytest.mark.usefixtures("alone")
+def test_parts_write_volumes_of_their_own_cases(packed: Path, project: Project, tmp_path: Path) -> None:
+    """No part reads what another one is about to write."""
+    (tmp_path / max(images(project))).write_text("half a segmentation of part 1")
+    files = ["-m", str(packed), "-i", str(project.raw / "imagesTs"), "-o", str(tmp_path)]
+    assert main(["predict", *files, "-device", "cpu", "--volumes", "-num_parts", "2", "-part_id", "0"]) == 0
+    with (tmp_path / "volumes_0_of_2.csv").open(newline="") as file:
+        assert {f"{row['case']}.nii.gz" for row in csv.DictReader(file)} == {min(images(project))}
+
+
+@pytest.mark.usefixtures("alone")
 def test_segmenter_takes_paths_images_and_arrays(packed: Path, by_nnunet: Path, project: Project) -> None:
     segmenter = Segmenter.load(packed)
     name, path = next(iter(images(project).items()))

@@ -17,6 +17,7 @@ from support import Project, untrained_model
 from nnunetv2_e2enet.deployment import PackedModel, preview
 from nnunetv2_e2enet.deployment.preview import write_preview
 from nnunetv2_e2enet.deployment.previews import check_previews
+from nnunetv2_e2enet.deployment.volumes import check_volumes
 from nnunetv2_e2enet.errors import E2ENetError
 
 SHAPE, SPACING = (12, 30, 40), (4.0, 1.5, 1.0)
@@ -170,7 +171,7 @@ def test_what_cannot_be_drawn(tmp_path: Path, files: tuple[Path, Path]) -> None:
     assert not (tmp_path / "case.png").exists()
 
 
-def test_images_without_pictures_are_refused_before_prediction(
+def test_images_without_pictures_or_volumes_are_refused_before_prediction(
     project: Project, tmp_path: Path, files: tuple[Path, Path]
 ) -> None:
     model, _ = untrained_model(project)
@@ -179,6 +180,9 @@ def test_images_without_pictures_are_refused_before_prediction(
     SimpleITK.WriteImage(SimpleITK.Image(16, 20, SimpleITK.sitkUInt8), flat)
     with pytest.raises(E2ENetError, match="is not a 3D image of one channel"):
         check_previews([flat], model)
+    check_volumes([files[0]], model)
+    with pytest.raises(E2ENetError, match=r"flat\.nii\.gz is a 2D image, whose pixels have no volume"):
+        check_volumes([flat], model)
     pictures = replace(model.description, dataset={**model.description.dataset, "file_ending": ".png"})
     with pytest.raises(E2ENetError, match=r"images are \*\.png"):
         check_previews([files[0]], PackedModel(pictures, model.folds))

@@ -58,7 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save_probabilities", action="store_true", help="write class probabilities as well")
     parser.add_argument("--continue_prediction", action="store_true", help="leave cases that are predicted")
     parser.add_argument("--postprocess", action="store_true", help="also write OUT/postprocessed, with what nnU-Net found")
-    parser.add_argument("--volumes", action="store_true", help="also write OUT/volumes.csv: millilitres by case and label")
+    parser.add_argument(
+        "--volumes",
+        action="store_true",
+        help="also write OUT/volumes.csv: millilitres by case and label; with -num_parts a file each",
+    )
     parser.add_argument("--dicom_seg", action="store_true", help="also write OUT/CASE.dcm, DICOM SEG, of a DICOM series")
     parser.add_argument("--preview", action="store_true", help="also write OUT/CASE.png: contours in three planes, volumes")
     parser.add_argument("-npp", type=int, default=_number("nnUNet_npp"), help="preprocessing processes (default: 3)")
@@ -86,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_e2enet.deployment.images import folder_of_images
     from nnunetv2_e2enet.deployment.previews import check_previews
     from nnunetv2_e2enet.deployment.segmenter import make_predictor
+    from nnunetv2_e2enet.deployment.volumes import check_volumes
 
     model = read_packed(args.m)
     _check(args, model)
@@ -103,9 +108,10 @@ def run(args: argparse.Namespace) -> int:
             args.verbose,
             not args.disable_progress_bar,
         )
-        everything = _first_channels(images, model)
-        cases = everything[args.part_id :: args.num_parts]
-        _check_places(args, everything, images, model)
+        cases = _first_channels(images, model)[args.part_id :: args.num_parts]
+        _check_places(args, cases, images, model)
+        if args.volumes:
+            check_volumes(cases, model)
         if args.preview:
             check_previews(cases, model)
         if series is not None:
@@ -117,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
                 check_dicom_seg(image, series, model)
         make_writable(args.o)
         _predict(args, predictor, images)
-        _finish(args, model, everything, cases, series)
+        _finish(args, model, cases, series)
     return 0
 
 
@@ -159,22 +165,21 @@ def _predict(args: argparse.Namespace, predictor: nnUNetPredictor, images: Path)
         predictor.predict_from_files(str(images), str(args.o), num_parts=args.num_parts, part_id=args.part_id, **options)
 
 
-def _finish(
-    args: argparse.Namespace, model: PackedModel, everything: Sequence[Path], cases: Sequence[Path], series: Series | None
-) -> None:
-    """Writes all that is made of segmentations: of ``cases``, or of every case that this or another part has segmented."""
+def _finish(args: argparse.Namespace, model: PackedModel, cases: Sequence[Path], series: Series | None) -> None:
+    """Writes all that is made of the segmentations of ``cases``; other parts, which run at the same time, write theirs."""
     from nnunetv2_e2enet.deployment.dicom_seg import write_dicom_seg
     from nnunetv2_e2enet.deployment.previews import write_previews
     from nnunetv2_e2enet.deployment.volumes import write_volumes
 
     progress = not args.disable_progress_bar
     folders = [args.o]
-    segmented = [path for path in (_segmentation(args.o, image, model) for image in everything) if path.is_file()]
+    segmented = [_segmentation(args.o, image, model) for image in cases]
+    table = "volumes.csv" if args.num_parts == 1 else f"volumes_{args.part_id}_of_{args.num_parts}.csv"
     if args.postprocess:
         folders.append(_postprocess(segmented, args.o / "postprocessed", model, progress))
     for folder in folders:
         if args.volumes:
-            write_volumes(folder / "volumes.csv", [folder / path.name for path in segmented], model, progress)
+            write_volumes(folder / table, [folder / path.name for path in segmented], model, progress)
         if args.preview:
             write_previews(folder, cases, model, progress)
         if series is not None:

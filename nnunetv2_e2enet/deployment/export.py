@@ -76,9 +76,11 @@ def _folds(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> list[s
 
 
 def _postprocessing(folder: Path, folds: Sequence[str]) -> list[list[int]]:
-    """What nnUNetv2_find_best_configuration found for these folds; nothing where it was not asked."""
-    path = folder / f"crossval_results_folds_{'_'.join(folds)}" / "postprocessing.json"
-    if not path.is_file():
+    """What nnUNetv2_find_best_configuration found for these folds, in any order; nothing where it was not asked."""
+    prefix = "crossval_results_folds_"
+    files = sorted(folder.glob(f"{prefix}*/postprocessing.json"))
+    path = next((file for file in files if set(file.parent.name.removeprefix(prefix).split("_")) == set(folds)), None)
+    if path is None:
         return []
     found = read_json(path)
     strange = [name for name in found["postprocessing_fns"] if name != _KEEP_LARGEST]
