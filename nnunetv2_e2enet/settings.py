@@ -62,10 +62,8 @@ class Settings:
             E2ENetError: a variable has a value that cannot be used.
         """
         values = {field.name: environment.get(variable(field.name), "") for field in fields(cls)}
-        given = {name: value for name, value in values.items() if value}
-        if "engine" in given:
-            given["engine"] = _SWITCHES.get(given["engine"].lower(), given["engine"].lower())
-        return cls(**given)
+        given = {name: value.lower() for name, value in values.items() if value}
+        return cls(**{name: _SWITCHES.get(value, value) if "on" in CHOICES[name] else value for name, value in given.items()})
 
 
 def variable(name: str) -> str:

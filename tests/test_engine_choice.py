@@ -60,6 +60,12 @@ def test_unknown_settings_are_errors() -> None:
     assert Settings.from_environment(given) == Settings(engine="off", engine_storage="float16")
 
 
+def test_switches_are_also_numbers_and_truth_values() -> None:
+    for name in ("engine", "kernels", "plane_convolutions", "predictor"):
+        for value, meaning in {"0": "off", "False": "off", "1": "on", "TRUE": "on", "Off": "off"}.items():
+            assert getattr(Settings.from_environment({variable(name): value}), name) == meaning
+
+
 def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     before = current_settings()
     monkeypatch.setenv(engine.ENGINE_VARIABLE, "perhaps")
