@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -137,15 +136,6 @@ def as_nnunet_trains(device: str) -> None:
     if device == "cuda":
         torch.backends.cudnn.deterministic = False
         torch.backends.cudnn.benchmark = True
-
-
-def console_command(name: str) -> list[str]:
-    """A console command of an installed package, by its entry point: scripts need not be beside the interpreter."""
-    program = (
-        "import sys; from importlib.metadata import entry_points; name = sys.argv.pop(1); sys.argv[0] = name; "
-        "(command,) = entry_points(group='console_scripts', name=name); sys.exit(command.load()())"
-    )
-    return [sys.executable, "-c", program, name]
 
 
 def check_device(device: str) -> None:

@@ -39,6 +39,7 @@ import torch
 
 from nnunetv2_e2enet import files
 from nnunetv2_e2enet.evaluation.costs import count_costs
+from nnunetv2_e2enet.registration import console_command
 from nnunetv2_e2enet.training.architecture import scaled_architecture
 from nnunetv2_e2enet.training.checkpoints import newest_checkpoint, read_checkpoint
 from nnunetv2_e2enet.training.crossval import Fold, FoldState
@@ -84,7 +85,7 @@ def prepare(dataset: str, source: Path, folder: Path, processes: int) -> None:
 
 
 def run(command: str, *arguments: str) -> None:
-    subprocess.run([*contestants.console_command(command), *arguments], check=True)
+    subprocess.run([*console_command(command), *arguments], check=True)
 
 
 def until(deadline: float, base: Any, epochs: int, iterations: tuple[int, int]) -> Any:

@@ -29,7 +29,7 @@ import numpy as np
 import recording
 import SimpleITK
 import torch
-from contestants import amos_labels, as_amos, console_command
+from contestants import amos_labels, as_amos
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -38,7 +38,7 @@ from recording import Table
 
 from nnunetv2_e2enet.engine import ENGINE_VARIABLE, STORAGE_VARIABLE
 from nnunetv2_e2enet.evaluation.provenance import processor
-from nnunetv2_e2enet.registration import find_nnunet, is_registered
+from nnunetv2_e2enet.registration import console_command, find_nnunet, is_registered
 from nnunetv2_e2enet.settings import STORAGE_16_BIT, variable
 
 DATASET, NUMBER, CONFIGURATION, PLANS = "Dataset991_Benchmark", "991", "3d_fullres", "nnUNetPlans"

@@ -255,9 +255,13 @@ def unregister(nnunet: NnUNet) -> list[Path]:
     return ours
 
 
-def console_command(name: str) -> str:
-    """Path of a console command of this Python environment, nnU-Net's or ours."""
-    return str(Path(sys.executable).with_name(name))
+def console_command(name: str) -> list[str]:
+    """What starts a console command of this Python environment, nnU-Net's or ours, wherever its script lies."""
+    program = (
+        "import sys; from importlib.metadata import entry_points; name = sys.argv.pop(1); sys.argv[0] = name; "
+        "(command,) = entry_points(group='console_scripts', name=name); sys.exit(command.load()())"
+    )
+    return [sys.executable, "-c", program, name]
 
 
 def trainers_folder() -> Path:

@@ -1,6 +1,8 @@
 """`e2enet crossval` on folds in every state, through its console command, with nnU-Net's in processes of their own."""
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from integration.commands import Runner
 from support import Project, run_command
 
 from nnunetv2_e2enet.cli.main import main
+from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.training import crossval as jobs
 from nnunetv2_e2enet.training.crossval import Fold, FoldState
 
@@ -121,6 +124,58 @@ def test_gpus_that_are_not_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert main(["crossval", "993", "3d_fullres", "-tr", "nnUNetTrainer", "--gpus", "0", "2"]) == 1
     assert "--gpus 0 2: expected numbers from 0 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, ["0", "1"]), ("2, 3", ["2", "3"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"])]
+)
+def test_gpus_are_those_that_this_process_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: list[str]
+) -> None:
+    seen = []
+    monkeypatch.setattr(jobs, "_run_logged", lambda _command, _log, given: seen.append(given["CUDA_VISIBLE_DEVICES"]) or 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for gpu in (0, 1):
+        fold(tmp_path / "T__P__3d_fullres", gpu).run(gpu)
+    assert seen == expected
+
+
+def test_a_fold_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second job waits for nothing, writes nothing, and does not train again what the first one has brought to its end."""
+    ours = fold(tmp_path / "T__P__3d_fullres", 0)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def train(_command: Any, _log: Any, _environment: Any) -> int:
+        begun.set()
+        assert go_on.wait(60)
+        (ours.folder / "validation").mkdir(parents=True)
+        (ours.folder / "checkpoint_final.pth").touch()
+        (ours.folder / "validation" / "summary.json").write_text('{"metric_per_case": []}')
+        return 0
+
+    monkeypatch.setattr(jobs, "_run_logged", train)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ours.run)
+        assert begun.wait(60)
+        with pytest.raises(E2ENetError, match=r"fold 0 of T is trained by another e2enet crossval \(see .*\): wait"):
+            ours.run()
+        go_on.set()
+        assert first.result() == 0
+    monkeypatch.setattr(jobs, "_run_logged", lambda *_: pytest.fail("trained again"))
+    assert ours.run() == 0
+
+
+def test_probabilities_that_are_asked_for_later(model: Path) -> None:
+    """A validated fold is validated once more, whose probabilities nnU-Net needs for ensembles."""
+    later = Fold(model, "993", 0, ("--npz",))
+    assert fold(model, 0).state() is FoldState.DONE
+    assert later.state() is FoldState.TRAINED
+    assert later.command()[-2:] == ["--npz", "--val"]
+    for case in load_json(str(later.folder / "validation" / "summary.json"))["metric_per_case"]:
+        (later.folder / "validation" / Path(case["prediction_file"]).name.replace(".nii.gz", ".npz")).touch()
+    assert later.state() is FoldState.DONE
 
 
 @pytest.mark.slow

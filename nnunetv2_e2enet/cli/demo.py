@@ -130,7 +130,7 @@ def _run(console: Console, work: Workspace, title: str, command: list[str]) -> N
     start = time.monotonic()
     with console.status(f"{title} …"), log.open("w") as output:
         result = subprocess.run(
-            [console_command(command[0]), *command[1:]],
+            [*console_command(command[0]), *command[1:]],
             env=work.environment(),
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -13,6 +13,10 @@ from enum import Enum
 from pathlib import Path
 from queue import SimpleQueue
 
+from filelock import FileLock, Timeout
+
+from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import make_writable, read_json
 from nnunetv2_e2enet.registration import console_command
 
 
@@ -33,7 +37,8 @@ class Fold:
         model: folder of the model, ``TRAINER__PLANS__CONFIGURATION`` in the data set's results.
         dataset: name or id, as nnU-Net's commands take it.
         number: of the fold.
-        options: further arguments of ``nnUNetv2_train``.
+        options: further arguments of ``nnUNetv2_train``. With ``--npz`` a fold is done when its validation has left
+            probabilities too.
     """
 
     model: Path
@@ -59,9 +64,16 @@ class Fold:
     def state(self) -> FoldState:
         """How far the fold has come, by the files in its folder."""
         if (self.folder / "checkpoint_final.pth").is_file():
-            return FoldState.DONE if (self.folder / "validation" / "summary.json").is_file() else FoldState.TRAINED
+            return FoldState.DONE if self._is_validated() else FoldState.TRAINED
         started = any((self.folder / f"checkpoint_{name}.pth").is_file() for name in ("latest", "best"))
         return FoldState.STARTED if started else FoldState.NEW
+
+    def _is_validated(self) -> bool:
+        validation = self.folder / "validation"
+        if not (validation / "summary.json").is_file():
+            return False
+        cases = len(read_json(validation / "summary.json")["metric_per_case"])
+        return "--npz" not in self.options or len(list(validation.glob("*.npz"))) >= cases
 
     def epoch(self) -> int | None:
         """The last epoch in the newest training log, None before the first."""
@@ -73,21 +85,33 @@ class Fold:
         """The command that trains and validates the rest of this fold."""
         resume = {FoldState.STARTED: ["--c"], FoldState.TRAINED: ["--val"]}.get(self.state(), [])
         trainer, plans, configuration = self.model.name.split("__")
-        train = [console_command("nnUNetv2_train"), self.dataset, configuration, str(self.number)]
+        train = ["nnUNetv2_train", self.dataset, configuration, str(self.number)]
         return [*train, "-tr", trainer, "-p", plans, *self.options, *resume]
 
     def run(self, gpu: int | None = None) -> int:
-        """Run the command, its output in ``log``.
+        """Run the command, its output in ``log``; nothing where another process has brought the fold to its end.
 
         Args:
-            gpu: the only one that it sees; all of them if None.
+            gpu: the only one that it sees, counted among those that this process sees; all of these if None.
 
         Returns:
             Its exit code.
+
+        Raises:
+            E2ENetError: another process trains the fold, or the model's folder cannot be written.
         """
-        self.model.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ) if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
-        return _run_logged(self.command(), self.log, environment)
+        make_writable(self.model)
+        lock = FileLock(self.model / f"crossval_fold_{self.number}.lock", timeout=0)
+        try:
+            with lock:
+                if self.state() is FoldState.DONE:
+                    return 0
+                return _run_logged(self.command(), self.log, _environment(gpu))
+        except Timeout as error:
+            raise E2ENetError(
+                f"fold {self.number} of {self.trainer} is trained by another e2enet crossval (see {self.log}): wait for its "
+                "end, then repeat the command"
+            ) from error
 
 
 def accumulate(model: Path, dataset: str, folds: Sequence[int]) -> int:
@@ -98,13 +122,24 @@ def accumulate(model: Path, dataset: str, folds: Sequence[int]) -> int:
     """
     trainer, plans, configuration = model.name.split("__")
     of_model = ["-c", configuration, "-p", plans, "-tr", trainer, "-f", *map(str, folds)]
-    command = [console_command("nnUNetv2_accumulate_crossval_results"), dataset, *of_model]
+    command = ["nnUNetv2_accumulate_crossval_results", dataset, *of_model]
     return _run_logged(command, model / "crossval_accumulate.log", dict(os.environ))
 
 
+def _environment(gpu: int | None) -> dict[str, str]:
+    """This process's, of whose GPUs one is seen. Each entry of ``CUDA_VISIBLE_DEVICES`` is a number or a UUID."""
+    if gpu is None:
+        return dict(os.environ)
+    visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": visible[gpu] if visible else str(gpu)}
+
+
 def _run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) -> int:
+    name, *arguments = command
     with log.open("a") as output:
-        return subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        return subprocess.run(
+            [*console_command(name), *arguments], env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
+        ).returncode
 
 
 def summary(model: Path, folds: Sequence[int]) -> Path:
@@ -122,6 +157,9 @@ def run_locally(folds: Sequence[Fold], gpus: Sequence[int], watch: Callable[[], 
 
     Returns:
         Exit codes.
+
+    Raises:
+        E2ENetError: another process trains one of the folds; the others are at their end then.
     """
     free: SimpleQueue[int | None] = SimpleQueue()
     for gpu in gpus:
