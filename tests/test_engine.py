@@ -329,6 +329,39 @@ def test_load_state_dict_is_followed() -> None:
             assert torch.equal(network(x), logits)
 
 
+def change_eps(network: E2ENet) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.InstanceNorm3d):
+            module.eps = 0.5
+
+
+def change_slope(network: E2ENet) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.LeakyReLU):
+            module.negative_slope = 0.3
+
+
+def change_activation(network: E2ENet) -> None:
+    for module in network.modules():
+        if isinstance(module, ShiftBlock):
+            module.nonlin = nn.ReLU()
+
+
+@needs_core
+@pytest.mark.parametrize("change", [change_eps, change_slope, change_activation])
+def test_what_is_no_tensor_is_followed(change: Callable[[E2ENet], None]) -> None:
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    with torch.inference_mode():
+        before = network(x)
+        change(network)
+        found = network(x)
+        with engine.disabled():
+            expected = network(x)
+    assert (engine.why_pytorch(network) is None) is (change is not change_activation)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(before, expected, atol=1e-2)
+
+
 @needs_core
 def test_inactive_weights_have_no_effect() -> None:
     network, x = make_network(), torch.randn(1, 1, 8, 32, 32)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.engine.core import Core, load_core
-from nnunetv2_e2enet.engine.description import NotSupportedError, check_classes, check_hooks, describe
+from nnunetv2_e2enet.engine.description import NotSupportedError, check_classes, check_hooks, describe, form
 from nnunetv2_e2enet.engine.fingerprint import Fingerprint, state
 from nnunetv2_e2enet.engine.halves import within_halves
 from nnunetv2_e2enet.engine.layout import pages
@@ -66,12 +66,14 @@ class Plan:
     """One state of the weights, ready to run.
 
     Attributes:
-        fingerprint: of all that the weights were packed from.
+        fingerprint: of all tensors that the weights were packed from.
+        form: everything else that they were packed from.
         idle: programs that no thread is running, the last used at the end.
         checked: whether it was compared with PyTorch.
     """
 
     fingerprint: Fingerprint
+    form: list[object]
     weights: PackedWeights
     core: Core
     idle: list[Program] = field(default_factory=list)
@@ -94,19 +96,19 @@ class Session:
         """
         with self._lock:
             check_hooks(network)
-            tensors = state(network)
-            plan = self._plan
-            if plan is not None and plan.core is core and plan.fingerprint.holds(tensors, core):
+            tensors, present = state(network), form(network)
+            plan = self._plan if self._plan is not None and (self._plan.core, self._plan.form) == (core, present) else None
+            if plan is not None and plan.fingerprint.holds(tensors, core):
                 return plan
             fingerprint = Fingerprint.take(tensors, core)
-            if plan is not None and plan.core is core and plan.fingerprint.same_content(fingerprint):
+            if plan is not None and plan.fingerprint.same_content(fingerprint):
                 plan.fingerprint = fingerprint
                 return plan
             self._plan = plan = None  # free its memory first
             description = describe(network)
             if core.storage == "float16":
                 description = within_halves(description)
-            self._plan = Plan(fingerprint, pack(description, core.has_tiles), core)
+            self._plan = Plan(fingerprint, present, pack(description, core.has_tiles), core)
             return self._plan
 
     def take_program(self, plan: Plan, patch_size: tuple[int, ...]) -> Program:

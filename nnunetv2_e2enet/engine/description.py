@@ -104,6 +104,19 @@ def describe(network: E2ENet) -> Description:
     )
 
 
+def form(network: E2ENet) -> list[object]:
+    """What a description has from a network besides the values of weights and masks."""
+    blocks = [module for module in network.modules() if isinstance(module, ShiftBlock)]
+    norms = [(type(b.norm), getattr(b.norm, "eps", None)) for b in blocks]
+    activations = [(type(b.nonlin), getattr(b.nonlin, "negative_slope", None), b.shift_size) for b in blocks]
+    return [
+        [p.shape for p in network.parameters()],
+        [layer.mask.shape for _, layer in maskable_layers(network)],
+        norms,
+        activations,
+    ]
+
+
 def check_classes(network: nn.Module) -> None:
     """Raises NotSupportedError if the network, its encoder or its decoder is of a class that the engine does not know."""
     parts = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.engine.core import Core
-from nnunetv2_e2enet.engine.description import Block, Description, Node, NotSupportedError, describe
+from nnunetv2_e2enet.engine.description import Block, Description, Node, NotSupportedError, describe, form
 from nnunetv2_e2enet.engine.halves import within_halves
 from nnunetv2_e2enet.engine.layout import LINE
 from nnunetv2_e2enet.engine.weights import (
@@ -27,7 +27,6 @@ from nnunetv2_e2enet.engine.weights import (
     grouped_places,
     lay_out_conv,
 )
-from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.connections import maskable_layers
 from nnunetv2_e2enet.network.e2enet import E2ENet
 
@@ -112,7 +111,7 @@ class TrainingWeights:
         self.used: set[int] = set()
         self._places = {id(parameter): k for k, parameter in enumerate(network.parameters())}
         self.shapes = [parameter.shape for parameter in network.parameters()]
-        self._form = _form(network)
+        self._form = form(network)
         self._masks = [layer.mask.clone() for _, layer in maskable_layers(network)]
         self._factors: dict[int, Tensor] = {}  # by parameter: what it is multiplied by as it is packed
         self._passes = 0
@@ -140,7 +139,7 @@ class TrainingWeights:
         """Whether the kernels and the topology are still those that the weights were packed for, and units are new enough."""
         if core is not self.core or (self._factors and self._passes >= PASSES):
             return False
-        if self._form != _form(network):
+        if self._form != form(network):
             return False
         layers = [layer for _, layer in maskable_layers(network)]
         return all(torch.equal(mask, layer.mask) for mask, layer in zip(self._masks, layers, strict=True))
@@ -319,19 +318,6 @@ class TrainingWeights:
         turned = self._array(parameter, grouped_places(places.T[:, None]))
         dots = self._dense_places(torch.ones(classes, inputs, dtype=torch.bool))
         return (weight, offset, classes), TrainedHead(turned, _lines(dots), parameter, bias)
-
-
-def _form(network: E2ENet) -> list[object]:
-    """The properties of a network, besides weights and masks, on which packed arrays and their places depend."""
-    blocks = [module for module in network.modules() if isinstance(module, ShiftBlock)]
-    norms = [(type(b.norm), getattr(b.norm, "eps", None)) for b in blocks]
-    activations = [(type(b.nonlin), getattr(b.nonlin, "negative_slope", None), b.shift_size) for b in blocks]
-    return [
-        [p.shape for p in network.parameters()],
-        [layer.mask.shape for _, layer in maskable_layers(network)],
-        norms,
-        activations,
-    ]
 
 
 def _turned_taps(taps: Tensor, stride: tuple[int, int, int]) -> Tensor:
