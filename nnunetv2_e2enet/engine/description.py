@@ -105,15 +105,11 @@ def describe(network: E2ENet) -> Description:
 
 
 def form(network: E2ENet) -> list[object]:
-    """What a description has from a network besides the values of weights and masks."""
-    blocks = [module for module in network.modules() if isinstance(module, ShiftBlock)]
-    norms = [(type(b.norm), getattr(b.norm, "eps", None)) for b in blocks]
-    activations = [(type(b.nonlin), getattr(b.nonlin, "negative_slope", None), b.shift_size) for b in blocks]
+    """What a description has from a network besides weights and masks."""
     return [
-        [p.shape for p in network.parameters()],
-        [layer.mask.shape for _, layer in maskable_layers(network)],
-        norms,
-        activations,
+        (type(b.norm), getattr(b.norm, "eps", None), type(b.nonlin), getattr(b.nonlin, "negative_slope", None), b.shift_size)
+        for b in network.modules()
+        if isinstance(b, ShiftBlock)
     ]
 
 

@@ -35,8 +35,8 @@ struct Schedule {
         if (shared) return;
         v_pitch = m_pitch = std::max(v_pitch, m_pitch);
         const int64_t widest = w.chunks ? divide_up(w.inputs, w.chunks) : w.inputs;
-        // With fewer lanes, or registers, the sums of two points do not fit in them.
-        if (!w.dense && kernels.lanes == 16 && widest * vectors * kernels.lanes <= kPairFloats) at_once = 2;
+        // Sums are the same, one point or two at once: both add even and odd connections apart.
+        if (!w.dense && kernels.sparse_pair && widest * vectors * kernels.lanes <= kPairFloats) at_once = 2;
     }
 };
 
@@ -113,7 +113,7 @@ class Convolution {
         if (w.dense) {
             const int64_t groups = divide_up(w.outputs, kernels_.dense_rows);
             const float* weight = w.weight + point * groups * kernels_.dense_rows * round_up(w.inputs, kernels_.dense_depth);
-            kernels_.dense_product(&v, 1, w.inputs, weight, 0, static_cast<int>(groups), w.outputs, m, vectors);
+            kernels_.dense_product(&v, 1, w.inputs, weight, w.outputs, m, vectors);
             return;
         }
         for (int32_t chunk = 0; chunk < w.chunks; ++chunk) {

@@ -182,7 +182,7 @@ class ConvolutionGradient {
         if (w.dense) {
             const int64_t groups = divide_up(w.outputs, kDenseRows);
             const float* weight = w.weight + point * groups * kDenseRows * w.inputs;
-            kernels_.dense_product(&v, 1, w.inputs, weight, 0, static_cast<int>(groups), w.outputs, m, vectors);
+            kernels_.dense_product(&v, 1, w.inputs, weight, w.outputs, m, vectors);
             return;
         }
         for (int32_t chunk = 0; chunk < w.chunks; ++chunk) {
@@ -221,7 +221,7 @@ class ConvolutionGradient {
             if (wanted_) {
                 for (int p = 0; p < kPoints; ++p) multiply(own + (p + 1) * wide, own + p * wide, p, n);
                 watch.lap(kGradientProduct);
-                kernels_.gradient_output(own, wide, targets, inputs, grid, tile, n);
+                kernels_.gradient_output(own, wide, targets, inputs, tile, n);
                 watch.lap(kGradientOutput);
             }
             kernels_.input_transform(channels, inputs, grid, tile, n, own, wide);
@@ -260,7 +260,7 @@ class ConvolutionGradient {
                 watch.lap(kGradientProduct);
                 for (int64_t b = 0; b < blocks; ++b) {
                     const int n = vectors_at(vector_of(b), end);
-                    kernels_.gradient_output(input_of(b) + inputs.first * n * lanes, wide, targets + inputs.first, n_in, grid,
+                    kernels_.gradient_output(input_of(b) + inputs.first * n * lanes, wide, targets + inputs.first, n_in,
                                              vector_of(b) * lanes, n);
                 }
                 #pragma omp barrier

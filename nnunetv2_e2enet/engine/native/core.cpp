@@ -68,7 +68,7 @@ E2E_EXPORT void e2e_struct_sizes(int64_t* sizes) {
 // The kernels of that name, for maps in float or in half, or null if this CPU or this build does not have them.
 E2E_EXPORT const void* e2e_kernels(const char* name, int halves) {
     if (!std::strcmp(name, "generic")) return halves ? e2e::kernels_generic_float16() : e2e::kernels_generic();
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");

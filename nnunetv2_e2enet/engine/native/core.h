@@ -72,7 +72,7 @@ struct Unpooled {
     const int64_t* lines;    // of the cache: a place in each that `places` are in
     int64_t n_lines;
     const uint32_t* later;   // [vector]: tiles in the second slice of their windows
-    int depth, height, width;
+    int height, width;
 };
 
 // What the backward pass of norm and activation has to know of a conv's output, one number a channel.
@@ -138,15 +138,14 @@ struct Kernels {
                             int64_t v_pitch);
     // M[output][tile] = (or +=) sum over connections of weight * V[index][tile]
     void (*sparse_product)(const float* v, float* m, const SparseRows& rows, const float* weight, int vectors, bool add);
-    // The same of two points: V and M of the second lie `pitch` behind those of the first, its weights weight_pitch
+    // The same of two points, or null: V and M of the second lie `pitch` behind those of the first, its weights weight_pitch
     void (*sparse_pair)(const float* v, float* m, int64_t pitch, const SparseRows& rows, const float* weight,
                         int64_t weight_pitch, int vectors, bool add);
     int dense_rows;   // outputs of a group of dense_product
     int dense_depth;  // its weights are padded to a multiple of so many inputs, of all taps together
     // The same as sparse_product over `taps` inputs with every connection present; weight[group][tap][channel][kDenseRows],
     // or as in kernels_amx.cpp.
-    void (*dense_product)(const float* const* v, int taps, int inputs, const float* weight, int first_group, int last_group,
-                          int outputs, float* m, int vectors);
+    void (*dense_product)(const float* const* v, int taps, int inputs, const float* weight, int outputs, float* m, int vectors);
     // Pixels of output maps from M[point][output][tile], and their statistics. `stream`: past the caches.
     void (*output_transform)(const float* m, int64_t m_pitch, int first_output, int last_output, const Grid& grid,
                              int64_t first, int vectors, Pixels* out, const Halved& halved, bool stream,
@@ -176,8 +175,7 @@ struct Kernels {
     void (*gradient_transform)(const Channel* channels, int n, const Grid& grid, int64_t first, int vectors, float* v,
                                int64_t v_pitch, float* m, int64_t m_pitch);
     // Pixels of gradients from M[point][channel][tile], written or added
-    void (*gradient_output)(const float* m, int64_t m_pitch, const Target* targets, int n, const Grid& grid, int64_t first,
-                            int vectors);
+    void (*gradient_output)(const float* m, int64_t m_pitch, const Target* targets, int n, int64_t first, int vectors);
     // sums[connection] += sum over tiles of all segments of m[output][tile] * v[index][tile]
     void (*sparse_dots)(const float* const* v, const float* const* m, int segments, const SparseRows& rows, float* sums,
                         int vectors);

@@ -1,7 +1,7 @@
 // Which instructions this CPU has, for code that chooses between kernels.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
 #include <cpuid.h>
 
 namespace e2e {

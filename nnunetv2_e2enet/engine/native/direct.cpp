@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "blocks.h"
 #include "driver.h"
 #include "window.h"
 
@@ -16,7 +17,6 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
     const Grid& grid = job.out.grid;
     const Window shape(kernels, job.in, job.shift, job.stride);
     const int64_t outputs = job.out.channels, inputs = job.in.channels;
-    const int groups = static_cast<int>(divide_up(outputs, kernels.dense_rows));
     const int64_t total = divide_up(grid.tiles, kernels.lanes);
     const int64_t per_vector = shape.rows * shape.columns * inputs * kernels.lanes;
     const int64_t vectors = std::min(total, std::max<int64_t>(2, std::min<int64_t>(4, kWindowFloats / per_vector)));
@@ -57,8 +57,7 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
                 const int q = phases[static_cast<size_t>(i)];
                 const float* bases[kTaps];
                 window.taps(own, n * kernels.lanes, q, bases);
-                kernels.dense_product(bases, kTaps, static_cast<int>(inputs), job.weight, 0, groups, static_cast<int>(outputs),
-                                      m, n);
+                kernels.dense_product(bases, kTaps, static_cast<int>(inputs), job.weight, static_cast<int>(outputs), m, n);
                 kernels.store_phase(m, static_cast<int>(outputs), grid, first, n, q, job.out.data,
                                     statistics.data() + (units.of(block) * kPhases + q) * outputs);
             }
@@ -102,9 +101,8 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
                                    slope_of(job.in), in + c * tiles);
                 for (int q = 0; q < kPhases; ++q) {
                     const float* bases[1] = {in + q * in_pitch};
-                    kernels.dense_product(bases, 1, static_cast<int>(inputs), job.weight, 0,
-                                          static_cast<int>(divide_up(job.classes, kernels.dense_rows)), job.classes,
-                                          out + q * out_pitch, static_cast<int>(vectors));
+                    kernels.dense_product(bases, 1, static_cast<int>(inputs), job.weight, job.classes, out + q * out_pitch,
+                                          static_cast<int>(vectors));
                 }
                 for (const Segment& s : cut_rows(grid, first, tiles)) {
                     for (int64_t k = 0; k < job.classes; ++k) {

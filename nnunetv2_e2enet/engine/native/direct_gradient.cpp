@@ -1,7 +1,9 @@
 // The backward pass of convolutions that are multiplied out: strided ones of the encoder, and the heads.
 #include <algorithm>
 
+#include "blocks.h"
 #include "driver.h"
+#include "gradient_blocks.h"
 #include "window.h"
 
 namespace e2e {
@@ -103,7 +105,7 @@ class StridedGradient {
     // The gradient of the input at one position of the stride's window; returns how many weights it took.
     int64_t multiply_position(int a, int b, const float* turned, int n) {
         const std::vector<Tap> rows = taps_of(sh_, a), columns = taps_of(sw_, b);
-        const int taps = static_cast<int>(rows.size() * columns.size()), groups = static_cast<int>(divide_up(inputs_, kDenseRows));
+        const int taps = static_cast<int>(rows.size() * columns.size());
         const int64_t tiles = int64_t{n} * kernels_.lanes;
         for (int y = 0; y < kTile; ++y) {
             for (int x = 0; x < kTile / sw_; ++x) {
@@ -113,8 +115,7 @@ class StridedGradient {
                     for (const Tap& row : rows)
                         for (const Tap& column : columns)
                             bases[count++] = coarse_at(y + row.from, x + way * kTile / sw_ + column.from, tiles);
-                    kernels_.dense_product(bases, taps, static_cast<int>(outputs_), turned, 0, groups, static_cast<int>(inputs_),
-                                           products_[way], n);
+                    kernels_.dense_product(bases, taps, static_cast<int>(outputs_), turned, static_cast<int>(inputs_), products_[way], n);
                 }
                 const int phase = (sh_ * y + a) % kTile * kTile + sw_ * x + b, below = sh_ * y / kTile;
                 for (size_t g = 0; g < groups_.size(); ++g) {
@@ -125,7 +126,7 @@ class StridedGradient {
                 }
             }
         }
-        return int64_t{taps} * groups * outputs_ * kDenseRows;
+        return int64_t{taps} * outputs_ * round_up(inputs_, kDenseRows);
     }
 
     const Kernels& kernels_;
@@ -181,8 +182,7 @@ class HeadGradient {
         for (int64_t q = 0; q < kPhases; ++q) {
             in[q] = pixels_ + q * pixels_pitch_;
             out[q] = logits_ + q * logits_pitch_;
-            kernels_.dense_product(out + q, 1, job_.classes, job_.turned, 0, static_cast<int>(divide_up(inputs_, kDenseRows)),
-                                   static_cast<int>(inputs_), products_, vectors_);
+            kernels_.dense_product(out + q, 1, job_.classes, job_.turned, static_cast<int>(inputs_), products_, vectors_);
             store_products(first, q);
         }
         kernels_.dense_dots(out, job_.classes, in, static_cast<int>(inputs_), kPhases, sums_, vectors_);

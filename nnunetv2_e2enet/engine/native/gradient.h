@@ -2,6 +2,8 @@
 #pragma once
 
 #include "core.h"
+#include "fetch.h"
+#include "lanes.h"
 #include "pixel.h"
 #include "winograd.h"
 
@@ -77,7 +79,7 @@ static inline void dots_of(const float* const* v, const Vec held[Segments][N], c
 
 template <int Segments, int N>
 static inline void dots_of_rows(const float* const* v, const float* const* m, const e2e::SparseRows& rows, float* sums) {
-    constexpr int kQuarter = kLanes >= 4 ? kLanes / 4 : 1;
+    constexpr int kQuarter = kLanes / 4;
     for (int32_t r = 0; r < rows.rows; ++r) {
         int32_t e = rows.start[r];
         const int32_t end = rows.start[r + 1];
@@ -110,16 +112,7 @@ static inline void dots_of_segments(const float* const* v, const float* const* m
 
 static void sparse_dots(const float* const* v, const float* const* m, int segments, const e2e::SparseRows& rows, float* sums,
                         int vectors) {
-    switch (vectors) {
-        case 1: return dots_of_segments<1>(v, m, segments, rows, sums);
-        case 2: return dots_of_segments<2>(v, m, segments, rows, sums);
-        case 3: return dots_of_segments<3>(v, m, segments, rows, sums);
-        case 4: return dots_of_segments<4>(v, m, segments, rows, sums);
-        case 5: return dots_of_segments<5>(v, m, segments, rows, sums);
-        case 6: return dots_of_segments<6>(v, m, segments, rows, sums);
-        case 7: return dots_of_segments<7>(v, m, segments, rows, sums);
-        default: return dots_of_segments<8>(v, m, segments, rows, sums);
-    }
+    with_count<kBlockVectors>(vectors, [&](auto n) { dots_of_segments<n.value>(v, m, segments, rows, sums); });
 }
 
 constexpr int kDotColumns = E2E_ISA == 512 ? 4 : 2;
@@ -192,9 +185,7 @@ static inline bool whole_line(int64_t there, int64_t moved, int64_t first, int64
     return there % kLanes == 0 && line >= first && line + kLine <= last;
 }
 
-static void gradient_output(const float* m, int64_t m_pitch, const e2e::Target* targets, int n, const e2e::Grid& grid,
-                            int64_t first, int vectors) {
-    (void)grid;
+static void gradient_output(const float* m, int64_t m_pitch, const e2e::Target* targets, int n, int64_t first, int vectors) {
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
     alignas(64) float lines[e2e::kPhases][kLine];  // until they are whole
     for (int c = 0; c < n; ++c) {

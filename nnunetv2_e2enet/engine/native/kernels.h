@@ -6,6 +6,8 @@
 
 #include "core.h"
 #include "gradient.h"
+#include "lanes.h"
+#include "phase.h"
 #include "pixel.h"
 #include "rows.h"
 #include "winograd.h"
@@ -61,6 +63,12 @@ static void sparse_rows(const float* v, float* m, const SparseRows& rows, const 
     }
 }
 
+static void sparse_product(const float* v, float* m, const SparseRows& rows, const float* weight, int vectors, bool add) {
+    with_count<kBlockVectors>(vectors, [&](auto n) { sparse_rows<n.value>(v, m, rows, weight, add); });
+}
+
+#if E2E_ISA == 512  // with fewer lanes, or registers, the sums of two points do not fit in them
+
 // The same sums for two points at once, which share the places of inputs and what a row costs besides.
 template <int N>
 static void sparse_pair_rows(const float* v, float* m, int64_t pitch, const SparseRows& rows, const float* weight,
@@ -96,27 +104,15 @@ static void sparse_pair_rows(const float* v, float* m, int64_t pitch, const Spar
 
 static void sparse_pair(const float* v, float* m, int64_t pitch, const SparseRows& rows, const float* weight,
                         int64_t weight_pitch, int vectors, bool add) {
-    switch (vectors) {
-        case 1: return sparse_pair_rows<1>(v, m, pitch, rows, weight, weight_pitch, add);
-        case 2: return sparse_pair_rows<2>(v, m, pitch, rows, weight, weight_pitch, add);
-        case 3: return sparse_pair_rows<3>(v, m, pitch, rows, weight, weight_pitch, add);
-        case 4: return sparse_pair_rows<4>(v, m, pitch, rows, weight, weight_pitch, add);
-        default: return sparse_pair_rows<5>(v, m, pitch, rows, weight, weight_pitch, add);
-    }
+    with_count<kBlockVectors>(
+        vectors, [&](auto n) { sparse_pair_rows<n.value>(v, m, pitch, rows, weight, weight_pitch, add); });
 }
 
-static void sparse_product(const float* v, float* m, const SparseRows& rows, const float* weight, int vectors, bool add) {
-    switch (vectors) {
-        case 1: return sparse_rows<1>(v, m, rows, weight, add);
-        case 2: return sparse_rows<2>(v, m, rows, weight, add);
-        case 3: return sparse_rows<3>(v, m, rows, weight, add);
-        case 4: return sparse_rows<4>(v, m, rows, weight, add);
-        case 5: return sparse_rows<5>(v, m, rows, weight, add);
-        case 6: return sparse_rows<6>(v, m, rows, weight, add);
-        case 7: return sparse_rows<7>(v, m, rows, weight, add);
-        default: return sparse_rows<8>(v, m, rows, weight, add);
-    }
-}
+#else
+
+constexpr decltype(e2e::Kernels::sparse_pair) sparse_pair = nullptr;
+
+#endif
 
 template <int N>
 static void dense_rows(const float* const* v, int taps, int inputs, const float* weight, float* m, int outputs, int tiles) {
@@ -139,22 +135,19 @@ static void dense_rows(const float* const* v, int taps, int inputs, const float*
             for (int i = 0; i < N; ++i) store(m + static_cast<int64_t>(r) * tiles + i * kLanes, acc[r][i]);
 }
 
-static void dense_product(const float* const* v, int taps, int inputs, const float* weight, int first_group, int last_group,
-                          int outputs, float* m, int vectors) {
+static void dense_product(const float* const* v, int taps, int inputs, const float* weight, int outputs, float* m, int vectors) {
     constexpr int kWidth = E2E_ISA == 512 ? 4 : 2;  // as many vectors as the registers hold beside kDenseRows weights
     const int tiles = vectors * kLanes;
     const float* shifted[16];
-    for (int g = first_group; g < last_group; ++g) {
+    for (int g = 0; g * kDenseRows < outputs; ++g) {
         const float* w = weight + static_cast<int64_t>(g) * taps * inputs * kDenseRows;
         const int left = outputs - g * kDenseRows;
         float* target = m + static_cast<int64_t>(g) * kDenseRows * tiles;
         for (int i = 0; i < vectors; i += kWidth) {
             for (int t = 0; t < taps; ++t) shifted[t] = v[t] + i * kLanes;
             const int n = vectors - i < kWidth ? vectors - i : kWidth;
-            if (n == 1) dense_rows<1>(shifted, taps, inputs, w, target + i * kLanes, left, tiles);
-            if (n == 2) dense_rows<2>(shifted, taps, inputs, w, target + i * kLanes, left, tiles);
-            if (n == 3) dense_rows<3>(shifted, taps, inputs, w, target + i * kLanes, left, tiles);
-            if (n == 4) dense_rows<4>(shifted, taps, inputs, w, target + i * kLanes, left, tiles);
+            with_count<kWidth>(
+                n, [&](auto c) { dense_rows<c.value>(shifted, taps, inputs, w, target + i * kLanes, left, tiles); });
         }
     }
 }

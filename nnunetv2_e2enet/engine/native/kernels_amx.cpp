@@ -98,6 +98,9 @@ int split_inputs(Inputs& inputs, int vectors, int left, Split& to) {
     return chunks;
 }
 
+// What was stored before is there for the loads of tiles that follow: compilers are not told what those read.
+inline void in_order() { __asm__ volatile("" ::: "memory"); }
+
 template <int Rows, int Columns>
 inline __attribute__((always_inline)) void multiply_tiles() {
     _tile_dpbf16ps(0, 4, 6);
@@ -149,8 +152,7 @@ void all_vectors(const char* weight, int64_t group, const Split& split, int chun
     if (i < vectors) block<Rows, 1>(weight, group, split.parts[i][0][0], chunks, m + i * kLanes, pitch, add);
 }
 
-void dense_product(const float* const* v, int taps, int inputs, const float* weight, int first_group, int last_group, int outputs,
-                   float* m, int vectors) {
+void dense_product(const float* const* v, int taps, int inputs, const float* weight, int outputs, float* m, int vectors) {
     static const TileShapes shapes;
     const int64_t pitch = int64_t{vectors} * kLanes;
     Inputs rows(v, taps, inputs, pitch);
@@ -158,18 +160,21 @@ void dense_product(const float* const* v, int taps, int inputs, const float* wei
     const int64_t group = all * 2 * kRegister;
     Split its;
     alignas(64) float rest[kRows * kVectors * kLanes];  // of the last group, where it is not full
-    const int full = outputs / kRows < last_group ? outputs / kRows : last_group;
+    const int full = outputs / kRows;
+    const bool partly = full * kRows < outputs;
+    in_order();
     _tile_loadconfig(&shapes);
     for (int done = 0; done < all; done += kKept) {
         const int chunks = split_inputs(rows, vectors, all - done, its);
+        in_order();
         const char* at = reinterpret_cast<const char*>(weight) + done * 2 * kRegister;
-        int g = first_group;
+        int g = 0;
         for (; g + 2 <= full; g += 2) all_vectors<2>(at + g * group, group, its, chunks, m + g * kRows * pitch, pitch, vectors, done > 0);
         if (g < full) all_vectors<1>(at + g * group, group, its, chunks, m + g * kRows * pitch, pitch, vectors, done > 0);
-        if (full < last_group) all_vectors<1>(at + full * group, group, its, chunks, rest, pitch, vectors, done > 0);
+        if (partly) all_vectors<1>(at + full * group, group, its, chunks, rest, pitch, vectors, done > 0);
     }
     _tile_release();
-    if (full < last_group)
+    if (partly)
         std::memcpy(m + full * kRows * pitch, rest, static_cast<size_t>((outputs - full * kRows) * pitch) * sizeof(float));
 }
 

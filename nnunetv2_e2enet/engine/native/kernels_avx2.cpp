@@ -1,7 +1,7 @@
 // The kernels for AVX2 with FMA and F16C; nothing where the compiler does not know it.
 #include "core.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
 #include <cstring>
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

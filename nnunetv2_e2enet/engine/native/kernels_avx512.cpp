@@ -1,7 +1,7 @@
 // The kernels for AVX-512 (F, DQ, BW, VL); nothing where the compiler does not know it.
 #include "core.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
 #include <cstring>
 #if !defined(__clang__)
 #pragma GCC push_options

@@ -1,8 +1,8 @@
 // Between levels: upsampling by sparse transposed convs, max-pooling, and the way in from an image.
 #include <algorithm>
 
+#include "blocks.h"
 #include "driver.h"
-#include "window.h"
 
 namespace e2e {
 namespace {

@@ -1,8 +1,9 @@
 // The backward pass between levels: norms, max-pooling and transposed convs.
 #include <algorithm>
 
+#include "blocks.h"
 #include "driver.h"
-#include "window.h"
+#include "gradient_blocks.h"
 
 namespace e2e {
 namespace {
@@ -33,7 +34,7 @@ class UnpoolingPlan {
             }
         }
         return {job_.pooled.data, job_.pooled_gradient, places_.data(), lines_.data(), end - lines_.data(), later_,
-                job_.stride[0], job_.stride[1], job_.stride[2]};
+                job_.stride[1], job_.stride[2]};
     }
 
   private:

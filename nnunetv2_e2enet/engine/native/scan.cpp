@@ -8,7 +8,7 @@
 
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
-#elif defined(__GNUC__)
+#else
 #pragma GCC optimize("fp-contract=off")
 #endif
 
@@ -23,7 +23,7 @@ namespace e2e {
 namespace {
 
 const ScanKernels& kernels() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
     __builtin_cpu_init();
     if (scan_kernels_avx2() && has_avx2_and_f16c()) return *scan_kernels_avx2();
 #endif

@@ -1,7 +1,7 @@
 // Loops over a whole scan for AVX2 and F16C. Without FMA, which would round once where nnU-Net rounds twice.
 #include "scan.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
 #include <cmath>
 #include <cstring>
 #include <immintrin.h>

@@ -198,6 +198,21 @@ static inline Vec better(Vec a, Vec b, bool largest) { return largest ? larger(a
 
 static inline Vec zero() { return splat(0.0f); }
 
+// A number that is known when the kernels are compiled.
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+
+// body(Count<n>{}) for n = vectors, from 1 to Most.
+template <int Most, typename Body>
+static inline __attribute__((always_inline)) void with_count(int vectors, const Body& body) {
+    if constexpr (Most > 1) {
+        if (vectors < Most) return with_count<Most - 1>(vectors, body);
+    }
+    body(Count<Most>{});
+}
+
 // Producer's norm and leaky ReLU on the way in: max(y, slope * y) with y = scale * v + offset, 0 <= slope <= 1.
 static inline Vec activate(Vec v, Vec scale, Vec offset, Vec slope) {
     const Vec y = fma(v, scale, offset);
