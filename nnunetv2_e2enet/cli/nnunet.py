@@ -18,7 +18,9 @@ def nnunet_folder(variable: str) -> Path:
     """
     folder = os.environ.get(variable)
     if not folder:
-        raise E2ENetError(f"{variable} is not set: export {variable}=FOLDER (see nnU-Net's docs)")
+        raise E2ENetError(
+            f"{variable} is not set: export {variable}=FOLDER, the folder where nnU-Net keeps its data (see its docs)"
+        )
     return Path(folder)
 
 

@@ -1,14 +1,11 @@
 """``e2enet phantom``: a small synthetic data set in nnU-Net's raw format."""
 
 import argparse
-import os
 import re
-from pathlib import Path
 
+from nnunetv2_e2enet.cli.nnunet import RAW, nnunet_folder
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.registration import find_nnunet
-
-RAW_FOLDER_VARIABLE = "nnUNet_raw"
 
 HELP = "write a small synthetic data set (four organs in a torso, or fifteen structures) into $nnUNet_raw"
 
@@ -47,21 +44,11 @@ def run(args: argparse.Namespace) -> int:
     find_nnunet()
     from nnunetv2_e2enet.datasets import write_phantom_dataset
 
-    folder = _raw_folder() / _dataset_name(args.dataset_id, args.name)
+    folder = nnunet_folder(RAW) / _dataset_name(args.dataset_id, args.name)
     _check_id_is_free(args.dataset_id, folder.name)
     write_phantom_dataset(folder, args.cases, args.test_cases, args.seed, tuple(args.size), args.many)
     print(f"Wrote {args.cases} training and {args.test_cases} held-out cases to {folder}")
     return 0
-
-
-def _raw_folder() -> Path:
-    raw = os.environ.get(RAW_FOLDER_VARIABLE)
-    if not raw:
-        raise E2ENetError(
-            f"{RAW_FOLDER_VARIABLE} is not set: expected the folder of nnU-Net's raw data sets in this environment variable; "
-            f"set it, for example: export {RAW_FOLDER_VARIABLE}=$HOME/{RAW_FOLDER_VARIABLE}"
-        )
-    return Path(raw)
 
 
 def _dataset_name(dataset_id: int, name: str) -> str:
