@@ -8,7 +8,7 @@ PROCESSES ?= 2
 # How test-integration runs nnU-Net's commands: processes (estimated 2 hours), mixed (60) or forks (15)
 HARNESS ?= mixed
 # Users with a GPU get their normal torch; elsewhere a fixed release. Override it as in
-#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+#   make demo TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 # dev,kernels: with Triton, whose tests are skipped otherwise
 EXTRAS ?= dev

@@ -180,7 +180,7 @@ def peak_memory(name: str, plan: Plan) -> float:
 def memory(patch: list[int] | None) -> Table:
     found = {}
     for name in ("stock", "0.8", "0.9", "0.8 float16", "0.9 float16"):
-        command = [sys.executable, __file__, "--peak-memory-of", name]
+        command = [sys.executable, __file__, "--peak-memory-of", name, "--threads", str(torch.get_num_threads())]
         command += ["--patch", *map(str, patch)] if patch else []
         measured = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         sparsity, _, storage = name.partition(" ")

@@ -79,14 +79,13 @@ def report(record: contestants.Record, seconds: dict[str, list[float]], what: st
     for column in ("", "ms, median (least to most)", "over nnU-Net", "peak GiB above weights"):
         table.add_column(column, justify="right")
     for name, values in seconds.items():
-        base = seconds.get(contestants.BASELINE, values)
-        ratios = [value / b for value, b in zip(values, base, strict=True)]
-        result = {**record.results[name], "seconds": values, "over_nnunet": median(ratios)}
+        ratios = [value / base for value, base in zip(values, seconds.get(contestants.BASELINE, []), strict=False)]
+        result = {**record.results[name], "seconds": values, **({"over_nnunet": median(ratios)} if ratios else {})}
         record.add(name, result)
         peak = result.get("peak_bytes_above_weights")
         milliseconds = [1e3 * value for value in values]
         gib = "not measured" if peak is None else f"{peak / 2**30:.2f}"
-        table.add_row(name, contestants.spread(milliseconds), contestants.spread(ratios, ".2f"), gib)
+        table.add_row(name, contestants.spread(milliseconds), contestants.spread(ratios, ".2f") if ratios else "-", gib)
     console = Console(highlight=False)
     console.print(table)
     if "warning" in machine:

@@ -34,7 +34,8 @@ def of_step(record: Record) -> Iterator[tuple[str, str]]:
 def of_prediction(record: Record) -> Iterator[tuple[str, str]]:
     for name, result in record["result"]["results"].items():
         milliseconds = [1e3 * s for s in result["seconds"]]
-        yield f"{record['what'][2:]}: {name}", f"{spread(milliseconds)} ms, {result['over_nnunet']:.2f} of nnU-Net's"
+        ratio = f", {result['over_nnunet']:.2f} of nnU-Net's" if "over_nnunet" in result else ""
+        yield f"{record['what'][2:]}: {name}", f"{spread(milliseconds)} ms{ratio}"
 
 
 def of_convolutions(record: Record) -> Iterator[tuple[str, str]]:

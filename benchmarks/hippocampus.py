@@ -233,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2, help="for the preprocessing")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
+    if given.bfloat16 and given.device != "cpu":
+        parser.error("--bfloat16 is of trainings on a CPU; nnU-Net trains on a GPU in mixed precision anyway")
     if given.phantoms and max(given.folds) >= len(TRAINED_WITH):
         parser.error(f"--folds {max(given.folds)}: phantoms have the folds 0 to {len(TRAINED_WITH) - 1}")
     contestants.check_device(given.device)

@@ -4,8 +4,8 @@ Counts, patch by patch, the bytes that autograd keeps for the backward pass, the
 a forward and backward pass at most, its multiply-accumulates, and the bytes of weights, gradients and momentum; nothing is
 computed for that, the networks run on the meta device. E2ENet is that of sparsity 0.8, whose weights are switched off one by
 one, and as ``nnUNetTrainerE2ENet_B16active`` trains it, in blocks, of which active ones alone are stored and computed. With
-``--measure`` it also trains one step of each network in a process of its own, says how much memory that took at its highest,
-and times steps of all networks in turn. Float32 (mixed precision on CUDA), deep supervision, five classes.
+``--measure`` it also trains one step of each network in PyTorch, in a process of its own, says how much memory that took at
+its highest, and times steps of all networks in turn. Float32 (mixed precision on CUDA), deep supervision, five classes.
 
     python benchmarks/training_memory.py
     python benchmarks/training_memory.py --measure AMOS --scale 2 --batch 1 --device cpu
@@ -14,6 +14,7 @@ and times steps of all networks in turn. Float32 (mixed precision on CUDA), deep
 from __future__ import annotations
 
 import argparse
+import os
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_backward_flop
 
+from nnunetv2_e2enet.engine import ENGINE_VARIABLE
 from nnunetv2_e2enet.evaluation.memory import peak_bytes
 from nnunetv2_e2enet.network import E2ENet, accounts, e2enet_features, maskable_layers, store_active_only
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE
@@ -241,7 +243,13 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS), help="to count for (default: all)")
     parser.add_argument("--json", type=Path, help="where to write what was counted")
     arguments = parser.parse_args()
+    without_use = [
+        name for name in ("scale", "batch", "device", "threads") if getattr(arguments, name) != parser.get_default(name)
+    ]
+    if without_use and not arguments.measure:
+        parser.error(f"--{without_use[0]} is of what --measure measures: add --measure PLAN")
     console = Console(highlight=False, width=140)
+    os.environ[ENGINE_VARIABLE] = "off"  # also of other processes: recomputation is PyTorch's
     counted = count(arguments.plans)
     for table in counted:
         console.print("\n".join(table.lines()))

@@ -256,7 +256,7 @@ def unregister(nnunet: NnUNet) -> list[Path]:
 
 
 def console_command(name: str) -> list[str]:
-    """What starts a console command of this Python environment, nnU-Net's or ours, wherever its script lies."""
+    """The arguments that start a console command of this Python environment, nnU-Net's or ours, wherever its script lies."""
     program = (
         "import sys; from importlib.metadata import entry_points; name = sys.argv.pop(1); sys.argv[0] = name; "
         "(command,) = entry_points(group='console_scripts', name=name); sys.exit(command.load()())"

@@ -105,7 +105,7 @@ def describe(network: E2ENet) -> Description:
 
 
 def form(network: E2ENet) -> list[object]:
-    """What a description has from a network besides weights and masks."""
+    """All that a description has from a network besides weights and masks."""
     return [
         (type(b.norm), getattr(b.norm, "eps", None), type(b.nonlin), getattr(b.nonlin, "negative_slope", None), b.shift_size)
         for b in network.modules()
