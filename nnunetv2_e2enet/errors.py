@@ -1,6 +1,11 @@
 """The package's error about input that cannot be used, and about an extra that is not installed."""
 
+import functools
+import sys
+from collections.abc import Callable
 from importlib.util import find_spec
+from types import TracebackType
+from typing import Any
 
 
 class E2ENetError(ValueError):
@@ -15,3 +20,19 @@ def check_extra(what: str, extra: str, *modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise E2ENetError(f"{what} needs {', '.join(missing)}, not installed here: pip install 'nnunetv2-e2enet[{extra}]'")
+
+
+def show_message_alone() -> None:
+    """From now on, an E2ENetError that ends the program is its message on standard error, without a traceback."""
+    present = sys.excepthook
+    if not (isinstance(present, functools.partial) and present.func is _show):
+        sys.excepthook = functools.partial(_show, present)
+
+
+def _show(
+    others: Callable[..., Any], kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    if isinstance(error, E2ENetError):
+        print(f"E2ENet: {error}", file=sys.stderr)
+    else:
+        others(kind, error, traceback)

@@ -9,15 +9,18 @@ from pathlib import Path
 import SimpleITK
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.machine import is_out_of_memory
 
 
 @contextmanager
 def readable(what: object) -> Iterator[None]:
-    """An error of SimpleITK within becomes an E2ENetError that says what could not be read."""
+    """An error of SimpleITK, or of another reader of nnU-Net's, becomes an E2ENetError that says what could not be read."""
     try:
         yield
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[-200:]
+    except Exception as error:  # each of the libraries that read images has errors of its own
+        if isinstance(error, E2ENetError) or is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
         raise E2ENetError(
             f"{what} cannot be read as an image ({reason}): expected a whole image file; check the path"
         ) from error

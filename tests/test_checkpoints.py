@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
@@ -44,6 +45,25 @@ def test_real_checkpoint_is_read_without_running_code(checkpoint: Path) -> None:
     assert content["trainer_name"] == "nnUNetTrainerE2ENet_smoke"
     assert len(content["logging"]["mean_fg_dice"]) == 3
     assert content["init_args"]["plans"]["configurations"]["3d_fullres"]["patch_size"] == [24, 64, 64]
+
+
+def test_what_a_trainer_may_log(checkpoint: Path) -> None:
+    logged = {"array": np.arange(3, dtype=np.uint8), "number": np.int16(7), "flag": np.bool_(True)}
+    rewrite(checkpoint, lambda content: content["logging"].update(logged))
+    found = read_checkpoint(checkpoint)["logging"]
+    assert found["array"].tolist() == [0, 1, 2]
+    assert (found["number"], found["flag"]) == (7, True)
+    rewrite(checkpoint, lambda content: content["logging"].update(folder=checkpoint.parent))
+    with pytest.raises(E2ENetError, match=r"holds pathlib.*PosixPath, which is not read because .*; let the trainer save"):
+        read_checkpoint(checkpoint)
+
+
+def test_checkpoints_are_read_as_torch_2_5_does(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks each function that is allowed for its name."""
+    unpickler = torch._weights_only_unpickler
+    allowed = lambda: {f"{f.__module__}.{f.__name__}": f for f in torch.serialization.get_safe_globals()}  # noqa: E731
+    monkeypatch.setattr(unpickler, "_get_user_allowed_globals", allowed)
+    assert read_checkpoint(checkpoint)["current_epoch"] == 3
 
 
 def test_checkpoints_are_read_by_several_threads(checkpoint: Path) -> None:
@@ -133,7 +153,7 @@ def test_hostile_checkpoint_is_not_executed(in_process: Project, checkpoint: Pat
     mark = tmp_path / "executed"
     rewrite(checkpoint, lambda content: content.update(extra=Hostile(mark)))
     trainer = make(nnUNetTrainerE2ENet_smoke, in_process)
-    with pytest.raises(SystemExit, match="is not a checkpoint of nnU-Net, or it is truncated: remove it and repeat"):
+    with pytest.raises(SystemExit, match="which is not read because a file could run code through it"):
         trainer.load_checkpoint(str(checkpoint))
     assert not mark.exists()
     torch.load(checkpoint, weights_only=False)  # it would have been
@@ -148,7 +168,7 @@ def test_model_folder_with_a_hostile_checkpoint_is_not_executed(
     for checkpoint in model.glob("fold_*/*.pth"):
         rewrite(checkpoint, lambda content: content.update(extra=Hostile(mark)))
     assert main(["profile", str(model), "--rounds", "1"]) == 1
-    assert "is not a checkpoint of nnU-Net" in capsys.readouterr().err
+    assert "which is not read because a file could run code through it" in capsys.readouterr().err
     assert not mark.exists()
 
 

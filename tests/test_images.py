@@ -15,7 +15,7 @@ from support import Project, copy_with_random_heads, untrained_model
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.deployment import PackedModel
 from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
-from nnunetv2_e2enet.deployment.images import case_name, folder_of_images
+from nnunetv2_e2enet.deployment.images import case_name, check_channels, folder_of_images
 from nnunetv2_e2enet.errors import E2ENetError
 
 
@@ -180,6 +180,26 @@ def test_what_is_no_image(tmp_path: Path, model: PackedModel) -> None:
     )
     with pytest.raises(E2ENetError, match=r"is no \*\.png"), folder_of_images([tmp_path / "scan.nrrd"], pictures):
         pass
+
+
+def test_one_file_may_hold_all_channels(tmp_path: Path, model: PackedModel) -> None:
+    """As a picture in colours does, alone or in a folder."""
+    description = model.description
+    plans = {**description.plans, "image_reader_writer": "NaturalImage2DIO"}
+    channels = {"0": "R", "1": "G", "2": "B"}
+    dataset = {**description.dataset, "file_ending": ".png", "channel_names": channels}
+    pictures = PackedModel(replace(description, plans=plans, dataset=dataset), model.folds)
+    colours = np.random.default_rng(0).integers(0, 255, (8, 9, 3), dtype=np.uint8)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(colours, isVector=True), tmp_path / "a_0000.png")
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(colours[..., 0]), tmp_path / "grey.png")
+    with folder_of_images([tmp_path / "a_0000.png"], pictures) as folder:
+        assert [file.name for file in folder.iterdir()] == ["a_0000.png"]
+        check_channels([folder / "a_0000.png"], pictures)
+    with pytest.raises(E2ENetError, match="1 images are given"), folder_of_images([tmp_path / "grey.png"], pictures):
+        pass
+    shutil.copy(tmp_path / "grey.png", tmp_path / "b_0000.png")
+    with pytest.raises(E2ENetError, match=r"b_0001\.png is missing: expected an image for each of the channels R, G, B of b"):
+        check_channels([tmp_path / "a_0000.png", tmp_path / "b_0000.png"], pictures)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN
 from support import Project, make, train_epochs
 
 from nnunetv2_e2enet.errors import E2ENetError
@@ -100,8 +101,7 @@ def test_a_trainer_whose_constructor_takes_an_option_more(in_process: Project) -
 
 def test_variants_that_differ_from_nnunets_own_trainer_can_be_combined() -> None:
     class Old(nnUNetTrainer):
-        @staticmethod
-        def build_network_architecture(architecture_class_name: str, arch_init_kwargs: dict[str, Any]) -> None: ...  # type: ignore[override]
+        def save_checkpoint(self, filename: str, everything: bool) -> None: ...  # type: ignore[override]
 
     Old.__module__ = "nnunetv2.training.nnUNetTrainer.variants.old"
     assert issubclass(type("Trainer", (E2ENetMixin, Old), {}), Overrides)
@@ -230,3 +230,10 @@ def test_a_module_of_ours_that_nnunet_does_not_fit(
     assert capsys.readouterr().err.startswith(
         "E2ENet goes on without trainers.e2enet_demo_trainers: No module named 'nnunetv2.moved'"
     )
+
+
+def test_a_trainer_with_a_network_of_its_own_is_refused() -> None:
+    with pytest.raises(E2ENetError, match="Joined joins E2ENet with nnUNetTrainerBN, which builds a network of its own"):
+
+        class Joined(E2ENetMixin, nnUNetTrainerBN):
+            pass

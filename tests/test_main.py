@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,19 @@ def test_a_demo_needs_a_folder_that_can_be_written(tmp_path: Path, capsys: pytes
         error = capsys.readouterr().err
         assert error.startswith(f"e2enet demo: cannot write into {folder} (")
         assert error.count("\n") == 1
+
+
+def test_an_error_that_ends_a_program_is_its_message_alone() -> None:
+    """Where nnU-Net's own code meets it, as with weights of another network after -pretrained_weights."""
+    program = (
+        "from nnunetv2_e2enet.errors import E2ENetError, show_message_alone as show; show(); show(); raise E2ENetError('so')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "E2ENet: so\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", program.replace("raise E2ENetError", "raise KeyError")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" in ended.stderr

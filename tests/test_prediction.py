@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from nnunetv2_e2enet.machine import free_bytes
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.prediction import install, known, scans, why_never, why_nnunet
 from nnunetv2_e2enet.prediction.export import Export
+from nnunetv2_e2enet.prediction.takeover import REPLACEMENTS
 from nnunetv2_e2enet.prediction.windows import predict_mirrored
 from nnunetv2_e2enet.settings import override
 
@@ -464,6 +466,28 @@ def test_files_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     case = {"data": torch.from_numpy(data), "data_properties": properties, "ofile": str(tmp_path / "gone" / "a")}
     with pytest.raises(E2ENetError, match=r"^cannot write .*gone/a\.nii\.gz \(.*\): expected a folder with room"):
         predictor.predict_from_data_iterator([case])
+
+
+@pytest.mark.parametrize("name", REPLACEMENTS)
+def test_replaced_methods_take_what_nnunets_take(name: str) -> None:
+    original = inspect.unwrap(getattr(nnUNetPredictor, name))
+    theirs = [(p.name, p.default) for p in inspect.signature(original).parameters.values()][1:]
+    ours = [(p.name, p.default) for p in inspect.signature(REPLACEMENTS[name]).parameters.values()][2:]
+    assert [parameter for parameter, _ in ours] == [parameter for parameter, _ in theirs]
+    assert [default is inspect.Parameter.empty for _, default in ours] == [
+        default is inspect.Parameter.empty for _, default in theirs
+    ]
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    predictor = make_predictor(make_plans())
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(image((8, 16, 16))[0]), tmp_path / "a_0000.nii.gz")
+    (tmp_path / "b_0000.nii.gz").write_text("no image")
+    with pytest.raises(E2ENetError, match=r"b_0000\.nii\.gz cannot be read as an image \(RuntimeError: "):
+        predictor.predict_from_files_sequential(
+            list_of_lists_or_source_folder=[[str(tmp_path / "a_0000.nii.gz")], [str(tmp_path / "b_0000.nii.gz")]],
+            output_folder_or_list_of_truncated_output_files=[str(tmp_path / "a"), str(tmp_path / "b")],
+        )
 
 
 @pytest.mark.parametrize("engine", ["off", "on"])

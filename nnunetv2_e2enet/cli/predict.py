@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
     from nnunetv2_e2enet.deployment import read_packed
     from nnunetv2_e2enet.deployment.dicom_seg import check_dicom_seg, series_to_refer_to
-    from nnunetv2_e2enet.deployment.images import folder_of_images
+    from nnunetv2_e2enet.deployment.images import check_channels, folder_of_images
     from nnunetv2_e2enet.deployment.previews import check_previews
     from nnunetv2_e2enet.deployment.segmenter import make_predictor
     from nnunetv2_e2enet.deployment.volumes import check_volumes
@@ -110,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         )
         cases = _first_channels(images, model)[args.part_id :: args.num_parts]
         _check_places(args, cases, images, model)
+        check_channels(cases, model)
+        _check_first_stage(args, cases, model)
         if args.volumes:
             check_volumes(cases, model)
         if args.preview:
@@ -150,6 +152,16 @@ def _check_places(args: argparse.Namespace, cases: Sequence[Path], images: Path,
         target = _segmentation(args.o, image, model)
         if target.resolve() in given:
             raise E2ENetError(f"the segmentation {target} would replace an image of that name: name another folder with -o")
+
+
+def _check_first_stage(args: argparse.Namespace, cases: Sequence[Path], model: PackedModel) -> None:
+    """Raises E2ENetError where a case has no segmentation of the cascade's first stage."""
+    if args.prev_stage_predictions is None:
+        return
+    for image in cases:
+        file = _segmentation(Path(args.prev_stage_predictions), image, model)
+        if not file.is_file():
+            raise E2ENetError(f"{file} is missing: expected the first stage's segmentation of {image}")
 
 
 def _predict(args: argparse.Namespace, predictor: nnUNetPredictor, images: Path) -> None:

@@ -15,7 +15,7 @@ import SimpleITK
 from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
 from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import read_header, read_image
+from nnunetv2_e2enet.imaging import read_header, read_image, readable
 
 WRITTEN = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
 """Endings of files with a geometry, which SimpleITK writes and nnU-Net's readers read."""
@@ -30,7 +30,8 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
 
     Args:
         paths: such a folder alone, which is given back; or one image, a path for each channel of the model: a file that
-            SimpleITK reads, a folder of DICOM slices, or one of the slices. The case is called as the first of them.
+            SimpleITK reads, a folder of DICOM slices, or one of the slices; or one file in the model's format that holds all
+            channels. The case is called as the first of them.
         model: says which channels and which file ending are expected.
 
     Raises:
@@ -43,7 +44,7 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
     if len(paths) == 1 and any(paths[0].glob(f"*_0000{ending}")):
         yield paths[0]
         return
-    if len(paths) != len(model.channels):
+    if len(paths) != len(model.channels) and not (len(paths) == 1 and _holds_all_channels(paths[0], model)):
         raise E2ENetError(
             f"{len(paths)} images are given with -i, but the model has the channels {', '.join(model.channels)}: expected an "
             f"image for each, in this order, or a folder of images named as nnU-Net wants them (*_0000{ending})"
@@ -56,6 +57,38 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
         if ending in WRITTEN:
             _check_grids(paths, files)
         yield folder
+
+
+def check_channels(images: Sequence[Path], model: PackedModel) -> None:
+    """Raises E2ENetError where a case lacks a channel.
+
+    Args:
+        images: the first channel of each case, named as nnU-Net wants it; one file may hold all channels.
+        model: says which channels are expected.
+    """
+    ending = model.description.dataset["file_ending"]
+    for image in images:
+        case = image.name.removesuffix(f"_0000{ending}")
+        files = [image.with_name(f"{case}_{i:04d}{ending}") for i in range(len(model.channels))]
+        missing = [file for file in files if not file.is_file()]
+        if missing and not _holds_all_channels(image, model):
+            raise E2ENetError(
+                f"{missing[0]} is missing: expected an image for each of the channels {', '.join(model.channels)} of {case}"
+            )
+
+
+def _holds_all_channels(path: Path, model: PackedModel) -> bool:
+    """Whether a file in the model's own format is an image with all of its channels, such as one in colours.
+
+    Raises:
+        E2ENetError: it cannot be read.
+    """
+    if not path.is_file() or not path.name.endswith(model.description.dataset["file_ending"]):
+        return False
+    reader = model.description.managers()[0].image_reader_writer_class()
+    with readable(path):
+        array, _ = reader.read_images([str(path)])
+    return len(array) == len(model.channels)
 
 
 def case_name(path: Path) -> str:

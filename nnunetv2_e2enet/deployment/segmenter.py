@@ -68,8 +68,10 @@ def make_predictor(
             allow_tqdm=progress,
         )
     plans, settings = description.managers()
+    network = description.network().to_empty(device="cpu")
+    network.predicts_only = True
     predictor.manual_initialization(
-        description.network().to_empty(device="cpu"),
+        network,
         plans,
         settings,
         list(model.states()),

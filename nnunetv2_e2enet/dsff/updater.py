@@ -143,7 +143,10 @@ class TopologyUpdater:
                 "last checkpoint with a lower initial_lr"
             )
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{epoch}/{name}").getrandbits(63))
-        growth = self.growth.score(layer, generator).to(layer.mask.device)
+        growth = self.growth.score(layer, generator)
+        if layer.mask.device.type == "mps":
+            growth = growth.float()  # Apple's GPUs have no float64
+        growth = growth.to(layer.mask.device)
         if not torch.isfinite(growth).all():
             raise E2ENetError(
                 f"{type(self.growth).__name__} gives scores to {name} that are not finite before epoch {epoch}, by which "

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from nnunetv2_e2enet.engine import bytes_to_take
 from nnunetv2_e2enet.engine.scan import ScanCore
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.imaging import readable
 from nnunetv2_e2enet.machine import free_bytes
 from nnunetv2_e2enet.prediction.export import Export, label_dtype
 from nnunetv2_e2enet.prediction.windows import Slicer, SlidingSums, as_window, predict_mirrored, slide
@@ -68,9 +69,10 @@ def preprocessed_ahead(
     preprocessor, configuration = preprocessing(predictor)
 
     def read(files: Sequence[str], output: str | None) -> Preprocessed:
-        data, _, properties = preprocessor.run_case(
-            list(files), None, predictor.plans_manager, configuration, predictor.dataset_json
-        )
+        with readable(files[0]):
+            data, _, properties = preprocessor.run_case(
+                list(files), None, predictor.plans_manager, configuration, predictor.dataset_json
+            )
         tensor = torch.from_numpy(data).to(dtype=torch.float32, memory_format=torch.contiguous_format)
         return {"data": tensor, "data_properties": properties, "ofile": output}
 

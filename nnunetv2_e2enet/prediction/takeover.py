@@ -9,13 +9,11 @@ nnU-Net's commands, like ours, show the message alone.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -26,7 +24,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
 from nnunetv2_e2enet.engine.scan import Rule, ScanCore, load_scan_core
-from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.errors import E2ENetError, show_message_alone
 from nnunetv2_e2enet.machine import is_out_of_memory
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.prediction import export
@@ -46,11 +44,9 @@ def install() -> None:
     global _installed
     with _lock:
         if not _installed:
-            _replace("_internal_get_data_iterator_from_lists_of_filenames", _preprocess_files)
-            _replace("predict_from_data_iterator", _predict_cases)
-            _replace("predict_from_files_sequential", _predict_sequentially)
-            _replace("predict_single_npy_array", _predict_array)
-            sys.excepthook = functools.partial(_show, sys.excepthook)
+            for name, replacement in REPLACEMENTS.items():
+                _replace(name, replacement)
+            show_message_alone()
             _installed = True
 
 
@@ -62,16 +58,6 @@ def _replace(name: str, replacement: Callable[..., Any]) -> None:
         return replacement(functools.partial(original, predictor), predictor, *arguments, **options)
 
     setattr(nnUNetPredictor, name, method)
-
-
-def _show(
-    others: Callable[..., Any], kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
-    """Prints an error that ends the program."""
-    if isinstance(error, E2ENetError):
-        print(f"E2ENet: {error}", file=sys.stderr)
-    else:
-        others(kind, error, traceback)
 
 
 def why_never() -> str | None:
@@ -153,13 +139,14 @@ def _reads_beside(predictor: nnUNetPredictor) -> bool:
 def _predict_sequentially(
     original: Method,
     predictor: nnUNetPredictor,
-    images: Any,
-    outputs: Any,
+    list_of_lists_or_source_folder: Any,
+    output_folder_or_list_of_truncated_output_files: Any,
     save_probabilities: bool = False,
     overwrite: bool = True,
     folder_with_segs_from_prev_stage: str | None = None,
 ) -> list[Segmentation] | None:
     """Without other processes, as is asked for: there are none here anyway."""
+    images, outputs = list_of_lists_or_source_folder, output_folder_or_list_of_truncated_output_files
     given = save_probabilities or folder_with_segs_from_prev_stage is not None
     if given or not _reads_beside(predictor) or why_nnunet(predictor) is not None:
         own: list[Segmentation] | None = original(
@@ -263,3 +250,12 @@ def _predict_array(
         return segmentation
     write(predictor, segmentation, output_file_truncated, properties)
     return None
+
+
+REPLACEMENTS: dict[str, Callable[..., Any]] = {
+    "_internal_get_data_iterator_from_lists_of_filenames": _preprocess_files,
+    "predict_from_data_iterator": _predict_cases,
+    "predict_from_files_sequential": _predict_sequentially,
+    "predict_single_npy_array": _predict_array,
+}
+"""Methods of ``nnUNetPredictor``. Each replacement takes the method first, then what the method takes, by the same names."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,14 +20,31 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.machine import is_out_of_memory
 from nnunetv2_e2enet.network.blocks import KERNEL_SIZE
 
-# nnU-Net logs numpy numbers. Their pickles name these two functions and the types of the numbers; nothing else is allowed.
-_NUMPY_SCALAR = np.float32(0).__reduce__()[0]
+
+def _called(function: Any, path: str) -> Any:
+    """A function as pickles of another numpy name it; torch asks a function for its name (torch 2.5 takes no other one)."""
+
+    def call(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    module, _, call.__name__ = path.rpartition(".")
+    call.__module__, call.__qualname__ = module, call.__name__
+    return call
+
+
+# nnU-Net logs numpy numbers, and trainers may log arrays. Their pickles name these functions and types; no others are allowed.
 _ALLOWED: list[Any] = [
-    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
-    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    *(
+        _called(function, f"{module}.multiarray.{name}")
+        for name, function in (("scalar", np.float32(0).__reduce__()[0]), ("_reconstruct", np.zeros(1).__reduce__()[0]))
+        for module in ("numpy._core", "numpy.core")
+    ),
+    codecs.encode,  # the bytes of an array, to bytes
+    np.ndarray,
     np.dtype,
-    *{type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "bool")},
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
 ]
+_NOT_ALLOWED = re.compile(r"GLOBAL ([\w.]+)")  # in torch's message
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 """nnU-Net's checkpoints, in its order: a training goes on from the first that is there.
@@ -111,6 +130,12 @@ def read_checkpoint(path: Path, remedy: str = _NAME_ANOTHER, lazily: bool = Fals
             raise
         if isinstance(error, OSError):
             raise E2ENetError(f"cannot read {path} ({error.strerror}): check the path and its permissions") from error
+        found = _NOT_ALLOWED.search(str(error))
+        if found:
+            raise E2ENetError(
+                f"{path} holds {found[1]}, which is not read because a file could run code through it: expected tensors, "
+                "numbers, strings, lists, dictionaries and numpy's numbers; let the trainer save those alone"
+            ) from error
         raise E2ENetError(f"{path} is not a checkpoint of nnU-Net, or it is truncated: {remedy}") from error
     missing = [key for key in _KEYS if key not in checkpoint] if isinstance(checkpoint, dict) else list(_KEYS)
     if missing:

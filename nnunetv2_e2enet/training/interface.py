@@ -19,6 +19,7 @@ TRAINER_ATTRIBUTES = (
 PLANNER_ATTRIBUTES = (
     *("UNet_class", "UNet_base_num_features", "UNet_max_features_2d", "UNet_max_features_3d"),
     *("UNet_reference_val_2d", "UNet_reference_val_3d", "plans_identifier"),
+    *("preprocessor_name", "overwrite_target_spacing", "suppress_transpose"),
 )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_e2enet.dsff import HISTORY_FILE
-from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.errors import E2ENetError, show_message_alone
 from nnunetv2_e2enet.training.checkpoints import check_checkpoint, why_not_written
 from nnunetv2_e2enet.training.interface import TRAINER_ATTRIBUTES, Overrides, check_attributes
 
@@ -50,6 +50,7 @@ class NetworkMixin(Overrides, TrainerBase):
 
     def initialize(self) -> None:
         """As nnU-Net does, after the architecture of the trainer has been written into the plans."""
+        show_message_alone()  # of errors that end a training where nnU-Net calls the network, not the trainer
         with one_line_errors():
             check_attributes(self, TRAINER_ATTRIBUTES)
             self._write_architecture_into_plans()

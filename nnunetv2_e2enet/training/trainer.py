@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
+from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.network.blocks import KERNEL_SIZE
 from nnunetv2_e2enet.network.e2enet import located
@@ -93,6 +94,16 @@ class E2ENetMixin(DSFFMixin):
         super().on_train_epoch_start()
         if self.current_epoch >= int(WHOLE_SHIFT_FROM * self.num_epochs):
             hold_whole_offsets(self.unwrapped_network, self.optimizer)
+
+    def __init_subclass__(cls) -> None:
+        """Refuses a trainer whose own network E2ENet would take the place of."""
+        super().__init_subclass__()
+        for base in cls.__mro__[cls.__mro__.index(E2ENetMixin) + 1 :]:
+            if "build_network_architecture" in vars(base) and base.__name__ != "nnUNetTrainer":
+                raise E2ENetError(
+                    f"{cls.__name__} joins E2ENet with {base.__name__}, which builds a network of its own: choose a trainer "
+                    "without build_network_architecture"
+                )
 
     @staticmethod
     def build_network_architecture(
