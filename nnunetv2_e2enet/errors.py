@@ -23,7 +23,7 @@ def check_extra(what: str, extra: str, *modules: str) -> None:
 
 
 def show_message_alone() -> None:
-    """From now on, an E2ENetError that ends the program is its message on standard error, without a traceback."""
+    """An E2ENetError that ends the program is shown as its message on standard error, without a traceback, from now on."""
     present = sys.excepthook
     if not (isinstance(present, functools.partial) and present.func is _show):
         sys.excepthook = functools.partial(_show, present)

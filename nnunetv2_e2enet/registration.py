@@ -257,8 +257,9 @@ def unregister(nnunet: NnUNet) -> list[Path]:
 
 def console_command(name: str) -> list[str]:
     """The arguments that start a console command of this Python environment, nnU-Net's or ours, wherever its script lies."""
-    program = (
-        "import sys; from importlib.metadata import entry_points; name = sys.argv.pop(1); sys.argv[0] = name; "
+    program = (  # as with a script, packages are not looked for in the current folder, which may be a clone of this one
+        "import sys; sys.path[:1] == [''] and sys.path.pop(0); "
+        "from importlib.metadata import entry_points; name = sys.argv.pop(1); sys.argv[0] = name; "
         "(command,) = entry_points(group='console_scripts', name=name); sys.exit(command.load()())"
     )
     return [sys.executable, "-c", program, name]

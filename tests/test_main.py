@@ -10,6 +10,7 @@ from support import program
 
 from nnunetv2_e2enet.cli import main as entry
 from nnunetv2_e2enet.cli.main import main
+from nnunetv2_e2enet.registration import console_command
 
 
 def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,6 +96,18 @@ def test_a_demo_needs_a_folder_that_can_be_written(tmp_path: Path, capsys: pytes
         error = capsys.readouterr().err
         assert error.startswith(f"e2enet demo: cannot write into {folder} (")
         assert error.count("\n") == 1
+
+
+def test_console_commands_are_those_of_the_installed_package(tmp_path: Path) -> None:
+    """Wherever they are started, also in a folder with packages of the same names, such as a clone."""
+    for package in ("nnunetv2_e2enet", "nnunetv2"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise ImportError('not the installed one')")
+    ended = subprocess.run(
+        [*console_command("e2enet"), "--version"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("nnunetv2-e2enet ")
 
 
 def test_an_error_that_ends_a_program_is_its_message_alone() -> None:
