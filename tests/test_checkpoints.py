@@ -60,9 +60,11 @@ def test_what_a_trainer_may_log(checkpoint: Path) -> None:
 
 def test_checkpoints_are_read_as_torch_2_5_does(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It asks each function that is allowed for its name."""
-    unpickler = torch._weights_only_unpickler
-    allowed = lambda: {f"{f.__module__}.{f.__name__}": f for f in torch.serialization.get_safe_globals()}  # noqa: E731
-    monkeypatch.setattr(unpickler, "_get_user_allowed_globals", allowed)
+
+    def allowed() -> dict[str, Any]:
+        return {f"{f.__module__}.{f.__name__}": f for f in torch.serialization.get_safe_globals()}
+
+    monkeypatch.setattr(torch._weights_only_unpickler, "_get_user_allowed_globals", allowed)
     assert read_checkpoint(checkpoint)["current_epoch"] == 3
 
 

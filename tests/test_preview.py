@@ -183,6 +183,9 @@ def test_images_without_pictures_or_volumes_are_refused_before_prediction(
     check_volumes([files[0]], model)
     with pytest.raises(E2ENetError, match=r"flat\.nii\.gz is a 2D image, whose pixels have no volume"):
         check_volumes([flat], model)
+    (tmp_path / "broken.nii.gz").write_text("no image")
+    with pytest.raises(E2ENetError, match=r"broken\.nii\.gz cannot be read as an image"):
+        check_volumes([tmp_path / "broken.nii.gz"], model)
     pictures = replace(model.description, dataset={**model.description.dataset, "file_ending": ".png"})
     with pytest.raises(E2ENetError, match=r"images are \*\.png"):
         check_previews([files[0]], PackedModel(pictures, model.folds))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import write
+from nnunetv2_e2enet.imaging import readable
 
 _THICKNESS_OF_2D = 999
 """In pixels: what nnU-Net's readers give 2D images, so that nothing is resampled along it."""
@@ -24,7 +25,8 @@ def check_volumes(images: Sequence[Path], model: PackedModel) -> None:
     """Raises E2ENetError unless these images, each the first channel of a case, have voxels with a volume."""
     reader = model.description.managers()[0].image_reader_writer_class()
     for image in images[:1]:
-        thickness, *in_plane = reader.read_images([str(image)])[1]["spacing"]
+        with readable(image):
+            thickness, *in_plane = reader.read_images([str(image)])[1]["spacing"]
         if thickness >= _THICKNESS_OF_2D * max(in_plane):
             raise E2ENetError(f"--volumes: {image} is a 2D image, whose pixels have no volume; leave it out")
 
