@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 
 import pytest
@@ -24,6 +25,7 @@ SIZES = [(8, 16, 16), (8, 8, 8)]
 HALF = 2  # bytes of a voxel in mixed precision
 
 
+@cache
 def count(kernels: str, channels_last: bool = False, levels: int = 2, active_only: bool = False) -> gpu_bytes.Step:
     torch.manual_seed(0)
     strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]][:levels]

@@ -22,9 +22,8 @@ from nnunetv2_e2enet.training.planner import STOCK_BYTES_PER_ELEMENT
 DATASET = "Dataset991_Abdomen"
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("project")
+def with_fingerprint(folder: Path, shape: list[int]) -> Path:
+    """nnU-Net's folders with a data set whose fingerprint has five images of a shape."""
     write_phantom_dataset(folder / "nnUNet_raw" / DATASET, n_train=5, n_test=0)
     preprocessed = folder / "nnUNet_preprocessed" / DATASET
     preprocessed.mkdir(parents=True)
@@ -40,11 +39,22 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fingerprint = {
         "foreground_intensity_properties_per_channel": {"0": statistics},
         "median_relative_size_after_cropping": 1.0,
-        "shapes_after_crop": [[120, 400, 400]] * 5,
+        "shapes_after_crop": [shape] * 5,
         "spacings": [[2.5, 1.0, 1.0]] * 5,
     }
     (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
     return folder
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_fingerprint(tmp_path_factory.mktemp("project"), [120, 400, 400])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images that one patch holds, which are planned fast: there is no 3d_lowres."""
+    return with_fingerprint(tmp_path_factory.mktemp("small"), [32, 64, 64])
 
 
 def plans(project: Path, name: str) -> dict[str, Any]:
@@ -109,18 +119,19 @@ def test_preprocessed_data_are_shared_with_stock_plans(planned: Path) -> None:
 @pytest.mark.parametrize(
     "options", [["-overwrite_target_spacing", "3", "2", "2"], ["-preprocessor_name", "Other"]], ids=["spacing", "preprocessor"]
 )
-def test_data_that_are_preprocessed_otherwise_are_not_shared(planned: Path, runner: Runner, options: list[str]) -> None:
+def test_data_that_are_preprocessed_otherwise_are_not_shared(small: Path, runner: Runner, options: list[str]) -> None:
     """nnU-Net's preprocessing replaces the folder that the plans name, which may be that of nnUNetPlans."""
-    run_forked(runner, "e2enet", "plan", "-d", "991", *options, "-overwrite_plans_name", "X", env=nnunet_environment(planned))
+    run_forked(runner, "e2enet", "plan", "-d", "991", *options, "-overwrite_plans_name", "X", env=nnunet_environment(small))
     for name in ("2d", "3d_fullres"):
-        assert plans(planned, "X")["configurations"][name]["data_identifier"] == f"X_{name}"
+        assert plans(small, "X")["configurations"][name]["data_identifier"] == f"X_{name}"
 
 
-def test_registered_planner_gives_the_same_plans(planned: Path, runner: Runner) -> None:
-    before = plans(planned, "nnUNetE2ENetPlans")
+def test_registered_planner_gives_the_same_plans(small: Path, runner: Runner) -> None:
+    run_forked(runner, "e2enet", "plan", "-d", "991", env=nnunet_environment(small))
+    before = plans(small, "nnUNetE2ENetPlans")
     command = ["nnUNetv2_plan_experiment", "-d", "991", "-pl", "nnUNetPlannerE2ENet", "-overwrite_plans_name", "Again"]
-    run_forked(runner, *command, env=nnunet_environment(planned))
-    again = plans(planned, "Again")
+    run_forked(runner, *command, env=nnunet_environment(small))
+    again = plans(small, "Again")
     for configuration in (before["configurations"]["3d_fullres"], again["configurations"]["3d_fullres"]):
         assert configuration["architecture"]["network_class_name"] == "nnunetv2_e2enet.network.E2ENet"
     assert again["configurations"]["2d"] == before["configurations"]["2d"]
@@ -162,9 +173,9 @@ def test_planning_without_a_fingerprint_or_folders_says_so_in_one_line(project: 
 
 
 def test_what_cannot_be_planned_is_said_in_one_line(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = Path(shutil.copytree(project, tmp_path / "project"))
+    copy = Path(shutil.copytree(small, tmp_path / "project"))
     for name, value in nnunet_environment(copy).items():
         monkeypatch.setenv(name, value)
     preprocessed = copy / "nnUNet_preprocessed" / DATASET
