@@ -198,14 +198,8 @@ static void gradient_output(const float* m, int64_t m_pitch, const e2e::Target* 
             if (!(landing.lanes[0] | landing.lanes[1])) continue;
             const bool bypass = target.bypass && whole_line(there, target.move, first > target.lo ? first : target.lo,
                                                             first + tiles < target.hi ? first + tiles : target.hi);
-            const float* at = m + c * tiles + i * kLanes;
             Vec half[4][6], y[4];
-            for (int j = 0; j < 6; ++j) {
-                Vec col[6], h[4];
-                for (int k = 0; k < 6; ++k) col[k] = load(at + (k * 6 + j) * m_pitch);
-                transform_out(col, h);
-                for (int k = 0; k < 4; ++k) half[k][j] = h[k];
-            }
+            columns_out(m + c * tiles + i * kLanes, m_pitch, half);
             for (int k = 0; k < 4; ++k) {
                 transform_out(half[k], y);
                 for (int j = 0; j < 4; ++j) {

@@ -37,6 +37,16 @@ static inline void transform_out(const Vec m[6], Vec o[4]) {
     o[3] = fma(splat(8.0f), d, b) + m[5];
 }
 
+// All columns; the rows of A^T m A are left to do.
+static inline void columns_out(const float* m, int64_t m_pitch, Vec half[4][6]) {
+    for (int j = 0; j < 6; ++j) {
+        Vec column[6], o[4];
+        for (int k = 0; k < 6; ++k) column[k] = load(m + (k * 6 + j) * m_pitch);
+        transform_out(column, o);
+        for (int k = 0; k < 4; ++k) half[k][j] = o[k];
+    }
+}
+
 static inline void load_row(const float (*row)[kWindowVectors * kLanes], int lane, Mask left, Mask right, Vec d[6]) {
     d[0] = load_where(left, row[3] + lane - 1);
     for (int j = 0; j < e2e::kTile; ++j) d[j + 1] = load(row[j] + lane);
@@ -183,14 +193,8 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
         Pixel* channel = static_cast<Pixel*>(out) + o * e2e::kChannel;
         Vec total = zero(), square = zero(), center = zero();
         for (int i = 0; i < vectors; ++i) {
-            const float* at = m + o * tiles + i * kLanes;
             Vec half[4][6], y[4][4];
-            for (int j = 0; j < 6; ++j) {
-                Vec col[6], h[4];
-                for (int k = 0; k < 6; ++k) col[k] = load(at + (k * 6 + j) * m_pitch);
-                transform_out(col, h);
-                for (int k = 0; k < 4; ++k) half[k][j] = h[k];
-            }
+            columns_out(m + o * tiles + i * kLanes, m_pitch, half);
             for (int k = 0; k < 4; ++k) transform_out(half[k], y[k]);
             if (i == 0) {
                 float pixel[kLanes];
