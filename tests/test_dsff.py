@@ -122,8 +122,7 @@ def test_select(n: int, data: st.DataObject) -> None:
     inactive = [i for i in range(n) if not mask[i]]
     count = math.ceil(fraction * len(active)) if inactive else 0
     expected_pruned = sorted(active, key=lambda i: importance[i].item())[:count]
-    candidates = sorted(inactive, key=lambda i: -growth[i].item())
-    candidates += sorted(expected_pruned, key=lambda i: -growth[i].item())
+    candidates = sorted(inactive if len(inactive) >= count else inactive + expected_pruned, key=lambda i: -growth[i].item())
     assert set(pruned.nonzero().flatten().tolist()) == set(expected_pruned)
     assert set(grown.nonzero().flatten().tolist()) == set(candidates[:count])
 
@@ -145,6 +144,18 @@ def test_growth_is_uniform() -> None:
     chi_square = ((times[~start] - expected) ** 2 / (expected * (1 - 5 / 30))).sum().item()
     assert times[start].sum() == 0
     assert chi_square < 70  # 29 degrees of freedom
+
+
+def test_growth_is_uniform_over_all_inactive_where_few_were_inactive_before() -> None:
+    """8 of 10 are active and 4 of them are pruned: the 2 inactive ones and these 4 are equally likely (4 of 6)."""
+    mask = torch.arange(10) < 8
+    importance = torch.arange(10.0)
+    generator = torch.Generator().manual_seed(0)
+    n = 2000
+    times = sum(select(mask, importance, torch.rand(10, generator=generator), 0.5)[1].float() for _ in range(n))
+    assert isinstance(times, Tensor)
+    assert times[4:8].sum() == 0
+    assert times[[0, 1, 2, 3, 8, 9]].sub(n * 4 / 6).abs().max() < 5 * math.sqrt(n * 4 / 6 * 2 / 6)
 
 
 def topologies(n_epochs: int, stop_at: int | None, seed: int) -> list[Tensor]:

@@ -347,17 +347,56 @@ def change_activation(network: E2ENet) -> None:
             module.nonlin = nn.ReLU()
 
 
+def change_pooling(network: E2ENet) -> None:
+    for module in network.modules():
+        if isinstance(module, FusionNode) and module.downsample is not None:
+            module.downsample = nn.AvgPool3d(module.downsample.stride)
+
+
+def pad_pooling(network: E2ENet) -> None:
+    for module in network.modules():
+        if isinstance(module, FusionNode) and module.downsample is not None:
+            module.downsample = nn.MaxPool3d((1, 3, 3), module.downsample.stride, (0, 1, 1))
+
+
 @needs_core
-@pytest.mark.parametrize("change", [change_eps, change_slope, change_activation])
+@pytest.mark.parametrize("strides", [[[2, 2, 2], [2, 2, 2]], [[1, 2, 2], [2, 2, 2]], [[2, 1], [2, 2]]])
+def test_a_first_level_with_a_stride(strides: list[list[int]]) -> None:
+    network = make_network(strides)
+    assert_same_logits(network, torch.randn(2, 1, *[24] * len(strides[0])))
+
+
+@needs_core
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_rounding_of_deep_networks(kernels: str) -> None:
+    """To 1e-4, as the method asks, and at most four times that of PyTorch. Narrow networks with all connections round most."""
+    strides = [[1, 1, 1], *[[1, 2, 2]] * 6]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        network = E2ENet(1, 3, 7, [4, 8, 16, 16, 16, 16, 16], nn.Conv3d, strides, deep_supervision=True).eval()
+        x = torch.randn(1, 1, 4, 128, 128)
+        with override(engine_kernels=kernels):
+            ours, theirs = both_ways(network, x)
+        with torch.inference_mode(), engine.disabled():
+            exact = copy.deepcopy(network).double()(x.double())
+        rounding, of_pytorch = (
+            max(float((a - b).abs().max()) for a, b in zip(logits, exact, strict=True)) for logits in (ours, theirs)
+        )
+        assert rounding <= min(1e-4, 4 * of_pytorch)
+
+
+@needs_core
+@pytest.mark.parametrize("change", [change_eps, change_slope, change_activation, change_pooling, pad_pooling])
 def test_what_is_no_tensor_is_followed(change: Callable[[E2ENet], None]) -> None:
-    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    strides = [[1, 1, 1], [1, 2, 2], [1, 2, 2]]
+    network, x = make_network(strides), torch.randn(1, 1, 8, 32, 32)
     with torch.inference_mode():
         before = network(x)
         change(network)
         found = network(x)
         with engine.disabled():
             expected = network(x)
-    assert (engine.why_pytorch(network) is None) is (change is not change_activation)
+    assert (engine.why_pytorch(network) is None) is (change in (change_eps, change_slope))
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(before, expected, atol=1e-2)
 

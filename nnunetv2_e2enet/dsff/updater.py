@@ -166,8 +166,8 @@ def select(mask: Tensor, importance: Tensor, growth: Tensor, fraction: float) ->
     """The connections to prune and those to grow.
 
     ``ceil(fraction * active)`` of the active connections with the lowest importance are pruned. As many with the highest
-    growth score are grown: of those that were inactive before, and of the just pruned only where those are too few. A layer
-    without inactive connections is dense and stays so.
+    growth score are grown: of those that were inactive before, or of all inactive ones, the just pruned among them, where
+    those are too few. A layer without inactive connections is dense and stays so.
 
     Args:
         mask: bool, True where active.
@@ -188,9 +188,10 @@ def select(mask: Tensor, importance: Tensor, growth: Tensor, fraction: float) ->
     pruned = torch.zeros_like(active)
     pruned[kept_order[:count]] = True
 
-    # Candidates in three ranks: inactive before, just pruned, active. Within a rank by score, highest first.
+    # Candidates in ranks: inactive before, just pruned, active; the first two in one where the first is too small. Within a rank
+    # by score, highest first.
     by_score = growth.flatten().argsort(descending=True, stable=True)
-    rank = active.to(torch.uint8) * 2 - pruned.to(torch.uint8)
+    rank = active.to(torch.uint8) * 2 - pruned.to(torch.uint8) * (2 if n_inactive < count else 1)
     order = by_score[rank[by_score].argsort(stable=True)]
     grown = torch.zeros_like(active)
     grown[order[:count]] = True

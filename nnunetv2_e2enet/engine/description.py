@@ -18,6 +18,7 @@ from nnunetv2_e2enet.network.depth_shift import shift_groups
 from nnunetv2_e2enet.network.e2enet import E2ENet
 from nnunetv2_e2enet.network.encoder import Encoder
 from nnunetv2_e2enet.network.fusion import FusionDecoder, FusionNode
+from nnunetv2_e2enet.network.pooling import plain_stride
 
 _CONVS = (nn.Conv2d, nn.Conv3d, *CONV.values(), *(c for conv in (MaskedConv2d, MaskedConv3d) for c in (conv, COMPACT[conv])))
 _UP_CONVS = (UpConv2d, UpConv3d, COMPACT[UpConv2d], COMPACT[UpConv3d])
@@ -106,11 +107,13 @@ def describe(network: E2ENet) -> Description:
 
 def form(network: E2ENet) -> list[object]:
     """All that a description has from a network besides weights and masks."""
-    return [
+    of_blocks = [
         (type(b.norm), getattr(b.norm, "eps", None), type(b.nonlin), getattr(b.nonlin, "negative_slope", None), b.shift_size)
         for b in network.modules()
         if isinstance(b, ShiftBlock)
     ]
+    pools = [node.downsample for node in network.modules() if isinstance(node, FusionNode) and node.downsample is not None]
+    return [*of_blocks, *map(plain_stride, pools)]
 
 
 def check_classes(network: nn.Module) -> None:
@@ -224,14 +227,15 @@ def _node(node: nn.Module) -> Node:
         raise NotSupportedError("the upward flow is not a transposed convolution without bias")
     if tuple(upsample.kernel_size) != tuple(upsample.stride) or any(upsample.padding):
         raise NotSupportedError("the upward flow's kernel is not its stride")
-    if pool is not None and not isinstance(pool, (nn.MaxPool2d, nn.MaxPool3d)):
-        raise NotSupportedError(f"the downward flow is {type(pool).__name__}")
+    pool_stride = None if pool is None else plain_stride(pool)
+    if pool is not None and pool_stride is None:
+        raise NotSupportedError(f"the downward flow is {pool}")
     weight, mask = _weight(upsample)
     return Node(
         up_weight=weight.reshape(*weight.shape[:2], *_stride3(upsample.stride)),
         up_mask=mask,
         up_stride=_stride3(upsample.stride),
-        pool_stride=None if pool is None else _stride3(pool.kernel_size),
+        pool_stride=None if pool_stride is None else _stride3(pool_stride),
         blocks=[_block(block) for block in node.blocks.children()],
     )
 

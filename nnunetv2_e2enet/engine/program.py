@@ -48,9 +48,9 @@ class Program:
         self._kept: list[object] = []  # what the jobs point to
         self._of_image: list[ConvJob | StridedJob] = []  # jobs that read the image
         self._steps: list[Step] = []
-        size = [1] * (3 - len(patch_size)) + list(patch_size)
+        size = of_image = [1] * (3 - len(patch_size)) + list(patch_size)
         self._sizes = [size := [s // t for s, t in zip(size, stride, strict=True)] for stride in weights.strides]
-        self._image = StoredMap(Buffer(weights.input_channels, self._sizes[0], core.pixel_bytes), None)
+        self._image = StoredMap(Buffer(weights.input_channels, of_image, core.pixel_bytes), None)
         self._build()
         self._memory = self._place()
         self._scratch = pages(0)

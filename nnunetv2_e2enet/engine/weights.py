@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -22,18 +23,21 @@ TILES_FROM = 0.3  # the same where AMX visits them, from TILES_INPUTS on
 TILES_INPUTS = 12
 CHUNK = 128  # input maps whose transformed tiles stay in the first-level cache
 
-# Kernel transform of Winograd's F(4 x 4, 3 x 3) (Lavin and Gray, arXiv 1509.09308), interpolation points 0, 1, -1, 2, -2.
-_G = torch.tensor(
-    [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ],
-    dtype=torch.float64,
-)
+POINTS = (0, 3 / 4, -3 / 4, 3 / 2, -3 / 2)
+"""Where Winograd's F(4 x 4, 3 x 3) interpolates (Lavin and Gray, arXiv 1509.09308), infinity besides, as in native/core.h.
+
+Results round half as much as with 0, 1, -1, 2, -2, and all coefficients of the transforms of maps are exact in float32.
+"""
+
+
+def _kernel_transform() -> Tensor:
+    """A row a point: 1, x, x^2 over the product of its distances to the others."""
+    distances = [prod(x - other for other in POINTS if other != x) for x in POINTS]
+    rows = [[x**k / distance for k in range(3)] for x, distance in zip(POINTS, distances, strict=True)]
+    return torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64)
+
+
+_G = _kernel_transform()
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def compare(
 ) -> Comparison:
     """The statistics of finished measurements. ``seed`` is that of the bootstrap; the same seed gives the same intervals."""
     two = len(results.models) == 2
-    tests = results.values
+    tests = {m.key: with_absences(results.values[m.key], m.perfect) for m in METRICS}
     return Comparison(
         list(models),
         labels,

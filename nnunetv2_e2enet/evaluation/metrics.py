@@ -36,6 +36,11 @@ class Metric:
     higher_is_better: bool
     digits: int
 
+    @property
+    def perfect(self) -> float:
+        """Value of a segmentation that is the reference."""
+        return float(self.higher_is_better)
+
 
 METRICS = (
     Metric("dice", "Dice", "", True, 4),

@@ -91,6 +91,16 @@ def scopes(values: Array, classes: Sequence[str]) -> dict[str, Array]:
     return {MEAN: nan_mean(values, axis=2), **{name: values[..., i] for i, name in enumerate(classes)}}
 
 
+def with_absences(values: Array, perfect: float) -> Array:
+    """Values for a test, from (models, cases, classes), where a class that a case lacks counts.
+
+    A model that finds such a class has a value. The value of a model that rightly leaves the class out is not defined, and
+    becomes the perfect one here. Where no model finds the class, all values stay NaN.
+    """
+    found = ~np.isnan(values)
+    return np.where(~found & found.any(axis=0), perfect, values)
+
+
 def class_intervals(values: Array, classes: Sequence[str], seed: int = 0) -> dict[str, Interval]:
     """Means over cases of each class and, under ``MEAN``, the mean of these means; of one model's (cases, classes).
 

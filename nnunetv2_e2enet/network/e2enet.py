@@ -125,7 +125,7 @@ class E2ENet(nn.Module):
                 dropout_op=dropout_op,
                 dropout_op_kwargs=dropout_op_kwargs,
                 nonlin=nonlin,
-                nonlin_kwargs=nonlin_kwargs,
+                nonlin_kwargs={} if nonlin is not None and nonlin_kwargs is None else nonlin_kwargs,
             ),
         )
         encoder = located("encoder_class", encoder_class) or Encoder

@@ -24,9 +24,9 @@ def pooled(feature_map: FeatureMap, pool: nn.Module) -> Tensor:
         feature_map: ``(batch, channels, *space)``.
         pool: ``nn.MaxPool2d`` or ``nn.MaxPool3d``.
     """
-    stride = _stride(pool)
+    stride = plain_stride(pool)
     kernels = kernels_for(values_of(feature_map))
-    if kernels is None or stride is None:
+    if kernels is None or stride is None or prod(stride) > MOST_VOXELS:
         out: Tensor = pool(activated(feature_map))
         return out
     tensors, slopes = flatten([feature_map])
@@ -37,14 +37,14 @@ def pooled(feature_map: FeatureMap, pool: nn.Module) -> Tensor:
     return out
 
 
-def _stride(pool: nn.Module) -> list[int] | None:
-    """The stride; None where the pooling is more than the maximum of voxels side by side."""
+def plain_stride(pool: nn.Module) -> list[int] | None:
+    """The stride of a max-pooling; None where the module is more than the maximum of voxels side by side."""
     if type(pool) not in (nn.MaxPool2d, nn.MaxPool3d) or pool._forward_pre_hooks or pool._forward_hooks:
         return None
     plain = pool.stride == pool.kernel_size and not pool.ceil_mode and not pool.return_indices
     if not (plain and isinstance(pool.stride, tuple) and pool.padding == 0 and pool.dilation == 1):
         return None
-    return list(pool.stride) if prod(pool.stride) <= MOST_VOXELS else None
+    return list(pool.stride)
 
 
 class _Pool(torch.autograd.Function):

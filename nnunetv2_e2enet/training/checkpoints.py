@@ -166,7 +166,7 @@ def check_checkpoint(path: Path, architecture: Mapping[str, Any], network_state:
                 f"{path} was trained with {key} = {found}, but the trainer has {wanted}: continue it with the settings that "
                 "it was trained with, or train anew"
             )
-    weights = checkpoint["network_weights"]
+    weights = {key.removeprefix("module."): value for key, value in checkpoint["network_weights"].items()}  # as nnU-Net does
     wrong = [key for key, value in network_state.items() if key not in weights or weights[key].shape != value.shape]
     if wrong:
         raise E2ENetError(

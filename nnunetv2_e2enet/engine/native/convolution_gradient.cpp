@@ -17,9 +17,15 @@ constexpr int64_t kStreamBytes = 32 << 20;   // a map that will not stay in any 
 constexpr int kTaps = 9;
 constexpr int kTogether = 16;  // kernels that are transformed side by side
 
-// Of F(4 x 4, 3 x 3), as in engine/weights.py.
-constexpr double kG[6][3] = {{1 / 4., 0, 0},          {-1 / 6., -1 / 6., -1 / 6.}, {-1 / 6., 1 / 6., -1 / 6.},
-                             {1 / 24., 1 / 12., 1 / 6.}, {1 / 24., -1 / 12., 1 / 6.}, {0, 0, 1}};
+// Of F(4 x 4, 3 x 3), as in engine/weights.py: rows of a point, 1, x and x^2 over the product of its distances to the others.
+constexpr double kNear2 = double{kNear} * kNear, kFar2 = double{kFar} * kFar;
+constexpr double kOfNear = 2 * kNear2 * (kNear2 - kFar2), kOfFar = 2 * kFar2 * (kFar2 - kNear2);
+constexpr double kG[6][3] = {{1 / (kNear2 * kFar2), 0, 0},
+                             {1 / kOfNear, kNear / kOfNear, kNear2 / kOfNear},
+                             {1 / kOfNear, -kNear / kOfNear, kNear2 / kOfNear},
+                             {1 / kOfFar, kFar / kOfFar, kFar2 / kOfFar},
+                             {1 / kOfFar, -kFar / kOfFar, kFar2 / kOfFar},
+                             {0, 0, 1}};
 
 // Sums over tiles of one point: one a connection, or of all connections in the blocks of dense_dots.
 int64_t count_sums(const Kernels& kernels, const WinogradWeights& w) {

@@ -22,6 +22,8 @@ constexpr int kChunk = 64;
 constexpr int kChannel = kPhases * kChunk;  // pixels of a channel in a chunk
 constexpr int kHalvedChannel = 4 * kChunk;   // the same of a map whose tiles were pooled to 2 x 2 pixels
 constexpr int kPoints = 36;     // of the 6 x 6 transformed tile of Winograd's F(4 x 4, 3 x 3)
+constexpr float kNear = 0.75f;  // its interpolation points: 0, +-kNear, +-kFar and infinity, as in engine/weights.py
+constexpr float kFar = 1.5f;
 constexpr int kDenseRows = 6;   // output maps that the dense product of most kernels computes together
 
 struct Grid {

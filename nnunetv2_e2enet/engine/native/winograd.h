@@ -8,18 +8,22 @@
 
 namespace E2E_NAMESPACE {
 
+constexpr float kNear2 = e2e::kNear * e2e::kNear, kNear3 = kNear2 * e2e::kNear;
+constexpr float kFar2 = e2e::kFar * e2e::kFar, kFar3 = kFar2 * e2e::kFar;
+
 // One column of B^T d: its four rows in the middle, which need no neighbours above and below, and the first and the last.
 static inline void transform_in_middle(const Vec d[4], Vec o[4]) {
-    const Vec two = splat(2.0f), four = splat(4.0f);
-    const Vec even = d[3] - four * d[1], odd = d[2] - four * d[0], even2 = d[3] - d[1], odd2 = d[2] - d[0];
-    o[0] = even + odd;
-    o[1] = even - odd;
-    o[2] = fma(two, odd2, even2);
-    o[3] = even2 - two * odd2;
+    const Vec near = splat(e2e::kNear), far = splat(e2e::kFar), near2 = splat(kNear2), far2 = splat(kFar2);
+    const Vec even = d[3] - far2 * d[1], odd = d[2] - far2 * d[0];
+    const Vec even_far = d[3] - near2 * d[1], odd_far = d[2] - near2 * d[0];
+    o[0] = fma(near, odd, even);
+    o[1] = even - near * odd;
+    o[2] = fma(far, odd_far, even_far);
+    o[3] = even_far - far * odd_far;
 }
 
-static inline Vec transform_in_end(Vec near, Vec middle, Vec far) {
-    return fma(splat(4.0f), near, far - splat(5.0f) * middle);
+static inline Vec transform_in_end(Vec first, Vec middle, Vec last) {
+    return fma(splat(kNear2 * kFar2), first, last - splat(kNear2 + kFar2) * middle);
 }
 
 static inline void transform_in(const Vec d[6], Vec o[6]) {
@@ -32,9 +36,9 @@ static inline void transform_in(const Vec d[6], Vec o[6]) {
 static inline void transform_out(const Vec m[6], Vec o[4]) {
     const Vec a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], d = m[3] - m[4];
     o[0] = m[0] + a + c;
-    o[1] = fma(splat(2.0f), d, b);
-    o[2] = fma(splat(4.0f), c, a);
-    o[3] = fma(splat(8.0f), d, b) + m[5];
+    o[1] = fma(splat(e2e::kFar), d, splat(e2e::kNear) * b);
+    o[2] = fma(splat(kFar2), c, splat(kNear2) * a);
+    o[3] = fma(splat(kFar3), d, fma(splat(kNear3), b, m[5]));
 }
 
 // All columns; the rows of A^T m A are left to do.
@@ -88,13 +92,13 @@ static inline void transform_window(const BlockWindow& window, const int skip[3]
 
 // A^T's transpose, column by column: where the gradient of an output tile goes in the Winograd domain.
 static inline void transform_back(const Vec d[4], Vec o[6]) {
-    const Vec even = d[0] + d[2], odd = d[1] + d[3];
-    const Vec even2 = fma(splat(4.0f), d[2], d[0]), odd2 = fma(splat(8.0f), d[3], d[1] + d[1]);
+    const Vec even = fma(splat(kNear2), d[2], d[0]), odd = fma(splat(kNear3), d[3], splat(e2e::kNear) * d[1]);
+    const Vec even_far = fma(splat(kFar2), d[2], d[0]), odd_far = fma(splat(kFar3), d[3], splat(e2e::kFar) * d[1]);
     o[0] = d[0];
     o[1] = even + odd;
     o[2] = even - odd;
-    o[3] = even2 + odd2;
-    o[4] = even2 - odd2;
+    o[3] = even_far + odd_far;
+    o[4] = even_far - odd_far;
     o[5] = d[3];
 }
 
