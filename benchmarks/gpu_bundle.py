@@ -29,8 +29,13 @@ set -e
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 ours="$here/environment/bin/python"
-"$python" -m venv "$here/environment"
-pip="$ours -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-cache-dir"
+if "$python" -m venv "$here/environment"; then
+    pip="$ours -m pip"
+else # without ensurepip, which some distributions leave out
+    "$python" -m venv --without-pip "$here/environment"
+    pip="$python -m pip --python $ours"
+fi
+pip="$pip --disable-pip-version-check install --quiet --no-index --no-deps --no-cache-dir"
 $pip "$here"/wheels*/*.whl
 CC=false CXX=false $pip --no-build-isolation "$here/repository"  # without the core, which is for CPUs
 """

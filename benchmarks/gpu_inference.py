@@ -134,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for _ in range(given.rounds):
         for name, once in ready.items():
             seconds[name].append(once())
+            record.add(name, {**record.results[name], "seconds": seconds[name]})
     report(record, seconds, what)
 
 

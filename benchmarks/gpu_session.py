@@ -173,7 +173,7 @@ def ended(key: str, session: Session, measurement: Measurement, seconds: float, 
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                for _ in range(100):  # processes that the measurement has forked hold the lock until they are gone
+                for _ in range(20):  # processes that the measurement has forked hold the lock until they are gone
                     os.killpg(process.pid, 0)
                     time.sleep(0.1)
     return process.returncode, reason

@@ -22,7 +22,7 @@ import torch
 from training_memory import ACTIVE, PLANS, STOCK, TINY, Candidate
 
 from nnunetv2_e2enet import registry
-from nnunetv2_e2enet.network.acceleration import KERNELS, convolutions_for, prepare_kernels
+from nnunetv2_e2enet.network.acceleration import KERNELS, convolutions_for, kernels_for, prepare_kernels
 from nnunetv2_e2enet.network.convolution import over_slices
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST
 from nnunetv2_e2enet.network.sparse_convolution import sparse_convolution
@@ -31,6 +31,7 @@ from nnunetv2_e2enet.settings import variable
 REPOSITORY = Path(__file__).resolve().parents[1]
 FEW = ("nnU-Net", "E2ENet 0.8", "E2ENet 0.8, channels last", "E2ENet 0.8, blocks of 16")
 TRAINED = ("nnU-Net", "E2ENet 0.8", "E2ENet 0.9")
+ENOUGH_TO_END = 20  # seconds of a measurement's time, after which no round is begun
 RECORD, ERROR, PARTIAL = ".json", ".error.json", ".partial"
 """How files of a measurement end: its result; why it failed; what it has found so far."""
 
@@ -168,8 +169,13 @@ def stage_steps(_: Session) -> dict[str, Measurement]:
 
 
 def timed_step(step: Step, session: Session) -> dict[str, Any]:
-    """Milliseconds of training steps, 3 x 30 of them, and the bytes allocated at the peak."""
+    """Milliseconds of training steps, 3 x 30 of them or as many as there is time for, and the bytes allocated at the peak.
+
+    What has been timed is kept where a later round fails.
+    """
     device, tiny = session.device, session.tiny
+    deadline = time.monotonic() + session.seconds - ENOUGH_TO_END
+    found = contestants.Record(session.file(f"2 {step.name}", PARTIAL), {"what": step.name})
     contestants.as_nnunet_trains(device)
     plan, rounds, steps = ("tiny", 1, 2) if tiny else ("AMOS", 3, 30)
     candidate = Candidate(step.kind, plan, (PLANS | TINY)[plan][1], 16)
@@ -192,21 +198,26 @@ def timed_step(step: Step, session: Session) -> dict[str, Any]:
     begin = time.perf_counter()
     once()
     synchronize(device)
-    first = time.perf_counter() - begin
+    result: dict[str, Any] = {"first_step_seconds": time.perf_counter() - begin, "milliseconds": []}
+    result["kernels"] = {"passes": kernels_for(x) is not None, "convolutions": convolutions_for(x) is not None}
+    found.add("steps", result)
     for _ in range(0 if tiny else 5):
         once()
     synchronize(device)
     if not tiny:
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
     for _ in range(rounds):
+        if result["milliseconds"] and time.monotonic() > deadline:
+            break
         begin = time.perf_counter()
         for _ in range(steps):
             once()
         synchronize(device)
-        seconds.append((time.perf_counter() - begin) / steps)
-    peak = {} if tiny else {"peak_bytes": torch.cuda.max_memory_allocated()}
-    return {"milliseconds": [1e3 * s for s in seconds], "first_step_seconds": first, **peak}
+        result["milliseconds"].append(1e3 * (time.perf_counter() - begin) / steps)
+        if not tiny:
+            result["peak_bytes"] = torch.cuda.max_memory_allocated()
+        found.add("steps", result)
+    return result
 
 
 def synchronize(device: str) -> None:
@@ -220,7 +231,7 @@ def stage_prediction(_: Session) -> dict[str, Measurement]:
 
 
 def predicted(way: str, session: Session) -> Any:
-    output = session.folder / "prediction.json"
+    output = session.file(f"3 {way}", PARTIAL)  # with the rounds of a command that is stopped
     output.unlink(missing_ok=True)
     names = FEW[:2] if session.tiny else FEW if way != "patch" else tuple(contestants.timed())
     size = (20, 20, 20) if session.tiny else (128, 320, 320)
@@ -231,9 +242,7 @@ def predicted(way: str, session: Session) -> Any:
     environment = {**os.environ, "nnUNet_preprocessed": str(session.preprocessed)}
     environment |= {"TORCH_COMPILE_DISABLE": "1"} if session.tiny else {}  # a compiler need not be there
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
-    result = json.loads(output.read_text())
-    output.unlink()
-    return result
+    return json.loads(output.read_text())
 
 
 def stage_convolutions(session: Session) -> dict[str, Measurement]:
@@ -359,7 +368,7 @@ def trained(contestant: str, session: Session) -> Any:
             "0.17",
         ]
     else:
-        command += ["--epochs", "100"]
+        command += ["--epochs", "20", "--iterations", "100", "--validation-iterations", "10"]
     subprocess.run(command, cwd=REPOSITORY, check=True)
     results = (
         json.loads((folder / "hippocampus.json").read_text())["results"] if (folder / "hippocampus.json").is_file() else {}

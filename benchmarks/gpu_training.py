@@ -117,12 +117,18 @@ def profile_step(trainer: Any) -> list[dict[str, Any]]:
         for _ in range(steps):
             trainer.train_step(batch)
     attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    averages = sorted(profiler.key_averages(), key=lambda event: -getattr(event, attribute))
+    averages = [event for event in profiler.key_averages() if not on_gpu or _is_kernel(event)]
+    averages.sort(key=lambda event: -getattr(event, attribute))
     whole = sum(getattr(event, attribute) for event in averages)
     return [
         {"operation": event.key, "calls": event.count // steps, "share": round(getattr(event, attribute) / whole, 4)}
         for event in averages[:20]
     ]
+
+
+def _is_kernel(event: Any) -> bool:
+    """Operations of the CPU, and ranges with a name, have the time of their kernels once more."""
+    return event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
 
 
 def in_own_process(*arguments: Any) -> dict[str, Any]:

@@ -188,8 +188,8 @@ def select(mask: Tensor, importance: Tensor, growth: Tensor, fraction: float) ->
     pruned = torch.zeros_like(active)
     pruned[kept_order[:count]] = True
 
-    # Candidates in ranks: inactive before, just pruned, active; the first two in one where the first is too small. Within a rank
-    # by score, highest first.
+    # Candidates in ranks: inactive before, just pruned, active; the first two in one where the first is too small. Within a
+    # rank by score, highest first.
     by_score = growth.flatten().argsort(descending=True, stable=True)
     rank = active.to(torch.uint8) * 2 - pruned.to(torch.uint8) * (2 if n_inactive < count else 1)
     order = by_score[rank[by_score].argsort(stable=True)]

@@ -26,6 +26,7 @@ from nnunetv2_e2enet.evaluation.statistics import (
     paired_tests,
     rank_tests,
     trade_off_scores,
+    with_absences,
 )
 
 FAILURE_DICE = 0.5

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network._raw_map import FeatureMap, flatten, regroup
@@ -25,6 +25,18 @@ def check_recompute(value: str) -> None:
     """Raises E2ENetError unless ``value`` is one of RECOMPUTE."""
     if value not in RECOMPUTE:
         raise E2ENetError(f"recompute is {value!r}: use one of {', '.join(RECOMPUTE)}")
+
+
+def _all_again() -> Any:
+    """The contexts of a checkpoint in which nothing is kept, as in any checkpoint.
+
+    PyTorch 2.11 forgets it within autograd functions of a compiled network unless it is told.
+    """
+    return create_selective_checkpoint_contexts(_prefer_recompute)
+
+
+def _prefer_recompute(*_operation: Any, **_arguments: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def convolved(
@@ -53,7 +65,8 @@ def convolved(
         return read(*regroup(tensors, slopes))
 
     if torch.compiler.is_compiling():  # the compiler computes no convolution again unless it is told to
-        return conv(checkpoint(read_again, *tensors, use_reentrant=False, preserve_rng_state=random))
+        read_maps = checkpoint(read_again, *tensors, use_reentrant=False, preserve_rng_state=random, context_fn=_all_again)
+        return conv(read_maps)
 
     def convolve(*tensors: Tensor) -> Tensor:
         return conv(read_again(*tensors))

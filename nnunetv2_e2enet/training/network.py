@@ -54,6 +54,8 @@ class NetworkMixin(Overrides, TrainerBase):
         with one_line_errors():
             check_attributes(self, TRAINER_ATTRIBUTES)
             self._write_architecture_into_plans()
+            if self.is_ddp and self._do_i_compile():
+                torch._dynamo.config.optimize_ddp = False  # PyTorch 2.11 fails where it splits a graph with checkpoints
             super().initialize()
 
     def _write_architecture_into_plans(self) -> None:
