@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import os
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
 
 import SimpleITK
@@ -26,8 +30,40 @@ def readable(what: object) -> Iterator[None]:
         ) from error
 
 
+def check_whole(file: Path) -> None:
+    """Raises E2ENetError where a NIfTI file ends too early; SimpleITK reads what is missing as zeros, and says nothing.
+
+    Other formats have errors of their own. The last four bytes of a compressed file tell its size; where they do not fit, the
+    file is decompressed to its end.
+    """
+    if not file.name.endswith((".nii", ".nii.gz")):
+        return
+    header = read_header(file)
+    shape = [int(header.GetMetaData(f"dim[{axis}]")) for axis in range(1, 1 + int(header.GetMetaData("dim[0]")))]
+    expected = int(float(header.GetMetaData("vox_offset"))) + prod(shape) * int(header.GetMetaData("bitpix")) // 8
+    found = _bytes_within(file, expected) if file.name.endswith(".gz") else file.stat().st_size
+    if found < expected:
+        raise E2ENetError(
+            f"{file} ends after {found:,} of {expected:,} bytes: expected a whole image file; copy it again or write it anew"
+        )
+
+
+def _bytes_within(file: Path, expected: int) -> int:
+    """Bytes that a compressed file holds, or ``expected`` where its last bytes say that these are all."""
+    with file.open("rb") as compressed:
+        compressed.seek(-4, os.SEEK_END)
+        if int.from_bytes(compressed.read(), "little") == expected % 2**32:
+            return expected
+    found = 0
+    with suppress(EOFError, OSError, zlib.error), gzip.open(file) as content:  # which end the file early
+        while block := content.read(2**20):
+            found += len(block)
+    return found
+
+
 def read_image(file: Path) -> SimpleITK.Image:
     """Raises E2ENetError where it cannot be read."""
+    check_whole(file)
     with readable(file):
         return SimpleITK.ReadImage(str(file))
 

@@ -115,6 +115,71 @@ def test_dice_equals_nnunets_evaluation(tmp_path: Path, labels: dict[str, Any]) 
         assert content["means"]["dice"][model.name]["mean"]["mean"] == pytest.approx(np.mean(means), abs=1e-9)
 
 
+def test_a_class_that_one_model_invents_counts_in_the_tests(tmp_path: Path) -> None:
+    """No case has a tumour; the first model finds one in each, and both have the same liver but for a voxel."""
+    study = Study(tmp_path, cases=12)
+    for i in range(12):
+        liver = (label_map(i, 1) > 0).astype(np.uint8)
+        write_map(study.reference / f"case_{i}.nii.gz", liver)
+        nearly = liver.copy()
+        nearly[tuple(np.argwhere(liver)[0])] = 0
+        write_map(study.models[1] / f"case_{i}.nii.gz", nearly)
+        nearly[7, 15, : 1 + i] = 2
+        write_map(study.models[0] / f"case_{i}.nii.gz", nearly)
+    tests = study.json()["paired_tests"]
+    for metric, sign in (("dice", -1), ("nsd", -1), ("hd95", 1), ("volume_error", 1)):
+        mean, liver_test, tumour = tests[metric]
+        assert mean["difference"]["mean"] * sign > 0
+        assert mean["p_holm"] < 0.01
+        assert liver_test["ties"] == 12
+        assert tumour["difference"]["n"] == 12
+        assert tumour["difference"]["mean"] * sign > 0
+
+
+@pytest.mark.parametrize("of_reference", [True, False])
+def test_values_that_no_label_has_are_named(study: Study, capsys: pytest.CaptureFixture[str], of_reference: bool) -> None:
+    file = (study.reference if of_reference else study.models[1]) / "case_3.nii.gz"
+    write_map(file, np.where(label_map(3) == 2, 255, label_map(3)).astype(np.uint8))
+    assert main(study.arguments()) == 1
+    assert f"{file} holds the value 255: expected the labels of dataset.json, 0, 1, 2" in capsys.readouterr().err
+
+
+def test_holm_may_leave_too_few_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Six cases give p = 2 / 2^6 = 0.03 at least, and three times that where there are three tests."""
+    study = Study(tmp_path, cases=6)
+    for i in range(6):
+        shutil.copy(study.reference / f"case_{i}.nii.gz", study.models[0])
+        write_map(study.models[1] / f"case_{i}.nii.gz", np.roll(label_map(i), 1, axis=0))
+    assert main(study.arguments()) == 0
+    assert "Dice: too few cases to show a difference" in capsys.readouterr().out
+
+
+def test_json_before_the_folders_replaces_none_of_them(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    plans = study.folder / "plans.json"
+    plans.write_text('{"plans_name": "mine"}')
+    assert main(study.arguments("--json", str(plans))) == 1
+    assert f"--json {plans} is there, and no earlier output: name another file, or write --json at the end" in (
+        capsys.readouterr().err
+    )
+    assert plans.read_text() == '{"plans_name": "mine"}'
+    assert study.json()["means"] == study.json()["means"]  # an earlier output is replaced
+
+
+def test_seeds_below_zero(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(study.arguments("--seed", "-1")) == 1
+    assert capsys.readouterr().err == "e2enet compare: --seed -1: expected a number from 0\n"
+
+
+def test_characters_that_the_output_lacks_lose_nothing(study: Study) -> None:
+    """As where Windows writes into a file."""
+    csv_file = study.folder / "cases.csv"
+    command = [program("e2enet"), *study.arguments("--csv", str(csv_file))]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    result = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert csv_file.is_file()
+
+
 def without_foreground(trained: Path, folder: Path) -> Path:
     """The same network with segmentations of background alone."""
     shutil.copytree(trained, folder)

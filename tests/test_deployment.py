@@ -446,6 +446,42 @@ def test_other_files_of_a_folder_are_left_alone(
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
+def test_a_scan_that_ends_early_is_not_predicted(
+    packed: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan = next(iter(images(project).values()))
+    (tmp_path / "scan.nii.gz").write_bytes(scan.read_bytes()[:20000])
+    options = ["-m", str(packed), "-o", str(tmp_path / "out"), "-device", "cpu", "--disable_tta"]
+    assert main(["predict", *options, "-i", str(tmp_path / "scan.nii.gz")]) == 1
+    assert "expected a whole image file" in single_line(capsys)
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
+def test_volumes_of_one_scan_after_the_other(packed: Path, project: Project, tmp_path: Path) -> None:
+    options = ["-m", str(packed), "-o", str(tmp_path), "-device", "cpu", "--disable_tta", "--volumes"]
+    for scan in images(project).values():
+        assert main(["predict", *options, "-i", str(scan)]) == 0
+    with (tmp_path / "volumes.csv").open(newline="") as file:
+        assert {f"{row['case']}.nii.gz" for row in csv.DictReader(file)} == set(images(project))
+    first, second = images(project)
+    (tmp_path / first).unlink()
+    assert main(["predict", *options, "-i", str(images(project)[second])]) == 0
+    with (tmp_path / "volumes.csv").open(newline="") as file:
+        assert {f"{row['case']}.nii.gz" for row in csv.DictReader(file)} == {second}
+
+
+def test_a_converted_scan_beside_its_slices_is_not_replaced(
+    packed: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan = SimpleITK.ReadImage(next(iter(images(project).values())))
+    SimpleITK.WriteImage(scan, tmp_path / "CT.nii.gz")
+    SimpleITK.WriteImage(scan, tmp_path / "CT.nrrd")
+    before = (tmp_path / "CT.nii.gz").read_bytes()
+    assert main(["predict", "-m", str(packed), "-i", str(tmp_path / "CT.nrrd"), "-o", str(tmp_path), "-device", "cpu"]) == 1
+    assert "CT.nii.gz is there already, and no segmentation of this image" in single_line(capsys)
+    assert (tmp_path / "CT.nii.gz").read_bytes() == before
+
+
 def test_cascades_need_the_first_stage(packed: Path) -> None:
     model = read_packed(packed)
     plans = json.loads(json.dumps(model.description.plans))

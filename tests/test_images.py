@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ from support import Project, copy_with_random_heads, untrained_model
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.deployment import PackedModel
 from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
-from nnunetv2_e2enet.deployment.images import case_name, check_channels, folder_of_images
+from nnunetv2_e2enet.deployment.images import case_name, check_channels, check_replaceable, folder_of_images
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.imaging import read_image
 
 
 @pytest.fixture
@@ -197,9 +199,71 @@ def test_one_file_may_hold_all_channels(tmp_path: Path, model: PackedModel) -> N
         check_channels([folder / "a_0000.png"], pictures)
     with pytest.raises(E2ENetError, match="1 images are given"), folder_of_images([tmp_path / "grey.png"], pictures):
         pass
-    shutil.copy(tmp_path / "grey.png", tmp_path / "b_0000.png")
+    (tmp_path / "grey.png").rename(tmp_path / "b_0000.png")
     with pytest.raises(E2ENetError, match=r"b_0001\.png is missing: expected an image for each of the channels R, G, B of b"):
         check_channels([tmp_path / "a_0000.png", tmp_path / "b_0000.png"], pictures)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_file_that_ends_early_is_no_image(tmp_path: Path, ending: str) -> None:
+    """SimpleITK reads what is missing as zeros."""
+    noise = np.random.default_rng(0).normal(size=(20, 64, 64)).astype(np.float32)
+    file = tmp_path / f"scan{ending}"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(noise), file)
+    whole = file.read_bytes()
+    assert read_image(file).GetSize() == (64, 64, 20)
+    for size in (len(whole) // 2, len(whole) - 5):
+        file.write_bytes(whole[:size])
+        with pytest.raises(E2ENetError, match=r"ends after [\d,]+ of [\d,]+ bytes: expected a whole image file"):
+            read_image(file)
+
+
+def test_a_file_compressed_in_parts_is_whole(tmp_path: Path) -> None:
+    """As bgzip writes it: the last bytes tell the size of the last part alone."""
+    voxels = np.arange(4000, dtype=np.int16).reshape(10, 20, 20)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(voxels), tmp_path / "scan.nii")
+    content = (tmp_path / "scan.nii").read_bytes()
+    (tmp_path / "scan.nii.gz").write_bytes(gzip.compress(content[:3000]) + gzip.compress(content[3000:]))
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(read_image(tmp_path / "scan.nii.gz")), voxels)
+
+
+def test_images_of_four_axes_are_refused(tmp_path: Path, model: PackedModel) -> None:
+    file = tmp_path / "both_0000.nii.gz"
+    SimpleITK.WriteImage(SimpleITK.Image([8, 8, 4, 2], SimpleITK.sitkFloat32), file)
+    two = with_channels(model, "T1", "T2")
+    message = r"both_0000\.nii\.gz has the size \(8, 8, 4, 2\): expected a 3D image for each channel"
+    with pytest.raises(E2ENetError, match=message), folder_of_images([file], two):
+        pass
+    with pytest.raises(E2ENetError, match=message):
+        check_channels([file], two)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.nii.gz", "is named like no channel of a case"),
+        ("b_0001.nii.gz", r"has no first channel, b_0000\.nii\.gz, beside it"),
+    ],
+)
+def test_other_files_in_a_folder_of_images_are_named(tmp_path: Path, model: PackedModel, name: str, message: str) -> None:
+    for file in ("a_0000.nii.gz", name):
+        SimpleITK.WriteImage(make_scan(), tmp_path / file)
+    with pytest.raises(E2ENetError, match=message):
+        check_channels([tmp_path / "a_0000.nii.gz"], model)
+
+
+def test_what_a_segmentation_may_replace(tmp_path: Path, model: PackedModel) -> None:
+    """An earlier one of the same image: neither a scan of that name nor the segmentation of another patient's."""
+    image, target = tmp_path / "CT_0000.nii.gz", tmp_path / "CT.nii.gz"
+    scan, other = make_scan(), make_scan((4, 20, 24))
+    SimpleITK.WriteImage(scan, image)
+    check_replaceable(target, image, model)
+    for taken in (scan, SimpleITK.Cast(other > 0, SimpleITK.sitkUInt8)):
+        SimpleITK.WriteImage(taken, target)
+        with pytest.raises(E2ENetError, match=r"CT\.nii\.gz is there already, and no segmentation of this image"):
+            check_replaceable(target, image, model)
+    SimpleITK.WriteImage(SimpleITK.Cast(scan > 0, SimpleITK.sitkUInt8), target)
+    check_replaceable(target, image, model)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------------

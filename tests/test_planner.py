@@ -186,6 +186,9 @@ def test_what_cannot_be_planned_is_said_in_one_line(
 
     for target in ("-3", "0", "nan"):
         assert message("-gpu_memory_target", target) == f"e2enet plan: -gpu_memory_target {target}: expected GB above 0\n"
+    assert message("-overwrite_target_spacing", "0", "1", "1") == (
+        "e2enet plan: -overwrite_target_spacing 0 1 1: expected mm above 0\n"
+    )
     (preprocessed / "Plans.json").mkdir()  # stands for a file that cannot be written
     assert "data set 991 cannot be planned: " in (said := message("-overwrite_plans_name", "Plans"))
     assert said.count("\n") == 1

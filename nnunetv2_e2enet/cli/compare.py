@@ -98,6 +98,8 @@ def _check(args: argparse.Namespace) -> None:
         raise E2ENetError(f"--workers {args.workers}: at least one is needed")
     if min(args.weights) < 0:
         raise E2ENetError(f"--weights {args.weights[0]:g} {args.weights[1]:g}: expected numbers from 0")
+    if args.seed < 0:
+        raise E2ENetError(f"--seed {args.seed}: expected a number from 0")
     if not 0 <= args.failure_dice <= 1:
         raise E2ENetError(f"--failure-dice {args.failure_dice:g}: expected a Dice, from 0 to 1")
 

@@ -7,6 +7,7 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from types import ModuleType
 from typing import Any, TextIO
 
@@ -98,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if all went well, 1 for bad input (said in one message on standard error), 130 after Ctrl-C. Also 1, without a
         message, where standard output is a pipe that nobody reads any more, as in ``e2enet info | head -1``.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # characters that its encoding lacks, as in files on Windows
     try:
         try:
             return _run(arguments)
@@ -129,6 +133,8 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _is_closed_pipe(stream: TextIO) -> bool:
     """Whether a stream writes into a pipe without a reader; the pipe to a process of a pool may break as well."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
     poll = select.poll()
     poll.register(stream, select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))

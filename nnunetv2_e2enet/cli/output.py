@@ -47,6 +47,18 @@ def check_folders(args: argparse.Namespace, *options: str) -> None:
         if not folder.is_dir():
             raise E2ENetError(f"cannot write {file}: the folder {file.parent} is missing; make it, or choose another place")
         make_writable(folder)
+    if args.json not in (None, "-") and Path(args.json).exists():
+        _check_is_output(Path(args.json))
+
+
+def _check_is_output(file: Path) -> None:
+    """``--json FOLDER``, written before what is compared, would take its first file for that to be written."""
+    try:
+        written = "provenance" in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        written = False
+    if not written:
+        raise E2ENetError(f"--json {file} is there, and no earlier output: name another file, or write --json at the end")
 
 
 def write_json(args: argparse.Namespace, content: Mapping[str, Any]) -> list[Path]:

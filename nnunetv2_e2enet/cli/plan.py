@@ -41,6 +41,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.gpu_memory_target is not None and not 0 < args.gpu_memory_target < math.inf:
         raise E2ENetError(f"-gpu_memory_target {args.gpu_memory_target:g}: expected GB above 0")
+    spacing = args.overwrite_target_spacing or []
+    if not all(0 < mm < math.inf for mm in spacing):
+        raise E2ENetError(f"-overwrite_target_spacing {' '.join(f'{mm:g}' for mm in spacing)}: expected mm above 0")
     raw, preprocessed = nnunet_folder(RAW), nnunet_folder(PREPROCESSED)
     for dataset_id in args.d:
         name = dataset_name(str(dataset_id))

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
     from nnunetv2_e2enet.deployment import read_packed
     from nnunetv2_e2enet.deployment.dicom_seg import check_dicom_seg, series_to_refer_to
-    from nnunetv2_e2enet.deployment.images import check_channels, folder_of_images
+    from nnunetv2_e2enet.deployment.images import check_channels, check_replaceable, folder_of_images
     from nnunetv2_e2enet.deployment.previews import check_previews
     from nnunetv2_e2enet.deployment.segmenter import make_predictor
     from nnunetv2_e2enet.deployment.volumes import check_volumes
@@ -111,6 +111,9 @@ def run(args: argparse.Namespace) -> int:
         cases = _first_channels(images, model)[args.part_id :: args.num_parts]
         _check_places(args, cases, images, model)
         check_channels(cases, model)
+        if images != args.i[0]:  # of another folder, or of another patient, a case may have the same name
+            for image in cases:
+                check_replaceable(_segmentation(args.o, image, model), image, model)
         _check_first_stage(args, cases, model)
         if args.volumes:
             check_volumes(cases, model)

@@ -15,11 +15,12 @@ import SimpleITK
 from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
 from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import read_header, read_image, readable
+from nnunetv2_e2enet.imaging import check_whole, read_header, read_image, readable
 
 WRITTEN = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
 """Endings of files with a geometry, which SimpleITK writes and nnU-Net's readers read."""
 
+THREE_AXES = 3
 SAME_PLACE = 0.1
 """Voxels by which the origins of a case's channels may differ."""
 
@@ -62,19 +63,57 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
 def check_channels(images: Sequence[Path], model: PackedModel) -> None:
     """Raises E2ENetError where a case lacks a channel.
 
+    Also where an image has four axes, or a file that nnU-Net would take for an image is named otherwise.
+
     Args:
         images: the first channel of each case, named as nnU-Net wants it; one file may hold all channels.
         model: says which channels are expected.
     """
     ending = model.description.dataset["file_ending"]
+    for folder in {image.parent for image in images}:
+        _check_names(folder, ending)
     for image in images:
         case = image.name.removesuffix(f"_0000{ending}")
         files = [image.with_name(f"{case}_{i:04d}{ending}") for i in range(len(model.channels))]
+        _check_axes(image, ending)
         missing = [file for file in files if not file.is_file()]
         if missing and not _holds_all_channels(image, model):
             raise E2ENetError(
                 f"{missing[0]} is missing: expected an image for each of the channels {', '.join(model.channels)} of {case}"
             )
+
+
+def _check_names(folder: Path, ending: str) -> None:
+    """nnU-Net takes every file with the ending for a channel of a case, whatever it is called."""
+    names = {path.name for path in folder.glob(f"*{ending}")}
+    for name in sorted(names):
+        case = re.fullmatch(rf"(.+)_\d{{4}}{re.escape(ending)}", name)
+        if case is None:
+            raise E2ENetError(
+                f"{folder / name} is named like no channel of a case, CASE_0000{ending}: rename it or take it away"
+            )
+        if f"{case[1]}_0000{ending}" not in names:
+            raise E2ENetError(f"{folder / name} has no first channel, {case[1]}_0000{ending}, beside it: add it")
+
+
+def check_replaceable(segmentation: Path, image: Path, model: PackedModel) -> None:
+    """Raises E2ENetError where a segmentation would replace anything but an earlier one of the same image."""
+    if not segmentation.exists() or model.description.dataset["file_ending"] not in WRITTEN:
+        return
+    found = read_header(segmentation)
+    of_labels = (SimpleITK.sitkUInt8, SimpleITK.sitkUInt16)  # as nnU-Net writes them
+    if found.GetPixelID() not in of_labels or not _same_grid(found, read_header(image)):
+        raise E2ENetError(
+            f"{segmentation} is there already, and no segmentation of this image: its voxels are of another kind or in other "
+            "places. Name another folder with -o"
+        )
+
+
+def _check_axes(image: Path, ending: str) -> None:
+    if ending in WRITTEN and len(read_header(image).GetSize()) > THREE_AXES:
+        raise E2ENetError(
+            f"{image} has the size {read_header(image).GetSize()}: expected a 3D image for each channel; split it"
+        )
 
 
 def _holds_all_channels(path: Path, model: PackedModel) -> bool:
@@ -83,8 +122,11 @@ def _holds_all_channels(path: Path, model: PackedModel) -> bool:
     Raises:
         E2ENetError: it cannot be read.
     """
-    if not path.is_file() or not path.name.endswith(model.description.dataset["file_ending"]):
+    ending = model.description.dataset["file_ending"]
+    if not path.is_file() or not path.name.endswith(ending):
         return False
+    _check_axes(path, ending)
+    check_whole(path)
     reader = model.description.managers()[0].image_reader_writer_class()
     with readable(path):
         array, _ = reader.read_images([str(path)])

@@ -157,6 +157,11 @@ def write_onnx(folder: Path, model: PackedModel) -> list[Path]:
     return [folder / name for name in (*names, "model.json")]
 
 
+def _first_stage(name: str | None, labels: Sequence[int]) -> dict[str, Any]:
+    """What a cascade's second stage reads after the channels: a mask for each label of the first stage's segmentation."""
+    return {} if name is None else {"previous_stage": name, "masks_of_labels": [int(label) for label in labels]}
+
+
 def _runtime_facts(description: Description, files: list[str]) -> dict[str, Any]:
     """The facts that a program around the network needs, in nnU-Net's words."""
     plans, settings = description.managers()
@@ -172,6 +177,7 @@ def _runtime_facts(description: Description, files: list[str]) -> dict[str, Any]
             "name": INPUT,
             "channel_names": description.dataset.get("channel_names") or description.dataset["modality"],
             "patch_size": settings.patch_size,
+            **_first_stage(settings.previous_stage_name, labels.foreground_labels),
         },
         "output": {
             "name": OUTPUT,

@@ -55,6 +55,8 @@ def make_predictor(
         raise E2ENetError(f"the step size is {step_size}: expected more than 0 and at most 1, nnU-Net's is 0.5")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise E2ENetError("PyTorch finds no CUDA device here: use -device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise E2ENetError("PyTorch finds no MPS device here: use -device cpu")
     description = model.description
     install()
     with redirect_stdout(StringIO()):  # it says that CPUs have no GPU memory

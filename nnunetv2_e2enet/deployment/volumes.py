@@ -34,8 +34,10 @@ def check_volumes(images: Sequence[Path], model: PackedModel) -> None:
 def write_volumes(file: Path, segmentations: Sequence[Path], model: PackedModel, progress: bool = False) -> None:
     """Writes a CSV file: a row for each segmentation and each label or region but the background.
 
+    Rows of other cases that the file had stay where their segmentations lie beside it still.
+
     Args:
-        file: to write or replace.
+        file: to write.
         segmentations: of the model, with the file ending of its data set. Their names are those of the cases.
         model: a packed model, whose labels are counted.
         progress: show a bar.
@@ -45,13 +47,23 @@ def write_volumes(file: Path, segmentations: Sequence[Path], model: PackedModel,
     """
     reader = model.description.managers()[0].image_reader_writer_class()
     ending = model.description.dataset["file_ending"]
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(HEADER)
+    cases = {path.name.removesuffix(ending) for path in segmentations}
+    rows = [row for row in _rows_of(file) if row[0] not in cases and (file.parent / f"{row[0]}{ending}").is_file()]
     for path in tqdm(segmentations, desc="Volumes", disable=not progress):
         segmentation, properties = reader.read_seg(str(path))
         counts = np.bincount(segmentation.astype(np.int64).ravel())
         for name, values in model.foreground.items():
             voxels = sum(int(counts[n]) for n in values if n < len(counts))
-            writer.writerow((path.name.removesuffix(ending), name, f"{voxels * prod(properties['spacing']) / 1000:.3f}"))
+            millilitres = f"{voxels * prod(properties['spacing']) / 1000:.3f}"
+            rows.append([path.name.removesuffix(ending), name, millilitres])
+    text = StringIO()
+    csv.writer(text, lineterminator="\n").writerows([HEADER, *sorted(rows, key=lambda row: row[0])])
     write(file, text.getvalue())
+
+
+def _rows_of(file: Path) -> list[list[str]]:
+    """Of an earlier file; none where there is no such file or it is no table of volumes."""
+    if not file.is_file():
+        return []
+    header, *rows = [*csv.reader(StringIO(file.read_text(encoding="utf-8", errors="replace")))] or [[]]
+    return [row for row in rows if len(row) == len(HEADER)] if tuple(header) == HEADER else []

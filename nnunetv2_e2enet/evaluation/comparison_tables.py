@@ -134,11 +134,18 @@ def _paired_verdict(comparison: Comparison, metric: Metric) -> str:
     if test.p_holm < ALPHA:
         better = (test.rank_biserial > 0) == metric.higher_is_better
         finding = f"{first if better else second} is better"
-    elif 2 / 2 ** (test.wins + test.losses) >= ALPHA:  # the smallest p-value that signs of so many cases can give
+    elif (
+        _tested(comparison, metric) * 2 / 2 ** (test.wins + test.losses) >= ALPHA
+    ):  # the smallest p that so many signs can give
         finding = "too few cases to show a difference"
     else:
         finding = "no difference shown"
     return f"{metric.title}: {finding}; {size}, Wilcoxon {numbers.p_statement(test.p_holm)} (Holm), n = {test.difference.n}."
+
+
+def _tested(comparison: Comparison, metric: Metric) -> int:
+    """The number of tests for which Holm's method corrects the smallest p-value."""
+    return sum(not math.isnan(test.p) for test in comparison.paired[metric.key])
 
 
 def _ranked_verdict(comparison: Comparison, metric: Metric) -> str:

@@ -162,7 +162,22 @@ def prediction_metrics(
     """Metrics of one prediction, an array (classes, fields of ``ClassMetrics``). Its arguments are the key of the cache."""
     expected, spacing = _read_reference(reference)
     found, _ = read_label_map(Path(prediction.path))
+    for voxels, file in ((expected, reference.path), (found, prediction.path)):
+        _check_values(voxels, labels, file)
     return np.array(case_metrics(expected, found, spacing, labels, tolerances), dtype=float)
+
+
+def _check_values(voxels: NDArray[np.integer], labels: Labels, file: str) -> None:
+    """Raises E2ENetError where a label map holds values that ``dataset.json`` does not name."""
+    named = [*labels.known, *([] if labels.ignore is None else [labels.ignore])]
+    is_named = np.zeros(max(named) + 2, bool)  # the last one stands for all that are larger
+    is_named[named] = True
+    unknown = ~is_named[np.minimum(voxels, len(is_named) - 1)]
+    if unknown.any():
+        values = ", ".join(map(str, np.unique(voxels[unknown])[:5]))
+        raise E2ENetError(
+            f"{file} holds the value {values}: expected the labels of dataset.json, {', '.join(map(str, named))}"
+        )
 
 
 @lru_cache(maxsize=1)

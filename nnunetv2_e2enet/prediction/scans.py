@@ -26,7 +26,7 @@ from tqdm import tqdm
 from nnunetv2_e2enet.engine import bytes_to_take
 from nnunetv2_e2enet.engine.scan import ScanCore
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import readable
+from nnunetv2_e2enet.imaging import check_whole, readable
 from nnunetv2_e2enet.machine import free_bytes
 from nnunetv2_e2enet.prediction.export import Export, label_dtype
 from nnunetv2_e2enet.prediction.windows import Slicer, SlidingSums, as_window, predict_mirrored, slide
@@ -69,6 +69,8 @@ def preprocessed_ahead(
     preprocessor, configuration = preprocessing(predictor)
 
     def read(files: Sequence[str], output: str | None) -> Preprocessed:
+        for file in files:
+            check_whole(Path(file))
         with readable(files[0]):
             data, _, properties = preprocessor.run_case(
                 list(files), None, predictor.plans_manager, configuration, predictor.dataset_json
