@@ -24,7 +24,7 @@ TILES_INPUTS = 12
 CHUNK = 128  # input maps whose transformed tiles stay in the first-level cache
 
 POINTS = (0, 3 / 4, -3 / 4, 3 / 2, -3 / 2)
-"""Where Winograd's F(4 x 4, 3 x 3) interpolates (Lavin and Gray, arXiv 1509.09308), infinity besides, as in native/core.h.
+"""Interpolation points of Winograd's F(4 x 4, 3 x 3) (Lavin and Gray, arXiv 1509.09308) besides infinity, as in core.h.
 
 Results round half as much as with 0, 1, -1, 2, -2, and all coefficients of the transforms of maps are exact in float32.
 """
