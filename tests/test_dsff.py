@@ -94,8 +94,7 @@ def test_long_update_sequences(
                 if pruned.any() and kept.any():
                     assert importance[pruned].max() <= importance[kept].min()
                 assert int(grown.sum()) == math.ceil(update.prune_fraction * int(mask.sum()))
-            else:  # too few were inactive: all of them are in, or the layer is dense
-                assert layer.mask[~mask].all()
+            else:  # too few were inactive: some of the pruned start anew, or the layer is dense
                 assert mask.all() or restarted.sum() + grown.sum() >= math.ceil(update.prune_fraction * int(mask.sum()))
             assert_clean(layer, grown | pruned, optimizer)
 

@@ -14,7 +14,7 @@ TRAINER_ATTRIBUTES = (
     *("fold", "current_epoch", "num_epochs", "was_initialized", "enable_deep_supervision", "disable_checkpointing"),
     *("device", "network", "loss", "optimizer", "grad_scaler", "dataloader_train", "is_ddp", "local_rank"),
     *("logger.local_logger.verbose", "print_to_log_file"),
-    "configure_optimizers",
+    *("configure_optimizers", "_do_i_compile"),
 )
 PLANNER_ATTRIBUTES = (
     *("UNet_class", "UNet_base_num_features", "UNet_max_features_2d", "UNet_max_features_3d"),
