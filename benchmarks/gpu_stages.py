@@ -31,7 +31,7 @@ from nnunetv2_e2enet.settings import variable
 REPOSITORY = Path(__file__).resolve().parents[1]
 FEW = ("nnU-Net", "E2ENet 0.8", "E2ENet 0.8, channels last", "E2ENet 0.8, blocks of 16")
 TRAINED = ("nnU-Net", "E2ENet 0.8", "E2ENet 0.9")
-ENOUGH_TO_END = 20  # seconds of a measurement's time, after which no round is begun
+ENOUGH_TO_END = 20  # seconds before the end of a measurement's time, in which no round is begun
 RECORD, ERROR, PARTIAL = ".json", ".error.json", ".partial"
 """How files of a measurement end: its result; why it failed; what it has found so far."""
 

@@ -15,6 +15,9 @@ import SimpleITK
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.machine import is_out_of_memory
 
+GZIP = b"\x1f\x8b"
+"""First bytes of a compressed file, whatever it is called."""
+
 
 @contextmanager
 def readable(what: object) -> Iterator[None]:
@@ -38,10 +41,11 @@ def check_whole(file: Path) -> None:
     """
     if not file.name.endswith((".nii", ".nii.gz")):
         return
-    header = read_header(file)
-    shape = [int(header.GetMetaData(f"dim[{axis}]")) for axis in range(1, 1 + int(header.GetMetaData("dim[0]")))]
-    expected = int(float(header.GetMetaData("vox_offset"))) + prod(shape) * int(header.GetMetaData("bitpix")) // 8
-    found = _bytes_within(file, expected) if file.name.endswith(".gz") else file.stat().st_size
+    with readable(file):
+        header = read_header(file)
+        shape = [int(header.GetMetaData(f"dim[{axis}]")) for axis in range(1, 1 + int(header.GetMetaData("dim[0]")))]
+        expected = int(float(header.GetMetaData("vox_offset"))) + prod(shape) * int(header.GetMetaData("bitpix")) // 8
+        found = _bytes_within(file, expected)
     if found < expected:
         raise E2ENetError(
             f"{file} ends after {found:,} of {expected:,} bytes: expected a whole image file; copy it again or write it anew"
@@ -49,10 +53,12 @@ def check_whole(file: Path) -> None:
 
 
 def _bytes_within(file: Path, expected: int) -> int:
-    """Bytes that a compressed file holds, or ``expected`` where its last bytes say that these are all."""
-    with file.open("rb") as compressed:
-        compressed.seek(-4, os.SEEK_END)
-        if int.from_bytes(compressed.read(), "little") == expected % 2**32:
+    """Bytes that a file holds, compressed or not, or ``expected`` where the last bytes say that these are all."""
+    with file.open("rb") as stored:
+        if stored.read(2) != GZIP:
+            return file.stat().st_size
+        stored.seek(-4, os.SEEK_END)
+        if int.from_bytes(stored.read(), "little") == expected % 2**32:
             return expected
     found = 0
     with suppress(EOFError, OSError, zlib.error), gzip.open(file) as content:  # which end the file early

@@ -227,6 +227,12 @@ def test_a_file_compressed_in_parts_is_whole(tmp_path: Path) -> None:
     np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(read_image(tmp_path / "scan.nii.gz")), voxels)
 
 
+def test_a_whole_file_of_a_wrong_name_is_read(tmp_path: Path) -> None:
+    SimpleITK.WriteImage(make_scan(), tmp_path / "scan.nii")
+    (tmp_path / "scan.nii").rename(tmp_path / "other.nii.gz")
+    assert read_image(tmp_path / "other.nii.gz").GetSize() == make_scan().GetSize()
+
+
 def test_images_of_four_axes_are_refused(tmp_path: Path, model: PackedModel) -> None:
     file = tmp_path / "both_0000.nii.gz"
     SimpleITK.WriteImage(SimpleITK.Image([8, 8, 4, 2], SimpleITK.sitkFloat32), file)

@@ -59,7 +59,7 @@ TRANSPOSED = [(2, 2, 2), (1, 2, 2), (3, 1, 2), (2, 2)]
 """Kernel and stride at once."""
 
 
-@settings(deadline=None, max_examples=3)
+@settings(deadline=None, max_examples=6)
 @given(
     st.tuples(st.integers(1, 3), st.integers(2, 5), st.integers(3, 5)),
     st.sampled_from([*((*conv, False) for conv in CONVOLUTIONS), *((up, up, True) for up in TRANSPOSED)]),

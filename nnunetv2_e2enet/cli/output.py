@@ -52,7 +52,7 @@ def check_folders(args: argparse.Namespace, *options: str) -> None:
 
 
 def _check_is_output(file: Path) -> None:
-    """``--json FOLDER``, written before what is compared, would take its first file for that to be written."""
+    """Raises E2ENetError for a file that no command wrote: ``--json`` takes an argument that follows it for FILE."""
     try:
         written = "provenance" in json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):

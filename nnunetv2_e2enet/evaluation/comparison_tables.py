@@ -134,9 +134,7 @@ def _paired_verdict(comparison: Comparison, metric: Metric) -> str:
     if test.p_holm < ALPHA:
         better = (test.rank_biserial > 0) == metric.higher_is_better
         finding = f"{first if better else second} is better"
-    elif (
-        _tested(comparison, metric) * 2 / 2 ** (test.wins + test.losses) >= ALPHA
-    ):  # the smallest p that so many signs can give
+    elif _tested(comparison, metric) * 2 / 2 ** (test.wins + test.losses) >= ALPHA:  # the least p of so many signs
         finding = "too few cases to show a difference"
     else:
         finding = "no difference shown"
