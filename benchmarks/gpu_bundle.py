@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distribution, requires, version
 from pathlib import Path
@@ -13,6 +13,8 @@ from pathlib import Path
 import contestants
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PART_BYTES = 60 * 10**6
@@ -55,7 +57,7 @@ def installer(with_torch: bool) -> str:
     return INSTALL + ("" if with_torch else THEIR_PACKAGES) + CHECK
 
 
-def bundle(folder: Path, preprocessed: Path, python: str, with_torch: bool) -> None:
+def bundle(folder: Path, preprocessed: Path, python: str, with_torch: bool, installed: Mapping[str, str]) -> None:
     """Write the folder; wheels that are there are not fetched again.
 
     Args:
@@ -63,9 +65,10 @@ def bundle(folder: Path, preprocessed: Path, python: str, with_torch: bool) -> N
         preprocessed: the data set's folder in nnUNet_preprocessed.
         python: version of the machine's Python, such as "3.12".
         with_torch: whether torch and Triton go along, in the versions that are installed here.
+        installed: see ``needed``.
     """
     there = {wheel.name for wheel in folder.glob("wheels*/*.whl")}
-    names = sorted(needed([*WANTED, *(TORCH if with_torch else ())], python, () if with_torch else THERE))
+    names = sorted(needed([*WANTED, *(TORCH if with_torch else ())], python, () if with_torch else THERE, installed))
     new = folder / "new"
     new.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(4) as pool:
@@ -85,15 +88,39 @@ def bundle(folder: Path, preprocessed: Path, python: str, with_torch: bool) -> N
     install.chmod(0o755)
 
 
-def needed(names: Sequence[str], python: str, there: tuple[str, ...]) -> set[str]:
-    """Distributions that these ones need, directly or not, but for those that are there, and for ours."""
+def read_installed(file: Path) -> dict[str, str]:
+    """Name and version of each distribution in what ``pip list --format freeze`` wrote; a name alone has an empty version.
+
+    Raises:
+        SystemExit: a line is something else.
+    """
+    installed = {}
+    for line in filter(None, map(str.strip, file.read_text().splitlines())):
+        name, _, number = line.partition("==")
+        try:
+            canonical = canonicalize_name(name, validate=True)
+            installed[canonical] = str(Version(number)) if number else ""
+        except ValueError:
+            raise SystemExit(f"{file}: {line!r} is not NAME==VERSION, as `pip list --format freeze` writes it") from None
+    return installed
+
+
+def needed(names: Sequence[str], python: str, there: tuple[str, ...], installed: Mapping[str, str]) -> set[str]:
+    """Distributions that these ones need, directly or not, but for ours and for those that the machine has.
+
+    Args:
+        names: of the distributions.
+        python: the machine's version.
+        there: how names of distributions begin that the machine has, in whatever version.
+        installed: versions of other distributions that it has, by canonical name; an empty one suits every need.
+    """
     environment = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0"}
     found: set[str] = set()
     todo = [Requirement(name) for name in names]
     while todo:
         requirement = todo.pop()
-        name = requirement.name.lower().replace("_", "-")
-        if name in found or name.startswith(there):
+        name = canonicalize_name(requirement.name)
+        if name in found or name.startswith(there) or suits(installed.get(name), requirement):
             continue
         found.add(name)
         for text in requires(distribution(name).metadata["Name"]) or []:
@@ -102,6 +129,10 @@ def needed(names: Sequence[str], python: str, there: tuple[str, ...]) -> set[str
             if other.marker is None or any(other.marker.evaluate({**environment, "extra": extra}) for extra in extras):
                 todo.append(other)
     return found - {OURS}
+
+
+def suits(number: str | None, requirement: Requirement) -> bool:
+    return number is not None and (not number or requirement.specifier.contains(number, prereleases=True))
 
 
 def fetch(name: str, target: Path, python: str, there: Iterable[str]) -> None:

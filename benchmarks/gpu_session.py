@@ -4,6 +4,9 @@ On a machine with a network, once, with a data set that nnU-Net has preprocessed
 
     python benchmarks/gpu_session.py --bundle DIR --preprocessed nnUNet_preprocessed/Dataset004_Hippocampus --python 3.12
 
+With ``--installed FILE``, which ``python3 -m pip list --format freeze`` wrote on the other machine, what is there in a version
+that suits stays out of the bundle.
+
 On the machine with the GPU, where DIR has been copied to, without a network:
 
     DIR/install.sh
@@ -219,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bundle", type=Path, help="prepare a folder for the machine with the GPU")
     parser.add_argument("--python", default="3.12", help="of that machine")
     parser.add_argument("--with-torch", action="store_true", help="torch and Triton go along")
+    parser.add_argument("--installed", type=Path, help="`pip list --format freeze` of that machine: not in the bundle")
     parser.add_argument("--stage", type=int, choices=range(len(STAGES) + 1), help="default: 1 to 6, one after the other")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, default=REPOSITORY.parent / "session", help="of the records")
@@ -230,7 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.bundle is not None:
         if given.preprocessed is None:
             parser.error("--bundle needs --preprocessed")
-        gpu_bundle.bundle(given.bundle.resolve(), given.preprocessed.resolve(), given.python, given.with_torch)
+        installed = gpu_bundle.read_installed(given.installed) if given.installed else {}
+        gpu_bundle.bundle(given.bundle.resolve(), given.preprocessed.resolve(), given.python, given.with_torch, installed)
         return
     contestants.check_device(given.device)
     preprocessed = (given.preprocessed or REPOSITORY.parent / "nnUNet_preprocessed").resolve()

@@ -292,12 +292,33 @@ def test_trainings_beside_each_other_go_on_until_they_are_done(in_process: Proje
 
 
 def test_what_a_bundle_needs() -> None:
-    without = gpu_bundle.needed(gpu_bundle.WANTED, "3.12", gpu_bundle.THERE)
+    without = gpu_bundle.needed(gpu_bundle.WANTED, "3.12", gpu_bundle.THERE, {})
     assert {"nnunetv2", "pytest", "simpleitk", "scipy"} <= without
     assert not [name for name in without if name.startswith(("torch", "triton", "nvidia"))]
-    whole = gpu_bundle.needed([*gpu_bundle.WANTED, "torch"], "3.12", ())
+    whole = gpu_bundle.needed([*gpu_bundle.WANTED, "torch"], "3.12", (), {})
     assert whole - without >= {"torch", "sympy"}
     assert gpu_bundle.OURS not in whole
+
+
+def test_what_is_installed_there_stays_out_of_a_bundle(tmp_path: Path) -> None:
+    """In a version that suits: acvl-utils must be older than 0.3, and nothing else needs connected-components-3d."""
+    whole = gpu_bundle.needed(["nnunetv2"], "3.12", gpu_bundle.THERE, {})
+    listed = tmp_path / "installed.txt"
+
+    def with_list(text: str) -> set[str]:
+        listed.write_text(text)
+        return whole - gpu_bundle.needed(["nnunetv2"], "3.12", gpu_bundle.THERE, gpu_bundle.read_installed(listed))
+
+    assert with_list("SimpleITK==2.5.3\nacvl_utils==0.2.7\n\nnumpy\n") == {
+        "simpleitk",
+        "acvl-utils",
+        "connected-components-3d",
+        "numpy",
+    }
+    assert with_list("acvl-utils==0.3\nanother==1\n") == set()
+    for wrong in ("numpy 2.4.0", "numpy==new", "Package    Version"):
+        with pytest.raises(SystemExit, match=r"is not NAME==VERSION, as `pip list --format freeze`"):
+            with_list(wrong)
 
 
 def test_wheels_lie_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
