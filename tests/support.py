@@ -21,6 +21,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from integration.commands import Runner
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
 from nnunetv2_e2enet.deployment import Description, PackedModel
 from nnunetv2_e2enet.deployment.packing import pack
@@ -227,11 +228,18 @@ def batch(patch: Sequence[int] = (24, 64, 64), heads: int = 4) -> dict[str, Any]
 
 
 def untrained_model(
-    project: Project, configuration: str = "3d_fullres", base: int = 8, maximum: int = 32, **settings: Any
+    project: Project,
+    configuration: str = "3d_fullres",
+    base: int = 8,
+    maximum: int = 32,
+    previous_stage: str | None = None,
+    **settings: Any,
 ) -> tuple[PackedModel, E2ENet]:
     """A model of random weights for plans of the project, packed, and its network in evaluation mode."""
     plans = project.plans()
     entry = plans["configurations"][configuration]
+    if previous_stage is not None:
+        entry["previous_stage"] = previous_stage
     settings = {"feature_sparsity": 0.8, "shift_size": 3, **settings}
     entry["architecture"] = e2enet_architecture(entry["architecture"], base, maximum, **settings)
     description = Description(
@@ -246,7 +254,8 @@ def untrained_model(
     torch.manual_seed(0)
     plans_manager, settings_manager = description.managers()
     outputs = len(description.dataset["labels"])
-    network = nnUNetTrainer.build_network_architecture(plans_manager, settings_manager, 1, outputs, False).eval()
+    inputs = determine_num_input_channels(plans_manager, settings_manager, description.dataset)
+    network = nnUNetTrainer.build_network_architecture(plans_manager, settings_manager, inputs, outputs, False).eval()
     for name, parameter in network.named_parameters():
         if parameter.dim() == 1:  # scales, offsets and biases are ones and zeros at the start
             torch.nn.init.uniform_(parameter, 0.5 if name.endswith("norm.weight") else -1.5, 1.5)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import ablations
 import active_costs
@@ -134,6 +136,41 @@ def test_prediction(tiny: Project, tmp_path: Path, volume: list[str]) -> None:  
     content = json.loads(output.read_text())
     assert content["machine"]["warning"] == contestants.WITHOUT_GPU
     assert {name: len(result["seconds"]) for name, result in content["results"].items()} == {"nnU-Net": 2, "E2ENet": 2}
+
+
+def test_a_profile_on_a_gpu_counts_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations and named ranges have the time of their kernels once more."""
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [
+        SimpleNamespace(key=key, device_type=kind, is_user_annotation=named, count=6, self_device_time_total=time)
+        for key, kind, named, time in (
+            ("convolution", cuda, False, 30),
+            ("norm", cuda, False, 90),
+            ("aten::conv3d", cpu, False, 30),
+            ("Optimizer.step", cuda, True, 120),
+        )
+    ]
+
+    class Profiler:
+        def __init__(self, activities: list[torch.profiler.ProfilerActivity]) -> None:
+            assert torch.profiler.ProfilerActivity.CUDA in activities
+
+        def __enter__(self) -> Profiler:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def key_averages(self) -> list[SimpleNamespace]:
+            return events
+
+    monkeypatch.setattr(torch.profiler, "profile", Profiler)
+    trainer = MagicMock(device=torch.device("cuda"))
+    assert gpu_training.profile_step(trainer) == [
+        {"operation": "norm", "calls": 2, "share": 0.75},
+        {"operation": "convolution", "calls": 2, "share": 0.25},
+    ]
+    assert trainer.train_step.call_count == 4
 
 
 def test_contestants_with_channels_last(tiny: Project, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001

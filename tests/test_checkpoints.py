@@ -106,6 +106,21 @@ def test_checkpoints_from_before_a_setting_existed_are_resumed(in_process: Proje
     assert trainer.current_epoch == 3
 
 
+def test_checkpoints_of_several_gpus_are_resumed(in_process: Project, checkpoint: Path) -> None:
+    """Their names of tensors begin with "module.", which nnU-Net takes off."""
+
+    def wrap(content: dict[str, Any]) -> None:
+        content["network_weights"] = {f"module.{key}": value for key, value in content["network_weights"].items()}
+
+    weights = read_checkpoint(checkpoint)["network_weights"]
+    rewrite(checkpoint, wrap)
+    trainer = make(nnUNetTrainerE2ENet_smoke, in_process)
+    trainer.load_checkpoint(str(checkpoint))
+    resumed = trainer.network.state_dict()
+    assert resumed.keys() == weights.keys()
+    assert all(torch.equal(resumed[key], weights[key]) for key in weights)
+
+
 class Hostile:
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from support import Project, make
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.dsff import CosineSchedule, GradientGrowth, RandomGrowth, TopologyUpdater
 from nnunetv2_e2enet.network import E2ENet, maskable_layers, store_active_only
+from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
 
 
 @pytest.mark.parametrize(
@@ -77,3 +80,22 @@ def test_topology_updates_compile_nothing_where_the_kernels_compute(active_only:
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
     assert counter.op_count > 0
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_compiled_network_on_several_gpus_stays_whole(
+    in_process: Project, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DistributedDataParallel's splits of a graph fail with checkpoints in PyTorch 2.11."""
+    trainer = make(nnUNetTrainerE2ENet_smoke, in_process)
+    trainer.is_ddp = True
+    monkeypatch.setattr(trainer, "_do_i_compile", lambda: compiled)
+
+    def stop(_: nnUNetTrainer) -> None:  # before nnU-Net wraps the network, which needs a GPU
+        raise InterruptedError
+
+    monkeypatch.setattr(nnUNetTrainer, "initialize", stop)
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        with pytest.raises(InterruptedError):
+            trainer.initialize()
+        assert torch._dynamo.config.optimize_ddp is not compiled

@@ -369,11 +369,21 @@ def test_models_that_cannot_be_exported(
         (["-part_id", "1"], "counted from 0"),
         (["-npp", "0", "-nps", "0", "-num_parts", "2"], "-npp 0 -nps 0 predicts all parts in one process"),
         (["-prev_stage_predictions", "somewhere"], "no cascade's second stage"),
+        (["-device", "cuda"], "PyTorch finds no CUDA device here: use -device cpu"),
+        (["-device", "mps"], "PyTorch finds no MPS device here: use -device cpu"),
     ],
 )
 def test_predictions_that_cannot_be_made(
-    packed: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    packed: Path,
+    project: Project,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     files = ["-m", str(packed), "-i", str(project.raw / "imagesTs"), "-o", str(tmp_path / "out")]
     assert main(["predict", *files, "-device", "cpu", *options]) == 1
     assert message in single_line(capsys)

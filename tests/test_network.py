@@ -43,6 +43,12 @@ def plain_conv_unet() -> PlainConvUNet:
     )
 
 
+def test_an_activation_may_come_without_arguments() -> None:
+    """Those of the default, leaky ReLU's, are not for another one: GELU has no ``inplace``."""
+    assert {type(m.nonlin) for m in small(nonlin=nn.GELU).modules() if hasattr(m, "nonlin")} == {nn.GELU}
+    assert {m.nonlin.inplace for m in small().modules() if hasattr(m, "nonlin")} == {True}
+
+
 # --- the function -------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,15 +35,22 @@ def largest_difference(file: Path, network: torch.nn.Module, shape: list[int]) -
     return float(np.abs(logits - expected).max() / largest), float(np.abs(expected - exact).max() / largest)
 
 
-@pytest.mark.parametrize(("configuration", "settings"), [("3d_fullres", {"shift_size": 5}), ("2d", {})], ids=["3d", "2d"])
-def test_logits_are_pytorchs(project: Project, tmp_path: Path, configuration: str, settings: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("configuration", "settings"),
+    [("3d_fullres", {"shift_size": 5, "previous_stage": "3d_lowres"}), ("2d", {})],
+    ids=["3d, second stage", "2d"],
+)
+def test_logits_are_pytorchs(project: Project, tmp_path: Path, configuration: str, settings: dict[str, Any]) -> None:
     model, network = untrained_model(project, configuration, **settings)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     write_onnx(tmp_path / "onnx", model)
     file = tmp_path / "onnx" / "fold_0.onnx"
-    patch = model.description.managers()[1].patch_size
+    facts = json.loads((tmp_path / "onnx" / "model.json").read_text())["input"]
+    assert facts.get("previous_stage") == settings.get("previous_stage")
+    assert facts.get("masks_of_labels", []) == ([1, 2, 3, 4] if "previous_stage" in settings else [])
+    channels = len(facts["channel_names"]) + len(facts.get("masks_of_labels", []))
     for batch in (1, 2):
-        difference, rounding = largest_difference(file, network, [batch, 1, *patch])
+        difference, rounding = largest_difference(file, network, [batch, channels, *facts["patch_size"]])
         assert difference < max(1e-4, 10 * rounding)  # norms of a few voxels multiply what float32 rounds
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     operations = {node.op_type for node in onnx.load(file).graph.node}
