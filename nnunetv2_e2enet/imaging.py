@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import SimpleITK
 
 from nnunetv2_e2enet.errors import E2ENetError
@@ -17,6 +19,60 @@ from nnunetv2_e2enet.machine import is_out_of_memory
 
 GZIP = b"\x1f\x8b"
 """First bytes of a compressed file, whatever it is called."""
+
+
+SAME_PLACE = 0.1
+"""Voxels by which the origins of two images on one grid may differ."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Places of the voxels of an image: voxels and mm per axis, mm of the first voxel, direction cosines."""
+
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...]
+    direction: tuple[float, ...]
+
+    @classmethod
+    def of(cls, image: SimpleITK.Image | SimpleITK.ImageFileReader) -> Geometry:
+        """The geometry of an image, or of a header from ``read_header``."""
+        return cls(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+
+    def difference(self, other: Geometry, called: object) -> str | None:
+        """The difference to ``other`` in words, which name it ``called``; None where both are the same grid."""
+        if self.size != other.size:
+            return f"{_times(self.size)} voxels, {called} has {_times(other.size)}"
+        if not np.allclose(self.spacing, other.spacing, rtol=1e-3):
+            return f"spacing {_times(self.spacing)} mm, {called} has {_times(other.spacing)}"
+        if not np.allclose(self.direction, other.direction, atol=1e-3):
+            return f"axes that point elsewhere than those of {called}"
+        if not np.allclose(self.origin, other.origin, atol=SAME_PLACE * min(self.spacing)):
+            return f"origin {_listed(self.origin)} mm, {called} has {_listed(other.origin)}"
+        return None
+
+
+def _times(values: Iterable[float]) -> str:
+    return " x ".join(f"{value:g}" for value in values)
+
+
+def _listed(values: Iterable[float]) -> str:
+    return f"({', '.join(f'{value:.4g}' for value in values)})"
+
+
+def check_one_grid(files: Sequence[Path], called: Sequence[Path] | None = None) -> None:
+    """Raises E2ENetError unless the voxels of all images lie in the same places.
+
+    Args:
+        files: of the images.
+        called: what an error names instead of them.
+    """
+    names = files if called is None else called
+    first, *others = (Geometry.of(read_header(file, called=name)) for file, name in zip(files, names, strict=True))
+    for geometry, name in zip(others, names[1:], strict=True):
+        difference = geometry.difference(first, names[0])
+        if difference is not None:
+            raise E2ENetError(f"{name} has {difference}: resample the channels to one grid")
 
 
 @contextmanager

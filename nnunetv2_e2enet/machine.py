@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from nnunetv2_e2enet.errors import E2ENetError
 
 MEMORY = Path("/proc/meminfo")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -75,3 +78,14 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     said_so = isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATORS)
     return said_so or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+@contextmanager
+def out_of_memory_in_one_line() -> Iterator[None]:
+    """An error about too little memory, of a GPU or of the system, becomes an E2ENetError."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise E2ENetError("out of memory: close other programs, or use a machine with more") from error
+        raise

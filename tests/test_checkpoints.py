@@ -241,15 +241,16 @@ def test_weights_of_another_shift_size_are_refused() -> None:
     network(3, dimension=2).load_state_dict(network(5, dimension=2).state_dict())  # in 2D nothing is shifted
 
 
-def test_full_disk_leaves_the_former_checkpoint(in_process: Project) -> None:
-    """The limit on the size of a file stands for the disk: the write fails half-way."""
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_full_disk_leaves_the_former_checkpoint(in_process: Project, share: float) -> None:
+    """The limit on the size of a file stands for the disk: the write fails half-way, or with the last kilobyte."""
     trainer = make(variant(nnUNetTrainerE2ENet_smoke, "full_disk", save_every=1), in_process)
     trainer.initialize()
     train_epochs(trainer, 1)
     path = Path(trainer.output_folder) / "checkpoint_latest.pth"
     former = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(former) // 2, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(former)) - 1000, hard))
     try:
         with pytest.raises(SystemExit, match=r"checkpoint_latest\.pth could not be written .* GB are free"):
             trainer.save_checkpoint(str(path))

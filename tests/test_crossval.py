@@ -1,7 +1,12 @@
 """`e2enet crossval` on folds in every state, through its console command, with nnU-Net's in processes of their own."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -60,7 +65,9 @@ def test_unfinished_folds_go_on_from_where_they_are(
     """Its trainings run in forks, for the sake of time."""
     for name, value in folders(project, model).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(jobs, "_run_logged", lambda command, log, given: runner.exit_code(log, *command, environment=given))
+    monkeypatch.setattr(
+        jobs, "_run_logged", lambda command, log, given, *_: runner.exit_code(log, *command, environment=given)
+    )
     (model / "fold_0" / "validation" / "summary.json").unlink()
     final = model / "fold_1" / "checkpoint_final.pth"
     final.rename(final.with_name("checkpoint_latest.pth"))
@@ -133,7 +140,7 @@ def test_gpus_are_those_that_this_process_sees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: list[str]
 ) -> None:
     seen = []
-    monkeypatch.setattr(jobs, "_run_logged", lambda _command, _log, given: seen.append(given["CUDA_VISIBLE_DEVICES"]) or 0)
+    monkeypatch.setattr(jobs, "_run_logged", lambda _c, _log, given, _held: seen.append(given["CUDA_VISIBLE_DEVICES"]) or 0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -147,7 +154,7 @@ def test_a_fold_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch:
     ours = fold(tmp_path / "T__P__3d_fullres", 0)
     begun, go_on = threading.Event(), threading.Event()
 
-    def train(_command: Any, _log: Any, _environment: Any) -> int:
+    def train(*_: Any) -> int:
         begun.set()
         assert go_on.wait(60)
         (ours.folder / "validation").mkdir(parents=True)
@@ -165,6 +172,45 @@ def test_a_fold_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch:
         assert first.result() == 0
     monkeypatch.setattr(jobs, "_run_logged", lambda *_: pytest.fail("trained again"))
     assert ours.run() == 0
+
+
+COMMAND_THAT_SLEEPS = """
+import sys
+from pathlib import Path
+from nnunetv2_e2enet.training import crossval
+
+program = "import os, time; open('training', 'w').write(str(os.getpid())); os.rename('training', 'pid'); time.sleep(600)"
+crossval.console_command = lambda name: [sys.executable, "-c", program]
+crossval.Fold(Path(sys.argv[1]), "993", 0).run()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of a process that is killed are kept on POSIX systems alone")
+def test_a_training_whose_command_was_killed_keeps_its_fold(tmp_path: Path) -> None:
+    model = tmp_path / "T__P__3d_fullres"
+    command = [sys.executable, "-c", COMMAND_THAT_SLEEPS, str(model)]
+    pid = tmp_path / "pid"
+    with subprocess.Popen(command, cwd=tmp_path) as parent:
+        for _ in range(1200):
+            if pid.exists():
+                break
+            time.sleep(0.1)
+        parent.kill()
+    training = int(pid.read_text())
+    try:
+        with pytest.raises(E2ENetError, match="is trained by another e2enet crossval"):
+            fold(model, 0).run()
+    finally:
+        os.kill(training, signal.SIGKILL)
+
+
+def test_a_summary_that_was_torn_off_is_written_again(model: Path) -> None:
+    summary = model / "fold_0" / "validation" / "summary.json"
+    whole = summary.read_text()
+    for torn in ("", whole[: len(whole) // 2], "{}"):
+        summary.write_text(torn)
+        assert fold(model, 0).state() is FoldState.TRAINED
+        assert fold(model, 0).command()[-1] == "--val"
 
 
 def test_probabilities_that_are_asked_for_later(model: Path) -> None:

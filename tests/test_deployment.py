@@ -17,6 +17,7 @@ import pytest
 import SimpleITK
 import torch
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
+from scans import make_scan, write_dicom
 from support import Project, copy_with_random_heads, run_command, untrained_model
 
 from nnunetv2_e2enet.cli.main import main
@@ -156,6 +157,53 @@ def test_segmenter_takes_paths_images_and_arrays(packed: Path, by_nnunet: Path, 
     properties = {"spacing": list(image.GetSpacing())[::-1]}
     np.testing.assert_array_equal(fast((SimpleITK.GetArrayFromImage(image)[None], properties)), fast(path))
     assert list(properties) == ["spacing"]
+
+
+@pytest.mark.usefixtures("alone")
+def test_segmenter_takes_a_dicom_series(packed: Path, tmp_path: Path) -> None:
+    scan = make_scan((20, 60, 64))
+    write_dicom(scan, tmp_path)
+    segmenter = Segmenter.load(packed, mirroring=False, step_size=1)
+    expected = SimpleITK.GetArrayFromImage(segmenter(scan))
+    for path in (tmp_path, next(tmp_path.iterdir())):
+        np.testing.assert_array_equal(segmenter(path), expected)
+
+
+@pytest.mark.usefixtures("alone")
+def test_some_folds_can_be_chosen(packed: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, path = next(iter(images(project).items()))
+    options = ["-m", str(packed), "-i", str(path), "-device", "cpu", "--disable_tta"]
+    found = {}
+    for folds in ([], ["0"], ["1"], ["0", "1"]):
+        output = tmp_path / f"folds_{'_'.join(folds)}"
+        assert main(["predict", *options, "-o", str(output), *(["-f", *folds] if folds else [])]) == 0
+        found[tuple(folds)] = read(output / name)
+        by_segmenter = Segmenter.load(packed, mirroring=False, folds=folds or None)(path)
+        np.testing.assert_array_equal(by_segmenter, found[tuple(folds)])
+    np.testing.assert_array_equal(found["0", "1"], found[()])
+    assert not np.array_equal(found[("0",)], found[("1",)])
+    capsys.readouterr()
+    assert main(["predict", *options, "-o", str(tmp_path / "out"), "-f", "0", "3"]) == 1
+    assert "the model has the folds 0, 1, not 3" in single_line(capsys)
+
+
+def test_postprocessing_is_of_the_folds_that_it_was_found_for(packed: Path) -> None:
+    model = read_packed(packed)
+    model = PackedModel(replace(model.description, postprocessing=[[1, 2]]), model.folds)
+    assert model.with_folds([1, 0]).description.postprocessing == [[1, 2]]
+    assert model.with_folds(["1"]).description.postprocessing == []
+
+
+def test_memory_that_runs_out_is_one_line(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nnU-Net predicts in its own way, as on a GPU."""
+
+    def no_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    segmenter = Segmenter.load(packed)
+    monkeypatch.setattr(segmenter._predictor, "predict_single_npy_array", no_memory)
+    with pytest.raises(E2ENetError, match="out of memory: close other programs, or use a machine with more"):
+        segmenter(make_scan((20, 60, 64)))
 
 
 @pytest.mark.usefixtures("alone")
@@ -518,3 +566,17 @@ def test_images_that_cannot_be_segmented(packed: Path, image: Any, message: str)
         Segmenter.load(packed)(image)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_paths_that_cannot_be_segmented(packed: Path, project: Project, tmp_path: Path) -> None:
+    scan = next(iter(images(project).values()))
+    (tmp_path / "half.nii.gz").write_bytes(scan.read_bytes()[:20000])
+    with pytest.raises(E2ENetError, match=r"half\.nii\.gz ends after .* bytes: expected a whole image file"):
+        Segmenter.load(packed)(tmp_path / "half.nii.gz")
+    moved = SimpleITK.ReadImage(scan)
+    moved.SetOrigin((50, 0, 0))
+    SimpleITK.WriteImage(moved, tmp_path / "moved.nii.gz")
+    images_of_both = [scan, tmp_path / "moved.nii.gz"]
+    for both in (images_of_both, [SimpleITK.ReadImage(file) for file in images_of_both]):
+        with pytest.raises(E2ENetError, match=r"has origin \(50, 0, 0\) mm, .*: resample the channels to one grid"):
+            Segmenter.load(packed)(both)

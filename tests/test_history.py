@@ -1,5 +1,6 @@
 """The history of the topology: the file in the fold's folder, and what goes into nnU-Net's log."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,37 @@ def test_resumed_history_is_that_of_an_uninterrupted_training(path: Path, tmp_pa
     assert other.read_bytes() == expected
 
 
+def test_a_former_history_stays_until_there_is_a_checkpoint(in_process: Project) -> None:
+    """A start by mistake, or without checkpoints, leaves the checkpoints of a finished training, and its history."""
+    files = []
+    for disabled in (False, True, False):
+        trainer = make(variant(nnUNetTrainerE2ENet_smoke, "again", save_every=1, topology_update_period=1), in_process)
+        trainer.disable_checkpointing = disabled
+        trainer.initialize()
+        trainer.topology_history.start()
+        path = Path(trainer.output_folder) / HISTORY_FILE
+        before = path.read_bytes() if files else None
+        assert path.is_file() is bool(files)
+        train_epochs(trainer, 2)
+        files.append(path.read_bytes())
+        assert [record.epoch for record in read_history(path).records] == [0, 1]
+        if disabled:
+            assert files[-1] == before
+    assert files[0] == files[1] != files[2]
+
+
+def test_an_update_that_changed_nothing_is_recorded_once(path: Path) -> None:
+    """A checkpoint is written before the update of its epoch, which is made again when a training goes on."""
+    straight = Run(path)
+    straight.history.start()
+    straight.epochs(0, 3)
+    last = read_history(path).records[-1]
+    history = read_history(path)
+    without_changes = replace(history, records=(*history.records[:-1], replace(last, grown=[0] * len(last.grown))))
+    assert [record.epoch for record in without_changes.up_to(2)] == [0, 1]
+    assert [record.epoch for record in without_changes.up_to(0)] == [0]
+
+
 def test_history_that_is_missing_begins_where_the_training_goes_on(path: Path) -> None:
     run = Run(path)
     run.history.resume(4)
@@ -194,8 +226,10 @@ def test_damaged_and_foreign_histories_are_named(path: Path, tmp_path: Path) -> 
     path.write_bytes(b"".join(lines))
     with pytest.raises(E2ENetError, match="another network"):
         Run(path, width=7).history.resume(2)
+    nowhere = Run(tmp_path / "missing" / "file").history
+    nowhere.start()
     with pytest.raises(E2ENetError, match="could not be written"):
-        Run(tmp_path / "missing" / "file").history.start()
+        nowhere.write()
 
 
 # --- the trainer --------------------------------------------------------------------------------------------------------

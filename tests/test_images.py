@@ -153,7 +153,9 @@ def test_channels_are_given_one_by_one(tmp_path: Path, model: PackedModel) -> No
         change(moved, (9, 9, 9) if change is SimpleITK.Image.SetOrigin else (1, 0, 0, 0, -1, 0, 0, 0, -1))
         SimpleITK.WriteImage(moved, tmp_path / "moved.nii.gz")
         with (
-            pytest.raises(E2ENetError, match=r"moved\.nii\.gz has .* origin .*: resample the channels to one grid"),
+            pytest.raises(
+                E2ENetError, match=r"moved\.nii\.gz has (origin|axes that point) .*: resample the channels to one grid"
+            ),
             folder_of_images([tmp_path / "t1", tmp_path / "moved.nii.gz"], two),
         ):
             pass
@@ -202,6 +204,25 @@ def test_one_file_may_hold_all_channels(tmp_path: Path, model: PackedModel) -> N
     (tmp_path / "grey.png").rename(tmp_path / "b_0000.png")
     with pytest.raises(E2ENetError, match=r"b_0001\.png is missing: expected an image for each of the channels R, G, B of b"):
         check_channels([tmp_path / "a_0000.png", tmp_path / "b_0000.png"], pictures)
+
+
+def test_channels_in_a_folder_are_whole_and_on_one_grid(tmp_path: Path, model: PackedModel) -> None:
+    """Whatever predicts them: nnU-Net's readers take either."""
+    two = with_channels(model, "T1", "T2")
+    first, second = (tmp_path / f"a_000{i}.nii.gz" for i in range(2))
+    for file in (first, second):
+        SimpleITK.WriteImage(make_scan(), file)
+    check_channels([first], two)
+    second.write_bytes(second.read_bytes()[:2000])
+    with pytest.raises(E2ENetError, match=r"a_0001\.nii\.gz ends after .* bytes"):
+        check_channels([first], two)
+    moved = make_scan()
+    moved.SetOrigin((50, 0, 0))
+    SimpleITK.WriteImage(moved, second)
+    with pytest.raises(
+        E2ENetError, match=r"a_0001\.nii\.gz has origin .*a_0000\.nii\.gz has \(-10\.5, .*: resample the channels"
+    ):
+        check_channels([first], two)
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])

@@ -29,7 +29,7 @@ from nnunetv2_e2enet.engine.scan import ScanCore, load_scan_core
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.machine import free_bytes
 from nnunetv2_e2enet.network import E2ENet
-from nnunetv2_e2enet.prediction import install, known, scans, why_never, why_nnunet
+from nnunetv2_e2enet.prediction import install, known, scans, takeover, why_never, why_nnunet
 from nnunetv2_e2enet.prediction.export import Export
 from nnunetv2_e2enet.prediction.takeover import REPLACEMENTS
 from nnunetv2_e2enet.prediction.windows import predict_mirrored
@@ -307,6 +307,19 @@ def test_a_scan_with_the_engine_is_nnunets(setting: Callable[..., None], only_ou
     only_ours()
     ours = predictor.predict_single_npy_array(image((20, 30, 31)), {"spacing": [2.5, 0.9, 0.7]})
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_switched_off_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch, setting: Callable[..., None]) -> None:
+    replaced: list[str] = []
+    monkeypatch.setattr(takeover, "_installed", False)
+    monkeypatch.setattr(takeover, "_replace", lambda name, _: replaced.append(name))
+    setting(predictor="off")
+    install()
+    assert not replaced
+    setting(predictor="on")
+    for _ in range(2):
+        install()
+    assert len(replaced) == 4
 
 
 def test_logits_that_float16_cannot_hold(setting: Callable[..., None]) -> None:

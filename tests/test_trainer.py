@@ -17,7 +17,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from support import Project, assert_dice_is_that_of_the_files, make, train_epochs, weights
+from support import Project, architecture, assert_dice_is_that_of_the_files, make, run_python, train_epochs, weights
 
 from nnunetv2_e2enet import trainers
 from nnunetv2_e2enet.network import E2ENet, e2enet_features, maskable_layers
@@ -145,12 +145,27 @@ def test_channels_of_e2enet_plans_are_kept_and_settings_are_the_trainers(in_proc
     plans = in_process.plans("nnUNetE2ENetPlans")
     arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     arguments["features_per_stage"] = [5] * arguments["n_stages"]
-    trainer = make(variant(nnUNetTrainerE2ENet_S90, "wide", shift_size=5), in_process, plans)
+    trainer = make(variant(nnUNetTrainerE2ENet_S90, "wide", shift_size=5, base_num_features=58), in_process, plans)
     trainer.initialize()
+    assert "Channels [5, 5" in Path(trainer.log_file).read_text()
     assert set(trainer.network.encoder.output_channels) == {5}
     assert trainer.network.shift_size == 5
     layers = dict(maskable_layers(trainer.network))
     assert all(layer.n_active == round((1 - 0.9) * layer.n_connections) for layer in layers.values())
+
+
+def test_a_wrong_setting_is_one_line_where_nnunet_builds_the_network() -> None:
+    """As nnUNetv2_predict does, before anything else of this package runs."""
+    entry = architecture([8, 16], [[1, 1, 1], [2, 2, 2]])
+    code = f"""
+from types import SimpleNamespace
+from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet
+settings = SimpleNamespace(configuration={{"architecture": {entry!r}}})
+nnUNetTrainerE2ENet.build_network_architecture(None, settings, 1, 2, False)
+"""
+    result = run_python(code, {"nnUNet_e2enet_predictor": "foo"})
+    assert result.returncode == 1
+    assert result.stderr == "E2ENet: nnUNet_e2enet_predictor is 'foo': use one of on, off\n"
 
 
 def test_two_levels_train_without_deep_supervision(in_process: Project) -> None:
@@ -240,7 +255,7 @@ def test_pretrained_weights_of_another_sparsity_are_refused(in_process: Project,
     with pytest.raises(SystemExit, match=r"sparsity of 0\.800, but nnUNetTrainerE2ENet_smoke_S60 trains with 0\.6"):
         trainer.on_train_start()
     assert not list(Path(trainer.output_folder).glob("*.pth"))
-    finish_dataloaders(trainer)
+    assert not (Path(trainer.output_folder_base) / "plans.json").exists()  # by which e2enet crossval would know a training
 
 
 def test_every_fold_of_an_ensemble_predicts_with_its_own_topology(trained: Path) -> None:

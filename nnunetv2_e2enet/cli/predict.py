@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder of images named as nnU-Net wants them, or one image: a file or a DICOM series for each channel",
     )
     parser.add_argument("-o", type=Path, required=True, metavar="DIR", help="segmentations; made if it is not there")
+    parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds to predict with (default: all in the file)")
     parser.add_argument(
         "-step_size", type=float, help=f"of the sliding window (default: 0.5; with --fast, {FAST_STEP_SIZE})", metavar="S"
     )
@@ -91,14 +92,16 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_e2enet.deployment.previews import check_previews
     from nnunetv2_e2enet.deployment.segmenter import make_predictor
     from nnunetv2_e2enet.deployment.volumes import check_volumes
+    from nnunetv2_e2enet.machine import out_of_memory_in_one_line
 
     model = read_packed(args.m)
+    model = model if args.f is None else model.with_folds(args.f)
     _check(args, model)
     _set_threads(args.device)
     step_size = (FAST_STEP_SIZE if args.fast else STEP_SIZE) if args.step_size is None else args.step_size
     series = series_to_refer_to(args.i, args.o) if args.dicom_seg else None
     changes = {"engine_storage": STORAGE_16_BIT} if args.fast else {}
-    with override(**changes), folder_of_images(args.i, model) as images:
+    with override(**changes), out_of_memory_in_one_line(), folder_of_images(args.i, model) as images:
         predictor = make_predictor(
             model,
             torch.device(args.device),

@@ -9,20 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import SimpleITK
 
 from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
 from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import check_whole, read_header, read_image, readable
+from nnunetv2_e2enet.imaging import Geometry, check_one_grid, check_whole, read_header, read_image, readable
 
 WRITTEN = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
 """Endings of files with a geometry, which SimpleITK writes and nnU-Net's readers read."""
 
 THREE_AXES = 3
-SAME_PLACE = 0.1
-"""Voxels by which the origins of a case's channels may differ."""
 
 
 @contextmanager
@@ -56,14 +53,14 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
         for path, file in zip(paths, files, strict=True):
             _put(path, file, ending)
         if ending in WRITTEN:
-            _check_grids(paths, files)
+            check_one_grid(files, paths)
         yield folder
 
 
 def check_channels(images: Sequence[Path], model: PackedModel) -> None:
-    """Raises E2ENetError where a case lacks a channel.
+    """Raises E2ENetError where a case lacks a channel, or its channels are not on one grid.
 
-    Also where an image has four axes, or a file that nnU-Net would take for an image is named otherwise.
+    Also where an image ends too early or has four axes, or a file that nnU-Net would take for an image is named otherwise.
 
     Args:
         images: the first channel of each case, named as nnU-Net wants it; one file may hold all channels.
@@ -77,10 +74,20 @@ def check_channels(images: Sequence[Path], model: PackedModel) -> None:
         files = [image.with_name(f"{case}_{i:04d}{ending}") for i in range(len(model.channels))]
         _check_axes(image, ending)
         missing = [file for file in files if not file.is_file()]
-        if missing and not _holds_all_channels(image, model):
+        if not missing:
+            check_images(files)
+        elif not _holds_all_channels(image, model):
             raise E2ENetError(
                 f"{missing[0]} is missing: expected an image for each of the channels {', '.join(model.channels)} of {case}"
             )
+
+
+def check_images(channels: Sequence[Path]) -> None:
+    """Raises E2ENetError where the file of a channel ends too early, or the channels of a case are not on one grid."""
+    for file in channels:
+        check_whole(file)
+    if all(file.name.endswith(WRITTEN) for file in channels):
+        check_one_grid(channels)
 
 
 def _check_names(folder: Path, ending: str) -> None:
@@ -102,7 +109,8 @@ def check_replaceable(segmentation: Path, image: Path, model: PackedModel) -> No
         return
     found = read_header(segmentation)
     of_labels = (SimpleITK.sitkUInt8, SimpleITK.sitkUInt16)  # as nnU-Net writes them
-    if found.GetPixelID() not in of_labels or not _same_grid(found, read_header(image)):
+    elsewhere = Geometry.of(found).difference(Geometry.of(read_header(image)), image)
+    if found.GetPixelID() not in of_labels or elsewhere:
         raise E2ENetError(
             f"{segmentation} is there already, and no segmentation of this image: its voxels are of another kind or in other "
             "places. Name another folder with -o"
@@ -148,6 +156,7 @@ def _put(path: Path, target: Path, ending: str) -> None:
             f"DICOM series, or an image{_misnamed(path, ending)}"
         )
     if series is None and path.name.endswith(ending):
+        check_whole(path)
         try:
             target.symlink_to(path.resolve())
         except OSError:  # a system without links
@@ -165,26 +174,3 @@ def _misnamed(folder: Path, ending: str) -> str:
     """What nnU-Net wants an image in a folder to be called, as the end of a message; empty where none is there."""
     found = min(folder.glob(f"*{ending}"), default=None)
     return "" if found is None else f"; {found.name} has to be called {found.name.removesuffix(ending)}_0000{ending}"
-
-
-def _check_grids(paths: Sequence[Path], files: Sequence[Path]) -> None:
-    """Raises E2ENetError unless the voxels of all channels lie in the same places."""
-    first: SimpleITK.ImageFileReader | None = None
-    for path, file in zip(paths, files, strict=True):
-        reader = read_header(file, called=path)
-        first = first or reader
-        if not _same_grid(reader, first):
-            given, other = (
-                f"{r.GetSize()} voxels of {r.GetSpacing()} mm, origin {r.GetOrigin()}, directions {r.GetDirection()}"
-                for r in (reader, first)
-            )
-            raise E2ENetError(f"{path} has {given}; {paths[0]} has {other}: resample the channels to one grid")
-
-
-def _same_grid(one: SimpleITK.ImageFileReader, other: SimpleITK.ImageFileReader) -> bool:
-    return (
-        one.GetSize() == other.GetSize()
-        and np.allclose(one.GetSpacing(), other.GetSpacing(), rtol=1e-4)
-        and np.allclose(one.GetDirection(), other.GetDirection(), rtol=0, atol=1e-3)
-        and np.allclose(one.GetOrigin(), other.GetOrigin(), rtol=0, atol=SAME_PLACE * min(other.GetSpacing()))
-    )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,23 @@ class PackedModel:
         network = self.description.network()
         for fold in self.description.folds:
             yield unpack(self.folds[fold], network)
+
+    def with_folds(self, names: Sequence[str | int]) -> PackedModel:
+        """The same model with some of its folds. Postprocessing, which was found for all of them, stays with all of them.
+
+        Raises:
+            E2ENetError: it has not all of them.
+        """
+        wanted = list(dict.fromkeys(map(str, names)))
+        missing = [name for name in wanted if name not in self.folds]
+        if missing or not wanted:
+            raise E2ENetError(
+                f"the model has the folds {', '.join(self.description.folds)}, not {', '.join(missing) or 'none'}: choose of "
+                "these, or export it again"
+            )
+        kept = self.description.postprocessing if set(wanted) == set(self.folds) else []
+        description = replace(self.description, folds=wanted, postprocessing=kept)
+        return PackedModel(description, {name: self.folds[name] for name in wanted})
 
     @property
     def foreground(self) -> dict[str, list[int]]:

@@ -16,9 +16,12 @@ import SimpleITK
 import torch
 from numpy.typing import NDArray
 
+from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
+from nnunetv2_e2enet.deployment.images import check_images
 from nnunetv2_e2enet.deployment.packed import PackedModel, read_packed
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import readable
+from nnunetv2_e2enet.imaging import Geometry, read_image, readable
+from nnunetv2_e2enet.machine import out_of_memory_in_one_line
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -98,7 +101,8 @@ class Segmenter:
     ``Segmenter.load("model.e2enet")(image)`` takes
 
     - a SimpleITK image, or a list of them, one a channel: gives a SimpleITK image of the same geometry;
-    - the path of an image, or a list of paths, one a channel: gives an array ``(depth, height, width)``;
+    - the path of an image or of a folder with one DICOM series, or a list of paths, one a channel: gives an array
+      ``(depth, height, width)``;
     - ``(array, properties)`` as nnU-Net's readers give them, the array ``(channels, depth, height, width)`` and
       ``properties["spacing"]`` in mm in the same order of axes: gives an array ``(depth, height, width)``.
 
@@ -134,6 +138,7 @@ class Segmenter:
         step_size: float = 0.5,
         mirroring: bool = True,
         postprocess: bool = False,
+        folds: Sequence[str | int] | None = None,
     ) -> Segmenter:
         """Open a file that ``e2enet export`` wrote. Nothing in it is executed.
 
@@ -143,11 +148,13 @@ class Segmenter:
             step_size: of the sliding window, relative to the patch.
             mirroring: average over mirrored images, where the training mirrored them; 8 times the work in 3D.
             postprocess: keep the largest components that nnU-Net's cross-validation found to help, if the file names any.
+            folds: whose predictions are averaged; all in the file unless given.
 
         Raises:
-            E2ENetError: the file cannot be used, or it is a cascade's second stage.
+            E2ENetError: the file cannot be used, has not these folds, or is of a cascade's second stage.
         """
-        return cls(read_packed(Path(path)), device, step_size, mirroring, postprocess)
+        model = read_packed(Path(path))
+        return cls(model if folds is None else model.with_folds(folds), device, step_size, mirroring, postprocess)
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -166,7 +173,8 @@ class Segmenter:
         """The segmentation of an image.
 
         Raises:
-            E2ENetError: the image cannot be read, or has other channels than the model was trained with.
+            E2ENetError: the image cannot be read, has other channels than the model was trained with, or needs more memory
+                than there is.
         """
         if isinstance(image, tuple) and len(image) == 2 and isinstance(image[0], np.ndarray):
             return self._segment(*image)
@@ -182,12 +190,18 @@ class Segmenter:
         raise E2ENetError(f"the image is {type(image).__name__}: expected a path, a SimpleITK image, or (array, properties)")
 
     def _read(self, paths: Sequence[str | Path]) -> tuple[Segmentation, Properties]:
-        missing = [path for path in paths if not Path(path).is_file()]
-        if missing:
-            raise E2ENetError(f"{missing[0]} is not a file: expected an image")
+        files = [Path(path) for path in paths]
+        series = [choose_series(file) for file in files]
+        for file, found in zip(files, series, strict=True):
+            if found is None and not file.is_file():
+                raise E2ENetError(f"{file} is not a file: expected an image, or a folder with a DICOM series")
+        if any(series):
+            pairs = zip(files, series, strict=True)
+            return self._from_simpleitk([read_image(file) if one is None else read_series(one) for file, one in pairs])
+        check_images(files)
         reader = self._predictor.plans_manager.image_reader_writer_class()
-        with readable(paths[0]):
-            array, properties = reader.read_images([str(path) for path in paths])
+        with readable(files[0]):
+            array, properties = reader.read_images([str(file) for file in files])
         return array, properties
 
     def _from_simpleitk(self, images: Sequence[SimpleITK.Image]) -> tuple[Segmentation, Properties]:
@@ -201,11 +215,12 @@ class Segmenter:
                 "the path of the image"
             )
         first = images[0]
-        for image in images:
+        for number, image in enumerate(images):
             if image.GetDimension() not in (2, 3) or image.GetNumberOfComponentsPerPixel() != 1:
                 raise E2ENetError("a SimpleITK image has more than three axes or several components: give one image a channel")
-            if image.GetSize() != first.GetSize() or image.GetSpacing() != first.GetSpacing():
-                raise E2ENetError("the channels differ in size or spacing: resample them to one grid")
+            difference = Geometry.of(image).difference(Geometry.of(first), "channel 0")
+            if difference is not None:
+                raise E2ENetError(f"channel {number} has {difference}: resample the channels to one grid")
         spacing = [abs(s) for s in reversed(first.GetSpacing())]
         array = np.stack([SimpleITK.GetArrayFromImage(image).astype(np.float32) for image in images])
         if first.GetDimension() == 2:  # one slice, thick enough that nothing is resampled across it
@@ -224,7 +239,7 @@ class Segmenter:
         spacing = properties.get("spacing", ())
         if len(spacing) != 3 or not all(isfinite(s) and s > 0 for s in spacing):
             raise E2ENetError(f"the image's spacing is {spacing}, but three positive numbers in mm are expected")
-        with self._lock:
+        with self._lock, out_of_memory_in_one_line():
             segmentation: NDArray[Any] = self._predictor.predict_single_npy_array(array, deepcopy(dict(properties)))
         processed: NDArray[Any] = apply_postprocessing(segmentation, *self._postprocessing)
         return processed

@@ -81,7 +81,7 @@ class History:
 
     def up_to(self, epoch: int) -> tuple[TopologyRecord, ...]:
         """The records of the time before a checkpoint of ``epoch`` epochs, which is written before the update that follows."""
-        return tuple(r for r in self.records if r.epoch < epoch or (r.epoch == epoch and not any(r.grown)))
+        return tuple(r for i, r in enumerate(self.records) if r.epoch < epoch or (i == 0 and r.epoch == epoch))
 
     def without_flows(self) -> History:
         """The same history, whose parts are whole layers; the importance is the mean over the connections that stayed."""
@@ -116,6 +116,7 @@ class TopologyHistory:
         self.layers = layers
         self.importance = importance or KernelL1Norm()
         self.path = path
+        self._beginning: list[bytes] = []  # lines that are still to be written
         self.born = {name: torch.zeros_like(layer.mask, dtype=torch.int16) for name, layer in layers.items()}
         self.flows = {name: flows.get(name, {"": slice(None)}) for name in layers}
         self.parts = tuple(
@@ -125,12 +126,21 @@ class TopologyHistory:
         )
 
     def start(self, epoch: int = 0) -> None:
-        """Begin a new file with the present topology.
+        """Begin anew with the present topology.
+
+        ``write``, or the first update, replaces a former file: that of a trained model stays while no checkpoint of the new
+        training is there.
+        """
+        self._beginning = [self._header(), _line(asdict(self.record(epoch)))]
+
+    def write(self) -> None:
+        """Write the beginning, where that is still to be done.
 
         Raises:
             E2ENetError: the file cannot be written.
         """
-        self._rewrite([self._header(), _line(asdict(self.record(epoch)))])
+        self._rewrite(self._beginning)
+        self._beginning = []
 
     def resume(self, epoch: int) -> None:
         """Go on after ``epoch`` epochs, without the file's records of later epochs and its incomplete last line.
@@ -175,6 +185,7 @@ class TopologyHistory:
             self.born[change.name].masked_fill_(change.grown, epoch)
         if self.path is None:
             return
+        self.write()
         line = _line(asdict(self.record(epoch, update)))
         try:
             with self.path.open("ab") as file:
@@ -223,7 +234,7 @@ class TopologyHistory:
         return _line({"format": FORMAT, "importance": self.importance_name, "parts": self.parts})
 
     def _rewrite(self, lines: Sequence[bytes]) -> None:
-        if self.path is None:
+        if self.path is None or not lines:
             return
         try:
             write_atomically(self.path, b"".join(lines))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.sources import Source
-from nnunetv2_e2enet.imaging import read_header
+from nnunetv2_e2enet.imaging import Geometry, read_header
 
 NAMES_SHOWN = 5
 READERS = 8
@@ -25,38 +23,6 @@ class Case:
     fold: str | None
     reference: Path
     predictions: tuple[Path, ...]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Where the voxels of a file are: voxels and mm per axis, mm of the first voxel, direction cosines."""
-
-    size: tuple[int, ...]
-    spacing: tuple[float, ...]
-    origin: tuple[float, ...]
-    direction: tuple[float, ...]
-
-    def difference(self, other: Geometry) -> str | None:
-        """The difference to ``other`` in words; None where both are the same grid."""
-        if self.size != other.size:
-            return f"{_times(self.size)} voxels, the reference has {_times(other.size)}"
-        if not np.allclose(self.spacing, other.spacing, rtol=1e-3):
-            return f"spacing {_times(self.spacing)} mm, the reference has {_times(other.spacing)}"
-        if not np.allclose(self.direction, other.direction, atol=1e-3):
-            return "axes that point elsewhere than those of the reference"
-        if not np.allclose(self.origin, other.origin, atol=0.1 * min(self.spacing)):
-            return f"origin {_listed(self.origin)} mm, the reference has {_listed(other.origin)}"
-        return None
-
-
-def read_geometry(file: Path) -> Geometry:
-    """From the file's header alone.
-
-    Raises:
-        E2ENetError: SimpleITK cannot read it.
-    """
-    reader = read_header(file)
-    return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
 
 
 def match_cases(sources: Sequence[Source], reference: Path, common: bool = False) -> list[Case]:
@@ -150,13 +116,13 @@ def _geometry_problems(sources: Sequence[Source], cases: Sequence[Case]) -> list
 
 def _differences(case: Case) -> list[str | None]:
     try:
-        reference = read_geometry(case.reference)
+        reference = Geometry.of(read_header(case.reference))
     except E2ENetError as error:
         return [str(error)] * len(case.predictions)
     differences: list[str | None] = []
     for file in case.predictions:
         try:
-            differences.append(read_geometry(file).difference(reference))
+            differences.append(Geometry.of(read_header(file)).difference(reference, "the reference"))
         except E2ENetError as error:
             differences.append(str(error))
     return differences
@@ -169,11 +135,3 @@ def _some(items: Sequence[str]) -> str:
 
 def _label(values: tuple[int, ...] | None) -> str:
     return "missing" if values is None else "+".join(map(str, values))
-
-
-def _times(numbers: Iterable[float]) -> str:
-    return " x ".join(f"{n:g}" for n in numbers)
-
-
-def _listed(numbers: Iterable[float]) -> str:
-    return "(" + ", ".join(f"{n:.4g}" for n in numbers) + ")"

@@ -21,6 +21,7 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.cases import Case
 from nnunetv2_e2enet.evaluation.labels import Labels
 from nnunetv2_e2enet.evaluation.metrics import ClassMetrics, case_metrics
+from nnunetv2_e2enet.evaluation.statistics import nan_mean
 from nnunetv2_e2enet.imaging import read_image
 
 Progress = Callable[[int, int], None]
@@ -61,14 +62,6 @@ class Results:
     def case_means(self, metric: str) -> NDArray[np.float64]:
         """Mean over the classes that are defined, (models, cases); NaN where none is."""
         return nan_mean(self.values[metric], axis=2)
-
-
-def nan_mean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    """Mean of the values that are not NaN; NaN without any."""
-    defined = ~np.isnan(values)
-    n = defined.sum(axis=axis)
-    total = np.where(defined, values, 0).sum(axis=axis)
-    return np.where(n > 0, total / np.maximum(n, 1), np.nan)
 
 
 class FileState(NamedTuple):

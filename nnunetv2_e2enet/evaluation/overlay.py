@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import write
-from nnunetv2_e2enet.imaging import read_image
+from nnunetv2_e2enet.imaging import Geometry, read_image
 
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00")
 """Colours that the colour-blind can tell apart (Okabe and Ito, 2008), but for black and grey, which images use."""
@@ -118,10 +118,9 @@ def read_volume(file: Path) -> sitk.Image:
 def read_on_grid_of(volume: sitk.Image, file: Path, image: Path) -> NDArray[np.integer]:
     """The voxels of a segmentation, ``(depth, height, width)``, of a volume that was read from the file ``image``."""
     segmentation = read_volume(file)
-    same_size = segmentation.GetSize() == volume.GetSize()
-    if not same_size or not np.allclose(segmentation.GetSpacing(), volume.GetSpacing(), rtol=1e-3):
-        found, expected = (f"{v.GetSize()} voxels of {v.GetSpacing()} mm" for v in (segmentation, volume))
-        raise E2ENetError(f"{file} has {found}: expected those of {image}, {expected}; give the segmentation of this image")
+    difference = Geometry.of(segmentation).difference(Geometry.of(volume), image)
+    if difference is not None:
+        raise E2ENetError(f"{file} has {difference}: expected the same grid; give the segmentation of this image")
     voxels: NDArray[np.integer] = sitk.GetArrayFromImage(segmentation)
     return voxels
 

@@ -15,8 +15,6 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from nnunetv2_e2enet.evaluation.measure import nan_mean
-
 CONFIDENCE = 0.95
 ALPHA = 1 - CONFIDENCE
 RESAMPLES = 2000
@@ -26,6 +24,14 @@ MEAN = "mean"
 """Name of the mean over classes, among the names of classes."""
 
 Array = NDArray[np.float64]
+
+
+def nan_mean(values: Array, axis: int) -> Array:
+    """Mean of the values that are not NaN; NaN without any."""
+    defined = ~np.isnan(values)
+    n = defined.sum(axis=axis)
+    total = np.where(defined, values, 0).sum(axis=axis)
+    return np.where(n > 0, total / np.maximum(n, 1), np.nan)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Puts our way around the network in the place of nnU-Net's, where the result is known to be the same.
 
 nnU-Net has no hook between its command and its predictor. Four methods of ``nnUNetPredictor`` are therefore replaced in the
-running process, when an E2ENet is built to predict. Each asks ``why_nnunet`` first, and calls the method that it replaced
-unless the answer is None. Nothing of nnU-Net's files is changed. A scan that cannot be predicted raises E2ENetError, of which
-nnU-Net's commands, like ours, show the message alone.
+running process, when an E2ENet is built to predict, unless ``nnUNet_e2enet_predictor`` is off. Each asks ``why_nnunet`` first,
+and calls the method that it replaced unless the answer is None. Nothing of nnU-Net's files is changed. A scan that cannot be
+predicted raises E2ENetError, of which nnU-Net's commands, like ours, show the message alone.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
 from nnunetv2_e2enet.engine.scan import Rule, ScanCore, load_scan_core
-from nnunetv2_e2enet.errors import E2ENetError, show_message_alone
-from nnunetv2_e2enet.machine import is_out_of_memory
+from nnunetv2_e2enet.errors import show_message_alone
+from nnunetv2_e2enet.machine import out_of_memory_in_one_line
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.prediction import export
 from nnunetv2_e2enet.prediction.known import why_unknown
@@ -40,13 +40,13 @@ _installed = False
 
 
 def install() -> None:
-    """Replaces the methods, once a process. Not to be called with an nnU-Net that is not known."""
+    """Replaces the methods once a process, unless that is switched off. Not to be called with an nnU-Net that is not known."""
     global _installed
+    show_message_alone()
     with _lock:
-        if not _installed:
+        if not _installed and settings().predictor == "on":
             for name, replacement in REPLACEMENTS.items():
                 _replace(name, replacement)
-            show_message_alone()
             _installed = True
 
 
@@ -184,11 +184,8 @@ def _predict_cases(
 def _memory() -> Iterator[None]:
     """Frees what nnU-Net caches. Too little memory is an E2ENetError."""
     try:
-        yield
-    except (MemoryError, OSError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise E2ENetError("out of memory: close other programs, or use a machine with more") from error
-        raise
+        with out_of_memory_in_one_line():
+            yield
     finally:
         compute_gaussian.cache_clear()
 

@@ -57,7 +57,8 @@ _RESUME = f"remove it and repeat the command; nnU-Net resumes from the next of {
 
 _reading = Lock()  # what is allowed holds for all threads, and ends with the first that has read
 
-_ZIP_WRITER = ("PytorchStreamWriter", "inline_container")  # torch's writer of checkpoints; its errors are RuntimeErrors
+_ZIP_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
+# torch's writer of checkpoints, whose errors are RuntimeErrors; the last one is of its end
 
 _KEYS = ("network_weights", "optimizer_state", "current_epoch", "init_args", "trainer_name")
 # What has to agree, with the value where plans do not name it; the rest of a network shows in the shapes of its weights.

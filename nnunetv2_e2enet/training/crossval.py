@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ from queue import SimpleQueue
 from filelock import FileLock, Timeout
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.files import make_writable, read_json
+from nnunetv2_e2enet.files import make_writable
 from nnunetv2_e2enet.registration import console_command
 
 
@@ -72,7 +73,10 @@ class Fold:
         validation = self.folder / "validation"
         if not (validation / "summary.json").is_file():
             return False
-        cases = len(read_json(validation / "summary.json")["metric_per_case"])
+        try:
+            cases = len(json.loads((validation / "summary.json").read_text())["metric_per_case"])
+        except (ValueError, KeyError):  # a kill while nnU-Net wrote it: to be validated again
+            return False
         return "--npz" not in self.options or len(list(validation.glob("*.npz"))) >= cases
 
     def epoch(self) -> int | None:
@@ -106,7 +110,8 @@ class Fold:
             with lock:
                 if self.state() is FoldState.DONE:
                     return 0
-                return _run_logged(self.command(), self.log, _environment(gpu))
+                held = lock._context.lock_file_fd  # by the training too, where this process is killed
+                return _run_logged(self.command(), self.log, _environment(gpu), held)
         except Timeout as error:
             raise E2ENetError(
                 f"fold {self.number} of {self.trainer} is trained by another e2enet crossval (see {self.log}): wait for its "
@@ -134,11 +139,18 @@ def _environment(gpu: int | None) -> dict[str, str]:
     return {**os.environ, "CUDA_VISIBLE_DEVICES": visible[gpu] if visible else str(gpu)}
 
 
-def _run_logged(command: Sequence[str], log: Path, environment: dict[str, str]) -> int:
+def _run_logged(command: Sequence[str], log: Path, environment: dict[str, str], held: int | None = None) -> int:
+    """Exit code of a console command, which keeps the file ``held`` of this process open where the system lets it."""
     name, *arguments = command
+    kept = () if held is None or os.name != "posix" else (held,)
     with log.open("a") as output:
         return subprocess.run(
-            [*console_command(name), *arguments], env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
+            [*console_command(name), *arguments],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+            pass_fds=kept,
         ).returncode
 
 

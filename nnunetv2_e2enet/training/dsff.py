@@ -100,8 +100,15 @@ class DSFFMixin(NetworkMixin):
                 if isinstance(value, torch.Tensor) and value.shape == layer.shape:
                     state[key] = layer.gather(value)
 
+    def save_checkpoint(self, filename: str) -> None:
+        """As nnU-Net does; with the first checkpoint, the history takes the place of a former training's."""
+        with one_line_errors():
+            self.topology_history.write()
+        super().save_checkpoint(filename)
+
     def _follow_topology(self) -> TopologyHistory:
-        path = Path(self.output_folder) / HISTORY_FILE if self.local_rank == 0 else None
+        writes = self.local_rank == 0 and not self.disable_checkpointing
+        path = Path(self.output_folder) / HISTORY_FILE if writes else None
         flows = fusion_flows(self.unwrapped_network)
         history = TopologyHistory(self.topology_updater.layers, flows, path, self.importance)
         self.logger.local_logger = DSFFLogger(history, self.logger.local_logger.verbose)
@@ -116,9 +123,11 @@ class DSFFMixin(NetworkMixin):
 
     def on_train_start(self) -> None:
         """As nnU-Net does; the history begins, or goes on at the epoch of the checkpoint."""
+        with one_line_errors():
+            if self.was_initialized:  # with loaded weights, perhaps
+                self._check_topology()
         super().on_train_start()
         with one_line_errors():
-            self._check_topology()
             if self.current_epoch == 0:
                 for layer in self.topology_updater.layers.values():
                     layer.explored.copy_(layer.mask)  # with -pretrained_weights, what was explored before does not count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +82,8 @@ class NetworkMixin(Overrides, TrainerBase):
         target, temporary = Path(filename), Path(f"{filename}.tmp")
         try:
             super().save_checkpoint(str(temporary))
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
             temporary.replace(target)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
@@ -116,7 +119,7 @@ class NetworkMixin(Overrides, TrainerBase):
         """As nnU-Net does.
 
         Raises:
-            E2ENetError: a weight is not finite.
+            SystemExit: with one line, where a weight is not finite.
         """
         super().on_train_epoch_end(train_outputs)
         with one_line_errors():

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
-from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.errors import E2ENetError, show_message_alone
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.network.blocks import KERNEL_SIZE
 from nnunetv2_e2enet.network.e2enet import located
 from nnunetv2_e2enet.network.learned_shift import hold_whole_offsets
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST
-from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture
+from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture, is_e2enet
 from nnunetv2_e2enet.training.dsff import DSFFMixin
 from nnunetv2_e2enet.training.network import one_line_errors
 
@@ -45,7 +45,7 @@ class E2ENetMixin(DSFFMixin):
         """As nnU-Net does.
 
         Raises:
-            E2ENetError: the patch is not divisible by the strides of the network.
+            SystemExit: with one line, where the patch is not divisible by the strides of the network.
         """
         super().initialize()
         with one_line_errors():
@@ -62,6 +62,11 @@ class E2ENetMixin(DSFFMixin):
 
     def network_architecture(self, architecture: dict[str, Any]) -> dict[str, Any]:
         """The entry of the plans for E2ENet with the settings of the trainer."""
+        if is_e2enet(architecture) and self._own_channels():
+            self.print_to_log_file(
+                f"Channels {architecture['arch_kwargs']['features_per_stage']} are those of the plans, which are E2ENet's; "
+                f"those of {type(self).__name__} are for other plans"
+            )
         result = e2enet_architecture(
             architecture,
             self.base_num_features,
@@ -76,6 +81,10 @@ class E2ENetMixin(DSFFMixin):
             # A network of two levels has one head, and nnU-Net's deep supervision gives the last one no weight.
             self.enable_deep_supervision = False
         return result
+
+    def _own_channels(self) -> bool:
+        names = ("base_num_features", "max_num_features")
+        return any(getattr(self, name) != getattr(E2ENetMixin, name) for name in names)
 
     def _classes(self) -> dict[str, str]:
         """Names under which prediction will import the classes that are not E2ENet's own.
@@ -114,6 +123,7 @@ class E2ENetMixin(DSFFMixin):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """E2ENet for a configuration; one of other plans is built with E2ENet's defaults."""
+        show_message_alone()  # where nnU-Net's commands build a network to predict
         architecture = e2enet_architecture(configuration_manager.configuration["architecture"])
         network: E2ENet = get_network_from_plans(
             architecture["network_class_name"],
