@@ -38,14 +38,6 @@ METHOD = "the method"
 POINTS = 100  # of Dice
 
 
-def keep_by_chance(trainer: Any) -> None:
-    """The start of trainings before November 2026: an active connection had a weight with the probability of the density."""
-    for _, layer in maskable_layers(trainer.unwrapped_network):
-        kept = torch.rand(layer.mask.shape) < 1 - trainer.feature_sparsity
-        with torch.no_grad():
-            layer.weight.mul_(layer.over_kernel(kept))
-
-
 def strengthen_upward_flow(trainer: Any) -> None:
     """All flows start with about the same amplitude."""
     for node in fusion_nodes(trainer.unwrapped_network).values():
@@ -64,7 +56,6 @@ def give_weights_to_grown(trainer: Any) -> None:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     METHOD: {},
-    "as it was": {"after_start": keep_by_chance},
     "gain 0.7": {"initial_gain": 0.7},
     "gain 0.5": {"initial_gain": 0.5},
     "gain 0.25": {"initial_gain": 0.25},
