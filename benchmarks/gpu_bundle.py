@@ -25,7 +25,7 @@ THERE = (*TORCH, "nvidia", "cuda")
 """How names of distributions begin that a machine with a GPU has already."""
 PLATFORMS = [*(f"manylinux_2_{n}_x86_64" for n in (35, 34, 31, 28, 27, 24, 17)), "manylinux2014_x86_64", "manylinux1_x86_64"]
 
-INSTALL = """#!/bin/sh
+ENVIRONMENT = """#!/bin/sh
 # Makes the environment beside this file, from it alone. PYTHON: the interpreter that has torch, python3 unless given.
 set -e
 here=$(cd "$(dirname "$0")" && pwd)
@@ -37,11 +37,12 @@ else # without ensurepip, which some distributions leave out
     "$python" -m venv --without-pip "$here/environment"
     pip="$python -m pip --python $ours"
 fi
-pip="$pip --disable-pip-version-check install --quiet --no-index --no-deps --no-cache-dir"
+"""
+INSTALL = """pip="$pip --disable-pip-version-check install --quiet --no-index --no-deps --no-cache-dir"
 $pip "$here"/wheels*/*.whl
 CC=false CXX=false $pip --no-build-isolation "$here/repository"  # without the core, which is for CPUs
 """
-THEIR_PACKAGES = """# Our packages, then PYTHON's; --system-site-packages would not show those of a virtual environment.
+THEIR_PACKAGES = """# After our packages PYTHON's; --system-site-packages would not show those of a virtual environment.
 packages=$("$ours" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\\n")' > "$packages/of_python.pth"
 """
@@ -54,7 +55,7 @@ fi
 
 def installer(with_torch: bool) -> str:
     """A shell script. Torch and Triton come from the bundle, or are those of the machine's Python."""
-    return INSTALL + ("" if with_torch else THEIR_PACKAGES) + CHECK
+    return ENVIRONMENT + ("" if with_torch else THEIR_PACKAGES) + INSTALL + CHECK
 
 
 def bundle(folder: Path, preprocessed: Path, python: str, with_torch: bool, installed: Mapping[str, str]) -> None:

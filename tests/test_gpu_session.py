@@ -347,11 +347,12 @@ def test_wheels_that_are_there_are_not_fetched(tmp_path: Path, monkeypatch: pyte
 
 
 def test_torch_of_a_virtual_environment_is_found(tmp_path: Path) -> None:
-    """The machine's Python may be one. Instead of pip, which needs the wheels, a program that does nothing."""
+    """The machine's Python may be one, and has what builds our package. Instead of pip, which needs the wheels, a program."""
     theirs, bundle = tmp_path / "theirs", tmp_path / "bundle"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(theirs)], check=True)
     (packages,) = theirs.glob("lib/python*/site-packages")
-    (tmp_path / "pip.py").touch()
+    (tmp_path / "pip.py").write_text("import sys\nif '--no-build-isolation' in sys.argv:\n    import builder")
+    (packages / "builder.py").touch()
     bundle.mkdir()
     script = bundle / "install.sh"
     script.write_text(gpu_bundle.installer(with_torch=False))
