@@ -22,7 +22,7 @@ from nnunetv2_e2enet.evaluation import memory
 from nnunetv2_e2enet.evaluation.costs import breakdown, count_costs
 from nnunetv2_e2enet.evaluation.memory import peak_bytes
 from nnunetv2_e2enet.evaluation.networks import Design, e2enet_variant, residual_encoder_variant
-from nnunetv2_e2enet.evaluation.profile import Settings, time_in_turns
+from nnunetv2_e2enet.evaluation.profile import ProfileSettings, time_in_turns
 from nnunetv2_e2enet.settings import override
 
 AMOS_PATCH = [64, 160, 160]
@@ -94,7 +94,7 @@ def test_networks_are_timed_in_turns() -> None:
             return x
 
     shapes = {"a": (1, 1, 4), "b": (1, 4)}
-    seconds = time_in_turns({name: Named(name) for name in shapes}, shapes, Settings(rounds=3))
+    seconds = time_in_turns({name: Named(name) for name in shapes}, shapes, ProfileSettings(rounds=3))
     assert calls == ["a3", "b2"] * 4
     assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 3}
 

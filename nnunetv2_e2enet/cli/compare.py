@@ -138,9 +138,9 @@ def _measured(comparison: Comparison, console: Console) -> Comparison:
     import torch
 
     from nnunetv2_e2enet.evaluation.networks import model_design
-    from nnunetv2_e2enet.evaluation.profile import Settings, profile, steps
+    from nnunetv2_e2enet.evaluation.profile import ProfileSettings, profile, steps
 
-    settings = Settings("cuda" if torch.cuda.is_available() else "cpu", threads=torch.get_num_threads())
+    settings = ProfileSettings("cuda" if torch.cuda.is_available() else "cpu", threads=torch.get_num_threads())
     sources = [facts.source for facts in comparison.models if facts.costs is not None]
     designs = [model_design(source.model, source.name) for source in sources if source.model is not None]
     with step_bar(console, steps(designs, settings)) as tell:

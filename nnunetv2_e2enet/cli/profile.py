@@ -13,7 +13,7 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.choices import BESIDE, SPARSITIES
 
 if TYPE_CHECKING:
-    from nnunetv2_e2enet.evaluation.profile import Profile, Settings
+    from nnunetv2_e2enet.evaluation.profile import Profile, ProfileSettings
 
 HELP = "what networks cost: parameters, arithmetic, memory, time; E2ENet beside stock nnU-Net"
 
@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace) -> ProfileSettings:
     import torch
 
-    from nnunetv2_e2enet.evaluation.profile import Settings
+    from nnunetv2_e2enet.evaluation.profile import ProfileSettings
 
     for name, value in (("--threads", args.threads), ("--rounds", args.rounds), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
@@ -91,12 +91,12 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise E2ENetError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     threads = args.threads or torch.get_num_threads()
     with_parts = args.levels or args.flows
-    return Settings(
+    return ProfileSettings(
         args.device, args.dtype, threads, args.rounds, args.batch_size, not args.no_memory, not args.no_time, with_parts
     )
 
 
-def _write(args: argparse.Namespace, console: Console, profiles: list[Profile], settings: Settings) -> None:
+def _write(args: argparse.Namespace, console: Console, profiles: list[Profile], settings: ProfileSettings) -> None:
     from dataclasses import asdict
 
     from nnunetv2_e2enet.engine.status import status

@@ -77,7 +77,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Description:
+class NetworkDescription:
     """A network without torch modules. Everything per level is finest first; ``heads[0]`` gives the segmentation."""
 
     input_channels: int
@@ -87,7 +87,7 @@ class Description:
     heads: list[tuple[Tensor, Tensor | None]]
 
 
-def describe(network: E2ENet) -> Description:
+def describe(network: E2ENet) -> NetworkDescription:
     """Read a network.
 
     Raises:
@@ -96,7 +96,7 @@ def describe(network: E2ENet) -> Description:
     check_modules(network)
     encoder, decoder = network.encoder, network.decoder
     strides = [_stride3(s) for s in encoder.strides]
-    return Description(
+    return NetworkDescription(
         input_channels=network.input_channels,
         strides=strides,
         encoder=[[_block(block) for block in level.children()] for level in encoder.stages],

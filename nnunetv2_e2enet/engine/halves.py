@@ -13,7 +13,7 @@ from math import frexp, isfinite
 import torch
 from torch import Tensor
 
-from nnunetv2_e2enet.engine.description import Block, Description, Node
+from nnunetv2_e2enet.engine.description import Block, NetworkDescription, Node
 
 LARGEST = 11  # exponent: sqrt(n) of a map of 4 M voxels; images are stored with values up to the same
 ROOM = 3  # exponent: the unit makes what is expected of a map at most 2^-3, so that 2^19 times as much does not overflow
@@ -26,7 +26,7 @@ def image_factor(x: Tensor) -> float:
     return _power(LARGEST - frexp(largest)[1]) if isfinite(largest) else 1.0
 
 
-def within_halves(description: Description) -> Description:
+def within_halves(description: NetworkDescription) -> NetworkDescription:
     """The same network with other units: of the outputs of each convolution (``Block.unit``), and of each upward flow.
 
     The magnitude of a channel bounds its values, which are at most 2^11 times as large. Of a conv's output it is

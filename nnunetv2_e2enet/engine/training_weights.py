@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.engine.core import Core
-from nnunetv2_e2enet.engine.description import Block, Description, Node, NotSupportedError, describe, form
+from nnunetv2_e2enet.engine.description import Block, NetworkDescription, Node, NotSupportedError, describe, form
 from nnunetv2_e2enet.engine.halves import within_halves
 from nnunetv2_e2enet.engine.layout import LINE
 from nnunetv2_e2enet.engine.weights import (
@@ -170,7 +170,7 @@ class TrainingWeights:
 
     # ---- building ---------------------------------------------------------------------------------------------------
 
-    def _stages(self, description: Description, modules: nn.ModuleList) -> list[list[PackedNode]]:
+    def _stages(self, description: NetworkDescription, modules: nn.ModuleList) -> list[list[PackedNode]]:
         return [
             [self._node(node, module) for node, module in zip(nodes, stage.children(), strict=True)]
             for nodes, stage in zip(description.stages, modules, strict=True)

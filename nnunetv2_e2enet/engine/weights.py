@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nnunetv2_e2enet.engine.description import Block, Description, Node
+from nnunetv2_e2enet.engine.description import Block, NetworkDescription, Node
 from nnunetv2_e2enet.engine.tiles import split_tiles
 
 Floats = NDArray[np.float32]
@@ -107,7 +107,7 @@ class PackedNode:
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """A whole network for the kernels; the fields are those of Description."""
+    """A whole network for the kernels; the fields are those of NetworkDescription."""
 
     input_channels: int
     strides: list[tuple[int, int, int]]
@@ -268,7 +268,7 @@ def _pack_node(node: Node, tiles: bool) -> PackedNode:
     return PackedNode(upsample, node.up_stride, node.pool_stride, [_pack_block(b, tiles) for b in node.blocks])
 
 
-def pack(description: Description, tiles: bool = False) -> PackedWeights:
+def pack(description: NetworkDescription, tiles: bool = False) -> PackedWeights:
     """Bring the weights of a network into the layout of the kernels; ``tiles``: of those whose dense products use AMX."""
     return PackedWeights(
         input_channels=description.input_channels,

@@ -15,7 +15,7 @@ from nnunetv2_e2enet.evaluation.labels import Labels
 from nnunetv2_e2enet.evaluation.measure import Results
 from nnunetv2_e2enet.evaluation.metrics import METRICS
 from nnunetv2_e2enet.evaluation.networks import Training, model_design, read_trainings
-from nnunetv2_e2enet.evaluation.profile import Profile, Settings
+from nnunetv2_e2enet.evaluation.profile import Profile, ProfileSettings
 from nnunetv2_e2enet.evaluation.sources import Source
 from nnunetv2_e2enet.evaluation.statistics import (
     MEAN,
@@ -87,7 +87,7 @@ class Comparison:
     failures: pd.DataFrame
     weights: tuple[float, float] = (1.0, 1.0)
     profiles: list[Profile] = field(default_factory=list)
-    settings: Settings = field(default_factory=Settings)
+    settings: ProfileSettings = field(default_factory=ProfileSettings)
 
     @property
     def names(self) -> list[str]:

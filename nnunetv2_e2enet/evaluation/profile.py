@@ -25,7 +25,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProfileSettings:
     """Settings of a measurement.
 
     Attributes:
@@ -96,7 +96,7 @@ class Profile:
         return {**asdict(self), "shares": self.shares.to_dict("records"), **summary}
 
 
-def profile(designs: Sequence[Design], settings: Settings, progress: Progress = lambda _: None) -> list[Profile]:
+def profile(designs: Sequence[Design], settings: ProfileSettings, progress: Progress = lambda _: None) -> list[Profile]:
     """Count, measure memory, then time all networks in turns.
 
     Args:
@@ -124,13 +124,13 @@ def profile(designs: Sequence[Design], settings: Settings, progress: Progress = 
     return profiles
 
 
-def steps(designs: Sequence[Design], settings: Settings) -> int:
+def steps(designs: Sequence[Design], settings: ProfileSettings) -> int:
     """The number of times that ``profile`` reports progress."""
     one = 1 + 2 * settings.with_memory + (settings.rounds + 1) * settings.with_time
     return len(designs) * one
 
 
-def why_pytorch(network: nn.Module, input_shape: Sequence[int], settings: Settings) -> str | None:
+def why_pytorch(network: nn.Module, input_shape: Sequence[int], settings: ProfileSettings) -> str | None:
     """Why PyTorch predicts, or in training mode trains, a network under these settings; None if the CPU engine does."""
     if not isinstance(network, E2ENet):
         return f"the network is {type(network).__name__}"
@@ -139,7 +139,7 @@ def why_pytorch(network: nn.Module, input_shape: Sequence[int], settings: Settin
     return (engine.why_not_trained if network.training else engine.why_not_predicted)(network, input_shape)
 
 
-def _count(design: Design, network: nn.Module, settings: Settings) -> Profile:
+def _count(design: Design, network: nn.Module, settings: ProfileSettings) -> Profile:
     batch_size = settings.batch_size or design.batch_size
     trained_by_pytorch = why_pytorch(network.train(), design.input_shape(batch_size), settings)
     predicted_by_pytorch = why_pytorch(network.eval(), design.input_shape(), settings)
@@ -157,7 +157,7 @@ def _count(design: Design, network: nn.Module, settings: Settings) -> Profile:
     )
 
 
-def _measure_memory(design: Design, counted: Profile, settings: Settings, progress: Progress) -> None:
+def _measure_memory(design: Design, counted: Profile, settings: ProfileSettings, progress: Progress) -> None:
     needed = counted.kept_bytes + memory.BYTES_PER_PARAMETER * counted.costs.parameters_stored
     free = free_bytes() if settings.device == "cpu" else float(torch.cuda.mem_get_info()[0])
     progress(f"Memory of a training step, {design.name}")
@@ -175,7 +175,7 @@ def _measure_memory(design: Design, counted: Profile, settings: Settings, progre
 def time_in_turns(
     networks: Mapping[str, nn.Module],
     shapes: Mapping[str, Sequence[int]],
-    settings: Settings,
+    settings: ProfileSettings,
     progress: Progress = lambda _: None,
 ) -> dict[str, list[float]]:
     """Seconds of forward passes in inference mode, A B C A B C …, after a pass of each that does not count.

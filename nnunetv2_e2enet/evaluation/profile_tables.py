@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nnunetv2_e2enet.evaluation.costs import SHARED
 from nnunetv2_e2enet.evaluation.numbers import NOTHING, gib, giga, millions, sizes
-from nnunetv2_e2enet.evaluation.profile import Profile, Settings
+from nnunetv2_e2enet.evaluation.profile import Profile, ProfileSettings
 from nnunetv2_e2enet.evaluation.tables import Table
 from nnunetv2_e2enet.network import E2ENet
 
@@ -22,7 +22,7 @@ COLUMNS = (
 )
 
 
-def print_profiles(console: Console, profiles: list[Profile], settings: Settings, levels: bool, flows: bool) -> None:
+def print_profiles(console: Console, profiles: list[Profile], settings: ProfileSettings, levels: bool, flows: bool) -> None:
     """Counts, measurements, and the costs of levels or flows where they are asked for."""
     _counts(profiles).print(console)
     console.print(COLUMNS)
@@ -67,7 +67,7 @@ def _counts(profiles: list[Profile]) -> Table:
     return Table("Parameters, and multiply-accumulates (MAC) of one patch", text, words=2)
 
 
-def measurements(profiles: Sequence[Profile], settings: Settings, with_patch: bool = False) -> Table:
+def measurements(profiles: Sequence[Profile], settings: ProfileSettings, with_patch: bool = False) -> Table:
     """Peaks of memory, and time."""
     head = ["network", "training\npeak", "prediction\npeak", "patch\nmedian", "quartiles", "Mvoxel/s", "batch", "patch"]
     rows = []
@@ -82,7 +82,7 @@ def measurements(profiles: Sequence[Profile], settings: Settings, with_patch: bo
     return table if with_patch else Table(title, table.frame.drop(columns=["batch", "patch"]))
 
 
-def how_measured(settings: Settings) -> str:
+def how_measured(settings: ProfileSettings) -> str:
     """The measurements in words."""
     batch = "the plans' batch" if settings.batch_size is None else f"a batch of {settings.batch_size}"
     parts = []
