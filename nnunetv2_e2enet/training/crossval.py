@@ -115,7 +115,7 @@ class Fold:
         except Timeout as error:
             raise E2ENetError(
                 f"fold {self.number} of {self.trainer} is trained by another e2enet crossval (see {self.log}): wait for its "
-                "end, then repeat the command"
+                "end, or end what is left of it, then repeat the command"
             ) from error
 
 
