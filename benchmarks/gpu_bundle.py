@@ -69,7 +69,8 @@ def bundle(folder: Path, preprocessed: Path, python: str, with_torch: bool, inst
         installed: see ``needed``.
     """
     there = {wheel.name for wheel in folder.glob("wheels*/*.whl")}
-    names = sorted(needed([*WANTED, *(TORCH if with_torch else ())], python, () if with_torch else THERE, installed))
+    there_too = {name: number for name, number in installed.items() if name != "setuptools"}  # a venv may have an old one
+    names = sorted(needed([*WANTED, *(TORCH if with_torch else ())], python, () if with_torch else THERE, there_too))
     new = folder / "new"
     new.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(4) as pool:

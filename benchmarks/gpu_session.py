@@ -234,6 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.bundle is not None:
         if given.preprocessed is None:
             parser.error("--bundle needs --preprocessed")
+        if given.with_torch and given.installed:
+            parser.error("--installed is of a Python that has torch; --with-torch makes an environment of the bundle alone")
         installed = gpu_bundle.read_installed(given.installed) if given.installed else {}
         gpu_bundle.bundle(given.bundle.resolve(), given.preprocessed.resolve(), given.python, given.with_torch, installed)
         return

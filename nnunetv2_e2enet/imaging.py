@@ -23,6 +23,8 @@ GZIP = b"\x1f\x8b"
 
 SAME_PLACE = 0.1
 """Voxels by which the origins of two images on one grid may differ."""
+SAME_SPACING = 1e-5
+"""Relative difference of the spacings of two channels that nnU-Net's readers accept."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,17 @@ class Geometry:
         """The geometry of an image, or of a header from ``read_header``."""
         return cls(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
 
-    def difference(self, other: Geometry, called: object) -> str | None:
-        """The difference to ``other`` in words, which name it ``called``; None where both are the same grid."""
+    def difference(self, other: Geometry, called: object, spacing: float = 1e-3) -> str | None:
+        """The difference to another geometry in words; None where both are the same grid.
+
+        Args:
+            other: to compare with.
+            called: its name in these words.
+            spacing: relative difference of spacings that counts as none.
+        """
         if self.size != other.size:
             return f"{_times(self.size)} voxels, {called} has {_times(other.size)}"
-        if not np.allclose(self.spacing, other.spacing, rtol=1e-3):
+        if not np.allclose(self.spacing, other.spacing, rtol=spacing):
             return f"spacing {_times(self.spacing)} mm, {called} has {_times(other.spacing)}"
         if not np.allclose(self.direction, other.direction, atol=1e-3):
             return f"axes that point elsewhere than those of {called}"
@@ -70,7 +78,7 @@ def check_one_grid(files: Sequence[Path], called: Sequence[Path] | None = None) 
     names = files if called is None else called
     first, *others = (Geometry.of(read_header(file, called=name)) for file, name in zip(files, names, strict=True))
     for geometry, name in zip(others, names[1:], strict=True):
-        difference = geometry.difference(first, names[0])
+        difference = geometry.difference(first, names[0], spacing=SAME_SPACING)
         if difference is not None:
             raise E2ENetError(f"{name} has {difference}: resample the channels to one grid")
 

@@ -167,6 +167,10 @@ def test_segmenter_takes_a_dicom_series(packed: Path, tmp_path: Path) -> None:
     expected = SimpleITK.GetArrayFromImage(segmenter(scan))
     for path in (tmp_path, next(tmp_path.iterdir())):
         np.testing.assert_array_equal(segmenter(path), expected)
+    model = read_packed(packed)
+    plans = {**model.description.plans, "image_reader_writer": "NibabelIO"}
+    by_nibabel = Segmenter(PackedModel(replace(model.description, plans=plans), model.folds), mirroring=False, step_size=1)
+    assert by_nibabel(tmp_path).shape == expected.shape
 
 
 @pytest.mark.usefixtures("alone")
@@ -187,11 +191,19 @@ def test_some_folds_can_be_chosen(packed: Path, project: Project, tmp_path: Path
     assert "the model has the folds 0, 1, not 3" in single_line(capsys)
 
 
-def test_postprocessing_is_of_the_folds_that_it_was_found_for(packed: Path) -> None:
+def test_postprocessing_is_of_the_folds_that_it_was_found_for(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = read_packed(packed)
     model = PackedModel(replace(model.description, postprocessing=[[1, 2]]), model.folds)
     assert model.with_folds([1, 0]).description.postprocessing == [[1, 2]]
-    assert model.with_folds(["1"]).description.postprocessing == []
+    assert model.with_folds("1").description.postprocessing == model.with_folds(1).description.postprocessing == []
+    write_packed(tmp_path / "model.e2enet", model)
+    with pytest.raises(E2ENetError, match="holds postprocessing for all of its folds together"):
+        Segmenter.load(tmp_path / "model.e2enet", folds=0, postprocess=True)
+    options = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path), "-o", str(tmp_path / "out"), "-device", "cpu"]
+    assert main(["predict", *options, "-f", "0", "--postprocess"]) == 1
+    assert "holds no postprocessing of these folds alone: run nnUNetv2_find_best_configuration" in single_line(capsys)
 
 
 def test_memory_that_runs_out_is_one_line(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

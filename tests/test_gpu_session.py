@@ -321,6 +321,24 @@ def test_what_is_installed_there_stays_out_of_a_bundle(tmp_path: Path) -> None:
             with_list(wrong)
 
 
+def test_a_bundle_builds_our_package_whatever_is_installed_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual environment may have setuptools of its own, older than the one of the machine's Python."""
+    fetched: list[str] = []
+    monkeypatch.setattr(gpu_bundle, "fetch", lambda name, *_: fetched.append(name))
+    (tmp_path / "data").mkdir()
+    listed = {"setuptools": "999", "numpy": ""}
+    gpu_bundle.bundle(tmp_path / "bundle", tmp_path / "data", "3.12", with_torch=False, installed=listed)
+    assert "setuptools" in fetched
+    assert "numpy" not in fetched
+
+
+def test_a_bundle_with_torch_is_whole(tmp_path: Path) -> None:
+    options = ["--bundle", str(tmp_path), "--preprocessed", str(tmp_path), "--with-torch", "--installed", "list.txt"]
+    with pytest.raises(SystemExit):
+        gpu_session.main(options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_wheels_lie_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_bundle, "PART_BYTES", 100)
     new = tmp_path / "new"

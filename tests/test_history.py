@@ -1,5 +1,7 @@
 """The history of the topology: the file in the fold's folder, and what goes into nnU-Net's log."""
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,24 @@ def test_a_former_history_stays_until_there_is_a_checkpoint(in_process: Project)
         if disabled:
             assert files[-1] == before
     assert files[0] == files[1] != files[2]
+
+
+def test_a_checkpoint_that_fails_leaves_the_former_history(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for attempt in ("first", "second"):
+        trainer = make(variant(nnUNetTrainerE2ENet_smoke, "full", save_every=1), in_process)
+        trainer.initialize()
+        trainer.topology_history.start()
+        path = Path(trainer.output_folder) / HISTORY_FILE
+        if attempt == "first":
+            train_epochs(trainer, 1)
+            former = path.read_bytes()
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="former checkpoints are intact"):
+        train_epochs(trainer, 1)
+    assert path.read_bytes() == former
 
 
 def test_an_update_that_changed_nothing_is_recorded_once(path: Path) -> None:

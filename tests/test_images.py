@@ -216,13 +216,13 @@ def test_channels_in_a_folder_are_whole_and_on_one_grid(tmp_path: Path, model: P
     second.write_bytes(second.read_bytes()[:2000])
     with pytest.raises(E2ENetError, match=r"a_0001\.nii\.gz ends after .* bytes"):
         check_channels([first], two)
-    moved = make_scan()
+    moved, finer = make_scan(), make_scan()
     moved.SetOrigin((50, 0, 0))
-    SimpleITK.WriteImage(moved, second)
-    with pytest.raises(
-        E2ENetError, match=r"a_0001\.nii\.gz has origin .*a_0000\.nii\.gz has \(-10\.5, .*: resample the channels"
-    ):
-        check_channels([first], two)
+    finer.SetSpacing([0.9995 * spacing for spacing in finer.GetSpacing()])  # which nnU-Net's readers do not accept
+    for other, difference in ((moved, "origin"), (finer, "spacing")):
+        SimpleITK.WriteImage(other, second)
+        with pytest.raises(E2ENetError, match=rf"a_0001\.nii\.gz has {difference} .*, .*a_0000\.nii\.gz has .*: resample"):
+            check_channels([first], two)
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])

@@ -220,8 +220,8 @@ def _check(args: argparse.Namespace, model: PackedModel) -> None:
         raise E2ENetError(f"{args.m} {needed}: see -prev_stage_predictions")
     if args.postprocess and not model.description.postprocessing:
         raise E2ENetError(
-            f"{args.m} holds no postprocessing: run nnUNetv2_find_best_configuration for these folds and export again, or "
-            "leave out --postprocess"
+            f"{args.m} holds no postprocessing{'' if args.f is None else ' of these folds alone'}: run "
+            "nnUNetv2_find_best_configuration for these folds and export again, or leave out --postprocess"
         )
 
 

@@ -53,13 +53,13 @@ class PackedModel:
         for fold in self.description.folds:
             yield unpack(self.folds[fold], network)
 
-    def with_folds(self, names: Sequence[str | int]) -> PackedModel:
+    def with_folds(self, names: Sequence[str | int] | str | int) -> PackedModel:
         """The same model with some of its folds. Postprocessing, which was found for all of them, stays with all of them.
 
         Raises:
             E2ENetError: it has not all of them.
         """
-        wanted = list(dict.fromkeys(map(str, names)))
+        wanted = list(dict.fromkeys(map(str, [names] if isinstance(names, (str, int)) else names)))
         missing = [name for name in wanted if name not in self.folds]
         if missing or not wanted:
             raise E2ENetError(

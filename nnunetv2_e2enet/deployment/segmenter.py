@@ -16,11 +16,11 @@ import SimpleITK
 import torch
 from numpy.typing import NDArray
 
-from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
-from nnunetv2_e2enet.deployment.images import check_images
+from nnunetv2_e2enet.deployment.dicom import choose_series
+from nnunetv2_e2enet.deployment.images import check_images, folder_of_images
 from nnunetv2_e2enet.deployment.packed import PackedModel, read_packed
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import Geometry, read_image, readable
+from nnunetv2_e2enet.imaging import SAME_SPACING, Geometry, readable
 from nnunetv2_e2enet.machine import out_of_memory_in_one_line
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Segmenter:
         step_size: float = 0.5,
         mirroring: bool = True,
         postprocess: bool = False,
-        folds: Sequence[str | int] | None = None,
+        folds: Sequence[str | int] | str | int | None = None,
     ) -> Segmenter:
         """Open a file that ``e2enet export`` wrote. Nothing in it is executed.
 
@@ -148,13 +148,17 @@ class Segmenter:
             step_size: of the sliding window, relative to the patch.
             mirroring: average over mirrored images, where the training mirrored them; 8 times the work in 3D.
             postprocess: keep the largest components that nnU-Net's cross-validation found to help, if the file names any.
-            folds: whose predictions are averaged; all in the file unless given.
+            folds: one or several, whose predictions are averaged; all in the file unless given.
 
         Raises:
-            E2ENetError: the file cannot be used, has not these folds, or is of a cascade's second stage.
+            E2ENetError: the file cannot be used, has not these folds or no postprocessing of them alone, or is of a cascade's
+                second stage.
         """
-        model = read_packed(Path(path))
-        return cls(model if folds is None else model.with_folds(folds), device, step_size, mirroring, postprocess)
+        whole = read_packed(Path(path))
+        model = whole if folds is None else whole.with_folds(folds)
+        if postprocess and whole.description.postprocessing and not model.description.postprocessing:
+            raise E2ENetError(f"{path} holds postprocessing for all of its folds together: leave out postprocess, or folds")
+        return cls(model, device, step_size, mirroring, postprocess)
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -176,6 +180,10 @@ class Segmenter:
             E2ENetError: the image cannot be read, has other channels than the model was trained with, or needs more memory
                 than there is.
         """
+        with out_of_memory_in_one_line():
+            return self._segmented(image)
+
+    def _segmented(self, image: Any) -> SimpleITK.Image | Segmentation:
         if isinstance(image, tuple) and len(image) == 2 and isinstance(image[0], np.ndarray):
             return self._segment(*image)
         channels: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
@@ -190,18 +198,21 @@ class Segmenter:
         raise E2ENetError(f"the image is {type(image).__name__}: expected a path, a SimpleITK image, or (array, properties)")
 
     def _read(self, paths: Sequence[str | Path]) -> tuple[Segmentation, Properties]:
+        from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
         files = [Path(path) for path in paths]
         series = [choose_series(file) for file in files]
         for file, found in zip(files, series, strict=True):
             if found is None and not file.is_file():
                 raise E2ENetError(f"{file} is not a file: expected an image, or a folder with a DICOM series")
         if any(series):
-            pairs = zip(files, series, strict=True)
-            return self._from_simpleitk([read_image(file) if one is None else read_series(one) for file, one in pairs])
-        check_images(files)
-        reader = self._predictor.plans_manager.image_reader_writer_class()
+            with folder_of_images(files, self.model) as folder:
+                return self._read(sorted(folder.iterdir()))
+        reader = self._predictor.plans_manager.image_reader_writer_class
+        if reader is SimpleITKIO:  # others have errors of their own
+            check_images(files)
         with readable(files[0]):
-            array, properties = reader.read_images([str(file) for file in files])
+            array, properties = reader().read_images([str(file) for file in files])
         return array, properties
 
     def _from_simpleitk(self, images: Sequence[SimpleITK.Image]) -> tuple[Segmentation, Properties]:
@@ -218,7 +229,7 @@ class Segmenter:
         for number, image in enumerate(images):
             if image.GetDimension() not in (2, 3) or image.GetNumberOfComponentsPerPixel() != 1:
                 raise E2ENetError("a SimpleITK image has more than three axes or several components: give one image a channel")
-            difference = Geometry.of(image).difference(Geometry.of(first), "channel 0")
+            difference = Geometry.of(image).difference(Geometry.of(first), "channel 0", SAME_SPACING)
             if difference is not None:
                 raise E2ENetError(f"channel {number} has {difference}: resample the channels to one grid")
         spacing = [abs(s) for s in reversed(first.GetSpacing())]
@@ -239,7 +250,7 @@ class Segmenter:
         spacing = properties.get("spacing", ())
         if len(spacing) != 3 or not all(isfinite(s) and s > 0 for s in spacing):
             raise E2ENetError(f"the image's spacing is {spacing}, but three positive numbers in mm are expected")
-        with self._lock, out_of_memory_in_one_line():
+        with self._lock:
             segmentation: NDArray[Any] = self._predictor.predict_single_npy_array(array, deepcopy(dict(properties)))
         processed: NDArray[Any] = apply_postprocessing(segmentation, *self._postprocessing)
         return processed

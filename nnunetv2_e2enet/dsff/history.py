@@ -1,8 +1,9 @@
 """The history of a topology: one line of JSON an update, in a file that survives a crash.
 
 The first line lists the *parts* of the connections: the flows of a convolution that fuses flows, otherwise whole layers. Each
-following line is the topology at one moment, its numbers in the order of the parts: the start, then every update. A line is on
-the disk before the training goes on. The incomplete last line of a crash is not read.
+following line is the topology at one moment, its numbers in the order of the parts: the start, then every update. The start is
+written with the first checkpoint or update. The line of an update is on the disk before the training goes on. The incomplete
+last line of a crash is not read.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class TopologyHistory:
     Args:
         layers: by name.
         flows: for layers whose input maps are of different origin, the channels of each.
-        path: of the file; None follows the connections and writes nothing (all ranks but one).
+        path: of the file; None follows the connections and writes nothing (all ranks but one, trainings without checkpoints).
         importance: the criterion by which connections are kept; the L1 norm of kernels unless given.
 
     Attributes:

@@ -101,10 +101,10 @@ class DSFFMixin(NetworkMixin):
                     state[key] = layer.gather(value)
 
     def save_checkpoint(self, filename: str) -> None:
-        """As nnU-Net does; with the first checkpoint, the history takes the place of a former training's."""
+        """As nnU-Net does; after the first checkpoint, the history takes the place of a former training's."""
+        super().save_checkpoint(filename)
         with one_line_errors():
             self.topology_history.write()
-        super().save_checkpoint(filename)
 
     def _follow_topology(self) -> TopologyHistory:
         writes = self.local_rank == 0 and not self.disable_checkpointing
