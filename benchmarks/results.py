@@ -109,20 +109,22 @@ def figure(record: Record) -> drawing.Figure:
     """Pseudo Dice over iterations and over seconds of training, one line a run; and Dice over what a network costs."""
     runs, settings = runs_of(record), record["settings"]
     names = list(dict.fromkeys(contestant for _, contestant in runs))
+    first = min(fold for fold, _ in runs)
     with drawing.style():
         drawn, axes = drawing.new_figure(11, rows=5)
         by_iteration, by_second, by_size, by_work, by_time = (row[0] for row in axes)
-        for (_, contestant), run in runs.items():
+        for (fold, contestant), run in runs.items():
             colour, marker = model_style(names.index(contestant))
+            line, fill, label = ("-", "full", contestant) if fold == first else ("--", "none", None)
             iterations, seconds = (
                 settings["iterations"] * np.arange(1, len(run["pseudo_dice"]) + 1),
                 np.cumsum(run["epoch_seconds"]),
             )
-            by_iteration.plot(iterations, run["pseudo_dice"], color=colour, label=contestant)
-            by_second.plot(seconds, run["pseudo_dice"], color=colour)
+            by_iteration.plot(iterations, run["pseudo_dice"], linestyle=line, color=colour, label=label)
+            by_second.plot(seconds, run["pseudo_dice"], linestyle=line, color=colour)
             costs = run["costs"]["parameters_active"] / 1e6, run["costs"]["macs_active"] / 1e9, seconds[-1] / 60
             for axis, cost in zip((by_size, by_work, by_time), costs, strict=True):
-                axis.plot(cost, run["dice"], marker, color=colour)
+                axis.plot(cost, run["dice"], marker, color=colour, fillstyle=fill)
         least = min(run["pseudo_dice"][-1] for run in runs.values()) - SHOWN
         for axis, label in ((by_iteration, "iterations"), (by_second, "seconds of training and its validation batches")):
             axis.set(xlabel=label, ylabel="pseudo Dice", ylim=(max(0, least), None))
@@ -149,6 +151,8 @@ def section(record: Record, name: str) -> list[str]:
         "",
         *by_structure(record),
         f"![Pseudo Dice over iterations and seconds, Dice over what a network costs](results/{name}.svg)",
+        "",
+        "Solid lines and filled marks are of the first fold, dashed lines and hollow marks of the other.",
         "",
     ]
 
