@@ -134,14 +134,29 @@ class TopologyHistory:
         """
         self._beginning = [self._header(), _line(asdict(self.record(epoch)))]
 
-    def write(self) -> None:
+    def write(self) -> bytes | None:
         """Write the beginning, where that is still to be done.
+
+        Returns:
+            The content of the file that it replaced; None where there was none.
 
         Raises:
             E2ENetError: the file cannot be written.
         """
+        if self.path is None or not self._beginning:
+            return None
+        former = self.path.read_bytes() if self.path.is_file() else None
         self._rewrite(self._beginning)
         self._beginning = []
+        return former
+
+    def restore(self, former: bytes | None) -> None:
+        """Put back what ``write`` replaced.
+
+        Raises:
+            E2ENetError: the file cannot be written.
+        """
+        self._rewrite([] if former is None else [former])
 
     def resume(self, epoch: int) -> None:
         """Go on after ``epoch`` epochs, without the file's records of later epochs and its incomplete last line.
