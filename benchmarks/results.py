@@ -31,6 +31,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 PARTS = ("trainings", "gpu", "starts", "cpu", "counts")
 """Of the page: what is between the two markers of each comes from the records."""
 PHANTOMS = "phantoms of fifteen structures, 8 cases to train on in fold 0 and 32 in fold 1, the same 16 to validate on"
+FOLDS = "Solid lines and filled marks are of the first fold, dashed lines and hollow marks of the other."
 POINTS = 100  # of Dice
 SHOWN = 0.1  # of pseudo Dice, below the end of the worst training: earlier epochs are steep and all alike
 
@@ -115,7 +116,8 @@ def figure(record: Record) -> drawing.Figure:
         by_iteration, by_second, by_size, by_work, by_time = (row[0] for row in axes)
         for (fold, contestant), run in runs.items():
             colour, marker = model_style(names.index(contestant))
-            line, fill, label = ("-", "full", contestant) if fold == first else ("--", "none", None)
+            line, fill = ("-", "full") if fold == first else ("--", "none")
+            label = contestant if fold == min(f for f, c in runs if c == contestant) else None
             iterations, seconds = (
                 settings["iterations"] * np.arange(1, len(run["pseudo_dice"]) + 1),
                 np.cumsum(run["epoch_seconds"]),
@@ -152,8 +154,7 @@ def section(record: Record, name: str) -> list[str]:
         *by_structure(record),
         f"![Pseudo Dice over iterations and seconds, Dice over what a network costs](results/{name}.svg)",
         "",
-        "Solid lines and filled marks are of the first fold, dashed lines and hollow marks of the other.",
-        "",
+        *([FOLDS, ""] if len({fold for fold, _ in runs}) > 1 else []),
     ]
 
 
