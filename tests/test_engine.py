@@ -308,6 +308,51 @@ def test_any_byte_that_changes_unseen_is_noticed_within_a_few_patches() -> None:
 
 
 @needs_core
+def test_connections_that_trade_places_are_noticed() -> None:
+    """Topologies on the same weights, whose masks differ in ways that simple sums do not see."""
+    network = make_network([[1, 1, 1], [1, 2, 2]], [64, 64], feature_sparsity=0.0)
+    x = torch.randn(1, 1, 4, 32, 32)
+    conv = network.decoder.stages[0][0].blocks[0].conv
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        conv.mask[:16].zero_()
+        conv.mask[0, 19] = True
+        conv.mask[9:16, ::4] = torch.eye(7, conv.in_channels // 4).bool()
+        assert_same_logits(network, x)
+        before = both_ways(network, x)[0][0]
+        changed = conv.mask.clone()
+        changed[0, 19], changed[8, 19] = False, True
+        conv.mask.copy_(changed)
+        found, expected = (logits[0] for logits in both_ways(network, x))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert not torch.equal(found, before)
+        for _ in range(20):  # swaps that leave each map as many connections as before
+            before, changed = found, conv.mask.clone()
+            a, b = (9 + torch.randperm(7, generator=generator)[:2]).tolist()
+            of_a, of_b = (int(changed[row].nonzero()[0]) for row in (a, b))
+            changed[a, of_a], changed[b, of_b], changed[a, of_b], changed[b, of_a] = False, False, True, True
+            conv.mask.copy_(changed)
+            found, expected = (logits[0] for logits in both_ways(network, x))
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            assert not torch.equal(found, before)
+
+
+@needs_core
+def test_hooks_of_all_modules_are_called() -> None:
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    with torch.no_grad():
+        before = network(x)
+        head = network.decoder.seg_layers[-1]
+        hook = nn.modules.module.register_module_forward_hook(lambda m, _, out: 2 * out if m is head else None)
+        try:
+            assert torch.allclose(network(x), 2 * before, rtol=1e-3, atol=1e-3)
+            assert "hooks" in str(engine.why_pytorch(network))
+        finally:
+            hook.remove()
+        assert torch.equal(network(x), before)
+
+
+@needs_core
 def test_weights_made_in_inference_mode_are_followed() -> None:
     x = torch.randn(1, 1, 8, 32, 32)
     with torch.inference_mode():
@@ -359,6 +404,18 @@ def pad_pooling(network: E2ENet) -> None:
             module.downsample = nn.MaxPool3d((1, 3, 3), module.downsample.stride, (0, 1, 1))
 
 
+def add_softmax(network: E2ENet) -> None:
+    heads = network.decoder.seg_layers
+    heads[-1] = nn.Sequential(heads[-1], nn.Softmax(1))
+
+
+def change_padding(network: E2ENet) -> None:
+    for module in network.modules():
+        if isinstance(module, ShiftBlock):
+            module.conv.padding_mode = "circular"
+            module.conv._reversed_padding_repeated_twice = [p for p in reversed(module.conv.padding) for _ in range(2)]
+
+
 @needs_core
 @pytest.mark.parametrize("strides", [[[2, 2, 2], [2, 2, 2]], [[1, 2, 2], [2, 2, 2]], [[2, 1], [2, 2]]])
 def test_a_first_level_with_a_stride(strides: list[list[int]]) -> None:
@@ -386,7 +443,9 @@ def test_rounding_of_deep_networks(kernels: str) -> None:
 
 
 @needs_core
-@pytest.mark.parametrize("change", [change_eps, change_slope, change_activation, change_pooling, pad_pooling])
+@pytest.mark.parametrize(
+    "change", [change_eps, change_slope, change_activation, change_pooling, pad_pooling, add_softmax, change_padding]
+)
 def test_what_is_no_tensor_is_followed(change: Callable[[E2ENet], None]) -> None:
     strides = [[1, 1, 1], [1, 2, 2], [1, 2, 2]]
     network, x = make_network(strides), torch.randn(1, 1, 8, 32, 32)

@@ -403,6 +403,17 @@ def test_networks_may_change_from_one_iteration_to_the_next(change: Callable[[E2
             assert (ours[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
 
 
+def test_a_module_that_is_put_in_later_is_not_left_out() -> None:
+    network = make_network()
+    x = image(network, 4, 16, 16)
+    gradients(network, x)
+    heads = network.decoder.seg_layers
+    heads[-1] = nn.Sequential(heads[-1], nn.Softmax(1))
+    found, _ = gradients(network, x)
+    assert torch.allclose(found[0].sum(1), torch.ones(()), atol=1e-5)
+    assert "a head is Sequential" in str(engine.why_pytorch(network))
+
+
 def test_threads_may_train_the_same_network() -> None:
     """A forward pass does not read the kernels that the backward pass of another thread has turned."""
     network = make_network(features=[12, 24, 40])

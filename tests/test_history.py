@@ -214,6 +214,20 @@ def test_a_checkpoint_that_fails_leaves_the_former_history(in_process: Project, 
     assert path.read_bytes() == former
 
 
+@pytest.mark.parametrize("former", [b"of a former training\n", None])
+def test_a_beginning_is_taken_back_where_what_follows_fails(path: Path, former: bytes | None) -> None:
+    if former is not None:
+        path.write_bytes(former)
+    run = Run(path)
+    run.history.start()
+    with pytest.raises(KeyboardInterrupt), run.history.begun():
+        assert [record.epoch for record in read_history(path).records] == [0]
+        raise KeyboardInterrupt
+    assert (path.read_bytes() if path.is_file() else None) == former
+    run.epochs(0, 2)
+    assert [record.epoch for record in read_history(path).records] == [0, 1]
+
+
 def test_an_update_that_changed_nothing_is_recorded_once(path: Path) -> None:
     """A checkpoint is written before the update of its epoch, which is made again when a training goes on."""
     straight = Run(path)
@@ -243,13 +257,16 @@ def test_damaged_and_foreign_histories_are_named(path: Path, tmp_path: Path) -> 
         with pytest.raises(E2ENetError, match="cannot be read as a topology history"):
             run.history.resume(2)
         assert path.read_bytes() == content
+    path.write_bytes(lines[0].replace(b'"format":2', b'"format":1'))
+    with pytest.raises(E2ENetError, match=r"has format 1, expected 2: read it with the release that wrote it$"):
+        run.history.resume(2)
     path.write_bytes(b"".join(lines))
     with pytest.raises(E2ENetError, match="another network"):
         Run(path, width=7).history.resume(2)
     nowhere = Run(tmp_path / "missing" / "file").history
     nowhere.start()
-    with pytest.raises(E2ENetError, match="could not be written"):
-        nowhere.write()
+    with pytest.raises(E2ENetError, match="could not be written"), nowhere.begun():
+        pass
 
 
 # --- the trainer --------------------------------------------------------------------------------------------------------

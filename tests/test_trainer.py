@@ -147,11 +147,28 @@ def test_channels_of_e2enet_plans_are_kept_and_settings_are_the_trainers(in_proc
     arguments["features_per_stage"] = [5] * arguments["n_stages"]
     trainer = make(variant(nnUNetTrainerE2ENet_S90, "wide", shift_size=5, base_num_features=58), in_process, plans)
     trainer.initialize()
-    assert "Channels [5, 5" in Path(trainer.log_file).read_text()
+    log = Path(trainer.log_file).read_text()
+    assert "Channels [5, 5" in log
+    assert "shift_size is 5, that of nnUNetTrainerE2ENet_S90_wide; the plans have 3" in log
     assert set(trainer.network.encoder.output_channels) == {5}
     assert trainer.network.shift_size == 5
     layers = dict(maskable_layers(trainer.network))
     assert all(layer.n_active == round((1 - 0.9) * layer.n_connections) for layer in layers.values())
+
+
+def test_subclasses_of_variants_override_their_settings(in_process: Project) -> None:
+    class Mine(nnUNetTrainerE2ENet_S90):
+        feature_sparsity = 0.85
+
+    trainer = make(Mine, in_process)
+    trainer.initialize()
+    assert trainer.network.feature_sparsity == 0.85
+    assert all(layer.n_active == round(0.15 * layer.n_connections) for _, layer in maskable_layers(trainer.network))
+
+
+def test_variants_refuse_what_is_no_setting(in_process: Project) -> None:
+    with pytest.raises(AttributeError, match="nnUNetTrainerE2ENet has no setting sparsity"):
+        make(variant(nnUNetTrainerE2ENet, "wrong", sparsity=0.5), in_process)
 
 
 def test_a_wrong_setting_is_one_line_where_nnunet_builds_the_network() -> None:

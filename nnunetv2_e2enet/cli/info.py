@@ -202,14 +202,13 @@ def _model_facts(path: Path) -> dict[str, str]:
     plans, settings = description.managers()
     network = description.network()
     parameters = sum(p.numel() for p in network.parameters())
-    channels = description.dataset.get("channel_names") or description.dataset["modality"]
     steps = description.postprocessing
     return {
         "file": f"{path}, {path.stat().st_size / 1e6:.2f} MB, written by {description.written_by}",
         "trained by": f"{description.trainer}, {description.configuration} of {plans.plans_name}, {plans.dataset_name}",
         "folds": f"{', '.join(description.folds)} ({description.checkpoint})",
         "network": f"E2ENet, {parameters} parameters, {model.active_weights} active (S = {network.feature_sparsity})",
-        "channels": ", ".join(f"{number} {name}" for number, name in channels.items()),
+        "channels": ", ".join(f"{number} {name}" for number, name in description.channel_names.items()),
         "labels": ", ".join(f"{values} {name}" for name, values in description.dataset["labels"].items()),
         "patch, spacing": f"{settings.patch_size}, {[round(s, 4) for s in settings.spacing]} mm",
         "mirroring axes": str(description.mirroring_axes or "none"),

@@ -76,6 +76,12 @@ class Description:
         description.check()
         return description
 
+    @property
+    def channel_names(self) -> dict[str, Any]:
+        """The channels of an image by number, under either name that nnU-Net has for them in ``dataset.json``."""
+        names: dict[str, Any] = self.dataset.get("channel_names") or self.dataset["modality"]
+        return names
+
     def as_json(self) -> dict[str, Any]:
         """The fields, as JSON can hold them."""
         return asdict(self)

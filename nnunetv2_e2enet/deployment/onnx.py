@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from nnunetv2_e2enet.files import temporary_path
 from nnunetv2_e2enet.network import E2ENet, maskable_layers
 from nnunetv2_e2enet.network.blocks import ShiftBlock, as_given
 from nnunetv2_e2enet.network.connections import MaskedConv2d, MaskedConv3d, MaskedConvTranspose2d, MaskedConvTranspose3d
-from nnunetv2_e2enet.network.depth_shift import DEPTH_AXIS, shift_groups
+from nnunetv2_e2enet.network.depth_shift import DEPTH_AXIS
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE
 
 OPSET = 18
@@ -46,12 +46,7 @@ class _PlainShiftBlock(nn.Module):
     def __init__(self, block: ShiftBlock) -> None:
         super().__init__()
         self.conv, self.norm, self.nonlin = block.conv, block.norm, block.nonlin
-        if block.shift is not None:
-            offsets = block.shift.whole_offsets()
-        else:
-            groups = shift_groups(cast(int, block.conv.in_channels), block.shift_size)
-            offsets = [offset for group, offset in groups for _ in range(group.stop - group.start)]
-        self.runs = [(offset, len(list(channels))) for offset, channels in groupby(offsets)]  # neighbours that move together
+        self.runs = [(offset, len(list(channels))) for offset, channels in groupby(block.offsets())]  # neighbours that move together
 
     def forward(self, *maps: Tensor, flows: Callable[..., Sequence[Any]] = as_given) -> Tensor:
         tensors = flows(*maps)
@@ -175,7 +170,7 @@ def _runtime_facts(description: Description, files: list[str]) -> dict[str, Any]
         "files": dict(zip(description.folds, files, strict=True)),
         "input": {
             "name": INPUT,
-            "channel_names": description.dataset.get("channel_names") or description.dataset["modality"],
+            "channel_names": description.channel_names,
             "patch_size": settings.patch_size,
             **_first_stage(settings.previous_stage_name, labels.foreground_labels),
         },

@@ -79,8 +79,7 @@ class PackedModel:
     @property
     def channels(self) -> list[str]:
         """Names of the channels of an image, in their order."""
-        dataset = self.description.dataset
-        return [str(name) for name in (dataset.get("channel_names") or dataset["modality"]).values()]
+        return [str(name) for name in self.description.channel_names.values()]
 
     @property
     def active_weights(self) -> int:

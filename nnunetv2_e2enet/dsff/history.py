@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -129,34 +130,33 @@ class TopologyHistory:
     def start(self, epoch: int = 0) -> None:
         """Begin anew with the present topology.
 
-        ``write``, or the first update, replaces a former file: that of a trained model stays while no checkpoint of the new
+        ``begun``, or the first update, replaces a former file: that of a trained model stays while no checkpoint of the new
         training is there.
         """
         self._beginning = [self._header(), _line(asdict(self.record(epoch)))]
 
-    def write(self) -> bytes | None:
-        """Write the beginning, where that is still to be done.
-
-        Returns:
-            The content of the file that it replaced; None where there was none.
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """The beginning is in the file before the body runs; where the body fails, the file is what it was.
 
         Raises:
             E2ENetError: the file cannot be written.
         """
         if self.path is None or not self._beginning:
-            return None
-        former = self.path.read_bytes() if self.path.is_file() else None
-        self._rewrite(self._beginning)
+            yield
+            return
+        former, beginning = self.path.read_bytes() if self.path.is_file() else None, self._beginning
+        self._rewrite(beginning)
         self._beginning = []
-        return former
-
-    def restore(self, former: bytes | None) -> None:
-        """Put back what ``write`` replaced.
-
-        Raises:
-            E2ENetError: the file cannot be written.
-        """
-        self._rewrite([] if former is None else [former])
+        try:
+            yield
+        except BaseException:
+            self._beginning = beginning
+            if former is None:
+                self.path.unlink(missing_ok=True)
+            else:
+                self._rewrite([former])
+            raise
 
     def resume(self, epoch: int) -> None:
         """Go on after ``epoch`` epochs, without the file's records of later epochs and its incomplete last line.
@@ -201,10 +201,9 @@ class TopologyHistory:
             self.born[change.name].masked_fill_(change.grown, epoch)
         if self.path is None:
             return
-        self.write()
         line = _line(asdict(self.record(epoch, update)))
         try:
-            with self.path.open("ab") as file:
+            with self.begun(), self.path.open("ab") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
@@ -250,7 +249,7 @@ class TopologyHistory:
         return _line({"format": FORMAT, "importance": self.importance_name, "parts": self.parts})
 
     def _rewrite(self, lines: Sequence[bytes]) -> None:
-        if self.path is None or not lines:
+        if self.path is None:
             return
         try:
             write_atomically(self.path, b"".join(lines))
@@ -273,6 +272,8 @@ def read_history(path: Path) -> History:
             )
         parts = tuple(Part(*part) for part in header["parts"])
         return History(str(header["importance"]), parts, tuple(TopologyRecord(**record) for record in records))
+    except E2ENetError:
+        raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise E2ENetError(
             f"{path} cannot be read as a topology history ({error}): move it away; a training that is resumed begins a new one"

@@ -198,6 +198,8 @@ def why_not(network: E2ENet, x: Tensor) -> str | None:
         return "the input has not the shape that the network expects"
     size = list(x.shape[2:])
     for stride in network.encoder.strides:
+        if any(s % t for s, t in zip(size, stride, strict=True)):
+            return "the input is not divisible by the strides of the network"
         size = [s // t for s, t in zip(size, stride, strict=True)]
         if all(s == 1 for s in size):
             return "a level has one voxel, for which instance norm is not defined"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
 from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.compact import COMPACT
@@ -14,7 +15,6 @@ from nnunetv2_e2enet.network.connections import MaskableLayer, MaskedConv2d, Mas
 from nnunetv2_e2enet.network.connections import MaskedConvTranspose2d as UpConv2d
 from nnunetv2_e2enet.network.connections import MaskedConvTranspose3d as UpConv3d
 from nnunetv2_e2enet.network.convolution import CONV
-from nnunetv2_e2enet.network.depth_shift import shift_groups
 from nnunetv2_e2enet.network.e2enet import E2ENet
 from nnunetv2_e2enet.network.encoder import Encoder
 from nnunetv2_e2enet.network.fusion import FusionDecoder, FusionNode
@@ -105,15 +105,16 @@ def describe(network: E2ENet) -> NetworkDescription:
     )
 
 
+FORM = (
+    *("kernel_size", "stride", "strides", "padding", "output_padding", "padding_mode", "dilation", "groups", "ceil_mode"),
+    *("eps", "track_running_stats", "negative_slope", "shift_size"),
+)
+"""Attributes of modules on which the logits depend."""
+
+
 def form(network: E2ENet) -> list[object]:
-    """All that a description has from a network besides weights and masks."""
-    of_blocks = [
-        (type(b.norm), getattr(b.norm, "eps", None), type(b.nonlin), getattr(b.nonlin, "negative_slope", None), b.shift_size)
-        for b in network.modules()
-        if isinstance(b, ShiftBlock)
-    ]
-    pools = [node.downsample for node in network.modules() if isinstance(node, FusionNode) and node.downsample is not None]
-    return [*of_blocks, *map(plain_stride, pools)]
+    """All that a description has from a network besides weights and masks: classes and geometry of its modules, in order."""
+    return [(type(module), *(vars(module).get(name) for name in FORM)) for module in network.modules()]
 
 
 def check_classes(network: nn.Module) -> None:
@@ -147,8 +148,10 @@ def check_hooks(network: nn.Module) -> None:
     """Check for hooks, which come and go without a change of the weights.
 
     Raises:
-        NotSupportedError: a module has forward hooks.
+        NotSupportedError: a module, or torch for all modules, has forward hooks.
     """
+    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+        raise NotSupportedError("forward hooks are registered for all modules, and would not be called")
     for name, module in network.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise NotSupportedError(f"{name or 'the network'} has forward hooks, which would not be called")
@@ -192,16 +195,12 @@ def _block(block: nn.Module) -> Block:
         weight=weight.reshape(out_channels, in_channels, 3, 3),
         mask=mask,
         stride=_stride3(conv.stride if len(conv.stride) == 3 else (1, *conv.stride)),
-        shift=_shift(in_channels, block.shift_size) if block.shift is None else block.shift.whole_offsets(),
+        shift=block.offsets(),
         gamma=norm.weight.detach() if norm.weight is not None else torch.ones(out_channels),
         beta=norm.bias.detach() if norm.bias is not None else torch.zeros(out_channels),
         eps=norm.eps,
         slope=nonlin.negative_slope,
     )
-
-
-def _shift(channels: int, shift_size: int) -> list[int]:
-    return [offset for group, offset in shift_groups(channels, shift_size) for _ in range(group.stop - group.start)]
 
 
 def _padding(conv: nn.Conv2d | nn.Conv3d) -> Stride | None:

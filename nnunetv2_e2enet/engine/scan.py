@@ -97,8 +97,9 @@ class ScanCore:
             weights: ``(depth, height, width)``.
         """
         classes, depth, height, width = values.shape
+        assert len(slices) == depth > 0
         first = slices[0]
-        assert len(slices) == depth
+        assert all(t.dtype == torch.float16 for t in (*slices, weights))
         assert all(s.shape == (classes, height, width) and s.stride() == first.stride() for s in slices)
         assert first.stride(2) == 1
         assert values.dtype == torch.float32
@@ -135,6 +136,8 @@ class ScanCore:
             sums: contiguous, ``(classes, height, width)``.
             counts: contiguous, ``(height, width)``.
         """
+        assert sums.shape[1:] == counts.shape
+        assert sums.dtype == counts.dtype == torch.float16
         assert sums.is_contiguous()
         assert counts.is_contiguous()
         sizes = (sums.shape[0], counts.numel())
@@ -172,6 +175,7 @@ class Labeler:
         assert out.strides[2] == out.itemsize
         self._library = library
         self._arrays = [*axes, rule.labels, out]
+        self._strides = (*strides, 1)
         self._upper = axes[0].upper
         self._slices = (c_void_p * (int(axes[0].upper.max(initial=0)) + 1))()
         self._done = 0
@@ -202,6 +206,8 @@ class Labeler:
             slices: float16, ``(classes, height, width)``. The last one is read again in the next call, and must stay.
         """
         for place, logits in enumerate(slices, first):
+            assert logits.dtype == torch.float16
+            assert logits.stride() == self._strides
             if place < len(self._slices):
                 self._slices[place] = logits.data_ptr()
         end = int(np.searchsorted(self._upper, first + len(slices)))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as torch_modules
 
 from nnunetv2_e2enet.engine.automatic import OfEachNetwork, is_disabled, why_not, why_not_described
 from nnunetv2_e2enet.engine.core import Core, load_core
@@ -97,6 +98,8 @@ def why_not_train(network: E2ENet, x: Tensor) -> str | None:
         return "the gradient of the input is wanted"
     if any(max(stride) > 2 for stride in network.encoder.strides):
         return "a stride is larger than 2"
+    if torch_modules._global_backward_hooks or torch_modules._global_backward_pre_hooks:
+        return "backward hooks are registered for all modules, and would not be called"
     for name, module in network.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             return f"{name or 'the network'} has backward hooks, which would not be called"

@@ -14,7 +14,7 @@ from nnunetv2_e2enet.network._raw_map import FeatureMap, can_stay_raw, raw_map, 
 from nnunetv2_e2enet.network.acceleration import kernels_for
 from nnunetv2_e2enet.network.connections import MASKED_CONV
 from nnunetv2_e2enet.network.convolution import CONV as BLOCK_CONV
-from nnunetv2_e2enet.network.depth_shift import activated, depth_shift
+from nnunetv2_e2enet.network.depth_shift import activated, depth_shift, shift_groups
 from nnunetv2_e2enet.network.learned_shift import LearnedDepthShift
 from nnunetv2_e2enet.network.memory_format import is_channels_last
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE, convolved
@@ -98,6 +98,13 @@ class ShiftBlock(nn.Module):
         self.dropout = style.dropout_op(**style.dropout_op_kwargs) if style.dropout_op is not None else None
         self.norm = norm(out_channels, **style.norm_op_kwargs)
         self.nonlin = style.nonlin(**style.nonlin_kwargs)
+
+    def offsets(self) -> list[int]:
+        """Slices by which each input map is moved, in prediction."""
+        if self.shift is not None:
+            return self.shift.whole_offsets()
+        groups = shift_groups(cast(int, self.conv.in_channels), self.shift_size)
+        return [offset for group, offset in groups for _ in range(group.start, group.stop)]
 
     def forward(self, *maps: FeatureMap, flows: Callable[..., Sequence[FeatureMap]] = as_given) -> FeatureMap:
         """The block over ``flows(*maps)``. The backward pass computes ``flows`` again where ``recompute`` asks for it."""

@@ -102,14 +102,8 @@ class DSFFMixin(NetworkMixin):
 
     def save_checkpoint(self, filename: str) -> None:
         """As nnU-Net does; with the first checkpoint, the history takes the place of a former training's."""
-        with one_line_errors():
-            former = self.topology_history.write()  # before the checkpoint, which is of no use without it
-        try:
+        with one_line_errors(), self.topology_history.begun():  # before the checkpoint, which is of no use without it
             super().save_checkpoint(filename)
-        except BaseException:
-            with one_line_errors():
-                self.topology_history.restore(former)
-            raise
 
     def _follow_topology(self) -> TopologyHistory:
         writes = self.local_rank == 0 and not self.disable_checkpointing

@@ -67,14 +67,17 @@ class E2ENetMixin(DSFFMixin):
                 f"Channels {architecture['arch_kwargs']['features_per_stage']} are those of the plans, which are E2ENet's; "
                 f"those of {type(self).__name__} are for other plans"
             )
+        form = {"shift_size": self.shift_size, "kernel_size": list(self.kernel_size), "learned_shift": self.learned_shift}
+        for name, value in form.items():
+            planned = architecture["arch_kwargs"].get(name, value)
+            if is_e2enet(architecture) and planned != value:
+                self.print_to_log_file(f"{name} is {value}, that of {type(self).__name__}; the plans have {planned}")
         result = e2enet_architecture(
             architecture,
             self.base_num_features,
             self.max_num_features,
             feature_sparsity=self.feature_sparsity,
-            shift_size=self.shift_size,
-            kernel_size=list(self.kernel_size),
-            learned_shift=self.learned_shift,
+            **form,
             **self._classes(),
         )
         if len(result["arch_kwargs"]["strides"]) == 2:

@@ -12,9 +12,10 @@ from nnunetv2_e2enet.registration import ADVICE
 
 
 def variant(base: Any, suffix: str, **settings: Any) -> type:
-    """A subclass of ``base`` named ``{base}_{suffix}`` whose ``__init__`` ends by setting these attributes.
+    """A subclass of ``base`` named ``{base}_{suffix}`` with these attributes.
 
-    nnU-Net sets its own settings, such as the number of epochs, in ``__init__``, so that attributes of a class would not do.
+    Settings that are attributes of the class stay so, and subclasses can override them. nnU-Net sets its own, such as the
+    number of epochs, in ``__init__``: these are set after it.
 
     Args:
         base: an nnU-Net trainer.
@@ -24,6 +25,8 @@ def variant(base: Any, suffix: str, **settings: Any) -> type:
     Raises:
         AttributeError: on construction, for a setting that ``base`` does not have.
     """
+
+    of_instances = {name: value for name, value in settings.items() if not hasattr(base, name)}
 
     class Variant(base):
         def __init__(
@@ -35,11 +38,13 @@ def variant(base: Any, suffix: str, **settings: Any) -> type:
             device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature that nnU-Net inspects)
         ) -> None:
             super().__init__(plans, configuration, fold, dataset_json, device)
-            for name, value in settings.items():
+            for name, value in of_instances.items():
                 if not hasattr(self, name):
                     raise AttributeError(f"{base.__name__} has no setting {name}")
                 setattr(self, name, value)
 
+    for name in settings.keys() - of_instances.keys():
+        setattr(Variant, name, settings[name])
     Variant.__name__ = Variant.__qualname__ = f"{base.__name__}_{suffix}"
     Variant.__doc__ = f"{base.__name__} with {', '.join(f'{name} = {value}' for name, value in settings.items())}."
     return Variant

@@ -1,4 +1,5 @@
 // The C ABI. Numbers and raw buffers go in, nothing is kept, nothing is thrown.
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -9,24 +10,32 @@
 namespace e2e {
 namespace {
 
-// Fletcher's sums of up to 4096 bytes, the second of which knows the order.
-uint64_t checksum_block(const unsigned char* bytes, int64_t n, int64_t place) {
-    uint32_t words[1024] = {}, a = 0, b = 0;
-    std::memcpy(words, bytes, static_cast<size_t>(n));
-    for (uint32_t i = 0; i < (n + 3) / 4; ++i) {
-        a += words[i];
-        b += words[i] * (2 * i + 1);
-    }
-    return (static_cast<uint64_t>(b) << 32 | a) * (2 * static_cast<uint64_t>(place) + 1);
+// A word together with its place, mixed so that each bit of both changes every bit of the result (MurmurHash3's finalizer).
+// Sums of such numbers notice changes that sums of the words themselves cancel: connections that trade places, for example.
+uint64_t mixed(uint64_t word, int64_t place) {
+    uint64_t h = word + static_cast<uint64_t>(place + 1) * 0x9e3779b97f4a7c15;
+    h = (h ^ h >> 33) * 0xff51afd7ed558ccd;
+    h = (h ^ h >> 33) * 0xc4ceb9fe1a85ec53;
+    return h ^ h >> 33;
 }
 
-// The same of a few words, evenly spread over all bytes.
-uint64_t checksum_sample(const unsigned char* bytes, int64_t n, int64_t place) {
-    constexpr int64_t kWord = 8, kWords = 32;
-    if (n <= kWord * kWords) return checksum_block(bytes, n, place);
-    unsigned char words[kWord * kWords];
-    for (int64_t i = 0; i < kWords; ++i) std::memcpy(words + i * kWord, bytes + (n - kWord) * i / (kWords - 1), kWord);
-    return checksum_block(words, kWord * kWords, place);
+constexpr int64_t kWord = 8, kSampledWords = 32;
+
+uint64_t mixed_bytes(const unsigned char* bytes, int64_t n, int64_t place) {
+    uint64_t word = 0;
+    std::memcpy(&word, bytes, static_cast<size_t>(n));
+    return mixed(word, place);
+}
+
+// The sum over a few words, evenly spread over all bytes, of which the first has this place.
+uint64_t sum_of_sample(const unsigned char* bytes, int64_t n, int64_t place) {
+    const int64_t words = std::min(kSampledWords, (n + kWord - 1) / kWord);
+    uint64_t total = 0;
+    for (int64_t i = 0; i < words; ++i) {
+        const int64_t at = n < kWord ? 0 : (n - kWord) * i / std::max<int64_t>(words - 1, 1);
+        total += mixed_bytes(bytes + at, std::min(kWord, n - at), place + i);
+    }
+    return total;
 }
 
 // What the work returns, or one of these: core.py raises an exception of its own then.
@@ -145,19 +154,19 @@ E2E_EXPORT void e2e_pack_weights(const float* weight, const int32_t* places, int
     for (int64_t k = 0; k < n; ++k) to[k] = places[k] < 0 ? 0.0f : weight[places[k]];
 }
 
-// A number that changes when any of the bytes does: to notice weights that were written in place.
+// A number that changes when any of the bytes does, but for one chance in 2^64: to notice weights that were written in place.
 E2E_EXPORT uint64_t e2e_checksum(const unsigned char* bytes, int64_t n, int threads) {
-    constexpr int64_t kBlock = 4096;
+    const int64_t words = n / e2e::kWord;
     uint64_t total = 0;
     #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : total) if (n > 1 << 18)
-    for (int64_t block = 0; block < n / kBlock; ++block) total += e2e::checksum_block(bytes + block * kBlock, kBlock, block);
-    return total + e2e::checksum_block(bytes + n / kBlock * kBlock, n % kBlock, n / kBlock);
+    for (int64_t i = 0; i < words; ++i) total += e2e::mixed_bytes(bytes + i * e2e::kWord, e2e::kWord, i);
+    return total + e2e::mixed_bytes(bytes + words * e2e::kWord, n % e2e::kWord, words);
 }
 
 // A number that changes when any of a few words of each of these arrays does: cheap enough for every patch.
 E2E_EXPORT uint64_t e2e_sample(const unsigned char* const* arrays, const int64_t* bytes, int64_t n) {
     uint64_t total = 0;
-    for (int64_t i = 0; i < n; ++i) total += e2e::checksum_sample(arrays[i], bytes[i], i);
+    for (int64_t i = 0; i < n; ++i) total += e2e::sum_of_sample(arrays[i], bytes[i], i * e2e::kSampledWords);
     return total;
 }
 

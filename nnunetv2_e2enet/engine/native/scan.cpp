@@ -6,12 +6,6 @@
 #include <algorithm>
 #include <cmath>
 
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF
-#else
-#pragma GCC optimize("fp-contract=off")
-#endif
-
 #include "cpu.h"
 #define E2E_NAMESPACE scan_generic
 #include "export.h"

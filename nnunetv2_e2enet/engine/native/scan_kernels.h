@@ -7,6 +7,13 @@
 #include <immintrin.h>
 #endif
 
+// A product that is contracted with a sum rounds once where nnU-Net rounds twice.
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 namespace e2e {
 namespace E2E_NAMESPACE {
 namespace {

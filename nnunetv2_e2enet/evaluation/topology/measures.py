@@ -16,7 +16,6 @@ from nnunetv2_e2enet.evaluation.topology.sources import Fold
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.connections import MaskableLayer
-from nnunetv2_e2enet.network.depth_shift import shift_groups
 from nnunetv2_e2enet.network.fusion import FusionNode, fusion_nodes
 
 MOST_EPOCHS = 5
@@ -99,7 +98,7 @@ def depth_groups(fold: Fold) -> pd.DataFrame:
     result = []
     for name, node in nodes(fold).items():
         layer = fold.connections.layers[name]
-        offsets = torch.tensor(_offsets(cast(ShiftBlock, node.blocks[0]), layer.mask.shape[1]))
+        offsets = torch.tensor(cast(ShiftBlock, node.blocks[0]).offsets())
         importance = KernelL1Norm().score(layer)
         mean = float(importance[layer.mask].mean())
         for offset in offsets.unique().tolist():
@@ -109,13 +108,6 @@ def depth_groups(fold: Fold) -> pd.DataFrame:
             result.append((node.stage, node.level, offset, norm, float(mask.float().mean())))
     groups = pd.DataFrame(result, columns=["stage", "level", "offset", "norm", "density"])
     return groups if groups["offset"].any() else groups[:0]
-
-
-def _offsets(block: ShiftBlock, channels: int) -> list[int]:
-    """Slices by which each input map is moved, in prediction."""
-    if block.shift is not None:
-        return block.shift.whole_offsets()
-    return [offset for group, offset in shift_groups(channels, block.shift_size) for _ in range(group.start, group.stop)]
 
 
 def agreements(folds: Sequence[Fold]) -> pd.DataFrame:
