@@ -220,9 +220,14 @@ def test_a_beginning_is_taken_back_where_what_follows_fails(path: Path, former: 
         path.write_bytes(former)
     run = Run(path)
     run.history.start()
-    with pytest.raises(KeyboardInterrupt), run.history.begun():
-        assert [record.epoch for record in read_history(path).records] == [0]
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with run.history.begun():
+            assert [record.epoch for record in read_history(path).records] == [0]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert (path.read_bytes() if path.is_file() else None) == former
     run.epochs(0, 2)
     assert [record.epoch for record in read_history(path).records] == [0, 1]

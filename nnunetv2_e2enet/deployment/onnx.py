@@ -46,7 +46,8 @@ class _PlainShiftBlock(nn.Module):
     def __init__(self, block: ShiftBlock) -> None:
         super().__init__()
         self.conv, self.norm, self.nonlin = block.conv, block.norm, block.nonlin
-        self.runs = [(offset, len(list(channels))) for offset, channels in groupby(block.offsets())]  # neighbours that move together
+        of_neighbours = groupby(block.offsets())  # those that move together
+        self.runs = [(offset, len(list(channels))) for offset, channels in of_neighbours]
 
     def forward(self, *maps: Tensor, flows: Callable[..., Sequence[Any]] = as_given) -> Tensor:
         tensors = flows(*maps)

@@ -25,7 +25,6 @@ def variant(base: Any, suffix: str, **settings: Any) -> type:
     Raises:
         AttributeError: on construction, for a setting that ``base`` does not have.
     """
-
     of_instances = {name: value for name, value in settings.items() if not hasattr(base, name)}
 
     class Variant(base):
