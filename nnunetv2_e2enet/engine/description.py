@@ -114,7 +114,7 @@ FORM = (
 
 def form(network: E2ENet) -> list[object]:
     """All that a description has from a network besides weights and masks: classes and geometry of its modules, in order."""
-    return [(type(module), *(vars(module).get(name) for name in FORM)) for module in network.modules()]
+    return [(type(module), *map(vars(module).get, FORM)) for module in network.modules()]
 
 
 def check_classes(network: nn.Module) -> None:
