@@ -46,10 +46,10 @@ coverage: install  ## the tests, without the slow ones, and the lines of Python 
 	$(TESTS) $(PARALLEL) --cov
 
 test-slow: install  ## the slow tests
-	$(BIN)/pytest -m slow
+	$(TESTS) -m slow
 
 sanitize: install  ## the compiled core under the address and undefined behaviour sanitizers (also part of test-slow)
-	$(BIN)/pytest -m slow tests/test_sanitizers.py
+	$(TESTS) -m slow tests/test_sanitizers.py
 
 test-integration: register  ## nnU-Net's whole workflow: label schemes, configurations, steps (an hour on two cores)
 	rm -rf $(INTEGRATION)
@@ -57,7 +57,7 @@ test-integration: register  ## nnU-Net's whole workflow: label schemes, configur
 
 test-versions: install  ## new environments with other versions of Python and nnU-Net (slow; downloads them)
 	mkdir -p test-results
-	$(BIN)/pytest -m slow tests/test_versions.py --junitxml test-results/versions.xml
+	$(TESTS) -m slow tests/test_versions.py --junitxml test-results/versions.xml
 
 compatibility: install  ## docs/compatibility.md, from the results of test-integration, of test-versions and of the tests it names
 	PYTHONPATH=tests $(BIN)/python -m integration.compatibility --results $(INTEGRATION)/results.json \

@@ -166,11 +166,6 @@ def test_subclasses_of_variants_override_their_settings(in_process: Project) -> 
     assert all(layer.n_active == round(0.15 * layer.n_connections) for _, layer in maskable_layers(trainer.network))
 
 
-def test_variants_refuse_what_is_no_setting(in_process: Project) -> None:
-    with pytest.raises(AttributeError, match="nnUNetTrainerE2ENet has no setting sparsity"):
-        make(variant(nnUNetTrainerE2ENet, "wrong", sparsity=0.5), in_process)
-
-
 def test_a_wrong_setting_is_one_line_where_nnunet_builds_the_network() -> None:
     """As nnUNetv2_predict does, before anything else of this package runs."""
     entry = architecture([8, 16], [[1, 1, 1], [2, 2, 2]])

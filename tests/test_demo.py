@@ -1,0 +1,53 @@
+"""``e2enet demo``: the first command of the README."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+from rich.console import Console
+from support import run_command
+
+from nnunetv2_e2enet.cli import demo
+from nnunetv2_e2enet.cli.main import main
+from nnunetv2_e2enet.errors import E2ENetError
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path, registered: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
+    output = run_command("e2enet", "demo", "--folder", str(tmp_path), "--device", "cpu", env={"COLUMNS": "80"}).stdout
+    assert all(len(line) <= 80 for line in output.splitlines() if not line.startswith("Overlay: "))
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines()]
+    rows = {row[0]: row[1:] for row in cells if row}
+    ours, stock = map(float, rows["mean foreground Dice"])
+    assert ours >= demo.EXPECTED_DICE
+    assert stock > 0.5
+    active, total = (int(rows[f"parameters {kind}"][0].replace(",", "")) for kind in ("active", "in total"))
+    assert active < total / 2
+    assert [rows["parameters active"][1]] == [rows["parameters in total"][1]]
+    seconds = list(map(float, rows["seconds of training"]))
+    assert max(seconds) < 1.5 * min(seconds)
+    picture = matplotlib.image.imread(tmp_path / "overlay.png")
+    assert min(picture.shape[:2]) > 200
+    assert picture[..., :3].std() > 0.1
+
+    monkeypatch.setattr(demo, "EXPECTED_DICE", 0.999)
+    with pytest.raises(E2ENetError, match=r"but at least 0\.999 is expected"):
+        demo._report(Console(), demo.Workspace(tmp_path, "cpu"))
+
+
+def test_a_command_that_fails_names_its_log(
+    tmp_path: Path,
+    registered: None,  # noqa: ARG001
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(demo, "_commands", lambda _: [("Phantom data", ["e2enet", "phantom", "1000"])])
+    assert main(["demo", "--folder", str(tmp_path), "--device", "cpu"]) == 1
+    log = tmp_path / "logs" / "phantom_data.log"
+    error = capsys.readouterr().err
+    assert "`e2enet phantom 1000 …` ended with exit code 1" in error
+    assert str(log) in error
+    assert "nnUNet_raw" not in error  # the reason is in the log
+    assert "1000" in log.read_text()
