@@ -6,7 +6,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -97,13 +97,18 @@ def readable(what: object) -> Iterator[None]:
         ) from error
 
 
+def is_nifti(file: Path) -> bool:
+    """Whether the name of a file says so."""
+    return file.name.endswith((".nii", ".nii.gz"))
+
+
 def check_whole(file: Path) -> None:
     """Raises E2ENetError where a NIfTI file ends too early; SimpleITK reads what is missing as zeros, and says nothing.
 
     Other formats have errors of their own. The last four bytes of a compressed file tell its size; where they do not fit, the
     file is decompressed to its end.
     """
-    if not file.name.endswith((".nii", ".nii.gz")):
+    if not is_nifti(file):
         return
     with readable(file):
         header = read_header(file)
@@ -125,9 +130,12 @@ def _bytes_within(file: Path, expected: int) -> int:
         if int.from_bytes(stored.read(), "little") == expected % 2**32:
             return expected
     found = 0
-    with suppress(EOFError, OSError, zlib.error), gzip.open(file) as content:  # which end the file early
-        while block := content.read(2**20):
-            found += len(block)
+    with gzip.open(file) as content:
+        try:
+            while block := content.read1(2**16):
+                found += len(block)
+        except (EOFError, OSError, zlib.error):  # it ends early, if only without its checksum
+            found = min(found, expected - 1)
     return found
 
 

@@ -16,12 +16,15 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from scans import make_scan, write_dicom
 from support import Project, copy_with_random_heads, run_command, untrained_model
 
 from nnunetv2_e2enet.cli.main import main
-from nnunetv2_e2enet.deployment import PackedModel, Segmenter, pack_model, read_packed, write_packed
+from nnunetv2_e2enet.deployment import PackedModel, Segmenter, pack_model, preview, read_packed, write_packed
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import maskable_layers
 from nnunetv2_e2enet.settings import STORAGE_16_BIT, override, settings
@@ -232,6 +235,42 @@ def test_fast_is_without_mirroring_with_larger_steps_and_maps_in_16_bits(
     assert not all(same_file(tmp_path / name, by_nnunet / name) for name in images(project))
 
 
+@pytest.mark.usefixtures("alone")
+def test_a_step_size_overrides_that_of_fast(packed: Path, project: Project, tmp_path: Path) -> None:
+    """On a scan of three windows with steps of 0.5 and two with those of ``--fast``."""
+    scan = SimpleITK.ReadImage(max(images(project).values()))
+    scan = SimpleITK.ZeroFluxNeumannPad(scan, (0, 0, 7), (0, 0, 7))
+    SimpleITK.WriteImage(scan, tmp_path / "scan.nii.gz")
+    files = ["-m", str(packed), "-i", str(tmp_path / "scan.nii.gz"), "-o", str(tmp_path / "out")]
+    assert main(["predict", *files, *SEQUENTIAL, "-f", "0", "--fast", "-step_size", "0.5"]) == 0
+    found = read(tmp_path / "out" / "scan.nii.gz")
+    with override(engine_storage=STORAGE_16_BIT):
+        expected, faster = (
+            Segmenter.load(packed, mirroring=False, folds=0, step_size=step)(tmp_path / "scan.nii.gz") for step in (0.5, 0.75)
+        )
+    np.testing.assert_array_equal(found, expected)
+    assert not np.array_equal(found, faster)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_2d_image_is_the_same_as_image_and_as_file(project: Project, tmp_path: Path) -> None:
+    """Its pixels are four times as long as wide, and resampled."""
+    model, _ = untrained_model(project, "2d")
+    write_packed(tmp_path / "model.e2enet", model)
+    image = SimpleITK.ReadImage(min(images(project).values()))[:, :, 8]
+    image.SetSpacing((0.7, 2.8))
+    SimpleITK.WriteImage(image, tmp_path / "slice.nii.gz")
+    files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path / "slice.nii.gz"), "-o", str(tmp_path / "out")]
+    assert main(["predict", *files, *SEQUENTIAL]) == 0
+    expected = read(tmp_path / "out" / "slice.nii.gz")
+    assert len(np.unique(expected)) > 1
+    segmenter = Segmenter.load(tmp_path / "model.e2enet")
+    np.testing.assert_array_equal(segmenter(tmp_path / "slice.nii.gz"), expected[None])
+    segmentation = segmenter(image)
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(segmentation), expected)
+    assert segmentation.GetSpacing() == image.GetSpacing()
+
+
 @pytest.mark.slow
 def test_console_command_with_worker_processes(packed: Path, by_nnunet: Path, project: Project, tmp_path: Path) -> None:
     files = ["-m", str(packed), "-i", str(project.raw / "imagesTs"), "-o", str(tmp_path)]
@@ -365,6 +404,130 @@ def test_postprocessing_found_by_nnunet_travels(
     assert "holds no postprocessing" in single_line(capsys)
 
 
+def segmented_by_hand(project: Project, folder: Path) -> tuple[str, int, int]:
+    """A case of a block of label 1 and a small one of its own, which ``--continue_prediction`` leaves; voxels of both."""
+    path = min(images(project).values())
+    image = SimpleITK.ReadImage(path)
+    labels = np.zeros(image.GetSize()[::-1], np.uint8)
+    labels[4:10, 10:20, 10:20] = labels[4:6, 30:32, 30:32] = 1
+    segmentation = SimpleITK.GetImageFromArray(labels)
+    segmentation.CopyInformation(image)
+    (folder / "images").mkdir(parents=True)
+    shutil.copy(path, folder / "images")
+    (folder / "out").mkdir()
+    SimpleITK.WriteImage(segmentation, folder / "out" / path.name.replace("_0000", ""))
+    return path.name.removesuffix("_0000.nii.gz"), 600, 8
+
+
+def test_a_part_of_a_segmentation_does_not_count(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Left there by a full disk, or written now by nnU-Net's own export."""
+    model, _ = untrained_model(project)
+    write_packed(tmp_path / "model.e2enet", model)
+    case, *_ = segmented_by_hand(project, tmp_path)
+    file = tmp_path / "out" / f"{case}.nii.gz"
+    files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path / "images"), "-o", str(tmp_path / "out")]
+    whole = file.read_bytes()
+    for command in (["--continue_prediction", "--volumes"], []):
+        file.write_bytes(whole[: len(whole) // 2])
+        monkeypatch.setattr("nnunetv2_e2enet.cli.predict._predict", lambda *_: None)
+        assert main(["predict", *files, *SEQUENTIAL, *command]) == 1
+        assert f"{file} holds only a part of a segmentation: remove it" in single_line(capsys)
+        assert not (tmp_path / "out" / "volumes.csv").exists()
+
+
+def test_what_was_made_of_a_former_segmentation_is_named(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = untrained_model(project)
+    write_packed(tmp_path / "model.e2enet", model)
+    case, *_ = segmented_by_hand(project, tmp_path)
+    files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path / "images"), "-o", str(tmp_path / "out")]
+    made = [tmp_path / "out" / name for name in (f"{case}.png", "volumes.csv")]
+    for file in made:
+        file.touch()
+    message = "made of former segmentations. Make them again, or take them away"
+    assert main(["predict", *files, *SEQUENTIAL, "--continue_prediction"]) == 0
+    assert message not in capsys.readouterr().out
+    assert main(["predict", *files, *SEQUENTIAL, "--disable_tta"]) == 0
+    assert f"{case}.png, volumes.csv: {message}" in capsys.readouterr().out
+    assert main(["predict", *files, *SEQUENTIAL, "--disable_tta", "--preview", "--volumes"]) == 0
+    assert message not in capsys.readouterr().out
+
+
+def test_volumes_and_previews_of_what_postprocessing_leaves(project: Project, tmp_path: Path) -> None:
+    model, _ = untrained_model(project)
+    write_packed(tmp_path / "model.e2enet", replace(model, description=replace(model.description, postprocessing=[[1]])))
+    case, large, small = segmented_by_hand(project, tmp_path)
+    files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path / "images"), "-o", str(tmp_path / "out")]
+    options = ["--continue_prediction", "--postprocess", "--volumes", "--preview"]
+    assert main(["predict", *files, *SEQUENTIAL, *options]) == 0
+    voxel = np.prod(SimpleITK.ReadImage(tmp_path / "out" / f"{case}.nii.gz").GetSpacing()) / 1000
+    (name,) = (name for name, value in model.description.dataset["labels"].items() if value == 1)
+    for folder, voxels in ((tmp_path / "out", large + small), (tmp_path / "out" / "postprocessed", large)):
+        with (folder / "volumes.csv").open(newline="") as file:
+            rows = {(row["case"], row["label"]): float(row["millilitres"]) for row in csv.DictReader(file)}
+        assert rows[case, name] == pytest.approx(voxels * voxel, abs=1e-3)
+        assert sum(rows.values()) == rows[case, name]
+    pictures = [imread(folder / f"{case}.png") for folder in (tmp_path / "out", tmp_path / "out" / "postprocessed")]
+    assert pictures[0].shape == pictures[1].shape
+    assert not np.array_equal(*pictures)
+
+
+@pytest.mark.parametrize(("channel", "window"), [("ct", "window -160 to 240 HU"), ("T1", "grey values ")])
+def test_a_ct_is_shown_in_the_window_of_soft_tissue(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channel: str, window: str
+) -> None:
+    model, _ = untrained_model(project)
+    dataset = {**model.description.dataset, "channel_names": {"0": channel}}
+    write_packed(tmp_path / "model.e2enet", replace(model, description=replace(model.description, dataset=dataset)))
+    segmented_by_hand(project, tmp_path)
+    figures: list[Figure] = []
+    monkeypatch.setattr(preview, "save_figure", lambda figure, _: figures.append(figure))
+    files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path / "images"), "-o", str(tmp_path / "out")]
+    assert main(["predict", *files, *SEQUENTIAL, "--continue_prediction", "--preview"]) == 0
+    (figure,) = figures
+    assert figure.texts[1].get_text().startswith(window)
+
+
+# ---- cascades ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_second_stage_is_given_the_first(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Voxel by voxel what nnU-Net's predictor makes of the same network, and of another first stage something else."""
+    model, network = untrained_model(project, previous_stage="3d_lowres")
+    write_packed(tmp_path / "model.e2enet", model)
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    dataset, trainer = model.description.dataset, model.description.trainer
+    predictor.manual_initialization(network, *model.description.managers(), [network.state_dict()], dataset, trainer, None)
+    scan = min((project.raw / "imagesTs").iterdir())
+    case = scan.name.replace("_0000", "")
+    image = SimpleITK.ReadImage(scan)
+    blocks = np.zeros(image.GetSize()[::-1], np.uint8)
+    blocks[:8, 10:30, 10:30], blocks[8:, 20:40, 20:40] = 1, 4
+    found = {}
+    for name, labels in (("blocks", blocks), ("turned", np.flip(blocks).copy())):
+        first = SimpleITK.GetImageFromArray(labels)
+        first.CopyInformation(image)
+        (tmp_path / name).mkdir()
+        SimpleITK.WriteImage(first, tmp_path / name / case)
+        files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(scan), "-o", str(tmp_path / "out")]
+        options = [*SEQUENTIAL, "--disable_tta", "-prev_stage_predictions", str(tmp_path / name)]
+        assert main(["predict", *files, *options]) == 0
+        found[name] = read(tmp_path / "out" / case)
+        voxels, spacing = SimpleITK.GetArrayFromImage(image)[None], list(image.GetSpacing())[::-1]
+        expected = predictor.predict_single_npy_array(voxels, {"spacing": spacing}, labels[None].astype(np.int16))
+        np.testing.assert_array_equal(found[name], expected)
+        assert len(np.unique(expected)) > 1
+    assert not np.array_equal(found["blocks"], found["turned"])
+    (tmp_path / "blocks" / case).unlink()
+    capsys.readouterr()
+    assert main(["predict", *files, *SEQUENTIAL, "-prev_stage_predictions", str(tmp_path / "blocks")]) == 1
+    assert f"{tmp_path / 'blocks' / case} is missing: expected the first stage's segmentation of " in single_line(capsys)
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -469,9 +632,42 @@ def test_models_that_cannot_be_named(
         (["model"], "model: expected two paths, MODEL_FOLDER and OUT"),
         (["out", "-d", "4", "-c", "3d_fullres"], f"{results}: check the number and these folders"),
         (["out", "-d", "Liver", "-c", "3d_fullres"], "data set Liver: expected a number, or a name"),
+        (["out", "-d", "993"], "-d 993 without -c: name the configuration of the model too, such as -c 3d_fullres"),
+        (["model", "out", "-d", "993", "-c", "2d"], "model out: expected one path, OUT, as -d and -c name the model"),
     ):
         assert main(["export", *arguments]) == 1
         assert message in single_line(capsys)
+
+
+def test_what_lies_where_a_model_is_written(
+    packed: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model may be replaced; a folder or another file may not, and nothing is read before that is known."""
+    monkeypatch.chdir(tmp_path)
+    Path("dataset.json").write_text("{}")
+    Path("torn.e2enet").write_bytes(packed.read_bytes()[:100])
+    for out, message in (
+        (".", "cannot write .: it is a folder; name a file"),
+        ("nowhere/m.e2enet", "cannot write nowhere/m.e2enet: the folder nowhere is missing"),
+        ("dataset.json", "dataset.json is there, and no packed model: name another file, or remove it"),
+        ("torn.e2enet", "torn.e2enet is there, and no packed model"),
+    ):
+        assert main(["export", "no_model", out, "-f", "0"]) == 1
+        assert message in single_line(capsys)
+    assert Path("dataset.json").read_text() == "{}"
+    shutil.copy(packed, "m.e2enet")
+    assert main(["export", str(model), "m.e2enet", "-f", "1"]) == 0
+    assert read_packed(Path("m.e2enet")).description.folds == ["1"]
+
+
+def test_what_is_taken_for_a_model_folder(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "m.e2enet")
+    assert main(["export", str(model / "fold_0"), out]) == 1
+    assert f"fold_0 is a fold of the model folder {model}: name that one, and the fold with -f" in single_line(capsys)
+    assert main(["export", str(model), out, "-chk", "checkpoint_bst.pth"]) == 1
+    message = single_line(capsys)
+    assert "no checkpoint_bst.pth in any fold, found checkpoint_" in message
+    assert ", checkpoint_final.pth: choose a checkpoint with -chk" in message
 
 
 def test_an_image_is_not_replaced(

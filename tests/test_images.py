@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,44 @@ def test_a_series_is_the_volume_that_was_written(tmp_path: Path) -> None:
     assert_same_place(image, scan, 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("slopes", "intercepts"),
+    [
+        ([1] * 6, [-1024] * 6),
+        ([2] * 6, [-1000] * 6),
+        ([0.5] * 6, [10] * 6),
+        ([1, 0.5, 0.25, 2, 3, 0.125], [0] * 6),  # as in PET; the first slice alone would be read as whole numbers
+        ([1] * 6, [0, -1, 40000, 3, 4, 5]),
+    ],
+)
+def test_stored_numbers_are_rescaled_slice_by_slice(tmp_path: Path, slopes: list[float], intercepts: list[float]) -> None:
+    scan = make_scan()
+    files = write_dicom(scan, tmp_path, slopes=slopes, intercepts=intercepts)
+    series = choose_series(files[0])
+    assert series is not None
+    stored = SimpleITK.GetArrayFromImage(scan).astype(float)
+    expected = stored * np.reshape(slopes, (-1, 1, 1)) + np.reshape(intercepts, (-1, 1, 1))
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(read_series(series)), expected)
+
+
+def test_a_series_of_one_slice_is_rescaled(tmp_path: Path) -> None:
+    scan = make_scan((1, 20, 24))
+    (file,) = write_dicom(scan, tmp_path, slopes=[0.5], intercepts=[10])
+    series = choose_series(file)
+    assert series is not None
+    expected = 0.5 * SimpleITK.GetArrayFromImage(scan) + 10
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(read_series(series)), expected)
+
+
+def test_folders_below_are_not_read(tmp_path: Path) -> None:
+    write_dicom(make_scan((4, 20, 24), seed=1), tmp_path / "below", number=2)
+    assert choose_series(tmp_path) is None
+    files = write_dicom(make_scan(), tmp_path)
+    series = choose_series(tmp_path)
+    assert series is not None
+    assert sorted(series.files) == sorted(files)
+
+
 def test_of_several_series_one_has_to_be_chosen(tmp_path: Path) -> None:
     first, second = make_scan(), make_scan((4, 20, 24), seed=1)
     write_dicom(first, tmp_path)
@@ -68,6 +107,11 @@ def test_no_dicom_is_no_series(tmp_path: Path) -> None:
 def test_slices_that_make_no_volume(tmp_path: Path) -> None:
     scan = make_scan()
     write_dicom(scan, tmp_path / "missing", slices=[0, 1, 2, 4, 5])
+    for names, slices in (("one twice", [3]), ("all twice", range(6))):
+        again = write_dicom(scan, tmp_path / names / "again", slices=slices)
+        write_dicom(scan, tmp_path / names)
+        for file in again:
+            file.rename(tmp_path / names / f"{file.name}_again")
     write_dicom(scan, tmp_path / "scout")
     write_dicom(make_scan((1, 30, 24)), tmp_path / "scout", slices=[0])  # of the same series, in the place of the first
     gantry = SimpleITK.Image(scan)
@@ -77,6 +121,8 @@ def test_slices_that_make_no_volume(tmp_path: Path) -> None:
         write_dicom(gantry, tmp_path / "gantry", slices=[i])
     for name, message in (
         ("missing", "slices 2.5 to 5 mm apart: expected the same distance between all"),
+        ("one twice", "slices 0 to 2.5 mm apart: .* none is there twice"),
+        ("all twice", "slices 0 to 2.5 mm apart: .* none is there twice"),
         ("scout", "slices of several sizes or directions"),
         ("gantry", "was taken with a tilted gantry"),
     ):
@@ -84,6 +130,17 @@ def test_slices_that_make_no_volume(tmp_path: Path) -> None:
         assert series is not None
         with pytest.raises(E2ENetError, match=message):
             read_series(series)
+
+
+def test_slices_in_colour_are_refused(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+    image = SimpleITK.GetImageFromArray(colours, isVector=True)
+    image.SetMetaData("0008|0060", "SC")
+    SimpleITK.WriteImage(image, tmp_path / "capture.dcm")
+    series = choose_series(tmp_path / "capture.dcm")
+    assert series is not None
+    with pytest.raises(E2ENetError, match=r"capture\.dcm .* is in colour: expected a scan of one channel"):
+        read_series(series)
 
 
 # ---- as a folder of images -----------------------------------------------------------------------------------------------
@@ -225,6 +282,18 @@ def test_channels_in_a_folder_are_whole_and_on_one_grid(tmp_path: Path, model: P
             check_channels([first], two)
 
 
+def test_images_and_values_that_no_channel_has(tmp_path: Path, model: PackedModel) -> None:
+    first, second = (tmp_path / f"a_000{i}.nii.gz" for i in range(2))
+    for file in (first, second):
+        SimpleITK.WriteImage(make_scan(), file)
+    with pytest.raises(E2ENetError, match=r"a_0001\.nii\.gz is one image too many: expected one for each of the channels .*"):
+        check_channels([first], model)
+    second.unlink()
+    SimpleITK.WriteImage(SimpleITK.Compose(make_scan(), make_scan()), first)
+    with pytest.raises(E2ENetError, match=r"a_0000\.nii\.gz has 2 values a voxel: expected an image of one channel"):
+        check_channels([first], model)
+
+
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 def test_a_file_that_ends_early_is_no_image(tmp_path: Path, ending: str) -> None:
     """SimpleITK reads what is missing as zeros."""
@@ -235,8 +304,10 @@ def test_a_file_that_ends_early_is_no_image(tmp_path: Path, ending: str) -> None
     assert read_image(file).GetSize() == (64, 64, 20)
     for size in (len(whole) // 2, len(whole) - 5):
         file.write_bytes(whole[:size])
-        with pytest.raises(E2ENetError, match=r"ends after [\d,]+ of [\d,]+ bytes: expected a whole image file"):
+        with pytest.raises(E2ENetError, match=r"ends after [\d,]+ of [\d,]+ bytes: expected a whole image file") as error:
             read_image(file)
+        found, of = (int(number.replace(",", "")) for number in re.findall(r"[\d,]+(?= of| bytes)", str(error.value)))
+        assert 0.9 * size / len(whole) < found / of < 1
 
 
 def test_a_file_compressed_in_parts_is_whole(tmp_path: Path) -> None:
@@ -255,8 +326,12 @@ def test_a_whole_file_of_a_wrong_name_is_read(tmp_path: Path) -> None:
 
 
 def test_images_of_four_axes_are_refused(tmp_path: Path, model: PackedModel) -> None:
-    file = tmp_path / "both_0000.nii.gz"
-    SimpleITK.WriteImage(SimpleITK.Image([8, 8, 4, 2], SimpleITK.sitkFloat32), file)
+    file, other = tmp_path / "both_0000.nii.gz", tmp_path / "elsewhere" / "one.nii.gz"
+    other.parent.mkdir()
+    for path in (file, other):
+        SimpleITK.WriteImage(SimpleITK.Image([8, 8, 4, 2], SimpleITK.sitkFloat32), path)
+    with pytest.raises(E2ENetError, match=rf"^{other} has the size \(8, 8, 4, 2\)"), folder_of_images([other], model):
+        pass
     two = with_channels(model, "T1", "T2")
     message = r"both_0000\.nii\.gz has the size \(8, 8, 4, 2\): expected a 3D image for each channel"
     with pytest.raises(E2ENetError, match=message), folder_of_images([file], two):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -309,6 +310,28 @@ def test_a_scan_with_the_engine_is_nnunets(setting: Callable[..., None], only_ou
     np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("predicting", ["off", "on"])
+def test_threads_are_as_many_as_nnunets(
+    setting: Callable[..., None], monkeypatch: pytest.MonkeyPatch, predicting: str
+) -> None:
+    """At most nnUNet_def_n_proc while the network computes, and as before when it is done."""
+    for module in (predict_from_raw_data, scans):
+        monkeypatch.setattr(module, "default_num_processes", 2)
+    predictor = make_predictor(make_plans())
+    setting(predictor=predicting)
+    seen: list[int] = []
+    predictor.network.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    try:
+        for threads, expected in ((1, 1), (3, 2)):
+            torch.set_num_threads(threads)
+            predictor.predict_single_npy_array(image((8, 16, 16)), {"spacing": [1, 1, 1]})
+            assert seen.pop() == expected
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_switched_off_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch, setting: Callable[..., None]) -> None:
     replaced: list[str] = []
     monkeypatch.setattr(takeover, "_installed", False)
@@ -479,6 +502,37 @@ def test_files_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     case = {"data": torch.from_numpy(data), "data_properties": properties, "ofile": str(tmp_path / "gone" / "a")}
     with pytest.raises(E2ENetError, match=r"^cannot write .*gone/a\.nii\.gz \(.*\): expected a folder with room"):
         predictor.predict_from_data_iterator([case])
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd"])
+def test_a_full_disk_leaves_the_former_segmentation(tmp_path: Path, ending: str) -> None:
+    """SimpleITK ends such files early, and says nothing."""
+    predictor = make_predictor(make_plans())
+    predictor.dataset_json = {**predictor.dataset_json, "file_ending": ending}
+    noise = np.random.default_rng(0).integers(0, 3, (20, 64, 64), np.uint8)
+    spacing = {"sitk_stuff": {"spacing": (1, 1, 1), "origin": (0, 0, 0), "direction": (1, 0, 0, 0, 1, 0, 0, 0, 1)}}
+    scans.write(predictor, noise, str(tmp_path / "a"), spacing)
+    (file,) = tmp_path.iterdir()
+    former = file.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(former) // 2, hard))
+    try:
+        with pytest.raises(E2ENetError, match=rf"^cannot write {file} \(.*\): expected a folder with room"):
+            scans.write(predictor, noise[::-1], str(tmp_path / "a"), spacing)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [former]
+
+
+def test_a_case_with_an_image_too_many(tmp_path: Path) -> None:
+    predictor = make_predictor(make_plans())
+    files = [str(tmp_path / f"a_000{i}.nii.gz") for i in range(2)]
+    for file in files:
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(image((8, 16, 16))[0]), file)
+    with pytest.raises(
+        E2ENetError, match=r"a_0000\.nii\.gz has 2 images, but the model has the channels"
+    ):
+        predictor.predict_from_files_sequential([files], [str(tmp_path / "a")])
 
 
 @pytest.mark.parametrize("name", REPLACEMENTS)

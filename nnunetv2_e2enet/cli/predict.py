@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
     from nnunetv2_e2enet.deployment import read_packed
     from nnunetv2_e2enet.deployment.dicom_seg import check_dicom_seg, series_to_refer_to
-    from nnunetv2_e2enet.deployment.images import check_channels, check_replaceable, folder_of_images
+    from nnunetv2_e2enet.deployment.images import check_channels, check_replaceable, check_segmentations, folder_of_images
     from nnunetv2_e2enet.deployment.previews import check_previews
     from nnunetv2_e2enet.deployment.segmenter import make_predictor
     from nnunetv2_e2enet.deployment.volumes import check_volumes
@@ -130,8 +130,13 @@ def run(args: argparse.Namespace) -> int:
             for image in cases:  # one, or none of this part
                 check_dicom_seg(image, series, model)
         make_writable(args.o)
+        segmented = [_segmentation(args.o, image, model) for image in cases]
+        if args.continue_prediction:
+            check_segmentations(segmented)
         _predict(args, predictor, images)
-        _finish(args, model, cases, series)
+        check_segmentations(segmented)
+        _finish(args, model, cases, segmented, series)
+        _name_what_is_old(args, model, segmented)
     return 0
 
 
@@ -183,7 +188,9 @@ def _predict(args: argparse.Namespace, predictor: nnUNetPredictor, images: Path)
         predictor.predict_from_files(str(images), str(args.o), num_parts=args.num_parts, part_id=args.part_id, **options)
 
 
-def _finish(args: argparse.Namespace, model: PackedModel, cases: Sequence[Path], series: Series | None) -> None:
+def _finish(
+    args: argparse.Namespace, model: PackedModel, cases: Sequence[Path], segmented: Sequence[Path], series: Series | None
+) -> None:
     """Writes all that is made of the segmentations of ``cases``; other parts, which run at the same time, write theirs."""
     from nnunetv2_e2enet.deployment.dicom_seg import write_dicom_seg
     from nnunetv2_e2enet.deployment.previews import write_previews
@@ -191,7 +198,6 @@ def _finish(args: argparse.Namespace, model: PackedModel, cases: Sequence[Path],
 
     progress = not args.disable_progress_bar
     folders = [args.o]
-    segmented = [_segmentation(args.o, image, model) for image in cases]
     table = "volumes.csv" if args.num_parts == 1 else f"volumes_{args.part_id}_of_{args.num_parts}.csv"
     if args.postprocess:
         folders.append(_postprocess(segmented, args.o / "postprocessed", model, progress))
@@ -204,6 +210,19 @@ def _finish(args: argparse.Namespace, model: PackedModel, cases: Sequence[Path],
             for path in (_segmentation(folder, image, model) for image in cases):
                 case = path.name.removesuffix(model.description.dataset["file_ending"])
                 write_dicom_seg(folder / f"{case}.dcm", path, series, model, folder != args.o)
+
+
+def _name_what_is_old(args: argparse.Namespace, model: PackedModel, segmented: Sequence[Path]) -> None:
+    """Prints which files were made of former segmentations of these cases."""
+    ending, old = model.description.dataset["file_ending"], set()
+    endings = [suffix for suffix, made in ((".png", args.preview), (".dcm", args.dicom_seg)) if not made and suffix != ending]
+    for path in segmented:
+        files = [path.with_name(f"{path.name.removesuffix(ending)}{suffix}") for suffix in endings]
+        files += [] if args.volumes else [args.o / "volumes.csv"]
+        old |= {file.name for file in files if file.is_file() and file.stat().st_mtime < path.stat().st_mtime}
+    if old:
+        others = f" and {len(old) - 3} others" if len(old) > 3 else ""
+        print(f"{', '.join(sorted(old)[:3])}{others}: made of former segmentations. Make them again, or take them away")
 
 
 def _check(args: argparse.Namespace, model: PackedModel) -> None:

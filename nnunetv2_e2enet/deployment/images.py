@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,7 +61,8 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
 def check_channels(images: Sequence[Path], model: PackedModel) -> None:
     """Raises E2ENetError where a case lacks a channel, or its channels are not on one grid.
 
-    Also where an image ends too early or has four axes, or a file that nnU-Net would take for an image is named otherwise.
+    Also where it has one too many, where an image ends too early, has four axes or several values a voxel, or where a file
+    that nnU-Net would take for an image is named otherwise.
 
     Args:
         images: the first channel of each case, named as nnU-Net wants it; one file may hold all channels.
@@ -72,6 +74,12 @@ def check_channels(images: Sequence[Path], model: PackedModel) -> None:
     for image in images:
         case = image.name.removesuffix(f"_0000{ending}")
         files = [image.with_name(f"{case}_{i:04d}{ending}") for i in range(len(model.channels))]
+        others = sorted({*image.parent.glob(f"{escape(case)}_[0-9][0-9][0-9][0-9]{ending}")} - {*files})
+        if others:
+            raise E2ENetError(
+                f"{others[0]} is one image too many: expected one for each of the channels {', '.join(model.channels)} of "
+                f"{case}; take it away"
+            )
         _check_axes(image, ending)
         missing = [file for file in files if not file.is_file()]
         if not missing:
@@ -83,10 +91,14 @@ def check_channels(images: Sequence[Path], model: PackedModel) -> None:
 
 
 def check_images(channels: Sequence[Path]) -> None:
-    """Raises E2ENetError where the file of a channel ends too early, or the channels of a case are not on one grid."""
+    """Raises E2ENetError where the file of a channel ends too early or holds several, or a case's are not on one grid."""
     for file in channels:
         check_whole(file)
     if all(file.name.endswith(WRITTEN) for file in channels):
+        for file in channels:
+            values = read_header(file).GetNumberOfComponents()
+            if values != 1:
+                raise E2ENetError(f"{file} has {values} values a voxel: expected an image of one channel; split it")
         check_one_grid(channels)
 
 
@@ -115,6 +127,19 @@ def check_replaceable(segmentation: Path, image: Path, model: PackedModel) -> No
             f"{segmentation} is there already, and no segmentation of this image: its voxels are of another kind or in other "
             "places. Name another folder with -o"
         )
+
+
+def check_segmentations(files: Sequence[Path]) -> None:
+    """Raises E2ENetError where one of these files, if it is there, ends too early, as on a full disk."""
+    for file in files:
+        if file.exists():
+            try:
+                check_whole(file)
+            except E2ENetError as error:
+                raise E2ENetError(
+                    f"{file} holds only a part of a segmentation: remove it, make room on the disk, and repeat the command "
+                    "with --continue_prediction"
+                ) from error
 
 
 def _check_axes(image: Path, ending: str) -> None:
@@ -156,6 +181,7 @@ def _put(path: Path, target: Path, ending: str) -> None:
             f"DICOM series, or an image{_misnamed(path, ending)}"
         )
     if series is None and path.name.endswith(ending):
+        _check_axes(path, ending)
         check_whole(path)
         try:
             target.symlink_to(path.resolve())

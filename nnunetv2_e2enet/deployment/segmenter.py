@@ -95,6 +95,13 @@ def postprocessing_steps(model: PackedModel) -> tuple[list[Any], list[dict[str, 
     return [remove_all_but_largest_component_from_segmentation] * len(steps), [{"labels_or_regions": s} for s in steps]
 
 
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise E2ENetError(f"device is {name!r}: expected cpu, cuda, cuda:NUMBER or mps") from error
+
+
 class Segmenter:
     """Segments images with a packed model.
 
@@ -126,7 +133,7 @@ class Segmenter:
                 "e2enet predict with -prev_stage_predictions"
             )
         self.model = model
-        self._predictor = make_predictor(model, torch.device(device), step_size, mirroring, progress=False)
+        self._predictor = make_predictor(model, _device(device), step_size, mirroring, progress=False)
         self._postprocessing = postprocessing_steps(model) if postprocess else ([], [])
         self._lock = Lock()
 

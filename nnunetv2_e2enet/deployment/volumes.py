@@ -14,7 +14,7 @@ from tqdm import tqdm
 from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import write
-from nnunetv2_e2enet.imaging import readable
+from nnunetv2_e2enet.imaging import check_whole, readable
 
 _THICKNESS_OF_2D = 999
 """In pixels: what nnU-Net's readers give 2D images, so that nothing is resampled along it."""
@@ -43,13 +43,14 @@ def write_volumes(file: Path, segmentations: Sequence[Path], model: PackedModel,
         progress: show a bar.
 
     Raises:
-        E2ENetError: the file cannot be written.
+        E2ENetError: the file cannot be written, or a segmentation ends too early.
     """
     reader = model.description.managers()[0].image_reader_writer_class()
     ending = model.description.dataset["file_ending"]
     cases = {path.name.removesuffix(ending) for path in segmentations}
     rows = [row for row in _rows_of(file) if row[0] not in cases and (file.parent / f"{row[0]}{ending}").is_file()]
     for path in tqdm(segmentations, desc="Volumes", disable=not progress):
+        check_whole(path)
         segmentation, properties = reader.read_seg(str(path))
         counts = np.bincount(segmentation.astype(np.int64).ravel())
         for name, values in model.foreground.items():

@@ -26,12 +26,13 @@ from tqdm import tqdm
 from nnunetv2_e2enet.engine import bytes_to_take
 from nnunetv2_e2enet.engine.scan import ScanCore
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import check_whole, readable
+from nnunetv2_e2enet.imaging import check_whole, is_nifti, readable
 from nnunetv2_e2enet.machine import free_bytes
 from nnunetv2_e2enet.prediction.export import Export, label_dtype
 from nnunetv2_e2enet.prediction.windows import Slicer, SlidingSums, as_window, predict_mirrored, slide
 
 if TYPE_CHECKING:
+    from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 Segmentation = NDArray[Any]
@@ -69,6 +70,12 @@ def preprocessed_ahead(
     preprocessor, configuration = preprocessing(predictor)
 
     def read(files: Sequence[str], output: str | None) -> Preprocessed:
+        channels = predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"]
+        if len(files) not in (1, len(channels)):  # one may hold all channels
+            raise E2ENetError(
+                f"the case of {files[0]} has {len(files)} images, but the model has the channels "
+                f"{', '.join(map(str, channels.values()))}: expected an image for each; take the others away"
+            )
         for file in files:
             check_whole(Path(file))
         with readable(files[0]):
@@ -227,7 +234,9 @@ def write(predictor: nnUNetPredictor, segmentation: Segmentation, target: str, p
         with TemporaryDirectory(
             prefix=".writing_", dir=final.parent
         ) as folder:  # not a hidden file, which commands would find
-            writer.write_seg(segmentation, str(Path(folder) / final.name), properties)
+            written = Path(folder) / final.name
+            writer.write_seg(segmentation, str(written), properties)
+            _check_written(written, writer)
             for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == final.name):  # the segmentation last
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
@@ -235,3 +244,14 @@ def write(predictor: nnUNetPredictor, segmentation: Segmentation, target: str, p
     except (OSError, RuntimeError) as error:  # SimpleITK raises the latter
         reason = " ".join(str(error).split())
         raise E2ENetError(f"cannot write {final} ({reason}): expected a folder with room and write permission") from error
+
+
+def _check_written(file: Path, writer: BaseReaderWriter) -> None:
+    """Raises OSError where a segmentation is not whole: on a full disk SimpleITK stops writing, and says nothing."""
+    try:
+        check_whole(file)
+        if not is_nifti(file):
+            with readable(file):
+                writer.read_seg(str(file))
+    except E2ENetError as error:
+        raise OSError("only a part of it is on the disk") from error
