@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,19 @@ def make_scan(shape: tuple[int, int, int] = (6, 20, 24), seed: int = 0) -> Simpl
     return scan
 
 
-def write_dicom(scan: SimpleITK.Image, folder: Path, number: int = 1, slices: list[int] | None = None) -> list[Path]:
-    """A CT series of one file a slice. The files are named in another order than the slices lie in."""
+def write_dicom(
+    scan: SimpleITK.Image,
+    folder: Path,
+    number: int = 1,
+    slices: Sequence[int] | None = None,
+    slopes: Sequence[float] | None = None,
+    intercepts: Sequence[float] | None = None,
+) -> list[Path]:
+    """A CT series of one file a slice. The files are named in another order than the slices lie in.
+
+    The voxels of ``scan`` are the numbers that are stored. A number stands for ``slope * number + intercept``; each file has a
+    slope and an intercept of its own, 1 and 0 unless given.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     writer = SimpleITK.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -41,7 +53,8 @@ def write_dicom(scan: SimpleITK.Image, folder: Path, number: int = 1, slices: li
         "0028|1053": "1",
     }
     files = []
-    for i in range(scan.GetDepth()) if slices is None else slices:
+    chosen = range(scan.GetDepth()) if slices is None else slices
+    for i, slope, intercept in zip(chosen, slopes or [1] * len(chosen), intercepts or [0] * len(chosen), strict=True):
         position = scan.TransformIndexToPhysicalPoint((0, 0, i))
         own = {"0020|0032": "\\".join(f"{x:.12g}" for x in position), "0008|0018": f"{uid}.{i + 1}", "0020|0013": str(i + 1)}
         image = scan[:, :, i]
@@ -51,7 +64,24 @@ def write_dicom(scan: SimpleITK.Image, folder: Path, number: int = 1, slices: li
         writer.SetFileName(f"{files[-1]}.dcm")
         writer.Execute(image)
         Path(f"{files[-1]}.dcm").rename(files[-1])  # as on many discs, without an ending
+        _rescale(files[-1], slope, intercept)
     return files
+
+
+def _rescale(file: Path, slope: float, intercept: float) -> None:
+    """Changes the elements alone; SimpleITK's writer would divide the voxels by the slope."""
+    content = file.read_bytes()
+    for element, before, after in ((0x1052, "0", intercept), (0x1053, "1", slope)):
+        former, new = (_decimal_string(element, text) for text in (before, f"{after:.12g}"))
+        assert content.count(former) == 1
+        content = content.replace(former, new)
+    file.write_bytes(content)
+
+
+def _decimal_string(element: int, text: str) -> bytes:
+    """An element of group 0028, with an implicit type: group, element, length, value of an even length."""
+    value = (text + " " * (len(text) % 2)).encode()
+    return b"".join(number.to_bytes(size, "little") for number, size in ((0x28, 2), (element, 2), (len(value), 4))) + value
 
 
 def assert_same_place(image: SimpleITK.Image, other: SimpleITK.Image, tolerance: float = 1e-5) -> None:

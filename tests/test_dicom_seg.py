@@ -14,7 +14,7 @@ from scans import make_scan, write_dicom
 from support import Project, copy_with_random_heads, untrained_model
 
 from nnunetv2_e2enet.cli.main import main
-from nnunetv2_e2enet.deployment import PackedModel
+from nnunetv2_e2enet.deployment import PackedModel, write_packed
 from nnunetv2_e2enet.deployment.dicom import Series, choose_series
 from nnunetv2_e2enet.deployment.dicom_seg import check_dicom_seg, write_dicom_seg
 from nnunetv2_e2enet.errors import E2ENetError
@@ -72,6 +72,53 @@ def test_segments_lie_on_the_slices_of_the_series(model: PackedModel, tmp_path: 
     assert places == {tuple(each.ImagePositionPatient) for each in slices[1:]}
     (orientation,) = written.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
     assert orientation.ImageOrientationPatient == source.ImageOrientationPatient
+
+
+def codes_of(file: Path) -> dict[str, tuple[str, str, str]]:
+    """Value, scheme and meaning of the code of each segment, by its name; all are anatomical structures."""
+    codes = {}
+    for segment in pydicom.dcmread(file).SegmentSequence:
+        (category,), (code,) = segment.SegmentedPropertyCategoryCodeSequence, segment.SegmentedPropertyTypeCodeSequence
+        found = (category.CodeValue, category.CodingSchemeDesignator, category.CodeMeaning)
+        assert found == ("91723000", "SCT", "Anatomical Structure")
+        codes[segment.SegmentLabel] = code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning
+    return codes
+
+
+def test_codes_are_those_of_the_names(model: PackedModel, tmp_path: Path) -> None:
+    """Of the same name in every model, whatever its number, and of other names others."""
+    series, file, _ = scan_and_labels(tmp_path, 4)
+    write_dicom_seg(tmp_path / "one.dcm", file, series, with_labels(model, spleen=1, liver=2, 脾=3))
+    write_dicom_seg(tmp_path / "other.dcm", file, series, with_labels(model, organs=[1, 2, 3], 脾=[2, 3], spleen=3))
+    one, other = codes_of(tmp_path / "one.dcm"), codes_of(tmp_path / "other.dcm")
+    assert list(one) == ["spleen", "liver", "脾"]
+    for name, (value, scheme, meaning) in {**one, **other}.items():
+        assert (scheme, meaning) == ("99E2ENET", name)
+        assert 0 < len(value) <= 16  # as DICOM wants it
+    assert len({value for value, _, _ in {**one, **other}.values()}) == 4
+    assert {name: one[name] for name in ("spleen", "脾")} == {name: other[name] for name in ("spleen", "脾")}
+    assert one["spleen"][0] == "9D486670CFFB"  # of former versions, too
+
+
+def test_what_was_postprocessed_says_so(model: PackedModel, tmp_path: Path) -> None:
+    series, file, _ = scan_and_labels(tmp_path, 1)
+    image = SimpleITK.ReadImage(file)
+    labels = np.zeros(image.GetSize()[::-1], np.uint8)
+    labels[1:5, 2:10, 2:10] = 1
+    large = labels == 1
+    labels[1, 15:18, 15:18] = 1
+    segmentation = SimpleITK.GetImageFromArray(labels)
+    segmentation.CopyInformation(image)
+    out = tmp_path / "out"
+    out.mkdir()
+    SimpleITK.WriteImage(segmentation, out / "dicom.nii.gz")  # the command leaves it
+    write_packed(tmp_path / "model.e2enet", replace(model, description=replace(model.description, postprocessing=[[1]])))
+    given = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path / "dicom"), "-o", str(out), "-device", "cpu"]
+    assert main(["predict", *given, "--continue_prediction", "--postprocess", "--dicom_seg"]) == 0
+    for folder, remark, expected in ((out, "", labels == 1), (out / "postprocessed", ", postprocessed", large)):
+        description = pydicom.dcmread(folder / "dicom.dcm").SeriesDescription
+        assert description == f"Dataset993_Phantom, segmentation{remark}"
+        np.testing.assert_array_equal(next(iter(segments_of(folder / "dicom.dcm", series).values())), expected)
 
 
 def test_regions_may_overlap(model: PackedModel, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.evaluation.overlay import best_slice, write_overlay
+from nnunetv2_e2enet.evaluation.overlay import best_slice, overlay, save_figure, write_overlay
 
 SHAPE = (10, 20, 16)
 SPACING = (3.0, 1.0, 1.0)
@@ -108,6 +108,25 @@ def test_picture_does_not_depend_on_the_storage_order(tmp_path: Path, image: Pat
         stored_otherwise.append(other)
     write_overlay(tmp_path / "rsa.png", stored_otherwise[0], {"Model": stored_otherwise[1]}, LABELS)
     np.testing.assert_array_equal(pixels(tmp_path / "lps.png"), pixels(tmp_path / "rsa.png"))
+
+
+def test_the_patients_right_is_on_the_left(tmp_path: Path) -> None:
+    """A block near the left, anterior, superior corner of the patient, and brighter voxels around it: where they are drawn."""
+    voxels, bright = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.float32)
+    voxels[7:9, 3:7, 10:14] = 1
+    bright[6:, 2:8, 9:15] = 1
+    block = write_volume(tmp_path / "block.nii.gz", voxels)
+    figure = overlay(write_volume(tmp_path / "image.nii.gz", bright), {"Model": block}, LABELS)
+    save_figure(figure, tmp_path / "overlay.png")
+    picture = pixels(tmp_path / "overlay.png")[::-1, :, :3]  # rows from below
+    for axes, right_of_the_middle in zip(figure.axes, (True, True, False), strict=True):  # anterior is on the left
+        left, below, right, above = axes.get_window_extent().padded(-3).extents.astype(int)  # without the frame
+        inside = picture[below:above, left:right]
+        coloured = np.ptp(inside, axis=2) > 0.1
+        for shown in (coloured, (inside.min(axis=2) > 0.8) & ~coloured):
+            up, across = np.argwhere(shown).mean(axis=0) / shown.shape
+            assert (across > 0.6) if right_of_the_middle else (across < 0.4)
+            assert up > 0.6
 
 
 def test_best_slice_shows_the_largest_extent_of_the_labels() -> None:

@@ -102,6 +102,26 @@ def test_contours_lie_around_the_labels_in_planes_through_them(
     assert [texts(axes)[0] for axes in figure.axes[:3]] == ["Axial\nF 76 mm", "Coronal\nA 10 mm", "Sagittal\nL 8 mm"]
 
 
+def test_the_patient_lies_as_the_letters_say(
+    tmp_path: Path, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the screen. The lesion is on the patient's left, in front of the middle and above it."""
+    figure = drawn(tmp_path / "case.png", files, monkeypatch)
+    picture = imread(tmp_path / "case.png")
+    for axes, edges in zip(figure.axes, ("RLAP", "RLHF", "APHF"), strict=False):
+        middle = axes.transAxes.transform((0.5, 0.5))
+        at = {text.get_text(): text.get_window_extent().get_points().mean(0) - middle for text in axes.texts}
+        offset = axes.transData.transform(contours(axes)[1]).mean(0) - middle
+        for letter, axis, sign in zip(edges, (0, 0, 1, 1), (-1, 1, 1, -1), strict=True):
+            assert sign * at[letter][axis] > 0.3 * axes.bbox.size[axis]
+            assert abs(at[letter][1 - axis]) < 1
+        assert np.sign(offset).tolist() == [-1 if edges[0] == "A" else 1, 1]
+        x, y = (middle + offset).astype(int)
+        mirrored = int(2 * middle[0]) - x
+        assert picture[-y, x, :3].mean() > 0.9  # the lesion is white
+        assert picture[-y, mirrored, :3].mean() < 0.5
+
+
 def test_the_legend_has_volumes(tmp_path: Path, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     figure = drawn(tmp_path / "case.png", files, monkeypatch)
     legend = figure.axes[3].get_legend()
