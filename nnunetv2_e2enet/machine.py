@@ -1,4 +1,4 @@
-"""Memory of the machine: the free amount, and errors about none."""
+"""Memory and devices of the machine: what is there, and errors about what is not."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ class _Accounts:
 
 _V1 = _Accounts("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
 _V2 = _Accounts("memory.max", "memory.current", ("active_file", "inactive_file"))
+
+
+def check_device(device: str, option: str) -> None:
+    """Raises E2ENetError unless PyTorch finds a device of this kind, which an option of a command names."""
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if missing.get(device):
+        raise E2ENetError(f"PyTorch finds no {device.upper()} device here: use {option} cpu")
 
 
 def free_bytes() -> float:

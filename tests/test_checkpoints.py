@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from support import Project, make, train_epochs
+from nnunetv2.run.run_training import get_trainer_from_args
+from support import Project, architecture, make, train_epochs
 from torch import nn
 
 from nnunetv2_e2enet.cli.main import main
@@ -20,7 +21,7 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.networks import read_trainings
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
-from nnunetv2_e2enet.training.checkpoints import newest_checkpoint, read_checkpoint
+from nnunetv2_e2enet.training.checkpoints import check_architecture, newest_checkpoint, read_checkpoint
 from nnunetv2_e2enet.training.variants import variant
 
 
@@ -166,6 +167,16 @@ def test_memory_that_runs_out_is_no_fault_of_a_checkpoint(checkpoint: Path, monk
         read_checkpoint(checkpoint)
 
 
+def test_a_damaged_checkpoint_to_validate_has_no_next_one(in_process: Project, checkpoint: Path) -> None:
+    """As ``nnUNetv2_train`` makes a trainer for ``--c`` and for ``--val``."""
+    checkpoint.write_bytes(b"torn")
+    made = (in_process.dataset, "3d_fullres", 0, "nnUNetTrainerE2ENet_smoke", "nnUNetPlans")
+    for resumes, remedy in ((True, "repeat the command; nnU-Net resumes"), (False, "finish the training with --c, which")):
+        trainer = get_trainer_from_args(*made, resumes, torch.device("cpu"))
+        with pytest.raises(SystemExit, match=f"or it is truncated: remove it and {remedy}"):
+            trainer.load_checkpoint(str(checkpoint))
+
+
 def test_hostile_checkpoint_is_not_executed(in_process: Project, checkpoint: Path, tmp_path: Path) -> None:
     mark = tmp_path / "executed"
     rewrite(checkpoint, lambda content: content.update(extra=Hostile(mark)))
@@ -228,6 +239,18 @@ def test_checkpoints_of_another_network_are_refused(
     assert str(stop.value).startswith("E2ENet: ")
     assert "\n" not in str(stop.value)
     assert all(torch.equal(value, before[key]) for key, value in trainer.network.state_dict().items())
+
+
+def test_a_configuration_may_inherit_its_network() -> None:
+    """As those of nnU-Net's cascades do in the checkpoints of stock trainers."""
+    entry = architecture([8, 16], [[1, 1, 1], [2, 2, 2]])
+    configurations = {"3d_fullres": {"architecture": entry}, "cascade": {"inherits_from": "3d_fullres"}}
+    content = {"init_args": {"plans": {"configurations": configurations}, "configuration": "cascade"}, "trainer_name": "stock"}
+    check_architecture(Path("checkpoint"), content, entry, "plans.json", "train anew")
+    configurations["3d_fullres"]["inherits_from"] = "cascade"
+    del configurations["3d_fullres"]["architecture"]
+    with pytest.raises(E2ENetError, match="is of an unknown network"):
+        check_architecture(Path("checkpoint"), content, entry, "plans.json", "train anew")
 
 
 def test_weights_of_another_shift_size_are_refused() -> None:

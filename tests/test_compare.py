@@ -144,6 +144,47 @@ def test_values_that_no_label_has_are_named(study: Study, capsys: pytest.Capture
     assert f"{file} holds the value 255: expected the labels of dataset.json, 0, 1, 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("of_reference", [True, False])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (label_map(3) + np.float32(0.5), "holds fractional values: expected a label map of whole numbers"),
+        (label_map(3) - np.float32(1), "holds negative values: expected label values from 0"),
+        (label_map(3).astype(np.int16) - 1, "holds negative values: expected label values from 0"),
+    ],
+    ids=["fractional", "negative floating-point numbers", "negative integers"],
+)
+def test_what_is_no_label_map(
+    study: Study, values: np.ndarray, message: str, of_reference: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_map((study.reference if of_reference else study.models[1]) / "case_3.nii.gz", values)
+    assert main(study.arguments()) == 1
+    assert f"{file} {message}" in capsys.readouterr().err
+
+
+def test_whole_numbers_may_be_stored_as_floating_point_numbers(study: Study) -> None:
+    expected = study.json()
+    for file in study.folder.rglob("*.nii.gz"):
+        write_map(file, sitk.GetArrayFromImage(sitk.ReadImage(str(file))).astype(np.float32))
+    assert study.json()["means"] == expected["means"]
+
+
+def test_failures_are_classes_below_the_dice(tmp_path: Path) -> None:
+    """The first model finds a quarter of the liver: a Dice of 2 * 6 / (6 + 24) = 0.4. The second finds a third: 0.5."""
+    study = Study(tmp_path, cases=2)
+    for i in range(2):
+        for folder, columns in ((study.reference, 12), (study.models[0], 3), (study.models[1], 4)):
+            voxels = np.zeros((4, 6, 14), np.uint8)
+            voxels[1, 2:4, 1 : 1 + columns] = 1
+            write_map(folder / f"case_{i}.nii.gz", voxels)
+    for threshold, failing in (("0.39", []), ("0.41", ["model_a"]), ("0.5", ["model_a"]), ("0.51", ["model_a", "model_b"])):
+        failures = study.json("--failure-dice", threshold)["failures"]
+        found = sorted((failure["model"], failure["case"]) for failure in failures)
+        assert found == [(model, f"case_{i}") for model in failing for i in range(2)]
+        assert {(failure["label"], failure["kind"]) for failure in failures} <= {("liver", "low Dice")}
+    assert study.json()["failures"] == study.json("--failure-dice", "0.5")["failures"]  # the default
+
+
 def test_holm_may_leave_too_few_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Six cases give p = 2 / 2^6 = 0.03 at least, and three times that where there are three tests."""
     study = Study(tmp_path, cases=6)

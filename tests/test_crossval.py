@@ -101,6 +101,9 @@ def test_a_failing_fold_is_named(project: Project, model: Path) -> None:
         (["4", "3d_fullres"], "no data set 4 in nnUNet_raw="),
         (["993", "3d_fullres", "0"], "0 is a fold as in nnUNetv2_train: choose folds with --folds"),
         (["993", "3d_fullres"], "PyTorch finds no CUDA device here: use -device cpu"),
+        (["993", "3d_fullres", "-tr", "nnUNetTrainerE2ENet_nosuch", "--status"], "nnU-Net finds no trainer"),
+        (["993", "3d_fullres", "-device", "cpu", "--gpus", "0"], "--gpus 0 with -device cpu: leave one of them out"),
+        (["993", "3d_fullres", "-device", "cpu", "--folds", "0", "9"], "fold 9 has no split: "),
     ],
 )
 @pytest.mark.usefixtures("in_process", "registered")
@@ -114,6 +117,46 @@ def test_what_can_never_be_trained_is_not_started(
     assert message in output.err
     assert output.err.count("\n") == 1
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_slurm_where_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("shutil.which", lambda *_: None)
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", lambda *_: pytest.fail("submitted"))
+    command = ["crossval", "993", "3d_fullres", "-tr", "nnUNetTrainer", "--slurm"]
+    for values, message in (
+        ([], '--slurm: submitit cannot submit (Could not detect "srun"'),
+        (["cluster=local", "nonesuch=1"], "(Parameter 'nonesuch' need to be prefixed by an executor name.)"),
+        (["cluster=none"], "(AutoExecutor doesn't know any executor named none)"),
+    ):
+        assert main([*command, *values]) == 1
+        output = capsys.readouterr()
+        assert message in output.err
+        assert (output.out, output.err.count("\n")) == ("", 1)
+
+
+def test_folds_are_those_of_the_splits_file(
+    in_process: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six folds in the data set's file; a fold that was trained without a split is shown and accumulated all the same."""
+    preprocessed = tmp_path / "preprocessed" / in_process.dataset
+    preprocessed.mkdir(parents=True)
+    shutil.copy(in_process.preprocessed / "nnUNetPlans.json", preprocessed)
+    monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed.parent))
+    file = preprocessed / "splits_final.json"
+    command = ["crossval", "993", "3d_fullres", "-tr", "nnUNetTrainer", "-tr", "nnUNetTrainer", "--status", "--folds"]
+    assert main([*command, "5"]) == 1
+    assert "fold 5 has no split: nnU-Net makes 5 folds; choose from 0 to 4" in capsys.readouterr().err
+    file.write_text('[{"train": [], "val": []}' + ', {"train": [], "val": []}' * 5 + "]")
+    assert main([*command, "5"]) == 0
+    assert capsys.readouterr().out.count("nnUNetTrainer") == 1  # named twice
+    assert main([*command, "6"]) == 1
+    assert f"fold 6 has no split: {file} has 6 folds; choose from 0 to 5" in capsys.readouterr().err
+    end_well(fold(tmp_path / "results" / in_process.dataset / "nnUNetTrainer__nnUNetPlans__3d_fullres", 6))
+    assert main([*command, "6"]) == 0
+    file.write_text("[")
+    assert main([*command, "0"]) == 1
+    assert f"cannot read {file} as JSON" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("in_process", "registered")
@@ -149,6 +192,84 @@ def test_gpus_are_those_that_this_process_sees(
     assert seen == expected
 
 
+def end_well(fold: Fold) -> None:
+    """Leaves the files by which a fold is done."""
+    (fold.folder / "validation").mkdir(parents=True)
+    (fold.folder / "checkpoint_final.pth").touch()
+    (fold.folder / "validation" / "summary.json").write_text('{"metric_per_case": []}')
+
+
+@pytest.mark.usefixtures("in_process", "registered")
+def test_two_trainers_on_two_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each GPU has one training at a time, and both have one; trainings end in pairs, so that two must run at once."""
+    ran: list[tuple[str, str]] = []
+    busy: list[str] = []
+    shared: list[list[str]] = []
+    lock, pair = threading.Lock(), threading.Barrier(2)
+
+    def run_logged(command: list[str], log: Path, given: dict[str, str], *_: Any) -> int:
+        if command[0] == "nnUNetv2_accumulate_crossval_results":
+            summary = jobs.summary(log.parent, [0, 1])
+            summary.parent.mkdir()
+            summary.write_text('{"foreground_mean": {"Dice": 0.75}}')
+            return 0
+        gpu = given["CUDA_VISIBLE_DEVICES"]
+        with lock:
+            busy.append(gpu)
+            if len(set(busy)) < len(busy):
+                shared.append(list(busy))
+        pair.wait(60)
+        with lock:
+            ran.append((f"{command[command.index('-tr') + 1]} {command[3]}", gpu))
+            busy.remove(gpu)
+        end_well(fold(log.parent, int(command[3])))
+        return 0
+
+    monkeypatch.setattr(jobs, "_run_logged", run_logged)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    trainers = (TRAINER, "nnUNetTrainer")
+    command = ["crossval", "993", "3d_fullres", "-tr", trainers[0], "-tr", trainers[1], "--folds", "0", "1"]
+    for gpus in ([], ["--gpus", "0", "1"]):
+        assert main([*command, *gpus, "--status"]) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        listed = [(row[1], row[3]) for row in rows if len(row) > 3 and row[1] in trainers]
+        assert listed == [(trainer, number) for trainer in trainers for number in "01"]
+    assert main([*command, "--gpus", "0", "1"]) == 0
+    assert sorted(name for name, _ in ran) == [f"{trainer} {number}" for trainer in sorted(trainers) for number in "01"]
+    assert {gpu for _, gpu in ran} == {"0", "1"}
+    assert shared == []
+    output = capsys.readouterr().out
+    assert [output.count("0.7500"), output.count("done")] == [2, 4]
+
+
+def test_ctrl_c_starts_no_waiting_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = [fold(tmp_path / "T__P__3d_fullres", number) for number in range(3)]
+    interrupted = threading.Event()
+    started = []
+
+    class Pool(ThreadPoolExecutor):
+        """Its end is waited for once the interruption has been seen; the training goes on until then."""
+
+        def shutdown(self, *arguments: Any, **named: Any) -> None:
+            interrupted.set()
+            super().shutdown(*arguments, **named)
+
+    def train(command: list[str], *_: Any) -> int:
+        started.append(command[3])
+        assert interrupted.wait(60)
+        return 0
+
+    def watch() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(jobs, "_run_logged", train)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_locally(ours, [], watch)
+    assert started == ["0"]
+
+
 def test_a_fold_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second job waits for nothing, writes nothing, and does not train again what the first one has brought to its end."""
     ours = fold(tmp_path / "T__P__3d_fullres", 0)
@@ -157,9 +278,7 @@ def test_a_fold_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch:
     def train(*_: Any) -> int:
         begun.set()
         assert go_on.wait(60)
-        (ours.folder / "validation").mkdir(parents=True)
-        (ours.folder / "checkpoint_final.pth").touch()
-        (ours.folder / "validation" / "summary.json").write_text('{"metric_per_case": []}')
+        end_well(ours)
         return 0
 
     monkeypatch.setattr(jobs, "_run_logged", train)

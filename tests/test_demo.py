@@ -37,6 +37,18 @@ def test_demo(tmp_path: Path, registered: None, monkeypatch: pytest.MonkeyPatch)
         demo._report(Console(), demo.Workspace(tmp_path, "cpu"))
 
 
+@pytest.mark.usefixtures("registered")
+def test_a_device_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    for device in ("cuda", "mps"):
+        assert main(["demo", "--folder", str(tmp_path / "new"), "--device", device]) == 1
+        assert capsys.readouterr().err == f"e2enet demo: PyTorch finds no {device.upper()} device here: use --device cpu\n"
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_command_that_fails_names_its_log(
     tmp_path: Path,
     registered: None,  # noqa: ARG001

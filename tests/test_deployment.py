@@ -369,6 +369,15 @@ def test_info_says_what_a_file_holds(packed: Path, capsys: pytest.CaptureFixture
         "S = 0.8",
     ):
         assert fact in shown
+    assert main(["info", str(packed), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["file"] == str(packed)
+    assert facts["bytes"] == packed.stat().st_size
+    assert facts["patch_size"] == [24, 64, 64]
+    assert facts["labels"]["lesion"] == 4
+    assert facts["folds"] == ["0", "1"]
+    assert facts["feature_sparsity"] == 0.8
+    assert f"{facts['parameters']} parameters, {facts['active_parameters']} active" in shown
 
 
 # ---- postprocessing ------------------------------------------------------------------------------------------------------
@@ -540,8 +549,17 @@ def spoil_plans(model: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def spoil_checkpoint(model: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = model / "fold_1" / "checkpoint_final.pth"
     content = torch.load(path, weights_only=False)
-    change(content["network_weights"])
+    change(content)
     torch.save(content, path)
+
+
+def spoil_weights(model: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    spoil_checkpoint(model, lambda content: change(content["network_weights"]))
+
+
+def trained_architecture(content: dict[str, Any]) -> dict[str, Any]:
+    architecture: dict[str, Any] = content["init_args"]["plans"]["configurations"]["3d_fullres"]["architecture"]
+    return architecture
 
 
 @pytest.mark.parametrize(
@@ -557,14 +575,25 @@ def spoil_checkpoint(model: Path, change: Callable[[dict[str, Any]], Any]) -> No
         ),
         (
             lambda m: spoil_plans(m, lambda c: c["architecture"]["arch_kwargs"].update(shift_size=5)),
-            "of shift size 3, the plans of 5",
+            "was trained with shift_size = 3, but plans.json has 5: train that fold again, or leave it out with -f",
         ),
         (lambda m: spoil_plans(m, lambda c: c["architecture"]["arch_kwargs"]["strides"].pop()), "strides is"),
         (lambda m: spoil_plans(m, lambda c: c.update(patch_size=[23, 64, 64])), "cannot be divided by"),
-        (lambda m: spoil_checkpoint(m, lambda w: w.popitem()), "is missing in the weights"),
-        (lambda m: spoil_checkpoint(m, lambda w: w["encoder.stages.0.0.conv.weight"].fill_(float("nan"))), "not finite"),
+        (lambda m: spoil_weights(m, lambda w: w.popitem()), "is missing in the weights"),
+        (lambda m: spoil_weights(m, lambda w: w["encoder.stages.0.0.conv.weight"].fill_(float("nan"))), "not finite"),
+        (
+            lambda m: spoil_checkpoint(m, lambda c: trained_architecture(c).update(network_class_name="PlainConvUNet")),
+            "is of PlainConvUNet (nnUNetTrainerE2ENet_smoke), not of nnunetv2_e2enet.network.E2ENet: train that fold again",
+        ),
+        (
+            lambda m: spoil_checkpoint(m, lambda c: trained_architecture(c)["arch_kwargs"].update(features_per_stage=[24])),
+            "was trained with features_per_stage = [24], but plans.json has [",
+        ),
     ],
-    ids=["folder", "fold", "checkpoint", "data set", "foreign", "shift size", "strides", "patch", "missing", "nan"],
+    ids=[
+        *("folder", "fold", "checkpoint", "data set", "foreign", "shift size", "strides", "patch", "missing", "nan"),
+        *("foreign checkpoint", "width"),
+    ],
 )
 def test_models_that_cannot_be_exported(
     trained: Path,

@@ -83,6 +83,17 @@ def test_options_are_written_out(arguments: list[str], message: str, capsys: pyt
     assert error.endswith(f"e2enet {arguments[0]}: error: {message}\n")
 
 
+@pytest.mark.parametrize("command", [*entry.COMMANDS, "completion"])
+def test_help_fits_a_terminal_of_80_columns(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80 and len(line.split()) > 1] == []
+
+
 def test_a_short_option_may_be_joined_with_its_value() -> None:
     assert entry.build_parser().parse_args(["plan", "-d4"]).d == [4]
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from copy import deepcopy
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.deployment.packing import pack
 from nnunetv2_e2enet.dsff import CosineSchedule, TopologyUpdater, Uniform, random_topology
-from nnunetv2_e2enet.network import E2ENet, maskable_layers, store_active_only
+from nnunetv2_e2enet.network import E2ENet, convolution, maskable_layers, store_active_only
 from nnunetv2_e2enet.network import _raw_map as raw_map
 from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.depth_shift import join, separate
@@ -190,6 +193,100 @@ def test_weights_stay_channels_last_through_updates_and_checkpoints(active_only:
     arrays = pack(again.state_dict(), again)
     for name, array in pack(network.state_dict(), network).items():
         assert arrays[name].tobytes() == array.tobytes()
+
+
+# --- convolutions over slices -------------------------------------------------------------------------------------------
+
+
+def convolved(layer: nn.Conv3d, x: Tensor, with_bias: bool, over_slices: str) -> tuple[Tensor, list[Tensor], int]:
+    """Output, gradients of map, weight and bias, and how often the path over slices was taken."""
+    bias = layer.bias if with_bias else None
+    inputs = [x, layer.weight, *([bias] if bias is not None else [])]
+    with (
+        override(plane_convolutions=over_slices),
+        patch.object(convolution, "over_slices", wraps=convolution.over_slices) as path,
+    ):
+        out = convolution.conv3d(layer, x, layer.weight, bias, layer.groups)
+        gradients = torch.autograd.grad((out.sin() + out.square()).sum(), inputs)
+    return out, list(gradients), path.call_count
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    groups=st.integers(1, 3),
+    channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    size=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(5, 9), st.integers(5, 9)),
+    kernel=st.tuples(st.just(1), st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.just(1), st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.just(0), st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 2)),
+    with_bias=st.booleans(),
+)
+def test_convolutions_over_slices(
+    groups: int,
+    channels: tuple[int, int],
+    size: tuple[int, int, int, int],
+    kernel: tuple[int, int, int],
+    stride: tuple[int, int, int],
+    padding: tuple[int, int, int],
+    dilation: tuple[int, int, int],
+    with_bias: bool,
+) -> None:
+    """What they compute is what those of volumes do, also at odd sizes and for kernels that are no squares."""
+    torch.manual_seed(0)
+    inputs, outputs = (groups * n for n in channels)
+    layer = nn.Conv3d(inputs, outputs, kernel, stride, padding, dilation, groups, dtype=torch.float64, device=DEVICE)
+    batch, *spatial = size
+    x = torch.randn(batch, inputs, *spatial, dtype=torch.float64, device=DEVICE)
+    last = x.contiguous(memory_format=CHANNELS_LAST[3]).requires_grad_()
+    expected_output, expected, of_volumes = convolved(layer, last, with_bias, "off")
+    output, gradients, of_slices = convolved(layer, last, with_bias, "on")
+    assert (of_volumes, of_slices) == (0, int(inputs > 1))  # a map of one channel is laid out either way
+    torch.testing.assert_close(output, expected_output)
+    for found, gradient in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, gradient)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kernel_size": (3, 3, 3)},
+        {"stride": (2, 1, 1)},
+        {"padding": (1, 1, 1)},
+        {"padding": "same"},
+        {"padding_mode": "circular"},
+    ],
+)
+def test_convolutions_that_are_not_over_slices(options: dict[str, Any]) -> None:
+    """Kernels, strides or padding along the depth, other padding, and maps that are not channels-last."""
+    torch.manual_seed(0)
+    layer = nn.Conv3d(4, 5, **{"kernel_size": (1, 3, 3), "padding": (0, 1, 1), **options}, dtype=torch.float64, device=DEVICE)
+    x = image().repeat(1, 2, 1, 1, 1).requires_grad_()
+    maps = [x, x.detach().contiguous(memory_format=CHANNELS_LAST[3]).requires_grad_()][: 2 if options else 1]
+    for each in maps:
+        output, _, of_slices = convolved(layer, each, True, "on")
+        assert of_slices == 0
+        torch.testing.assert_close(output, layer(each))
+
+
+def test_blocks_of_channels_last_networks_convolve_over_slices() -> None:
+    """All that have a channels-last map and no stride in depth, in a training step that recomputes nothing."""
+    network = channels_last(small().double())
+    network.recompute = "none"
+    Formats(network, as_in_half_precision=True)
+    blocks = [module.conv for module in network.modules() if isinstance(module, ShiftBlock)]
+    flat = [conv for conv in blocks[1:] if conv.kernel_size[0] == conv.stride[0] == 1]
+    assert 5 < len(flat) < len(blocks) - 1
+    outputs, expected = step(network, image())
+    network.zero_grad()
+    with override(plane_convolutions="on"), patch.object(convolution, "over_slices", wraps=convolution.over_slices) as path:
+        found_outputs, found = step(network, image())
+    assert path.call_count == len(flat)
+    for output, found_output in zip(outputs, found_outputs, strict=True):
+        torch.testing.assert_close(found_output, output)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-9, rtol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # --- what reads maps ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -194,6 +195,13 @@ def test_hostile_weights_with_a_right_checksum(file: Path, model: PackedModel, d
 def test_other_files(file: Path, content: bytes) -> None:
     assert outcome(file, content, read_packed) is None
     assert outcome(file, len(content).to_bytes(8, "little") + content, read_packed) is None
+
+
+def test_a_checkpoint_is_called_that(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint_final.pth"
+    torch.save({"network_weights": {}}, path)
+    with pytest.raises(E2ENetError, match=r"is a checkpoint, .*: export its model folder \(e2enet export MODEL_FOLDER FILE\)"):
+        read_packed(path)
 
 
 def architecture(description: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from integration.commands import Runner
+from nnunetv2.preprocessing.preprocessors import default_preprocessor
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from support import nnunet_environment, run_forked
@@ -119,9 +121,14 @@ def test_preprocessed_data_are_shared_with_stock_plans(planned: Path) -> None:
 @pytest.mark.parametrize(
     "options", [["-overwrite_target_spacing", "3", "2", "2"], ["-preprocessor_name", "Other"]], ids=["spacing", "preprocessor"]
 )
-def test_data_that_are_preprocessed_otherwise_are_not_shared(small: Path, runner: Runner, options: list[str]) -> None:
+def test_data_that_are_preprocessed_otherwise_are_not_shared(
+    small: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """nnU-Net's preprocessing replaces the folder that the plans name, which may be that of nnUNetPlans."""
-    run_forked(runner, "e2enet", "plan", "-d", "991", *options, "-overwrite_plans_name", "X", env=nnunet_environment(small))
+    monkeypatch.setattr(default_preprocessor, "Other", DefaultPreprocessor, raising=False)
+    for name, value in nnunet_environment(small).items():
+        monkeypatch.setenv(name, value)
+    assert main(["plan", "-d", "991", *options, "-overwrite_plans_name", "X"]) == 0
     for name in ("2d", "3d_fullres"):
         assert plans(small, "X")["configurations"][name]["data_identifier"] == f"X_{name}"
 
@@ -189,6 +196,13 @@ def test_what_cannot_be_planned_is_said_in_one_line(
     assert message("-overwrite_target_spacing", "0", "1", "1") == (
         "e2enet plan: -overwrite_target_spacing 0 1 1: expected mm above 0\n"
     )
+    assert message("-preprocessor_name", "Other").startswith("e2enet plan: -preprocessor_name Other: nnU-Net has no such")
+    for name in ("../Plans", "a\\b", ""):
+        assert f"-overwrite_plans_name {name}: expected a name without a folder" in message("-overwrite_plans_name", name)
+    stock = preprocessed / "nnUNetPlans.json"
+    stock.write_text('{"experiment_planner_used": "ExperimentPlanner"}')
+    assert f"{stock} has the plans of ExperimentPlanner" in (said := message("-overwrite_plans_name", "nnUNetPlans"))
+    assert said.count("\n") == 1
     (preprocessed / "Plans.json").mkdir()  # stands for a file that cannot be written
     assert "data set 991 cannot be planned: " in (said := message("-overwrite_plans_name", "Plans"))
     assert said.count("\n") == 1

@@ -529,9 +529,7 @@ def test_a_case_with_an_image_too_many(tmp_path: Path) -> None:
     files = [str(tmp_path / f"a_000{i}.nii.gz") for i in range(2)]
     for file in files:
         SimpleITK.WriteImage(SimpleITK.GetImageFromArray(image((8, 16, 16))[0]), file)
-    with pytest.raises(
-        E2ENetError, match=r"a_0000\.nii\.gz has 2 images, but the model has the channels"
-    ):
+    with pytest.raises(E2ENetError, match=r"a_0000\.nii\.gz has 2 images, but the model has the channels"):
         predictor.predict_from_files_sequential([files], [str(tmp_path / "a")])
 
 

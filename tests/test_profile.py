@@ -16,9 +16,11 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from support import AMOS_STRIDES, Project, architecture
 from torch import nn
+from training_memory import LiveBytes, forward_backward
 
 from nnunetv2_e2enet.cli.main import main
-from nnunetv2_e2enet.evaluation import memory
+from nnunetv2_e2enet.deployment.packed import serialized
+from nnunetv2_e2enet.evaluation import memory, profile
 from nnunetv2_e2enet.evaluation.costs import breakdown, count_costs
 from nnunetv2_e2enet.evaluation.memory import peak_bytes
 from nnunetv2_e2enet.evaluation.networks import Design, e2enet_variant, residual_encoder_variant
@@ -122,9 +124,12 @@ def test_loss_is_that_of_nnunet(small: Design, regions: bool) -> None:
 
 def test_peak_memory_is_measured() -> None:
     larger = Design("nnU-Net", "test", plans_of(AMOS_STRIDES[1:4], [32, 64, 64]), dataset_of(3), "3d_fullres")
-    training = peak_bytes(larger, True, 2, "cpu", 1)
-    # the outputs of the finest level's convolutions alone are 4 x 32 channels of float32 for each voxel and patch
-    assert 4 * 32 * 4 * 2 * 32 * 64 * 64 < training < 4e9
+    with torch.device("meta"):
+        network, x = larger.build(deep_supervision=True).to("meta"), torch.empty(larger.input_shape(4))
+    with LiveBytes() as live:
+        forward_backward(network, x)
+    # of what is not counted, momentum, the loss and the workspaces of convolutions are less than all maps and gradients
+    assert live.peak < peak_bytes(larger, True, 4, "cpu", 1) < 2 * live.peak
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,10 @@ def test_peak_on_macos_is_above_what_the_process_holds(
     assert commands == ["ps"]
 
 
-def test_the_command_on_a_plans_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_on_a_plans_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     plans = tmp_path / "nnUNetPlans.json"
     plans.write_text(json.dumps(plans_of(AMOS_STRIDES[1:4], [8, 16, 16], base=8)))
     command = ["profile", str(plans), "--no-memory", "--rounds", "2", "--sparsity", "0.5", "--threads", "1"]
@@ -171,7 +179,9 @@ def test_the_command_on_a_plans_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert ours["shares"]
     assert content["settings"]["threads"] == 1
     assert main([*command, "--levels", "--no-time"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    shown = " ".join(printed.split())
     assert "PyTorch multiplies masked weights like any others" in shown
     assert "costs by level" in shown
     assert "E2ENet S=0.5: prediction and training in PyTorch: the network is small" in shown
@@ -184,6 +194,40 @@ def test_the_command_on_a_plans_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "E2ENet S=0.5: prediction in PyTorch: the engine computes in float32 on a CPU, not in bfloat16 on cpu." in shown
 
 
+def test_the_command_measures_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training step of the batch that is asked for, and a prediction; no training step that the memory would not hold."""
+    plans = tmp_path / "nnUNetPlans.json"
+    plans.write_text(json.dumps(plans_of(AMOS_STRIDES[1:4], [16, 64, 64])))
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset_of(3)))
+    command = ["profile", str(plans), "--beside", "e2enet", "--sparsity", "0.8", "--batch-size", "1"]
+    command += ["--no-time", "--threads", "1"]
+    assert main([*command, "--json"]) == 0
+    (measured,) = json.loads(capsys.readouterr().out)["profiles"]
+    assert (measured["batch_size"], measured["note"], measured["seconds"]) == (1, "", [])
+    assert measured["kept_bytes"] < measured["training_bytes"]
+    assert 0 < measured["prediction_bytes"] < measured["training_bytes"]
+
+    asked = []
+
+    def peak(_design: Design, training: bool, batch_size: int, *_: Any) -> float:
+        asked.append((training, batch_size))
+        return 3.0 * 2**30
+
+    monkeypatch.setattr(memory, "peak_bytes", peak)
+    monkeypatch.setattr(profile, "free_bytes", lambda: 1.0)
+    output = tmp_path / "out.json"
+    assert main([*command, "--json", str(output)]) == 0
+    (refused,) = json.loads(output.read_text())["profiles"]
+    assert asked == [(False, 1)]
+    assert (refused["training_bytes"], refused["prediction_bytes"]) == (None, 3 * 2**30)
+    needed = measured["kept_bytes"] + memory.BYTES_PER_PARAMETER * measured["costs"]["parameters_stored"]
+    note = f"a training step needs {needed / 2**30:.1f} GiB or more, 0.0 GiB are free: not run"
+    assert refused["note"] == note
+    assert note in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -192,6 +236,7 @@ def test_the_command_on_a_plans_file(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["PLANS", "--trainer", "nnUNetTrainerNone"], "nnU-Net finds no trainer nnUNetTrainerNone"),
         (["PLANS", "--rounds", "0"], "at least 1"),
         (["PLANS", "--sparsity", "1"], "feature_sparsity is 1"),
+        (["PLANS", "--sparsity", "0.5", "--beside", "nnunet"], "--sparsity is of E2ENets that are built from plans"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +253,7 @@ def test_bad_input_is_one_line(arguments: list[str], words: str, tmp_path: Path,
 def test_data_set_and_model_folder(
     trained: Path, project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in project.environment.items():
+    for name, value in {**project.environment, "nnUNet_n_proc_DA": "0"}.items():
         monkeypatch.setenv(name, value)
     counts_alone = ["--no-memory", "--no-time", "--json", "--sparsity", "0.8"]
     before = sorted(project.preprocessed.iterdir())
@@ -218,6 +263,39 @@ def test_data_set_and_model_folder(
     assert profiles["E2ENet_smoke"]["architecture"] == "E2ENet"
     assert profiles["ResEnc L"]["architecture"] == "ResidualEncoderUNet"
     assert sorted(project.preprocessed.iterdir()) == before
+    assert main(["profile", "993", str(trained), *counts_alone[:3], "--beside", "nnunet"]) == 0
+    assert [p["name"] for p in json.loads(capsys.readouterr().out)["profiles"]] == ["nnU-Net", "E2ENet_smoke"]
+
+
+def test_what_a_model_folder_does_not_tell(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options that would change nothing are refused; E2ENet in other sparsities is built from its plans."""
+    command = ["profile", str(trained), "--no-memory", "--no-time"]
+    for options, message in (
+        (
+            ["--beside", "nnunet"],
+            f"--beside nnunet: the plans of {trained.name}, fold_0 describe E2ENet alone; leave it out, or name",
+        ),
+        (["--beside", "e2enet", "resenc"], f"--beside resenc: the plans of {trained.name}, fold_0 describe"),
+        (["--sparsity", "0.5"], "and here is none: add --beside e2enet without --trainer"),
+    ):
+        assert main([*command, *options]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert main([*command, "--beside", "e2enet", "--sparsity", "0.5"]) == 0
+    assert "E2ENet S=0.5" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--beside"])
+    assert "--beside: expected at least one argument" in capsys.readouterr().err
+
+
+def test_a_packed_model_is_called_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "m.e2enet"
+    file.write_bytes(serialized({}, {}))
+    assert main(["profile", str(file)]) == 1
+    assert capsys.readouterr().err == (
+        f"e2enet profile: {file} is a packed model: give the model folder that it was made of, or its plans.json\n"
+    )
 
 
 def test_executed_by_the_engine_is_what_its_winograd_convolutions_multiply() -> None:

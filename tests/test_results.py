@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,13 @@ def test_what_does_not_belong_together_is_refused(page: Path) -> None:
         results.main(["--page", str(page)])
 
 
+def words(drawing: Path) -> list[str]:
+    """What a drawing says: labels and numbers of the axes, names in the legend. Its lines depend on matplotlib's version."""
+    texts = ["".join(text.itertext()).strip() for text in ElementTree.parse(drawing).iter("{http://www.w3.org/2000/svg}text")]
+    assert len(texts) > 10
+    return texts
+
+
 def test_the_page_is_what_the_records_give(tmp_path: Path) -> None:
     shutil.copy(DOCS / "results.md", tmp_path)
     records = DOCS / "results"
@@ -131,6 +139,10 @@ def test_the_page_is_what_the_records_give(tmp_path: Path) -> None:
         shutil.copy(record, target)
     results.main(["--page", str(tmp_path / "results.md")])
     assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text(), "run `make results`"
+    drawn = sorted(path.name for path in (tmp_path / "results").glob("*.svg"))
+    assert drawn == sorted(f"{record.stem}.svg" for record in records.glob("*.json"))
+    for name in drawn:
+        assert words(tmp_path / "results" / name) == words(records / name), "run `make results`"
 
 
 def gpu_record(what: str, result: Any, warning: bool = False) -> dict[str, Any]:

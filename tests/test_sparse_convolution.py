@@ -117,8 +117,9 @@ def test_the_kernels_compute_what_pytorch_does(
     found_of_weight = kernels.weight_gradient(grad, x, inputs, list(kernel), *options)
     for f, e in ((found, expected), (found_of_x, of_x), (found_of_weight, of_weight)):
         torch.testing.assert_close(f.double(), e, rtol=0, atol=TOLERANCE[dtype] * float(e.detach().abs().max()))
-    assert torch.equal(found_of_x, kernels.input_gradient(grad, weight, inputs, x, *options))  # no order of threads matters
-    assert torch.equal(found_of_weight, kernels.weight_gradient(grad, x, inputs, list(kernel), *options))
+    if torch.device(DEVICE).type == "cuda":  # no order of threads matters; Triton's interpreter has but one
+        assert torch.equal(found_of_x, kernels.input_gradient(grad, weight, inputs, x, *options))
+        assert torch.equal(found_of_weight, kernels.weight_gradient(grad, x, inputs, list(kernel), *options))
 
 
 @pytest.mark.parametrize("last", [False, True])

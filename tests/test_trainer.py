@@ -20,6 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from support import Project, architecture, assert_dice_is_that_of_the_files, make, run_python, train_epochs, weights
 
 from nnunetv2_e2enet import trainers
+from nnunetv2_e2enet.dsff import GradientGrowth, KernelL1Norm
 from nnunetv2_e2enet.network import E2ENet, e2enet_features, maskable_layers
 from nnunetv2_e2enet.trainers import e2enet_combined_trainers
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
@@ -293,6 +294,22 @@ def test_every_fold_of_an_ensemble_predicts_with_its_own_topology(trained: Path)
         ({"block_size": 0}, "block_size is 0"),
         ({"topology_update_period": 0}, "period 0"),
         ({"initial_prune_fraction": 1.2}, "initial_prune_fraction is 1.2"),
+        ({"initial_prune_fraction": "half"}, "initial_prune_fraction is 'half'"),
+        ({"topology_update_period": "5"}, "period '5'"),
+        ({"topology_update_period": 2.5}, "period 2.5"),
+        ({"initial_gain": "1"}, "initial_gain is '1'"),
+        ({"base_num_features": "48"}, "base_num_features is '48'"),
+        ({"kernel_size": 3}, "kernel_size is 3"),
+        ({"encoder_class": "Encoder"}, "encoder_class is 'Encoder'"),
+        ({"growth": "gradient"}, "growth is 'gradient', but an object with score(layer, generator) is needed"),
+        (
+            {"growth": GradientGrowth},
+            "growth is the class GradientGrowth, but an object with score(layer, generator) is needed: write G",
+        ),
+        ({"growth": KernelL1Norm()}, "growth is KernelL1Norm(), but an object with score(layer, generator) is needed"),
+        ({"importance": "magnitude"}, "importance is 'magnitude', but an object with score(layer) is needed"),
+        ({"schedule": "cosine"}, "schedule is 'cosine', but an object with is_update(epoch), prune_fraction(epoch) is needed"),
+        ({"distribution": None}, "distribution is None, but an object with active(sparsity, layers) is needed"),
     ],
 )
 def test_bad_settings_end_with_one_line(in_process: Project, settings: dict[str, Any], message: str) -> None:
@@ -306,6 +323,18 @@ def test_bad_settings_end_with_one_line(in_process: Project, settings: dict[str,
 def test_unknown_settings_are_refused(in_process: Project) -> None:
     with pytest.raises(AttributeError, match="no setting featur_sparsity"):
         make(variant(nnUNetTrainerE2ENet, "typo", featur_sparsity=0.5), in_process)
+
+
+def test_misspelt_settings_are_named(in_process: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    class Mine(nnUNetTrainerE2ENet_smoke):
+        feature_sparcity = 0.9
+        base_num_features = 4
+        growth_rate = 2  # of the user's own
+
+    make(Mine, in_process).initialize()
+    shown = capsys.readouterr().out
+    assert "Mine has feature_sparcity, which is no setting of E2ENet: is feature_sparsity meant?" in shown
+    assert shown.count("no setting") == 1
 
 
 @pytest.mark.parametrize("name", e2enet_combined_trainers.__all__)

@@ -24,16 +24,21 @@ NEEDED = ("monai", "scikit_posthocs", "statsmodels")
 HELP = "compare trained models: accuracy with its uncertainty, costs, failures; table, CSV, JSON, HTML report"
 
 EXAMPLES = """examples:
-  e2enet compare nnUNetTrainerE2ENet__nnUNetPlans__3d_fullres nnUNetTrainer__nnUNetPlans__3d_fullres --report out.html
-  e2enet compare E2ENet=FOLDER_A nnU-Net=FOLDER_B --folds 0 1 --tolerance 2 --tolerance pancreas=5
-  e2enet compare S70=PRED_A S80=PRED_B S90=PRED_C --reference labelsTs --csv cases.csv
+  e2enet compare nnUNetTrainerE2ENet__nnUNetPlans__3d_fullres \\
+    nnUNetTrainer__nnUNetPlans__3d_fullres --report out.html
+  e2enet compare E2ENet=FOLDER_A nnU-Net=FOLDER_B --folds 0 1 \\
+    --tolerance 2 --tolerance pancreas=5
+  e2enet compare S70=PRED_A S80=PRED_B S90=PRED_C \\
+    --reference labelsTs --csv cases.csv
   e2enet compare A B --json | jq '.means.dice'
 
-FOLDER is an nnU-Net model folder, whose validation predictions are compared, or a folder of predictions. References are
-looked up in nnUNet_preprocessed and nnUNet_raw by the name of the data set, unless --reference names their folder.
+FOLDER is an nnU-Net model folder, whose validation predictions are compared, or
+a folder of predictions. References are looked up in nnUNet_preprocessed and
+nnUNet_raw by the name of the data set, unless --reference names their folder.
 
-exit code: 0 compared, 1 the input cannot be compared (standard error says why), 2 wrong usage, 130 Ctrl-C. What was
-measured before an interruption is kept, and the next run goes on from there.
+exit code: 0 compared, 1 the input cannot be compared (standard error says why),
+2 wrong usage, 130 Ctrl-C. What was measured before an interruption is kept, and
+the next run goes on from there.
 """
 
 

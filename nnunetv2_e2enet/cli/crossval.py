@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,16 +20,20 @@ from nnunetv2_e2enet.registration import find_nnunet, find_trainer
 from nnunetv2_e2enet.training import crossval
 from nnunetv2_e2enet.training.crossval import Fold, FoldState
 
+FOLDS_OF_NNUNET = 5  # where there is no splits_final.json
+
 HELP = "train, validate and accumulate all folds; finished folds are skipped, unfinished ones resumed"
 
 EPILOG = """\
 examples:
   e2enet crossval 4 3d_fullres -tr nnUNetTrainerE2ENet -tr nnUNetTrainer
   e2enet crossval 4 3d_fullres -tr nnUNetTrainerE2ENet --folds 0 1 --gpus 0 1
-  e2enet crossval 4 3d_fullres -tr nnUNetTrainerE2ENet --slurm slurm_partition=gpu gpus_per_node=1 timeout_min=2880
+  e2enet crossval 4 3d_fullres -tr nnUNetTrainerE2ENet \\
+    --slurm slurm_partition=gpu gpus_per_node=1 timeout_min=2880
 
-Each fold is nnU-Net's own nnUNetv2_train; its output is in crossval_fold_X.log in the model folder. --slurm submits one job
-a fold through submitit (pip install 'nnunetv2-e2enet[cluster]'); its values are submitit's parameters.
+Each fold is nnU-Net's own nnUNetv2_train; its output is in crossval_fold_X.log
+in the model folder. --slurm submits one job a fold through submitit (pip
+install 'nnunetv2-e2enet[cluster]'); its values are submitit's parameters.
 """
 
 
@@ -78,15 +83,19 @@ def _folds(args: argparse.Namespace) -> list[Fold]:
         nnunet_folder(variable)
     if len(set(args.folds)) < len(args.folds) or min(args.folds) < 0:
         raise E2ENetError(f"folds {args.folds}: expected different numbers from 0")
+    if args.gpus is not None and args.device != "cuda":
+        raise E2ENetError(f"--gpus {' '.join(map(str, args.gpus))} with -device {args.device}: leave one of them out")
     options = ("-device", args.device, *(["--npz"] if args.npz else []))
     folds = []
-    for trainer in args.tr or ["nnUNetTrainerE2ENet"]:
+    for trainer in dict.fromkeys(args.tr or ["nnUNetTrainerE2ENet"]):
         model = model_folder(args.dataset, trainer, args.p, args.configuration)
+        preprocessed = nnunet_folder(PREPROCESSED) / model.parent.name
         if not (model / "plans.json").is_file():  # never trained
-            _check_plans(nnunet_folder(PREPROCESSED) / model.parent.name / f"{args.p}.json", args.configuration)
-            if not args.status:
-                find_trainer(trainer)
-        folds += [Fold(model, args.dataset, number, options) for number in args.folds]
+            _check_plans(preprocessed / f"{args.p}.json", args.configuration)
+            find_trainer(trainer)
+        of_model = [Fold(model, args.dataset, number, options) for number in args.folds]
+        _check_splits(preprocessed / "splits_final.json", of_model)
+        folds += of_model
     return folds
 
 
@@ -97,6 +106,18 @@ def _check_plans(file: Path, configuration: str) -> None:
     present = read_json(file).get("configurations", {})
     if configuration not in present:
         raise E2ENetError(f"{file} has no configuration {configuration}: choose one of {', '.join(present)}")
+
+
+def _check_splits(file: Path, folds: Sequence[Fold]) -> None:
+    """Raises E2ENetError unless all folds are done or have a split, in the place of which nnU-Net would draw one at random."""
+    try:
+        present = len(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else FOLDS_OF_NNUNET
+    except (OSError, ValueError, TypeError) as error:
+        raise E2ENetError(f"cannot read {file} as JSON ({error}): write it again, or remove it for nnU-Net's folds") from error
+    lacking = [fold.number for fold in folds if fold.number >= present and fold.state() is not FoldState.DONE]
+    if lacking:
+        maker = f"{file} has" if file.is_file() else "nnU-Net makes"
+        raise E2ENetError(f"fold {lacking[0]} has no split: {maker} {present} folds; choose from 0 to {present - 1}")
 
 
 def _make_folders(folds: Sequence[Fold]) -> None:
@@ -157,9 +178,15 @@ def _submit(console: Console, open_folds: Sequence[Fold], parameters: Mapping[st
     cluster = parameters.get("cluster", "slurm")
     settings = {key: value for key, value in parameters.items() if key != "cluster"}
     for fold in open_folds:
-        executor = submitit.AutoExecutor(folder=fold.model / "submitit", cluster=cluster)
-        executor.update_parameters(name=f"{fold.trainer}_{fold.number}", **settings)
-        job = executor.submit(fold.run)
+        try:
+            executor = submitit.AutoExecutor(folder=fold.model / "submitit", cluster=cluster)
+            executor.update_parameters(name=f"{fold.trainer}_{fold.number}", **settings)
+            job = executor.submit(fold.run)
+        except (RuntimeError, ValueError, NameError, AssertionError) as error:  # no cluster, or parameters that it has not
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise E2ENetError(
+                f"--slurm: submitit cannot submit ({reason}): run the command on a SLURM cluster, with submitit's parameters"
+            ) from error
         console.print(f"{fold.trainer} fold {fold.number}: job {job.job_id}, submitted {time.strftime('%Y-%m-%d %H:%M')}")
     if not open_folds:
         console.print("all folds are done: repeat the command without --slurm to accumulate them")

@@ -74,11 +74,15 @@ def run(args: argparse.Namespace) -> int:
     nnunet = find_nnunet()
     if not is_registered(nnunet):
         raise E2ENetError("the demo uses nnU-Net's own commands, which do not find E2ENet yet: run `e2enet register` first")
+    from nnunetv2_e2enet.machine import check_device
+
+    device = args.device or _best_device()
+    check_device(device, "--device")
     folder = args.folder.resolve()
     make_writable(folder)
     if any(folder.iterdir()):
         raise E2ENetError(f"{folder} is not empty: remove it, or name a new one with --folder")
-    workspace = Workspace(folder, args.device or _best_device())
+    workspace = Workspace(folder, device)
     console = Console(highlight=False)
     for title, command in _commands(workspace):
         _run(console, workspace, title, command)

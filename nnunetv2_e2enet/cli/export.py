@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from nnunetv2_e2enet.cli.nnunet import model_folder
+from nnunetv2_e2enet.cli.output import check_folder_of
 from nnunetv2_e2enet.errors import E2ENetError, check_extra
 from nnunetv2_e2enet.registration import find_nnunet
 
@@ -15,17 +16,20 @@ HELP = "write a trained model as one file for e2enet predict and Python, or as O
 
 EXAMPLES = """examples:
   e2enet export nnUNetTrainerE2ENet__nnUNetPlans__3d_fullres hippocampus.e2enet
-  e2enet export hippocampus.e2enet -d 4 -c 3d_fullres -tr nnUNetTrainerE2ENet -f 0 1 2 3 4
-  e2enet export nnUNetTrainerE2ENet__nnUNetPlans__3d_fullres hippocampus_onnx --onnx
+  e2enet export hippocampus.e2enet -d 4 -c 3d_fullres -tr nnUNetTrainerE2ENet \\
+    -f 0 1 2 3 4
+  e2enet export nnUNetTrainerE2ENet__nnUNetPlans__3d_fullres \\
+    hippocampus_onnx --onnx
 
-The file holds all chosen folds, active weights only, plans and labels. --onnx writes a folder: one file a fold, and model.json
-with what a runtime has to do before and after the network.
+The file holds all chosen folds, active weights only, plans and labels. --onnx
+writes a folder: one file a fold, and model.json with what a runtime has to do
+before and after the network.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
-    parser.usage = "e2enet export [-h] [MODEL_FOLDER] OUT [-d DATASET -c CONFIGURATION] [options]"
+    parser.usage = "e2enet export [-h] [MODEL_FOLDER] OUT [-d DATASET -c CONFIGURATION]\n                     [options]"
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="PATH", help="nnU-Net model folder (not with -d), and the file to write"
     )
@@ -42,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     find_nnunet()
     from nnunetv2_e2enet.deployment import pack_model, write_packed
+    from nnunetv2_e2enet.deployment.packed import is_packed
 
     folder, out = _paths(args)
     console = Console(highlight=False, soft_wrap=True)
@@ -52,6 +57,9 @@ def run(args: argparse.Namespace) -> int:
         files = write_onnx(out, pack_model(folder, args.f, args.chk))
         console.print(f"Wrote {', '.join(path.name for path in files)} to {out}")
         return 0
+    check_folder_of(out)
+    if out.exists() and not is_packed(out):
+        raise E2ENetError(f"{out} is there, and no packed model: name another file, or remove it")
     model = pack_model(folder, args.f, args.chk)
     size = write_packed(out, model)
     folds = model.description.folds
@@ -62,11 +70,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _paths(args: argparse.Namespace) -> tuple[Path, Path]:
     """The model folder and what to write."""
+    found = " ".join(map(str, args.paths))
     if args.d is None:
         if len(args.paths) != 2:
-            found = " ".join(map(str, args.paths))
             raise E2ENetError(f"{found}: expected two paths, MODEL_FOLDER and OUT, or one, OUT, with -d and -c")
         return args.paths[0], args.paths[1]
-    if len(args.paths) != 1 or args.c is None:
-        raise E2ENetError("-d names the model with -c (and -tr, -p) in the place of MODEL_FOLDER: expected one path, OUT")
+    if args.c is None:
+        raise E2ENetError(f"-d {args.d} without -c: name the configuration of the model too, such as -c 3d_fullres")
+    if len(args.paths) != 1:
+        raise E2ENetError(f"{found}: expected one path, OUT, as -d and -c name the model")
     return model_folder(args.d, args.tr, args.p, args.c), args.paths[0]

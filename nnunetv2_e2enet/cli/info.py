@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
     nnunet = find_nnunet()
     console = Console(soft_wrap=True, highlight=False)
     if args.file is not None:
-        facts = _model_facts(args.file)
-        print(json.dumps(facts, indent=1)) if args.json else _print_facts(console, facts)
+        model = _model(args.file)
+        print(json.dumps(model, indent=1)) if args.json else _print_facts(console, _model_facts(model))
         return 0
     report = _report(nnunet)
     if args.json:
@@ -194,24 +194,48 @@ def _main(names: list[str]) -> list[str]:
     return [name for name in names if name not in experiments and not _NOT_MAIN.search(name)]
 
 
-def _model_facts(path: Path) -> dict[str, str]:
+def _model(path: Path) -> dict[str, Any]:
+    """The content of a packed model without its weights."""
     from nnunetv2_e2enet.deployment import read_packed
 
     model = read_packed(path)
     description = model.description
     plans, settings = description.managers()
     network = description.network()
-    parameters = sum(p.numel() for p in network.parameters())
-    steps = description.postprocessing
     return {
-        "file": f"{path}, {path.stat().st_size / 1e6:.2f} MB, written by {description.written_by}",
-        "trained by": f"{description.trainer}, {description.configuration} of {plans.plans_name}, {plans.dataset_name}",
-        "folds": f"{', '.join(description.folds)} ({description.checkpoint})",
-        "network": f"E2ENet, {parameters} parameters, {model.active_weights} active (S = {network.feature_sparsity})",
-        "channels": ", ".join(f"{number} {name}" for number, name in description.channel_names.items()),
-        "labels": ", ".join(f"{values} {name}" for name, values in description.dataset["labels"].items()),
-        "patch, spacing": f"{settings.patch_size}, {[round(s, 4) for s in settings.spacing]} mm",
-        "mirroring axes": str(description.mirroring_axes or "none"),
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "written_by": description.written_by,
+        "trainer": description.trainer,
+        "configuration": description.configuration,
+        "plans": plans.plans_name,
+        "dataset": plans.dataset_name,
+        "folds": description.folds,
+        "checkpoint": description.checkpoint,
+        "network": type(network).__name__,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "active_parameters": model.active_weights,
+        "feature_sparsity": network.feature_sparsity,
+        "channels": description.channel_names,
+        "labels": description.dataset["labels"],
+        "patch_size": settings.patch_size,
+        "spacing": settings.spacing,
+        "mirroring_axes": description.mirroring_axes or [],
+        "postprocessing": description.postprocessing,
+    }
+
+
+def _model_facts(model: dict[str, Any]) -> dict[str, str]:
+    active, steps = f"{model['active_parameters']} active (S = {model['feature_sparsity']})", model["postprocessing"]
+    return {
+        "file": f"{model['file']}, {model['bytes'] / 1e6:.2f} MB, written by {model['written_by']}",
+        "trained by": f"{model['trainer']}, {model['configuration']} of {model['plans']}, {model['dataset']}",
+        "folds": f"{', '.join(model['folds'])} ({model['checkpoint']})",
+        "network": f"{model['network']}, {model['parameters']} parameters, {active}",
+        "channels": ", ".join(f"{number} {name}" for number, name in model["channels"].items()),
+        "labels": ", ".join(f"{values} {name}" for name, values in model["labels"].items()),
+        "patch, spacing": f"{model['patch_size']}, {[round(s, 4) for s in model['spacing']]} mm",
+        "mirroring axes": str(model["mirroring_axes"] or "none"),
         "postprocessing": f"largest component of labels {steps}" if steps else "none",
     }
 

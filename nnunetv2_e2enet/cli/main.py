@@ -6,6 +6,7 @@ import argparse
 import os
 import select
 import sys
+import textwrap
 from collections.abc import Sequence
 from io import TextIOWrapper
 from types import ModuleType
@@ -77,8 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nnunetv2-e2enet {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, module in COMMANDS.items():
+        description = textwrap.fill(module.HELP, 80)
         subparser = subparsers.add_parser(
-            name, help=module.HELP, description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+            name, help=module.HELP, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         module.add_arguments(subparser)
     completion = subparsers.add_parser(

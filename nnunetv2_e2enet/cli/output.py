@@ -39,16 +39,20 @@ def check_folders(args: argparse.Namespace, *options: str) -> None:
     """Raises E2ENetError unless the files of ``--json`` and other options can be written into folders that are there."""
     given = [getattr(args, option) for option in options] + ([] if args.json in (None, "-") else [Path(args.json)])
     for file in given:
-        if file is None:
-            continue
-        if file.is_dir():
-            raise E2ENetError(f"cannot write {file}: it is a folder; name a file")
-        folder = file.resolve().parent
-        if not folder.is_dir():
-            raise E2ENetError(f"cannot write {file}: the folder {file.parent} is missing; make it, or choose another place")
-        make_writable(folder)
+        if file is not None:
+            check_folder_of(file)
     if args.json not in (None, "-") and Path(args.json).exists():
         _check_is_output(Path(args.json))
+
+
+def check_folder_of(file: Path) -> None:
+    """Raises E2ENetError unless a file can be written into a folder that is there."""
+    if file.is_dir():
+        raise E2ENetError(f"cannot write {file}: it is a folder; name a file")
+    folder = file.resolve().parent
+    if not folder.is_dir():
+        raise E2ENetError(f"cannot write {file}: the folder {file.parent} is missing; make it, or choose another place")
+    make_writable(folder)
 
 
 def _check_is_output(file: Path) -> None:

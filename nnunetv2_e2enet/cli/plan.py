@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 from nnunetv2_e2enet.cli.nnunet import PREPROCESSED, RAW, dataset_name, nnunet_folder
 from nnunetv2_e2enet.errors import E2ENetError
@@ -21,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "example:\n"
         "  nnUNetv2_extract_fingerprint -d 4\n"
-        "  e2enet plan -d 4 -gpu_memory_target 16 -overwrite_plans_name nnUNetE2ENetPlans_16G\n"
+        "  e2enet plan -d 4 -gpu_memory_target 16 \\\n"
+        "    -overwrite_plans_name nnUNetE2ENetPlans_16G\n"
         "  nnUNetv2_preprocess -d 4 -plans_name nnUNetE2ENetPlans_16G -c 3d_fullres\n"
     )
     parser.add_argument("-d", nargs="+", type=int, required=True, metavar="ID", help="data set ids")
@@ -44,10 +46,13 @@ def run(args: argparse.Namespace) -> int:
     spacing = args.overwrite_target_spacing or []
     if not all(0 < mm < math.inf for mm in spacing):
         raise E2ENetError(f"-overwrite_target_spacing {' '.join(f'{mm:g}' for mm in spacing)}: expected mm above 0")
+    _check_preprocessor(args.preprocessor_name)
     raw, preprocessed = nnunet_folder(RAW), nnunet_folder(PREPROCESSED)
     for dataset_id in args.d:
         name = dataset_name(str(dataset_id))
         read_json(raw / name / "dataset.json")
+        if args.overwrite_plans_name is not None:
+            _check_plans_name(args.overwrite_plans_name, preprocessed / name, nnUNetPlannerE2ENet.__name__)
         fingerprint = preprocessed / name / "dataset_fingerprint.json"
         if fingerprint.exists():  # nnU-Net says what to do where it is missing
             found = read_json(fingerprint)
@@ -69,3 +74,25 @@ def run(args: argparse.Namespace) -> int:
             reason = str(error).splitlines()[0]
             raise E2ENetError(f"data set {dataset_id} cannot be planned: {reason}") from error
     return 0
+
+
+def _check_preprocessor(name: str) -> None:
+    """Raises E2ENetError unless nnU-Net finds a preprocessor."""
+    import nnunetv2
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    folder = str(Path(nnunetv2.__path__[0]) / "preprocessing")
+    if recursive_find_python_class(folder, name, "nnunetv2.preprocessing") is None:
+        raise E2ENetError(
+            f"-preprocessor_name {name}: nnU-Net has no such class in {folder}; nnU-Net's own is DefaultPreprocessor"
+        )
+
+
+def _check_plans_name(name: str, folder: Path, planner: str) -> None:
+    """Raises E2ENetError unless plans may be written under a name: no path, nor the plans of another planner."""
+    if not name or "/" in name or "\\" in name:
+        raise E2ENetError(f"-overwrite_plans_name {name}: expected a name without a folder, such as nnUNetE2ENetPlans_16G")
+    file = folder / f"{name}.json"
+    found = read_json(file).get("experiment_planner_used", planner) if file.is_file() else planner
+    if found != planner:
+        raise E2ENetError(f"-overwrite_plans_name {name}: {file} has the plans of {found}, which stay; choose another name")

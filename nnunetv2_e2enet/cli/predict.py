@@ -23,13 +23,16 @@ HELP = "predict with a file that e2enet export wrote, as nnUNetv2_predict does w
 
 EXAMPLES = """examples:
   e2enet predict -m abdomen.e2enet -i imagesTs -o segmentations -device cpu
-  e2enet predict -m abdomen.e2enet -i imagesTs -o segmentations --save_probabilities --continue_prediction
+  e2enet predict -m abdomen.e2enet -i imagesTs -o segmentations \\
+      --save_probabilities --continue_prediction
   e2enet predict -m abdomen.e2enet -i scan.nii.gz -o segmentations
   e2enet predict -m abdomen.e2enet -i DICOM_FOLDER -o segmentations --dicom_seg
-  e2enet predict -m brain.e2enet -i t1.nii.gz t1c.nii.gz t2.nii.gz flair.nii.gz -o segmentations
+  e2enet predict -m brain.e2enet \\
+      -i t1.nii.gz t1c.nii.gz t2.nii.gz flair.nii.gz -o segmentations
 
-Of a folder with several DICOM series, one is chosen by naming any of its files. Options of nnUNetv2_predict mean the same
-here, and so do the results. No trainer has to be registered, and nnUNet_results is not used.
+Of a folder with several DICOM series, one is chosen by naming any of its files.
+Options of nnUNetv2_predict mean the same here, and so do the results. No
+trainer has to be registered, and nnUNet_results is not used.
 """
 
 

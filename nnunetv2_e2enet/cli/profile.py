@@ -10,7 +10,7 @@ from rich.console import Console
 
 from nnunetv2_e2enet.cli.output import add_json_argument, check_folders, console_for, say_written, step_bar, write_json
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.evaluation.choices import BESIDE, SPARSITIES
+from nnunetv2_e2enet.evaluation.choices import BESIDE
 
 if TYPE_CHECKING:
     from nnunetv2_e2enet.evaluation.profile import Profile, ProfileSettings
@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 HELP = "what networks cost: parameters, arithmetic, memory, time; E2ENet beside stock nnU-Net"
 
 EXAMPLES = """examples:
-  e2enet profile Dataset004_Hippocampus                      E2ENet at four sparsities, nnU-Net, ResEnc M and L
+  e2enet profile Dataset004_Hippocampus                 # all that can be built
   e2enet profile 4 -c 2d --sparsity 0.8 --beside e2enet nnunet
-  e2enet profile nnUNetPlans.json -c 3d_fullres --no-memory --no-time     counts alone, in seconds
-  e2enet profile nnUNetTrainerE2ENet__nnUNetPlans__3d_fullres nnUNetTrainer__nnUNetPlans__3d_fullres --rounds 15
+  e2enet profile nnUNetPlans.json --no-memory --no-time # counts alone, seconds
+  e2enet profile nnUNetTrainerE2ENet__nnUNetPlans__3d_fullres \\
+    nnUNetTrainer__nnUNetPlans__3d_fullres --rounds 15
   e2enet profile MODEL_FOLDER --flows --json | jq '.profiles[0].shares'
 
-Counts are of one patch. Time and memory are measured on this machine, with random images; on a CPU, close what else computes.
+Counts are of one patch. Time and memory are measured on this machine, with
+random images; on a CPU, close what else computes.
 
-exit code: 0 profiled, 1 the input cannot be used (standard error says why), 2 wrong usage, 130 Ctrl-C.
+exit code: 0 profiled, 1 the input cannot be used (standard error says why),
+2 wrong usage, 130 Ctrl-C.
 """
 
 
@@ -39,13 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trainer", metavar="CLASS", help="profile the network that this trainer builds from plans")
     parser.add_argument("--dataset-json", type=Path, metavar="FILE", help="of a plans file that has none beside it")
     parser.add_argument(
-        "--beside", nargs="*", choices=BESIDE, help="networks to build from the plans (default: all, none for model folders)"
+        "--beside",
+        nargs="+",
+        choices=BESIDE,
+        metavar="NETWORK",
+        help=f"networks to build from the plans: {', '.join(BESIDE)} (default: all, none for model folders)",
     )
     parser.add_argument(
         "--sparsity",
         nargs="+",
         type=float,
-        default=list(SPARSITIES),
         metavar="S",
         help="of E2ENet (default: 0, 0.7, 0.8, 0.9)",
     )
@@ -65,10 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from nnunetv2_e2enet.deployment.packed import is_packed
     from nnunetv2_e2enet.evaluation.profile import profile, steps
     from nnunetv2_e2enet.evaluation.subjects import designs
 
     check_folders(args)
+    for subject in args.subjects:
+        if Path(subject).is_file() and is_packed(Path(subject)):
+            raise E2ENetError(f"{subject} is a packed model: give the model folder that it was made of, or its plans.json")
     console = console_for(args)
     settings = _settings(args)
     with console.status("Looking at the plans …"):
@@ -83,12 +93,12 @@ def _settings(args: argparse.Namespace) -> ProfileSettings:
     import torch
 
     from nnunetv2_e2enet.evaluation.profile import ProfileSettings
+    from nnunetv2_e2enet.machine import check_device
 
     for name, value in (("--threads", args.threads), ("--rounds", args.rounds), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise E2ENetError(f"{name} {value}: at least 1 is needed")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise E2ENetError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    check_device(args.device, "--device")
     threads = args.threads or torch.get_num_threads()
     with_parts = args.levels or args.flows
     return ProfileSettings(
@@ -107,7 +117,7 @@ def _write(args: argparse.Namespace, console: Console, profiles: list[Profile], 
     if args.json != "-":
         print_profiles(console, profiles, settings, args.levels, args.flows)
         if settings.with_time or settings.with_memory:
-            console.print(f"E2ENet: {engine}.", soft_wrap=True)
+            console.print(f"E2ENet: {engine}.")
         if settings.device == "cpu":
             print_exceptions(console, profiles)
     content = {

@@ -10,7 +10,7 @@ HELP = "make nnU-Net's commands find the E2ENet trainers and planners"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Writes one small module into each of two folders of the installed nnU-Net. Run it again at any time."
+    parser.epilog = "Writes one small module into each of two folders of the installed nnU-Net.\nRun it again at any time."
     parser.add_argument(
         "--experiments",
         action=argparse.BooleanOptionalAction,

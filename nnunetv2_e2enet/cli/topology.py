@@ -20,13 +20,17 @@ HELP = "see what the fusion learned: where connections come from, how they chang
 
 EXAMPLES = """\
 examples:
-  e2enet topology nnUNetTrainerE2ENet__nnUNetPlans__3d_fullres --report topology.html
-  e2enet topology nnUNetTrainerE2ENet__nnUNetPlans__3d_fullres/fold_0 --figures figures
+  e2enet topology nnUNetTrainerE2ENet__nnUNetPlans__3d_fullres \\
+    --report topology.html
+  e2enet topology nnUNetTrainerE2ENet__nnUNetPlans__3d_fullres/fold_0 \\
+    --figures figures
   e2enet topology checkpoint_final.pth --report topology.html
   e2enet topology FOLDER --json | jq '.folds[0].nodes'
 
-FOLDER is an nnU-Net model folder, one of its fold folders, or a checkpoint file. Nothing in a checkpoint is executed. A
-checkpoint alone holds the topology and nnU-Net's log; how the topology came about is in topology_history.jsonl beside it.
+FOLDER is an nnU-Net model folder, one of its fold folders, or a checkpoint
+file. Nothing in a checkpoint is executed. A checkpoint alone holds the topology
+and nnU-Net's log; how the topology came about is in topology_history.jsonl
+beside it.
 """
 
 

@@ -11,7 +11,7 @@ from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.deployment.packing import Arrays, pack
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import read_json
-from nnunetv2_e2enet.training.checkpoints import read_checkpoint
+from nnunetv2_e2enet.training.checkpoints import check_architecture, read_checkpoint
 
 CHECKPOINT = "checkpoint_final.pth"
 
@@ -31,6 +31,9 @@ def pack_model(folder: Path, folds: Sequence[str] | None = None, checkpoint: str
     Raises:
         E2ENetError: the folder is no model folder, a checkpoint is missing or damaged, or the model is not E2ENet's.
     """
+    model = folder.resolve().parent
+    if folder.name.startswith("fold_") and (model / "plans.json").is_file():
+        raise E2ENetError(f"{folder} is a fold of the model folder {model}: name that one, and the fold with -f")
     if not (folder / "plans.json").is_file():
         raise E2ENetError(f"{folder} is no nnU-Net model folder: expected one with plans.json, dataset.json and fold_*")
     names = _folds(folder, folds, checkpoint)
@@ -52,12 +55,14 @@ def pack_model(folder: Path, folds: Sequence[str] | None = None, checkpoint: str
         description.check()
     except E2ENetError as error:
         raise E2ENetError(f"{folder}: {error}") from error
+    architecture = description.managers()[1].configuration["architecture"]
     packed: dict[str, Arrays] = {}
     for name in names:
         path = folder / f"fold_{name}" / checkpoint
-        weights = read_checkpoint(path, _REMEDY)["network_weights"]
+        content = read_checkpoint(path, _REMEDY)
+        check_architecture(path, content, architecture, "plans.json", _REMEDY)
         try:
-            packed[name] = pack(weights, network)
+            packed[name] = pack(content["network_weights"], network)
         except E2ENetError as error:
             raise E2ENetError(f"{path}: {error}; {_REMEDY}") from error
     return PackedModel(description, packed)
@@ -67,10 +72,16 @@ def _folds(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> list[s
     present = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint}"))
     wanted = list(dict.fromkeys(folds)) if folds is not None else [name for name in present if name != "all"] or present
     missing = [name for name in wanted if name not in present]
+    if not present:
+        found = ", ".join(sorted({path.name for path in folder.glob("fold_*/checkpoint_*.pth")}))
+        raise E2ENetError(
+            f"{folder} has no {checkpoint} in any fold, found {found or 'none'}: choose a checkpoint with -chk, or finish the "
+            "training"
+        )
     if missing or not wanted:
         raise E2ENetError(
             f"{folder} has no {checkpoint} of {'fold ' + missing[0] if missing else 'any fold'}, found those of "
-            f"{', '.join(present) or 'none'}: choose folds with -f, another checkpoint with -chk, or finish the training"
+            f"{', '.join(present)}: choose folds with -f, another checkpoint with -chk, or finish the training"
         )
     return wanted
 

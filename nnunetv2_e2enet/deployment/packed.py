@@ -133,9 +133,23 @@ def read_packed(path: Path) -> PackedModel:
         for _ in model.states():  # do they fit?
             pass
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        if path.suffix == ".pth":
+            raise E2ENetError(
+                f"{path} is a checkpoint, not a file that e2enet export wrote: export its model folder (e2enet export "
+                "MODEL_FOLDER FILE)"
+            ) from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise E2ENetError(f"{path} cannot be read as a packed model ({reason}): export the model again") from error
     return model
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file is a packed model, by its text alone."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def checksum(description: Any, arrays: Arrays) -> str:

@@ -34,10 +34,13 @@ class CosineSchedule:
     initial_fraction: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.n_epochs < 1 or self.period < 1:
-            raise E2ENetError(f"a schedule of {self.n_epochs} epochs with period {self.period}: both must be at least 1")
-        if not 0 <= self.initial_fraction <= 1:
-            raise E2ENetError(f"initial_prune_fraction is {self.initial_fraction}, but it is a share: use 0 to 1")
+        if not all(isinstance(n, int) and n >= 1 for n in (self.n_epochs, self.period)):
+            raise E2ENetError(
+                f"a schedule of {self.n_epochs!r} epochs with period {self.period!r}: both must be whole numbers of at least 1"
+            )
+        fraction = self.initial_fraction
+        if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+            raise E2ENetError(f"initial_prune_fraction is {fraction!r}, but it is a share: use a number from 0 to 1")
 
     def is_update(self, epoch: int) -> bool:
         """Whether ``epoch`` is a multiple of the period, and neither the first epoch nor the last."""

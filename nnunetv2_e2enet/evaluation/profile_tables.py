@@ -46,7 +46,7 @@ def print_exceptions(console: Console, profiles: list[Profile]) -> None:
         by_reason = {reason: [what for what in reasons if reasons[what] == reason] for reason in reasons.values() if reason}
         for reason, what in by_reason.items():
             if p.architecture == E2ENet.__name__:
-                console.print(f"{p.name}: {' and '.join(what)} in PyTorch: {reason}.", soft_wrap=True)
+                console.print(f"{p.name}: {' and '.join(what)} in PyTorch: {reason}.")
 
 
 def cost_columns(costs: pd.DataFrame) -> pd.DataFrame:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -34,7 +34,7 @@ def designs(
     trainer: str | None = None,
     dataset_json: Path | None = None,
     beside: Sequence[str] | None = None,
-    sparsities: Sequence[float] = SPARSITIES,
+    sparsities: Sequence[float] | None = None,
 ) -> list[Design]:
     """All networks that were asked for, each with a name of its own.
 
@@ -44,19 +44,21 @@ def designs(
         trainer: builds the networks of plans, instead of those below.
         dataset_json: of a plans file that has none beside it.
         beside: which networks to build from plans (``BESIDE``); None is all for plans and data sets, none for model folders.
-        sparsities: of E2ENet.
+        sparsities: of E2ENets that are built from plans; None is ``SPARSITIES``.
 
     Raises:
-        E2ENetError: a subject is nothing known.
+        E2ENetError: a subject is nothing known, or what is asked for cannot be built from it.
     """
     folders = [Path(s) for s in subjects if is_model_folder(Path(s))]
     names = dict(zip(folders, default_names(folders) if len(folders) > 1 else [_short(f) for f in folders], strict=True))
     found: list[Design] = []
+    described: list[Design] = []
     for subject in subjects:
         path = Path(subject)
         if path in names:
             design = model_design(path, names[path])
-            found += [design, *_beside(replace(design, checkpoint=None), None, beside or (), sparsities)]
+            described.append(design)
+            found += [design, *_beside(replace(design, checkpoint=None), None, beside or (), sparsities or SPARSITIES)]
             continue
         dataset = None if path.is_file() else dataset_folder(subject)
         if dataset is None and not path.is_file():
@@ -68,8 +70,34 @@ def designs(
         if trainer is not None:
             found.append(replace(stock, name=trainer, trainer=trainer))
         else:
-            found += _beside(stock, dataset.name if dataset else None, BESIDE if beside is None else beside, sparsities)
+            described.append(stock)
+            kinds = BESIDE if beside is None else beside
+            found += _beside(stock, dataset.name if dataset else None, kinds, sparsities or SPARSITIES)
+    _check_beside(described, beside or ())
+    if sparsities and not any(is_e2enet(design.architecture) for design in found if design.architecture is not None):
+        raise E2ENetError(
+            "--sparsity is of E2ENets that are built from plans, and here is none: add --beside e2enet without --trainer, or "
+            "leave it out"
+        )
     return _with_own_names(found)
+
+
+def _check_beside(designs: Sequence[Design], kinds: Sequence[str]) -> None:
+    """Raises E2ENetError where a network is asked for that none of the plans describe, as those of E2ENet."""
+    described = {kind for design in designs for kind in _described(design)}
+    unknown = [kind for kind in kinds if kind not in described]
+    if designs and unknown:
+        raise E2ENetError(
+            f"--beside {unknown[0]}: the plans of {designs[0].origin} describe E2ENet alone; leave it out, or name the data "
+            "set or its nnUNetPlans.json as a further SUBJECT"
+        )
+
+
+def _described(design: Design) -> tuple[str, ...]:
+    """The networks that ``_beside`` makes of a design."""
+    if not is_e2enet(design.settings.configuration["architecture"]):
+        return BESIDE
+    return ("e2enet", "nnunet") if design.checkpoint is None else ("e2enet",)  # nnunet: that of the plans, under their name
 
 
 def _short(folder: Path) -> str:
@@ -128,10 +156,24 @@ def _preset(name: str, dataset_name: str, configuration: str) -> Design | None:
     if not raw or not (Path(raw) / dataset_name).is_dir() or configuration not in ("2d", "3d_fullres"):
         return None
     plans = read_json(folder / "nnUNetPlans.json")
-    with redirect_stdout(StringIO()):
+    with redirect_stdout(StringIO()), _at_least_one_thread():
         planned = _plan(planner, dataset_name, configuration)
     plans["configurations"] = {configuration: planned}
     return Design(name, f"planned as by {planner}, {configuration}", plans, description, configuration)
+
+
+@contextmanager
+def _at_least_one_thread() -> Iterator[None]:
+    """nnU-Net's planner computes with ``nnUNet_n_proc_DA`` threads, which is 0 for trainings without worker processes."""
+    given = os.environ.get("nnUNet_n_proc_DA")
+    if given != "0":
+        yield
+        return
+    os.environ["nnUNet_n_proc_DA"] = "1"
+    try:
+        yield
+    finally:
+        os.environ["nnUNet_n_proc_DA"] = given
 
 
 def _plan(planner_name: str, dataset_name: str, configuration: str) -> dict[str, Any]:

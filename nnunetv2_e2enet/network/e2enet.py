@@ -104,7 +104,7 @@ class E2ENet(nn.Module):
         _check_levels(n_stages)
         check_sparsity(feature_sparsity)
         check_shift_size(shift_size)
-        _check_kernel_size(kernel_size)
+        check_kernel_size(kernel_size)
         self.input_channels = input_channels
         self.num_classes = num_classes
         self.feature_sparsity = feature_sparsity
@@ -290,10 +290,12 @@ def _dimension(conv_op: type[nn.Module]) -> int:
     raise E2ENetError(f"conv_op is {conv_op!r}, but E2ENet is built of torch.nn.Conv3d or torch.nn.Conv2d")
 
 
-def _check_kernel_size(kernel_size: Sequence[int]) -> None:
-    if len(kernel_size) != 3 or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in kernel_size):
+def check_kernel_size(kernel_size: Sequence[int]) -> None:
+    """Raises E2ENetError unless ``kernel_size`` is three odd numbers."""
+    odd = isinstance(kernel_size, Sequence) and all(isinstance(k, int) and k > 0 and k % 2 for k in kernel_size)
+    if not odd or len(kernel_size) != 3:
         raise E2ENetError(
-            f"kernel_size is {kernel_size}, but three odd numbers are needed, depth first, such as [1, 3, 3] or [3, 3, 3]"
+            f"kernel_size is {kernel_size!r}, but three odd numbers are needed, depth first, such as [1, 3, 3] or [3, 3, 3]"
         )
 
 

@@ -40,8 +40,13 @@ def e2enet_architecture(
         settings: arguments of E2ENet that override those of the plans, such as ``feature_sparsity`` and ``shift_size``.
 
     Raises:
-        E2ENetError: the entry says nothing of strides, or no dimension can be read from it.
+        E2ENetError: the entry says nothing of strides, or no dimension can be read from it; channels are no whole numbers.
     """
+    for name, channels in (("base_num_features", base_num_features), ("max_num_features", max_num_features)):
+        if not isinstance(channels, int) or channels < 1:
+            raise E2ENetError(
+                f"{name} is {channels!r}, but it is a number of channels: use a whole number such as {BASE_NUM_FEATURES}"
+            )
     result = deepcopy(architecture)
     if is_e2enet(architecture):
         result["network_class_name"] = NETWORK_CLASS_NAME

@@ -53,7 +53,11 @@ The best one may be many epochs older than the latest.
 """
 
 _NAME_ANOTHER = "name a model folder, a fold's folder or a checkpoint_*.pth"
-_RESUME = f"remove it and repeat the command; nnU-Net resumes from the next of {', '.join(CHECKPOINTS)} that is there"
+_NEXT = f"the next of {', '.join(CHECKPOINTS)} that is there"
+_RESUME = f"remove it and repeat the command; nnU-Net resumes from {_NEXT}"
+_FINISH = f"remove it and finish the training with --c, which resumes from {_NEXT}; then validate"
+
+_CONTINUE = "continue it with the trainer and the settings that it was trained with, or train in another folder"
 
 _reading = Lock()  # what is allowed holds for all threads, and ends with the first that has read
 
@@ -144,29 +148,19 @@ def read_checkpoint(path: Path, remedy: str = _NAME_ANOTHER, lazily: bool = Fals
     return checkpoint
 
 
-def check_checkpoint(path: Path, architecture: Mapping[str, Any], network_state: Mapping[str, Tensor]) -> None:
+def check_checkpoint(
+    path: Path, architecture: Mapping[str, Any], network_state: Mapping[str, Tensor], resumes: bool = True
+) -> None:
     """Raises E2ENetError unless a checkpoint is of exactly the network that is to be continued.
 
     Args:
         path: the checkpoint.
         architecture: entry of the plans from which the network was built.
         network_state: ``state_dict()`` of that network, not wrapped.
+        resumes: whether its training goes on (``--c``); otherwise it is validated (``--val``).
     """
-    checkpoint = read_checkpoint(path, _RESUME)
-    saved = _architecture(checkpoint)
-    if saved.get("network_class_name") != architecture["network_class_name"]:
-        raise E2ENetError(
-            f"{path} is of {saved.get('network_class_name', 'an unknown network')} ({checkpoint['trainer_name']}), not of "
-            f"{architecture['network_class_name']}: continue it with the trainer that wrote it, or train in another folder"
-        )
-    ours, theirs = architecture["arch_kwargs"], saved["arch_kwargs"]
-    for key, default in _ARCHITECTURE.items():
-        wanted, found = (_plain(arguments.get(key, default)) for arguments in (ours, theirs))
-        if wanted != found:
-            raise E2ENetError(
-                f"{path} was trained with {key} = {found}, but the trainer has {wanted}: continue it with the settings that "
-                "it was trained with, or train anew"
-            )
+    checkpoint = read_checkpoint(path, _RESUME if resumes else _FINISH)
+    check_architecture(path, checkpoint, architecture, "the trainer", _CONTINUE)
     weights = {key.removeprefix("module."): value for key, value in checkpoint["network_weights"].items()}  # as nnU-Net does
     wrong = [key for key, value in network_state.items() if key not in weights or weights[key].shape != value.shape]
     if wrong:
@@ -182,9 +176,37 @@ def check_checkpoint(path: Path, architecture: Mapping[str, Any], network_state:
         )
 
 
-def _architecture(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def check_architecture(
+    path: Path, checkpoint: Mapping[str, Any], architecture: Mapping[str, Any], owner: str, remedy: str
+) -> None:
+    """Raises E2ENetError unless a checkpoint is of the network that an entry of plans describes.
+
+    Args:
+        path: the checkpoint, for the message.
+        checkpoint: its content.
+        architecture: entry of the plans.
+        owner: what has this entry, for the message.
+        remedy: what to do where the network is another one, for the message.
+    """
+    saved = _architecture(checkpoint)
+    if saved.get("network_class_name") != architecture["network_class_name"]:
+        raise E2ENetError(
+            f"{path} is of {saved.get('network_class_name', 'an unknown network')} ({checkpoint['trainer_name']}), not of "
+            f"{architecture['network_class_name']}: {remedy}"
+        )
+    ours, theirs = architecture["arch_kwargs"], saved["arch_kwargs"]
+    for key, default in _ARCHITECTURE.items():
+        wanted, found = (_plain(arguments.get(key, default)) for arguments in (ours, theirs))
+        if wanted != found:
+            raise E2ENetError(f"{path} was trained with {key} = {found}, but {owner} has {wanted}: {remedy}")
+
+
+def _architecture(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     arguments = checkpoint["init_args"]
-    configuration = arguments["plans"]["configurations"].get(arguments["configuration"], {})
+    configurations = dict(arguments["plans"]["configurations"])
+    configuration = configurations.pop(arguments["configuration"], {})
+    while "architecture" not in configuration and configuration.get("inherits_from") in configurations:
+        configuration = configurations.pop(configuration["inherits_from"])
     architecture: dict[str, Any] = configuration.get("architecture", {})
     return architecture
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from inspect import isclass, isfunction, signature
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,14 @@ from nnunetv2_e2enet.training.parallel import share_topology
 
 OBSERVATIONS = 8  # batches that are tried before an update
 
+# Of settings that are objects: what they have to be, and an example
+_ROLES: dict[str, tuple[type, object]] = {
+    "schedule": (Schedule, StaticSchedule()),
+    "distribution": (Distribution, Uniform()),
+    "importance": (Importance, KernelL1Norm()),
+    "growth": (Growth, RandomGrowth()),
+}
+
 
 class DSFFMixin(NetworkMixin):
     """Trains a network with maskable layers with dynamic sparse feature fusion; to be put before an nnU-Net trainer."""
@@ -55,10 +64,21 @@ class DSFFMixin(NetworkMixin):
     def initialize(self) -> None:
         """As nnU-Net does, with a topology and its history."""
         with one_line_errors():
+            self._check_settings()
             super().initialize()
             if not self._is_prepared:  # a class of the user's configures the optimizer without a call of this one's
                 self._prepare_late()
             self.topology_history = self._follow_topology()
+
+    def _check_settings(self) -> None:
+        """Raises E2ENetError if a setting is of another type than it has to be."""
+        if not isinstance(self.initial_gain, (int, float)):
+            raise E2ENetError(
+                f"initial_gain is {self.initial_gain!r}, but it is a factor of weights: use a number such as 1.0"
+            )
+        for name, (role, example) in _ROLES.items():
+            if name != "schedule" or self.schedule is not None:
+                _check_role(name, getattr(self, name), role, example)
 
     def configure_optimizers(self, *args: Any, **kwargs: Any) -> Any:
         """As nnU-Net does, after the start of the topology."""
@@ -201,6 +221,22 @@ class DSFFMixin(NetworkMixin):
             f"{OBSERVATIONS} batches in a row gave gradients that are not finite before epoch {self.current_epoch}: the "
             "training has diverged. Resume it from its last checkpoint with --c and a lower initial_lr"
         )
+
+
+def _check_role(name: str, value: Any, role: type, example: object) -> None:
+    """Raises E2ENetError unless ``value``, of the setting ``name``, has the methods of a protocol, for as many arguments."""
+    methods = {method: own for method, own in vars(role).items() if isfunction(own) and not method.startswith("_")}
+    arguments = {method: list(signature(own).parameters)[1:] for method, own in methods.items()}
+    try:
+        for method, names in arguments.items():
+            signature(getattr(value, method)).bind(*names)
+    except (AttributeError, TypeError):
+        if isclass(value):
+            found, remedy = f"the class {value.__name__}", f"write {value.__name__}(), with its arguments if it takes some"
+        else:
+            found, remedy = repr(value), f"use one of nnunetv2_e2enet.dsff, such as {example}, or your own (docs/extending.md)"
+        wanted = ", ".join(f"{method}({', '.join(names)})" for method, names in arguments.items())
+        raise E2ENetError(f"{name} is {found}, but an object with {wanted} is needed: {remedy}") from None
 
 
 def _on_device(values: Any, device: torch.device) -> Any:

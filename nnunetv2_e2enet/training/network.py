@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from inspect import isroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +56,21 @@ class NetworkMixin(Overrides, TrainerBase):
         show_message_alone()  # of errors that end a training where nnU-Net calls the network, not the trainer
         with one_line_errors():
             check_attributes(self, TRAINER_ATTRIBUTES)
+            self._name_misspelt_settings()
             self._write_architecture_into_plans()
             if self.is_ddp and self._do_i_compile():
                 torch._dynamo.config.optimize_ddp = False  # PyTorch 2.11 fails where it splits a graph with checkpoints
             super().initialize()
+
+    def _name_misspelt_settings(self) -> None:
+        """Log which attributes of the user's classes are no settings, but are called almost as one."""
+        mixins = [cls for cls in type(self).__mro__ if issubclass(cls, NetworkMixin)]
+        ours = [cls for cls in mixins if cls.__module__.startswith("nnunetv2_e2enet.")]
+        settings = {name for cls in ours for name in _data(cls)}
+        for cls in mixins:
+            for name in _data(cls) - settings:
+                for meant in get_close_matches(name, settings, 1, cutoff=0.8):
+                    self.print_to_log_file(f"{cls.__name__} has {name}, which is no setting of E2ENet: is {meant} meant?")
 
     def _write_architecture_into_plans(self) -> None:
         """Let the plans describe this network: nnU-Net copies them into the model folder and into checkpoints."""
@@ -98,8 +111,9 @@ class NetworkMixin(Overrides, TrainerBase):
             self.initialize()
         if isinstance(filename_or_checkpoint, str):
             architecture = self.configuration_manager.configuration["architecture"]
+            resumes = getattr(self.logger, "resume", True)  # False: to be validated
             with one_line_errors():
-                check_checkpoint(Path(filename_or_checkpoint), architecture, self.unwrapped_network.state_dict())
+                check_checkpoint(Path(filename_or_checkpoint), architecture, self.unwrapped_network.state_dict(), resumes)
         with one_line_errors():
             super().load_checkpoint(filename_or_checkpoint)
 
@@ -133,3 +147,8 @@ class NetworkMixin(Overrides, TrainerBase):
                     f"{name} is not finite after epoch {self.current_epoch}: the training has diverged. Resume it from its "
                     "last checkpoint with --c and a lower initial_lr"
                 )
+
+
+def _data(cls: type) -> set[str]:
+    """Names of the public attributes that a class itself has, without its methods."""
+    return {name for name, value in vars(cls).items() if not name.startswith("_") and not isroutine(value)}

@@ -11,7 +11,7 @@ from torch import nn
 from nnunetv2_e2enet.errors import E2ENetError, show_message_alone
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.network.blocks import KERNEL_SIZE
-from nnunetv2_e2enet.network.e2enet import located
+from nnunetv2_e2enet.network.e2enet import check_kernel_size, located
 from nnunetv2_e2enet.network.learned_shift import hold_whole_offsets
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST
 from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture, is_e2enet
@@ -67,6 +67,7 @@ class E2ENetMixin(DSFFMixin):
                 f"Channels {architecture['arch_kwargs']['features_per_stage']} are those of the plans, which are E2ENet's; "
                 f"those of {type(self).__name__} are for other plans"
             )
+        check_kernel_size(self.kernel_size)
         form = {"shift_size": self.shift_size, "kernel_size": list(self.kernel_size), "learned_shift": self.learned_shift}
         for name, value in form.items():
             planned = architecture["arch_kwargs"].get(name, value)
@@ -96,7 +97,8 @@ class E2ENetMixin(DSFFMixin):
             E2ENetError: a class cannot be imported by its name.
         """
         given = {"encoder_class": self.encoder_class, "decoder_class": self.decoder_class}
-        names = {argument: f"{cls.__module__}.{cls.__qualname__}" for argument, cls in given.items() if cls is not None}
+        classes = {argument: located(argument, cls) for argument, cls in given.items()}
+        names = {argument: f"{cls.__module__}.{cls.__qualname__}" for argument, cls in classes.items() if cls is not None}
         for argument, name in names.items():
             located(argument, name)
         return names
