@@ -172,8 +172,9 @@ def test_results_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, capsys:
 @pytest.mark.usefixtures("in_process")
 def test_gpus_that_are_not_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert main(["crossval", "993", "3d_fullres", "-tr", "nnUNetTrainer", "--gpus", "0", "2"]) == 1
-    assert "--gpus 0 2: expected numbers from 0 to 1" in capsys.readouterr().err
+    for gpus in ("0 2", "1 1"):  # or two trainings would share one
+        assert main(["crossval", "993", "3d_fullres", "-tr", "nnUNetTrainer", "--gpus", *gpus.split()]) == 1
+        assert f"--gpus {gpus}: expected different numbers from 0 to 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

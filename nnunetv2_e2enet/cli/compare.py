@@ -105,6 +105,8 @@ def _check(args: argparse.Namespace) -> None:
         raise E2ENetError(f"--weights {args.weights[0]:g} {args.weights[1]:g}: expected numbers from 0")
     if args.seed < 0:
         raise E2ENetError(f"--seed {args.seed}: expected a number from 0")
+    if args.images is not None and not args.images.is_dir():
+        raise E2ENetError(f"--images: {args.images} is not a folder: expected the images")
     if not 0 <= args.failure_dice <= 1:
         raise E2ENetError(f"--failure-dice {args.failure_dice:g}: expected a Dice, from 0 to 1")
 

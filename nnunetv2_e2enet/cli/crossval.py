@@ -129,13 +129,17 @@ def _gpus(args: argparse.Namespace) -> list[int]:
     import torch
 
     if args.device != "cuda":
+        from nnunetv2_e2enet.machine import check_device
+
+        check_device(args.device, "-device")
         return []
     present = torch.cuda.device_count()
     gpus = list(range(present)) if args.gpus is None else args.gpus
     if not present:
         raise E2ENetError("PyTorch finds no CUDA device here: use -device cpu")
-    if not set(gpus) <= set(range(present)):
-        raise E2ENetError(f"--gpus {' '.join(map(str, gpus))}: expected numbers from 0 to {present - 1}, of the GPUs here")
+    if len(set(gpus)) < len(gpus) or not set(gpus) <= set(range(present)):
+        given = " ".join(map(str, gpus))
+        raise E2ENetError(f"--gpus {given}: expected different numbers from 0 to {present - 1}, of the GPUs here")
     return gpus
 
 

@@ -21,7 +21,7 @@ from nnunetv2_e2enet.deployment.images import check_images, folder_of_images
 from nnunetv2_e2enet.deployment.packed import PackedModel, read_packed
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.imaging import SAME_SPACING, Geometry, readable
-from nnunetv2_e2enet.machine import out_of_memory_in_one_line
+from nnunetv2_e2enet.machine import check_device, out_of_memory_in_one_line
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -56,10 +56,7 @@ def make_predictor(
 
     if not 0 < step_size <= 1:
         raise E2ENetError(f"the step size is {step_size}: expected more than 0 and at most 1, nnU-Net's is 0.5")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise E2ENetError("PyTorch finds no CUDA device here: use -device cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise E2ENetError("PyTorch finds no MPS device here: use -device cpu")
+    check_device(device.type, "-device")
     description = model.description
     install()
     with redirect_stdout(StringIO()):  # it says that CPUs have no GPU memory
