@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from struct import unpack_from
+from typing import IO, cast
 
 import numpy as np
 import SimpleITK
@@ -19,7 +21,8 @@ from nnunetv2_e2enet.machine import is_out_of_memory
 
 GZIP = b"\x1f\x8b"
 """First bytes of a compressed file, whatever it is called."""
-
+LONGEST_HEADER = 540
+"""Bytes of the header of NIfTI-2; that of NIfTI-1 has 348."""
 
 SAME_PLACE = 0.1
 """Voxels by which the origins of two images on one grid may differ."""
@@ -111,14 +114,34 @@ def check_whole(file: Path) -> None:
     if not is_nifti(file):
         return
     with readable(file):
-        header = read_header(file)
-        shape = [int(header.GetMetaData(f"dim[{axis}]")) for axis in range(1, 1 + int(header.GetMetaData("dim[0]")))]
-        expected = int(float(header.GetMetaData("vox_offset"))) + prod(shape) * int(header.GetMetaData("bitpix")) // 8
+        with _content(file) as content:
+            shape, bits, offset = _sizes(content.read(LONGEST_HEADER))
+        expected = offset + prod(shape) * bits // 8
         found = _bytes_within(file, expected)
     if found < expected:
         raise E2ENetError(
             f"{file} ends after {found:,} of {expected:,} bytes: expected a whole image file; copy it again or write it anew"
         )
+
+
+def _content(file: Path) -> IO[bytes]:
+    """The decompressed bytes of a file, whatever it is called."""
+    with file.open("rb") as stored:
+        compressed = stored.read(2) == GZIP
+    return cast(IO[bytes], gzip.open(file)) if compressed else file.open("rb")
+
+
+def _sizes(header: bytes) -> tuple[tuple[int, ...], int, int]:
+    """Voxels along each axis, bits of a voxel, and bytes before the first voxel, from the header of NIfTI-1 or NIfTI-2."""
+    for order in "<>":
+        length, *_ = unpack_from(f"{order}i", header)
+        if length == 348:
+            dims, bits = unpack_from(f"{order}8h", header, 40), unpack_from(f"{order}h", header, 72)
+            return dims[1 : 1 + dims[0]], bits[0], int(*unpack_from(f"{order}f", header, 108))
+        if length == LONGEST_HEADER:
+            dims, bits = unpack_from(f"{order}8q", header, 16), unpack_from(f"{order}h", header, 14)
+            return dims[1 : 1 + dims[0]], bits[0], *unpack_from(f"{order}q", header, 168)
+    raise ValueError("the header is none of NIfTI")
 
 
 def _bytes_within(file: Path, expected: int) -> int:
@@ -130,9 +153,9 @@ def _bytes_within(file: Path, expected: int) -> int:
         if int.from_bytes(stored.read(), "little") == expected % 2**32:
             return expected
     found = 0
-    with gzip.open(file) as content:
+    with _content(file) as content:
         try:
-            while block := content.read1(2**16):
+            while block := content.read1(2**16):  # type: ignore[attr-defined]
                 found += len(block)
         except (EOFError, OSError, zlib.error):  # it ends early, if only without its checksum
             found = min(found, expected - 1)

@@ -150,6 +150,8 @@ def test_folds_are_those_of_the_splits_file(
     file.write_text('[{"train": [], "val": []}' + ', {"train": [], "val": []}' * 5 + "]")
     assert main([*command, "5"]) == 0
     assert capsys.readouterr().out.count("nnUNetTrainer") == 1  # named twice
+    assert main(command[:-1]) == 0
+    assert capsys.readouterr().out.count("nnUNetTrainer") == 6
     assert main([*command, "6"]) == 1
     assert f"fold 6 has no split: {file} has 6 folds; choose from 0 to 5" in capsys.readouterr().err
     end_well(fold(tmp_path / "results" / in_process.dataset / "nnUNetTrainer__nnUNetPlans__3d_fullres", 6))

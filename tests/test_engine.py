@@ -338,6 +338,21 @@ def test_connections_that_trade_places_are_noticed() -> None:
 
 
 @needs_core
+def test_dropout_that_stays_on_is_left_to_pytorch() -> None:
+    """As for Monte Carlo dropout."""
+    network = make_network(dropout_op=nn.Dropout3d, dropout_op_kwargs={"p": 0.5})
+    x = torch.randn(1, 1, 8, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(network(x), network(x))
+        assert engine.why_pytorch(network) is None
+        for module in network.modules():
+            if isinstance(module, nn.Dropout3d):
+                module.train()
+        assert not torch.allclose(network(x), network(x), atol=1e-2)
+        assert "is in training mode, the network is not" in str(engine.why_pytorch(network))
+
+
+@needs_core
 def test_hooks_of_all_modules_are_called() -> None:
     network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
     with torch.no_grad():

@@ -7,7 +7,9 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK
@@ -19,7 +21,7 @@ from nnunetv2_e2enet.deployment import PackedModel
 from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
 from nnunetv2_e2enet.deployment.images import case_name, check_channels, check_replaceable, folder_of_images
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import read_image
+from nnunetv2_e2enet.imaging import check_whole, read_image
 
 
 @pytest.fixture
@@ -308,6 +310,22 @@ def test_a_file_that_ends_early_is_no_image(tmp_path: Path, ending: str) -> None
             read_image(file)
         found, of = (int(number.replace(",", "")) for number in re.findall(r"[\d,]+(?= of| bytes)", str(error.value)))
         assert 0.9 * size / len(whole) < found / of < 1
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_sizes_are_read_from_any_header(tmp_path: Path, kind: Any, order: str, ending: str) -> None:
+    """Also where the axes are not at right angles, which SimpleITK does not read and other readers of nnU-Net's do."""
+    sheared = np.array([[1, 0.1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    header = kind.header_class(endianness=order)
+    header.set_data_dtype(np.int16)
+    file = tmp_path / f"scan{ending}"
+    nibabel.save(kind(np.arange(4000, dtype=np.int16).reshape(20, 20, 10), sheared, header), file)
+    check_whole(file)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(E2ENetError, match=r"ends after [\d,]+ of [\d,]+ bytes"):
+        check_whole(file)
 
 
 def test_a_file_compressed_in_parts_is_whole(tmp_path: Path) -> None:

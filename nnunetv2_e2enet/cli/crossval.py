@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("fold", nargs="?", help=argparse.SUPPRESS)  # of nnUNetv2_train, named in a message
     parser.add_argument("-tr", action="append", metavar="TRAINER", help="once for each trainer (default: nnUNetTrainerE2ENet)")
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
-    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="FOLD", help="default: 0 1 2 3 4")
+    parser.add_argument(
+        "--folds", type=int, nargs="+", metavar="FOLD", help="default: all of splits_final.json, or nnU-Net's 0 1 2 3 4"
+    )
     parser.add_argument("--npz", action="store_true", help="keep validation probabilities, for ensembles")
     parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: %(default)s")
     parser.add_argument("--gpus", type=int, nargs="+", metavar="GPU", help="one fold at a time on each (default: all)")
@@ -81,7 +83,7 @@ def _folds(args: argparse.Namespace) -> list[Fold]:
         raise E2ENetError(f"{args.fold} is a fold as in nnUNetv2_train: choose folds with --folds, such as --folds 0 1")
     for variable in FOLDERS:
         nnunet_folder(variable)
-    if len(set(args.folds)) < len(args.folds) or min(args.folds) < 0:
+    if args.folds is not None and (len(set(args.folds)) < len(args.folds) or min(args.folds) < 0):
         raise E2ENetError(f"folds {args.folds}: expected different numbers from 0")
     if args.gpus is not None and args.device != "cuda":
         raise E2ENetError(f"--gpus {' '.join(map(str, args.gpus))} with -device {args.device}: leave one of them out")
@@ -93,8 +95,13 @@ def _folds(args: argparse.Namespace) -> list[Fold]:
         if not (model / "plans.json").is_file():  # never trained
             _check_plans(preprocessed / f"{args.p}.json", args.configuration)
             find_trainer(trainer)
-        of_model = [Fold(model, args.dataset, number, options) for number in args.folds]
-        _check_splits(preprocessed / "splits_final.json", of_model)
+        splits = preprocessed / "splits_final.json"
+        present = _splits(splits)
+        of_model = [Fold(model, args.dataset, number, options) for number in args.folds or range(present)]
+        lacking = [fold.number for fold in of_model if fold.number >= present and fold.state() is not FoldState.DONE]
+        if lacking:
+            maker = f"{splits} has" if splits.is_file() else "nnU-Net makes"
+            raise E2ENetError(f"fold {lacking[0]} has no split: {maker} {present} folds; choose from 0 to {present - 1}")
         folds += of_model
     return folds
 
@@ -108,16 +115,16 @@ def _check_plans(file: Path, configuration: str) -> None:
         raise E2ENetError(f"{file} has no configuration {configuration}: choose one of {', '.join(present)}")
 
 
-def _check_splits(file: Path, folds: Sequence[Fold]) -> None:
-    """Raises E2ENetError unless all folds are done or have a split, in the place of which nnU-Net would draw one at random."""
+def _splits(file: Path) -> int:
+    """Folds that have a split; for others nnU-Net would draw one at random.
+
+    Raises:
+        E2ENetError: the file cannot be read.
+    """
     try:
-        present = len(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else FOLDS_OF_NNUNET
+        return len(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else FOLDS_OF_NNUNET
     except (OSError, ValueError, TypeError) as error:
         raise E2ENetError(f"cannot read {file} as JSON ({error}): write it again, or remove it for nnU-Net's folds") from error
-    lacking = [fold.number for fold in folds if fold.number >= present and fold.state() is not FoldState.DONE]
-    if lacking:
-        maker = f"{file} has" if file.is_file() else "nnU-Net makes"
-        raise E2ENetError(f"fold {lacking[0]} has no split: {maker} {present} folds; choose from 0 to {present - 1}")
 
 
 def _make_folders(folds: Sequence[Fold]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,10 +136,11 @@ def run(args: argparse.Namespace) -> int:
         segmented = [_segmentation(args.o, image, model) for image in cases]
         if args.continue_prediction:
             check_segmentations(segmented)
+        former = {path: path.stat().st_mtime_ns for path in segmented if path.is_file()}
         _predict(args, predictor, images)
         check_segmentations(segmented)
         _finish(args, model, cases, segmented, series)
-        _name_what_is_old(args, model, segmented)
+        _name_what_is_old(args, model, former)
     return 0
 
 
@@ -215,14 +216,22 @@ def _finish(
                 write_dicom_seg(folder / f"{case}.dcm", path, series, model, folder != args.o)
 
 
-def _name_what_is_old(args: argparse.Namespace, model: PackedModel, segmented: Sequence[Path]) -> None:
-    """Prints which files were made of former segmentations of these cases."""
-    ending, old = model.description.dataset["file_ending"], set()
-    endings = [suffix for suffix, made in ((".png", args.preview), (".dcm", args.dicom_seg)) if not made and suffix != ending]
-    for path in segmented:
-        files = [path.with_name(f"{path.name.removesuffix(ending)}{suffix}") for suffix in endings]
-        files += [] if args.volumes else [args.o / "volumes.csv"]
-        old |= {file.name for file in files if file.is_file() and file.stat().st_mtime < path.stat().st_mtime}
+def _name_what_is_old(args: argparse.Namespace, model: PackedModel, former: Mapping[Path, int]) -> None:
+    """Prints which files were made of segmentations that have been replaced.
+
+    Args:
+        args: of the command.
+        model: says how files are named.
+        former: times at which earlier segmentations of these cases were written, ns.
+    """
+    ending = model.description.dataset["file_ending"]
+    old: set[str] = set()
+    for path in (path for path, written in former.items() if path.stat().st_mtime_ns != written):
+        case, post = path.name.removesuffix(ending), args.o / "postprocessed"
+        files = [folder / name for folder in (args.o, post) for name in (f"{case}.png", f"{case}.dcm", "volumes.csv")]
+        files += [post / path.name, path.with_name(f"{case}.npz")]
+        written = path.stat().st_mtime_ns
+        old |= {str(f.relative_to(args.o)) for f in files if f != path and f.is_file() and f.stat().st_mtime_ns < written}
     if old:
         others = f" and {len(old) - 3} others" if len(old) > 3 else ""
         print(f"{', '.join(sorted(old)[:3])}{others}: made of former segmentations. Make them again, or take them away")

@@ -6,7 +6,6 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -69,12 +68,11 @@ def check_channels(images: Sequence[Path], model: PackedModel) -> None:
         model: says which channels are expected.
     """
     ending = model.description.dataset["file_ending"]
-    for folder in {image.parent for image in images}:
-        _check_names(folder, ending)
+    present = {folder: _by_case(folder, ending) for folder in {image.parent for image in images}}
     for image in images:
         case = image.name.removesuffix(f"_0000{ending}")
         files = [image.with_name(f"{case}_{i:04d}{ending}") for i in range(len(model.channels))]
-        others = sorted({*image.parent.glob(f"{escape(case)}_[0-9][0-9][0-9][0-9]{ending}")} - {*files})
+        others = sorted({*present[image.parent][case]} - {*files})
         if others:
             raise E2ENetError(
                 f"{others[0]} is one image too many: expected one for each of the channels {', '.join(model.channels)} of "
@@ -102,17 +100,19 @@ def check_images(channels: Sequence[Path]) -> None:
         check_one_grid(channels)
 
 
-def _check_names(folder: Path, ending: str) -> None:
-    """nnU-Net takes every file with the ending for a channel of a case, whatever it is called."""
-    names = {path.name for path in folder.glob(f"*{ending}")}
-    for name in sorted(names):
-        case = re.fullmatch(rf"(.+)_\d{{4}}{re.escape(ending)}", name)
-        if case is None:
-            raise E2ENetError(
-                f"{folder / name} is named like no channel of a case, CASE_0000{ending}: rename it or take it away"
-            )
-        if f"{case[1]}_0000{ending}" not in names:
-            raise E2ENetError(f"{folder / name} has no first channel, {case[1]}_0000{ending}, beside it: add it")
+def _by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
+    """The channels of each case. nnU-Net takes every file with the ending for one, whatever it is called."""
+    cases: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob(f"*{ending}")):
+        named = re.fullmatch(rf"(.+)_\d{{4}}{re.escape(ending)}", path.name)
+        if named is None:
+            raise E2ENetError(f"{path} is named like no channel of a case, CASE_0000{ending}: rename it or take it away")
+        cases.setdefault(named[1], []).append(path)
+    for case, channels in cases.items():
+        first = folder / f"{case}_0000{ending}"
+        if first not in channels:
+            raise E2ENetError(f"{channels[0]} has no first channel, {first.name}, beside it: add it")
+    return cases
 
 
 def check_replaceable(segmentation: Path, image: Path, model: PackedModel) -> None:

@@ -139,7 +139,9 @@ def read_packed(path: Path) -> PackedModel:
                 "MODEL_FOLDER FILE)"
             ) from error
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise E2ENetError(f"{path} cannot be read as a packed model ({reason}): export the model again") from error
+        raise E2ENetError(
+            f"{path} cannot be read as a packed model ({reason}): remove it and export the model again"
+        ) from error
     return model
 
 

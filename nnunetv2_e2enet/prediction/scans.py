@@ -71,7 +71,7 @@ def preprocessed_ahead(
 
     def read(files: Sequence[str], output: str | None) -> Preprocessed:
         channels = predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"]
-        if len(files) not in (1, len(channels)):  # one may hold all channels
+        if len(files) > len(channels):  # fewer may hold several each
             raise E2ENetError(
                 f"the case of {files[0]} has {len(files)} images, but the model has the channels "
                 f"{', '.join(map(str, channels.values()))}: expected an image for each; take the others away"

@@ -66,10 +66,10 @@ class NetworkMixin(Overrides, TrainerBase):
         """Log which attributes of the user's classes are no settings, but are called almost as one."""
         mixins = [cls for cls in type(self).__mro__ if issubclass(cls, NetworkMixin)]
         ours = [cls for cls in mixins if cls.__module__.startswith("nnunetv2_e2enet.")]
-        settings = {name for cls in ours for name in _data(cls)}
+        settings = {name for cls in ours for name in _data(cls)} - {"own_hooks"}
         for cls in mixins:
             for name in _data(cls) - settings:
-                for meant in get_close_matches(name, settings, 1, cutoff=0.8):
+                for meant in get_close_matches(name, settings, 1, cutoff=0.85):
                     self.print_to_log_file(f"{cls.__name__} has {name}, which is no setting of E2ENet: is {meant} meant?")
 
     def _write_architecture_into_plans(self) -> None:
@@ -151,4 +151,6 @@ class NetworkMixin(Overrides, TrainerBase):
 
 def _data(cls: type) -> set[str]:
     """Names of the public attributes that a class itself has, without its methods."""
-    return {name for name, value in vars(cls).items() if not name.startswith("_") and not isroutine(value)}
+    no_data = (property, staticmethod, classmethod)
+    names = {name for name, value in vars(cls).items() if not isroutine(value) and not isinstance(value, no_data)}
+    return {name for name in names if not name.startswith("_")}

@@ -25,7 +25,7 @@ def variant(base: Any, suffix: str, **settings: Any) -> type:
     Raises:
         AttributeError: on construction, for a setting that ``base`` does not have.
     """
-    of_instances = {name: value for name, value in settings.items() if not hasattr(base, name)}
+    of_class = {name: value for name, value in settings.items() if hasattr(base, name)}
 
     class Variant(base):
         def __init__(
@@ -37,13 +37,15 @@ def variant(base: Any, suffix: str, **settings: Any) -> type:
             device: torch.device = torch.device("cuda"),  # noqa: B008 (the signature that nnU-Net inspects)
         ) -> None:
             super().__init__(plans, configuration, fold, dataset_json, device)
-            for name, value in of_instances.items():
+            for name, value in settings.items():
+                if name in of_class and name not in vars(self):
+                    continue
                 if not hasattr(self, name):
                     raise AttributeError(f"{base.__name__} has no setting {name}")
                 setattr(self, name, value)
 
-    for name in settings.keys() - of_instances.keys():
-        setattr(Variant, name, settings[name])
+    for name, value in of_class.items():
+        setattr(Variant, name, value)
     Variant.__name__ = Variant.__qualname__ = f"{base.__name__}_{suffix}"
     Variant.__doc__ = f"{base.__name__} with {', '.join(f'{name} = {value}' for name, value in settings.items())}."
     return Variant

@@ -9,7 +9,7 @@
 #include "cpu.h"
 #define E2E_NAMESPACE scan_generic
 #include "export.h"
-#include "scan_kernels.h"
+#include "scan_kernels.h"  // from here on, products are not contracted with sums
 
 const e2e::ScanKernels* e2e::scan_kernels_generic() { return &E2E_NAMESPACE::kTable; }
 
