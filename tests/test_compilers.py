@@ -8,11 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from copied_core import ENGINE_TESTS, copy_with_core, run_tests_in_copy
+from copied_core import ENGINE_TESTS, REPOSITORY, copy_with_core, run_tests_in_copy
 
 from nnunetv2_e2enet import engine
 
-SOURCES = Path(engine.__file__).parent / "native"
+SOURCES = REPOSITORY / "nnunetv2_e2enet" / "engine" / "native"  # a wheel has none
 
 
 @pytest.mark.slow
