@@ -103,6 +103,7 @@ def test_a_failing_fold_is_named(project: Project, model: Path) -> None:
         (["993", "3d_fullres"], "PyTorch finds no CUDA device here: use -device cpu"),
         (["993", "3d_fullres", "-tr", "nnUNetTrainerE2ENet_nosuch", "--status"], "nnU-Net finds no trainer"),
         (["993", "3d_fullres", "-device", "cpu", "--gpus", "0"], "--gpus 0 with -device cpu: leave one of them out"),
+        (["993", "3d_fullres", "--gpus", "0", "1", "--slurm"], "--gpus 0 1 with --slurm: leave one of them out"),
         (["993", "3d_fullres", "-device", "cpu", "--folds", "0", "9"], "fold 9 has no split: "),
     ],
 )

@@ -662,6 +662,7 @@ def test_models_that_cannot_be_named(
         (["out", "-d", "4", "-c", "3d_fullres"], f"{results}: check the number and these folders"),
         (["out", "-d", "Liver", "-c", "3d_fullres"], "data set Liver: expected a number, or a name"),
         (["out", "-d", "993"], "-d 993 without -c: name the configuration of the model too, such as -c 3d_fullres"),
+        (["model", "out", "-c", "2d"], "-c 2d without -d: name the data set of the model too"),
         (["model", "out", "-d", "993", "-c", "2d"], "model out: expected one path, OUT, as -d and -c name the model"),
     ):
         assert main(["export", *arguments]) == 1

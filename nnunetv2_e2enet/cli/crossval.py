@@ -85,8 +85,9 @@ def _folds(args: argparse.Namespace) -> list[Fold]:
         nnunet_folder(variable)
     if args.folds is not None and (len(set(args.folds)) < len(args.folds) or min(args.folds) < 0):
         raise E2ENetError(f"folds {args.folds}: expected different numbers from 0")
-    if args.gpus is not None and args.device != "cuda":
-        raise E2ENetError(f"--gpus {' '.join(map(str, args.gpus))} with -device {args.device}: leave one of them out")
+    elsewhere = f"-device {args.device}" if args.device != "cuda" else "--slurm" if args.slurm is not None else None
+    if args.gpus is not None and elsewhere is not None:
+        raise E2ENetError(f"--gpus {' '.join(map(str, args.gpus))} with {elsewhere}: leave one of them out")
     options = ("-device", args.device, *(["--npz"] if args.npz else []))
     folds = []
     for trainer in dict.fromkeys(args.tr or ["nnUNetTrainerE2ENet"]):

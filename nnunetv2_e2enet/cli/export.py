@@ -72,6 +72,8 @@ def _paths(args: argparse.Namespace) -> tuple[Path, Path]:
     """The model folder and what to write."""
     found = " ".join(map(str, args.paths))
     if args.d is None:
+        if args.c is not None:
+            raise E2ENetError(f"-c {args.c} without -d: name the data set of the model too, or leave -c out")
         if len(args.paths) != 2:
             raise E2ENetError(f"{found}: expected two paths, MODEL_FOLDER and OUT, or one, OUT, with -d and -c")
         return args.paths[0], args.paths[1]
