@@ -548,7 +548,9 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     predictor = make_predictor(make_plans())
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(image((8, 16, 16))[0]), tmp_path / "a_0000.nii.gz")
     (tmp_path / "b_0000.nii.gz").write_text("no image")
-    with pytest.raises(E2ENetError, match=r"b_0000\.nii\.gz cannot be read as an image \(ValueError: the header is none of NIfTI\)"):
+    with pytest.raises(
+        E2ENetError, match=r"b_0000\.nii\.gz cannot be read as an image \(ValueError: the header is none of NIfTI"
+    ):
         predictor.predict_from_files_sequential(
             list_of_lists_or_source_folder=[[str(tmp_path / "a_0000.nii.gz")], [str(tmp_path / "b_0000.nii.gz")]],
             output_folder_or_list_of_truncated_output_files=[str(tmp_path / "a"), str(tmp_path / "b")],
