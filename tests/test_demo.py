@@ -24,7 +24,7 @@ def test_demo(tmp_path: Path, registered: None, monkeypatch: pytest.MonkeyPatch)
     assert ours >= demo.EXPECTED_DICE
     assert stock > 0.5
     active, total = (int(rows[f"parameters {kind}"][0].replace(",", "")) for kind in ("active", "in total"))
-    assert active < total / 2
+    assert active < 0.6 * total  # the encoder is dense
     assert [rows["parameters active"][1]] == [rows["parameters in total"][1]]
     seconds = list(map(float, rows["seconds of training"]))
     assert max(seconds) < 1.5 * min(seconds)
