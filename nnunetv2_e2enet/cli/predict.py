@@ -226,12 +226,14 @@ def _name_what_is_old(args: argparse.Namespace, model: PackedModel, former: Mapp
     """
     ending = model.description.dataset["file_ending"]
     old: set[str] = set()
-    for path in (path for path, written in former.items() if path.stat().st_mtime_ns != written):
+    for path, before in former.items():
+        now = path.stat().st_mtime_ns
+        if now == before:
+            continue
         case, post = path.name.removesuffix(ending), args.o / "postprocessed"
         files = [folder / name for folder in (args.o, post) for name in (f"{case}.png", f"{case}.dcm", "volumes.csv")]
         files += [post / path.name, path.with_name(f"{case}.npz")]
-        written = path.stat().st_mtime_ns
-        old |= {str(f.relative_to(args.o)) for f in files if f != path and f.is_file() and f.stat().st_mtime_ns < written}
+        old |= {str(file.relative_to(args.o)) for file in files if file.is_file() and file.stat().st_mtime_ns < now}
     if old:
         others = f" and {len(old) - 3} others" if len(old) > 3 else ""
         print(f"{', '.join(sorted(old)[:3])}{others}: made of former segmentations. Make them again, or take them away")
