@@ -15,9 +15,9 @@ On a CPU batches are smaller and trainings shorter (``--batch-size 2 --epochs 50
 network in the number format that some CPUs multiply faster.
 
 Results: ``FOLDER/hippocampus.json``, or ``phantoms.json``, for each contestant and fold: Dice, of each case too, epochs,
-times, pseudo Dice of each epoch, parameters and multiply-accumulates, machine, commit. ``make results`` makes tables and
-figures of such records in docs/results. When all of Hippocampus is done, ``FOLDER/comparison.json`` and ``comparison.html``
-are the comparison with confidence intervals of ``e2enet compare``.
+times, pseudo Dice of each epoch, parameters and multiply-accumulates, machine and commit of each call. ``make results``
+makes tables and figures of such records in docs/results. When all of Hippocampus is done, ``FOLDER/comparison.json`` and
+``comparison.html`` are the comparison with confidence intervals of ``e2enet compare``.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ HIPPOCAMPUS, PHANTOMS = "Dataset004_Hippocampus", "Dataset990_Phantoms"
 TRAINED_WITH, VALIDATED_ON = (8, 32), 16  # phantoms
 CONFIGURATION, PLANS = "3d_fullres", "nnUNetPlans"
 COSTS_FILE = "costs.json"  # in the folder of a fold
+CALLS_FILE = "calls.json"  # beside it: machine and commit of each call that trained the fold, and its first epoch
 
 
 class TimeIsUp(Exception):  # noqa: N818 (nothing went wrong)
@@ -175,6 +176,7 @@ def train(contestant: str, dataset_name: str, fold: Fold, deadline: float, given
         if state is FoldState.STARTED:
             trainer.load_checkpoint(str(newest_checkpoint(fold.folder)))
             seeded(seed + 10**6 * trainer.current_epoch)  # the same number again would repeat batches of the first epochs
+        add_call(fold.folder, trainer.current_epoch, given.device)
         try:
             trainer.run_training()
         finally:
@@ -184,6 +186,18 @@ def train(contestant: str, dataset_name: str, fold: Fold, deadline: float, given
     costs = count_costs(trainer.network, (1, trainer.num_input_channels, *patch))
     files.write_atomically(fold.folder / COSTS_FILE, json.dumps(asdict(costs)))
     trainer.perform_actual_validation(save_probabilities=False)
+
+
+def add_call(folder: Path, epoch: int, device: str) -> None:
+    call = {"epoch": epoch, "machine": contestants.machine(device), "commit": contestants.commit()}
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = read_calls(folder) if epoch else []
+    files.write_atomically(folder / CALLS_FILE, json.dumps([*earlier, call]))
+
+
+def read_calls(folder: Path) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = json.loads((folder / CALLS_FILE).read_text())
+    return calls
 
 
 def result(fold: Fold) -> dict[str, Any]:
@@ -203,13 +217,15 @@ def result(fold: Fold) -> dict[str, Any]:
         "median_epoch_seconds": float(np.median(seconds)),
         "pseudo_dice": [float(dice) for dice in logged["mean_fg_dice"]],
         "epoch_seconds": [round(float(s), 3) for s in seconds],
+        "calls": read_calls(fold.folder),
     }
 
 
-def compare(models: dict[str, Path], folder: Path) -> None:
-    """The comparison of all contestants over the folds that they have in common."""
+def compare(models: dict[str, Path], folds: Sequence[int], folder: Path) -> None:
+    """The comparison of all contestants over the folds of this call."""
     written = ["--json", str(folder / "comparison.json"), "--report", str(folder / "comparison.html")]
-    run("e2enet", "compare", *(f"{name}={model}" for name, model in models.items()), *written)
+    chosen = ["--folds", *map(str, folds)]
+    run("e2enet", "compare", *(f"{name}={model}" for name, model in models.items()), *chosen, *written)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -265,9 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"time is up at {key}; call the program again to go on")
                 return
             if key not in record.results:
-                record.add(key, {**result(fold), "machine": contestants.machine(given.device), "commit": contestants.commit()})
+                record.add(key, result(fold))
     if len(models) > 1 and not given.phantoms:  # whose folds are not the parts of one cross-validation
-        compare(models, given.folder)
+        compare(models, given.folds, given.folder)
     for key, value in record.results.items():
         print(f"{key:45} Dice {value['dice']:.4f}, {value['median_epoch_seconds']:.1f} s an epoch")
     print(f"all is done: {record.file}")

@@ -26,6 +26,13 @@ def spread(values: Sequence[float], digits: int) -> str:
     return spread_of_rounds(values, form) if len(values) > 1 else f"{values[0]:{form}}"
 
 
+CLEARER = {
+    "Memory of all processes": "Memory of all processes, shared pages counted once, looked at four times a second",
+    "Memory of the largest process": "Largest resident set of one process, shared pages counted in full",
+}
+"""Titles of records on the page, where the recorded one does not say how memory is counted."""
+
+
 @dataclass
 class Table:
     """What was measured of each candidate, in seconds or GiB, round by round.
@@ -107,5 +114,5 @@ def section(records: Sequence[Mapping[str, Any]]) -> list[str]:
         lines += [f"### `{record['command']}`", "", f"{record['machine']['cpu']}, {about}; commit {record['commit']}.", ""]
         lines += [record["remark"], ""] if "remark" in record else []
         for table in record["tables"]:
-            lines += Table(**table).markdown()
+            lines += Table(**{**table, "title": CLEARER.get(table["title"], table["title"])}).markdown()
     return lines or ["No record yet.", ""]

@@ -66,6 +66,12 @@ def in_points(interval: Interval) -> str:
     return f"{interval.mean:+.2f} ({interval.low:+.2f} to {interval.high:+.2f})"
 
 
+def calls(run: Record) -> list[Record]:
+    """Machine and commit of each call that trained a fold; older records hold those of the last one."""
+    of_run: list[Record] = run.get("calls", [run])
+    return of_run
+
+
 def table(record: Record) -> list[str]:
     """A row a run, and one for the mean of each contestant over the folds that it shares with the baseline."""
     runs = runs_of(record)
@@ -82,9 +88,10 @@ def table(record: Record) -> list[str]:
             compared = in_points(above)
             means.setdefault(contestant, []).append((run["dice"], above.mean))
         costs = run["costs"]
+        commits = ", ".join(dict.fromkeys(call["commit"] for call in calls(run)))
         lines.append(
             f"| {fold} | {contestant} | {run['dice']:.4f} | {compared} | {costs['parameters_active'] / 1e6:.2f} M | "
-            f"{costs['macs_active'] / 1e9:.2f} G | {run['median_epoch_seconds']:.0f} | {run['commit']} |"
+            f"{costs['macs_active'] / 1e9:.2f} G | {run['median_epoch_seconds']:.0f} | {commits} |"
         )
     for contestant, folds in means.items():
         if len(folds) > 1 and "phantoms" not in record["settings"]:  # whose folds differ in more than chance
@@ -140,7 +147,8 @@ def figure(record: Record) -> drawing.Figure:
 def section(record: Record, name: str) -> list[str]:
     settings, runs = record["settings"], runs_of(record)
     given = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items() if value is not None)
-    machines = sorted({f"{run['machine']['device']}, torch {run['machine']['torch']}" for run in runs.values()})
+    machines = [call["machine"] for run in runs.values() for call in calls(run)]
+    machines = sorted({f"{machine['device']}, torch {machine['torch']}" for machine in machines})
     cases = ", ".join(f"{run['cases']} in fold {fold}" for (fold, c), run in runs.items() if c == contestants.BASELINE)
     return [
         f"### {name}: {PHANTOMS if 'phantoms' in settings else 'MSD Task04 Hippocampus'}",

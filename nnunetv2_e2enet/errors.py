@@ -19,7 +19,8 @@ def check_extra(what: str, extra: str, *modules: str) -> None:
     """Raises E2ENetError, with the command that helps, unless these modules of an extra of the package are installed."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise E2ENetError(f"{what} needs {', '.join(missing)}, not installed here: pip install 'nnunetv2-e2enet[{extra}]'")
+        needed = f"{what} needs {', '.join(missing)}, not installed here"
+        raise E2ENetError(f"{needed}: in the clone of the repository, pip install '.[{extra}]'")
 
 
 def show_message_alone() -> None:

@@ -7,16 +7,18 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from struct import unpack_from
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import SimpleITK
+from numpy.typing import NDArray
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import read_json
 from nnunetv2_e2enet.machine import is_out_of_memory
 
 GZIP = b"\x1f\x8b"
@@ -24,6 +26,8 @@ GZIP = b"\x1f\x8b"
 LONGEST_HEADER = 540
 """Bytes of the header of NIfTI-2; that of NIfTI-1 has 348."""
 
+WITHOUT_SPACING = (".tif", ".tiff", ".png", ".bmp")
+"""Formats whose own spacings nnU-Net's readers leave aside."""
 SAME_PLACE = 0.1
 """Voxels by which the origins of two images on one grid may differ."""
 SAME_SPACING = 1e-5
@@ -71,6 +75,35 @@ def _listed(values: Iterable[float]) -> str:
     return f"({', '.join(f'{value:.4g}' for value in values)})"
 
 
+def read_grid(file: Path, called: Path | None = None) -> Geometry:
+    """The geometry of an image file, with the spacing that nnU-Net's reader of the format takes.
+
+    Pixels of pictures count as 1 mm. The spacing of a 3D TIFF file is in a JSON file beside it, in the order of numpy's axes.
+
+    Args:
+        file: of an image.
+        called: what an error names instead of the file.
+
+    Raises:
+        E2ENetError: one of the files cannot be read, or the JSON file holds no spacing of these axes.
+    """
+    geometry = Geometry.of(read_header(file, called))
+    if file.suffix.lower() not in WITHOUT_SPACING:
+        return geometry
+    axes = len(geometry.size)
+    beside = file.with_suffix(".json")
+    if axes < 3 or not beside.is_file():
+        return replace(geometry, spacing=(1.0,) * axes)
+    spacing: Any = read_json(beside).get("spacing")
+    try:
+        lengths = tuple(float(mm) for mm in spacing[::-1])
+    except (TypeError, ValueError):
+        lengths = ()
+    if len(lengths) != axes or min(lengths) <= 0:
+        raise E2ENetError(f"{beside} has the spacing {spacing}: expected {axes} lengths in mm, as nnU-Net's reader does")
+    return replace(geometry, spacing=lengths)
+
+
 def check_one_grid(files: Sequence[Path], called: Sequence[Path] | None = None) -> None:
     """Raises E2ENetError unless the voxels of all images lie in the same places.
 
@@ -79,7 +112,7 @@ def check_one_grid(files: Sequence[Path], called: Sequence[Path] | None = None) 
         called: what an error names instead of them.
     """
     names = files if called is None else called
-    first, *others = (Geometry.of(read_header(file, called=name)) for file, name in zip(files, names, strict=True))
+    first, *others = (read_grid(file, called=name) for file, name in zip(files, names, strict=True))
     for geometry, name in zip(others, names[1:], strict=True):
         difference = geometry.difference(first, names[0], spacing=SAME_SPACING)
         if difference is not None:
@@ -98,6 +131,20 @@ def readable(what: object) -> Iterator[None]:
         raise E2ENetError(
             f"{what} cannot be read as an image ({reason}): expected a whole image file; check the path"
         ) from error
+
+
+def check_finite(voxels: NDArray[Any], called: object) -> None:
+    """Raises E2ENetError where voxels are infinite or no numbers, of which nothing can be segmented.
+
+    Args:
+        voxels: of an image.
+        called: its name in an error.
+    """
+    wrong = voxels.size - np.count_nonzero(np.isfinite(voxels))
+    if wrong:
+        raise E2ENetError(
+            f"{called} has {wrong:,} voxels that are not finite (NaN or infinite): expected numbers; replace them"
+        )
 
 
 def is_nifti(file: Path) -> bool:

@@ -227,8 +227,14 @@ def test_hippocampus_in_slices(tiny: Project, tmp_path: Path, monkeypatch: pytes
     hippocampus.main([*command, "--minutes", "30"])
     results = json.loads(record.read_text())["results"]
     assert set(results) == {"nnU-Net | fold 0", "E2ENet | fold 0"}
-    assert all(result["epochs"] == 2 and result["machine"]["warning"] for result in results.values())
+    calls = {name: result["calls"] for name, result in results.items()}
+    assert {name: [call["epoch"] for call in of} for name, of in calls.items()} == {
+        "nnU-Net | fold 0": [0, 1],
+        "E2ENet | fold 0": [0],
+    }
+    assert all(call["machine"]["warning"] and call["commit"] for of_fold in calls.values() for call in of_fold)
     for result in results.values():
+        assert result["epochs"] == 2
         assert np.mean(list(result["case_dice"].values())) == pytest.approx(result["dice"])
     ours, stock = results["E2ENet | fold 0"]["costs"], results["nnU-Net | fold 0"]["costs"]
     assert 0 < ours["parameters_active"] < ours["parameters_stored"]

@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import joblib
@@ -183,6 +185,108 @@ def test_failures_are_classes_below_the_dice(tmp_path: Path) -> None:
         assert found == [(model, f"case_{i}") for model in failing for i in range(2)]
         assert {(failure["label"], failure["kind"]) for failure in failures} <= {("liver", "low Dice")}
     assert study.json()["failures"] == study.json("--failure-dice", "0.5")["failures"]  # the default
+
+
+def test_every_class_that_is_missed_is_a_failure_at_any_threshold(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = np.zeros((8, 16, 12), np.uint8)
+    write_map(study.models[0] / "case_0.nii.gz", empty)
+    kinds = {(f["case"], f["kind"]) for f in study.json("--failure-dice", "0")["failures"]}
+    assert kinds == {("case_0", "missed")}
+    assert "No failure" not in capsys.readouterr().out
+
+
+def test_a_model_that_wins_most_cases_and_not_the_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first model is better by a voxel in 18 of 20 cases, and finds nothing in two."""
+    study = Study(tmp_path, cases=20, labels={"background": 0, "liver": 1})
+    for i in range(20):
+        liver = np.zeros((8, 16, 12), np.uint8)
+        liver[2:6, 3:12, 2:10] = 1
+        write_map(study.reference / f"case_{i}.nii.gz", liver)
+        for model, removed in zip(study.models, (0 if i >= 2 else 10**6, 1 + i), strict=True):
+            prediction = liver.copy()
+            prediction[tuple(np.argwhere(liver)[:removed].T)] = 0
+            write_map(model / f"case_{i}.nii.gz", prediction)
+    assert main(study.arguments()) == 0
+    assert "Dice: model_a is better in 18 of 20 cases, and not in the mean" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("files", ["uint8", "int8"])
+def test_as_many_labels_as_a_file_can_hold(tmp_path: Path, files: str) -> None:
+    largest = np.iinfo(files).max
+    study = Study(tmp_path, cases=2, labels={"background": 0, **{f"part {i}": i for i in range(1, largest + 1)}})
+    for folder in (study.reference, *study.models):
+        for i in range(2):
+            voxels = label_map(i).astype(files)
+            voxels[0, 0, 0] = largest
+            write_map(folder / f"case_{i}.nii.gz", voxels)
+    assert study.json()["means"]["dice"]["model_a"][f"part {largest}"]["mean"] == 1
+
+
+def test_names_that_look_like_markup(study: Study, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    names = ["A [final] :smile:", 'B "x" [/y] $\\foo$']
+    results = [f"{name}={model}" for name, model in zip(names, study.models, strict=True)]
+    page = tmp_path / "[x] :smile:.html"
+    given = study.arguments("--report", str(page))
+    assert main(["compare", *results, *given[3:]]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{names[0]} - {names[1]} = " in printed
+    assert "[x] :smile:.html" in printed
+    assert "tip:" not in page.read_text()
+
+
+def test_a_case_in_which_one_model_invents_a_class_is_the_worst(study: Study) -> None:
+    """The other model has no Dice there, as it rightly leaves all classes out."""
+    empty = np.zeros((8, 16, 12), np.uint8)
+    for folder in (study.reference, study.models[0]):
+        write_map(folder / "case_3.nii.gz", empty)
+    page = study.folder / "out.html"
+    assert main(study.arguments("--report", str(page))) == 0
+    assert "Worst case 1: case_3" in page.read_text()
+
+
+def test_spacings_of_tiff_files_are_those_that_nnunet_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+
+    study = Study(tmp_path, cases=2)
+    for folder in (study.reference, *study.models):
+        for i in range(2):
+            voxels = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / f"case_{i}.nii.gz")))
+            Tiff3DIO().write_seg(voxels, str(folder / f"case_{i}.tif"), {"spacing": list(SPACING)})
+    expected = study.json()
+    for model in study.models:
+        (model / "dataset.json").write_text(json.dumps({"labels": LABELS, "file_ending": ".tif"}))
+    found = study.json()
+    assert found["means"] == expected["means"]
+    (study.models[0] / "case_1.json").write_text(json.dumps({"spacing": [1, 1]}))
+    assert main(study.arguments()) == 1
+    assert f"{study.models[0] / 'case_1.json'} has the spacing [1, 1]" in capsys.readouterr().err
+
+
+def test_pictures_of_another_resolution_lie_on_one_grid(tmp_path: Path) -> None:
+    study = Study(tmp_path, cases=2)
+    for folder in (study.reference, *study.models):
+        for i in range(2):
+            image = sitk.GetImageFromArray(label_map(i)[2])
+            image.SetSpacing([0.35, 0.35] if folder is study.reference else [1.0, 1.0])
+            sitk.WriteImage(image, str(folder / f"case_{i}.tif"))
+    for model in study.models:
+        (model / "dataset.json").write_text(json.dumps({"labels": LABELS, "file_ending": ".tif"}))
+    assert study.json()["means"]["dice"]["model_a"]["mean"]["mean"] == 1
+
+
+def test_a_network_that_cannot_be_built_leaves_the_accuracy(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a network whose package is missing, or one that cannot be counted without data."""
+    from nnunetv2_e2enet.evaluation import comparison
+
+    def build() -> None:
+        raise ImportError("no module named mamba_ssm")
+
+    monkeypatch.setattr(comparison, "read_trainings", lambda _: [])
+    monkeypatch.setattr(comparison, "model_design", lambda *_: SimpleNamespace(plans={}, build=build))
+    source, _ = read_sources([str(model) for model in study.models])
+    facts = comparison.model_facts(replace(source, model=study.models[0]))
+    assert facts.costs is None
+    assert facts.note == "the network cannot be built and counted (ImportError: no module named mamba_ssm)"
 
 
 def test_holm_may_leave_too_few_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -490,4 +594,5 @@ def test_without_the_extra_the_message_says_how_to_get_it(
 ) -> None:
     monkeypatch.setattr(compare, "NEEDED", ("monai", "no_such_library"))
     assert main(study.arguments()) == 1
-    assert "needs no_such_library, not installed here: pip install 'nnunetv2-e2enet[evaluation]'" in capsys.readouterr().err
+    expected = "needs no_such_library, not installed here: in the clone of the repository, pip install '.[evaluation]'"
+    assert expected in capsys.readouterr().err

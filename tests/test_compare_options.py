@@ -83,7 +83,9 @@ def test_a_case_that_another_fold_validates(
     (first / f"{case}.nii.gz").rename(second / f"{case}.nii.gz")
     message = refused(study, capsys, stock=model)
     assert f"the splits differ: {case} are validated by different folds" in message
-    assert compared(study, "--common", stock=model)["means"] == whole["means"]
+    common = compared(study, "--common", stock=model)
+    assert common["means"] == whole["means"]
+    assert {c["case"]: c["fold"] for c in common["cases"]} == {**{c["case"]: c["fold"] for c in whole["cases"]}, case: None}
 
 
 @pytest.mark.parametrize(("a1", "a2"), [(2, 0), (0.5, 3)])

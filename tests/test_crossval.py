@@ -1,6 +1,9 @@
 """`e2enet crossval` on folds in every state, through its console command, with nnU-Net's in processes of their own."""
 
+import errno
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -79,6 +82,21 @@ def test_unfinished_folds_go_on_from_where_they_are(
     assert [fold(model, n).state() for n in range(2)] == [FoldState.DONE] * 2
     assert "Epoch" not in (model / "crossval_fold_0.log").read_text()  # validated only
     assert (model / "crossval_results_folds_0_1" / "summary.json").is_file()
+
+
+def test_all_folds_of_the_splits_are_accumulated(
+    project: Project, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --folds; the splits file has two, which are done."""
+    preprocessed = tmp_path / "preprocessed" / project.dataset
+    shutil.copytree(project.preprocessed, preprocessed, ignore=shutil.ignore_patterns("*.b2nd", "*.npz", "*.pkl", "*.npy"))
+    splits = json.loads((preprocessed / "splits_final.json").read_text())
+    (preprocessed / "splits_final.json").write_text(json.dumps(splits[:2]))
+    for name, value in {**folders(project, model), "nnUNet_preprocessed": str(preprocessed.parent)}.items():
+        monkeypatch.setenv(name, value)
+    assert main([*COMMAND]) == 0
+    summary = load_json(str(model / "crossval_results_folds_0_1" / "summary.json"))
+    assert f"0 1 {summary['foreground_mean']['Dice']:.4f}" in " ".join(re.findall(r"[\w.]+", capsys.readouterr().out))
 
 
 def test_a_failing_fold_is_named(project: Project, model: Path) -> None:
@@ -297,6 +315,18 @@ def test_a_fold_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch:
     assert ours.run() == 0
 
 
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fold is trained where a second command could train it too."""
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr(jobs, "_run_logged", lambda *_: pytest.fail("trained"))
+    with pytest.raises(E2ENetError, match=r"cannot lock .*crossval_fold_0\.lock .*No locks available"):
+        fold(tmp_path / "T__P__3d_fullres", 0).run()
+
+
 COMMAND_THAT_SLEEPS = """
 import sys
 from pathlib import Path
@@ -378,6 +408,7 @@ def test_jobs_are_submitted_for_what_is_not_done(
     [
         (["--folds", "0", "0"], "expected different numbers"),
         (["--slurm", "partition"], "expected KEY=VALUE"),
+        (["-p", "my__plans"], "-p my__plans: `__` divides"),
     ],
 )
 def test_bad_input_is_said_in_one_line(project: Project, model: Path, options: list[str], message: str) -> None:

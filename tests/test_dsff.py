@@ -279,6 +279,10 @@ def test_erdos_renyi_keeps_the_budget_and_favours_small_layers(shapes: list[tupl
         assert active[small] / layers[small].n_connections >= active[large] / layers[large].n_connections - rounding
 
 
+def test_shares_without_maskable_layers() -> None:
+    assert (sparsity({}), explored_share({})) == (0, 0)
+
+
 def test_shares() -> None:
     network = tiny(10, 10, 10)
     random_topology(network, 0.8, Uniform(), 0)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerDA5 import nnUNetTrainerDA5
 from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN
 from support import Project, make, train_epochs
 
@@ -21,6 +22,7 @@ from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_sm
 from nnunetv2_e2enet.training import dsff, network, planner, trainer
 from nnunetv2_e2enet.training.interface import Overrides
 from nnunetv2_e2enet.training.planner import E2ENetPlannerMixin
+from nnunetv2_e2enet.training.timed import TimedMixin
 from nnunetv2_e2enet.training.trainer import E2ENetMixin
 from nnunetv2_e2enet.training.variants import variant
 
@@ -230,6 +232,39 @@ def test_a_module_of_ours_that_nnunet_does_not_fit(
     assert capsys.readouterr().err.startswith(
         "E2ENet goes on without trainers.e2enet_demo_trainers: No module named 'nnunetv2.moved'"
     )
+
+
+def test_a_mixin_behind_nnunets_trainer_is_refused() -> None:
+    """Its methods would not be called: the training would be nnU-Net's, under E2ENet's name."""
+    with pytest.raises(
+        E2ENetError,
+        match=r"Late has nnUNetTrainerDA5 before E2ENetMixin, .* write class Late\(E2ENetMixin, nnUNetTrainerDA5\)",
+    ):
+
+        class Late(nnUNetTrainerDA5, E2ENetMixin):
+            pass
+
+    class Right(E2ENetMixin, nnUNetTrainerDA5):
+        pass
+
+    class OwnMixin(TimedMixin):
+        pass
+
+    with pytest.raises(E2ENetError, match="Further has nnUNetTrainerDA5 before OwnMixin"):
+
+        class Further(nnUNetTrainerDA5, OwnMixin):
+            pass
+
+
+def test_methods_of_the_users_own_are_nobodys_business() -> None:
+    class Mixin(E2ENetMixin):
+        def helper(self) -> int:
+            return 1
+
+    class Trainer(Mixin, nnUNetTrainer):
+        pass
+
+    assert issubclass(Trainer, Mixin)
 
 
 def test_a_trainer_with_a_network_of_its_own_is_refused() -> None:

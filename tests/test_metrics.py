@@ -147,6 +147,20 @@ def test_ignored_voxels_count_for_nothing_and_have_no_surface() -> None:
     assert all(math.isnan(n) for n in case_metrics(everything_ignored, prediction, (1, 1, 1), labels, [0.0] * 3)[0][:4])
 
 
+def test_a_scribble_within_ignored_voxels_has_no_surface() -> None:
+    """Whatever the prediction leaves out, there is nothing to measure distances to."""
+    labels = labels_of({"background": 0, "a": 1, "b": 2, "c": 3}, ignore=True)
+    reference = np.full((3, 9, 9), IGNORE, np.uint8)
+    reference[1, 4, 2:7] = 1
+    prediction = np.zeros_like(reference)
+    prediction[1, 4, 2:5] = 1
+    for predicted in (prediction, np.where(reference == 1, reference, 0).astype(np.uint8)):
+        metrics = case_metrics(reference, predicted, (1, 1, 1), labels, [1.0] * 3)[0]
+        assert metrics.dice == pytest.approx(2 * (predicted == 1).sum() / (5 + (predicted == 1).sum()))
+        assert math.isnan(metrics.nsd)
+        assert math.isnan(metrics.hd95)
+
+
 def test_a_region_with_background_in_it() -> None:
     reference, prediction = np.zeros((1, 6, 8), np.uint8), np.zeros((1, 6, 8), np.uint8)
     reference[0, 2:4, 2:4], prediction[0, 2:4, 3:6] = 2, 2

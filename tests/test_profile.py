@@ -267,6 +267,28 @@ def test_data_set_and_model_folder(
     assert [p["name"] for p in json.loads(capsys.readouterr().out)["profiles"]] == ["nnU-Net", "E2ENet_smoke"]
 
 
+def test_networks_of_two_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plans of one name: all networks are listed, by their data set. Plans that nothing tells apart are refused."""
+    files = []
+    for number, patch in ((1, [8, 16, 16]), (2, [16, 32, 32])):
+        folder = tmp_path / f"Dataset00{number}_x"
+        folder.mkdir()
+        files.append(folder / "nnUNetPlans.json")
+        plans = {**plans_of(AMOS_STRIDES[1:4], patch, base=8), "dataset_name": folder.name}
+        files[-1].write_text(json.dumps(plans))
+        (folder / "dataset.json").write_text(json.dumps(dataset_of(3)))
+    options = ["--no-memory", "--no-time", "--json", "--beside", "nnunet"]
+    assert main(["profile", *map(str, [*files, files[0]]), *options]) == 0
+    profiles = json.loads(capsys.readouterr().out)["profiles"]
+    assert {p["name"]: p["patch_size"] for p in profiles} == {
+        "nnU-Net (Dataset001_x, nnUNetPlans, 3d_fullres)": [8, 16, 16],
+        "nnU-Net (Dataset002_x, nnUNetPlans, 3d_fullres)": [16, 32, 32],
+    }
+    files[1].write_text(files[1].read_text().replace("Dataset002_x", "Dataset001_x"))
+    assert main(["profile", *map(str, files), *options]) == 1
+    assert "two networks are nnU-Net (Dataset001_x, nnUNetPlans, 3d_fullres)" in capsys.readouterr().err
+
+
 def test_what_a_model_folder_does_not_tell(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Options that would change nothing are refused; E2ENet in other sparsities is built from its plans."""
     command = ["profile", str(trained), "--no-memory", "--no-time"]

@@ -74,6 +74,36 @@ def test_most_cases_are_ties() -> None:
     assert paired_tests(values, ["a"])[1].rank_biserial == pytest.approx((55 - 11) / 66)
 
 
+def test_few_decided_cases_have_their_exact_p_value() -> None:
+    """All signs of six cases that are better by the same millimetre, beside many ties: two of 2^6 are as extreme."""
+    values = np.full((2, 26, 1), 5.0)
+    values[0, :6, 0] -= 1
+    assert paired_tests(values, ["a"])[1].p == pytest.approx(2 / 64)
+    values[0, :6, 0] = [4, 4, 4, 4, 4, 6]  # ranks are all 3.5: one of six against, or none, on either side
+    assert paired_tests(values, ["a"])[1].p == pytest.approx(2 * (1 + 6) / 64)
+
+
+@pytest.mark.parametrize("cases", [5, 13, 14, 30])
+def test_p_values_without_ties_are_those_of_scipy(cases: int) -> None:
+    values = random_values(2, cases)
+    assert paired_tests(values, CLASSES)[1].p == pytest.approx(stats.wilcoxon(values[0, :, 0], values[1, :, 0]).pvalue)
+
+
+def test_a_single_class_is_the_mean_and_one_test() -> None:
+    pair, three = random_values(2, 6)[..., :1], random_values(3, 6)[..., :1]
+    for tests in (paired_tests(pair, ["a"]), rank_tests(three, ["a"], True)):
+        assert [test.p_holm for test in tests] == [test.p for test in tests]
+
+
+def test_a_class_of_few_cases_does_not_leave_the_mean_in_the_interval() -> None:
+    """Draws without the only case of class b would have the mean of class a alone, 0.9."""
+    values = np.full((40, 2), [0.9, math.nan])
+    values[:3, 1] = [0.3, 0.4, 0.5]
+    interval = class_intervals(values, CLASSES)[MEAN]
+    assert interval.mean == pytest.approx(0.65)
+    assert 0.6 - 1e-9 <= interval.low < 0.65 < interval.high <= 0.7 + 1e-9
+
+
 def test_models_that_are_the_same_do_not_differ() -> None:
     same = np.repeat(random_values(1), 2, axis=0)
     assert all(test.p == test.p_holm == 1 and test.ties == 30 for test in paired_tests(same, CLASSES))

@@ -122,6 +122,15 @@ def history_of(trainer: Any) -> Any:
     return read_history(Path(trainer.output_folder) / HISTORY_FILE).records
 
 
+def test_no_gradient_of_an_observation_is_left(in_process: Project) -> None:
+    """For trainers that add up the gradients of batches."""
+    trainer = started(in_process, "gradient")
+    trainer.dataloader_train = iter(batch, None)
+    trainer.current_epoch = 2
+    trainer.on_train_epoch_start()
+    assert all(parameter.grad is None for parameter in trainer.network.parameters())
+
+
 @pytest.mark.parametrize("growth", GROWTHS)
 def test_an_overflow_before_an_update_does_not_change_the_topology(in_process: Project, growth: str) -> None:
     """A step that overflows is left out. The topology is that of a training in which it was not taken."""

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", type=Path, metavar="DIR", help="reference segmentations")
     parser.add_argument("--folds", nargs="+", metavar="F", help="folds of model folders (default: all that are finished)")
     parser.add_argument("--common", action="store_true", help="compare the cases that all have, and leave out the others")
-    parser.add_argument("--dataset-json", type=Path, metavar="FILE", help="names the labels of folders of predictions")
+    parser.add_argument("--dataset-json", type=Path, metavar="FILE", help="file with the labels of folders of predictions")
     parser.add_argument(
         "--model",
         action="append",
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[CLASS=]MM",
-        help="of the surface Dice, for all classes or one (default: 1)",
+        help="tolerance of the surface Dice, for all classes or one (default: 1)",
     )
     parser.add_argument(
         "--weights",
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=(1.0, 1.0),
         metavar=("A1", "A2"),
-        help="of the trade-off score (default: 1 1)",
+        help="weights of the trade-off score (default: 1 1)",
     )
     parser.add_argument(
         "--failure-dice", type=float, default=0.5, metavar="D", help="a class below it is a failure (default: %(default)s)"
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measure", action="store_true", help="measure memory and time of the models too, as `e2enet profile` does"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
     output = parser.add_argument_group("output")
     output.add_argument("--report", type=Path, metavar="FILE", help="write one HTML page that needs nothing else")
     output.add_argument("--images", type=Path, metavar="DIR", help="images for the report (default: imagesTr of the data set)")
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(output)
     work = parser.add_argument_group("work")
     work.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
-    work.add_argument("--cache", type=Path, metavar="DIR", help="of measured cases (default: in the user's cache folder)")
+    work.add_argument("--cache", type=Path, metavar="DIR", help="folder of measured cases (default: the user's cache)")
     work.add_argument("--no-cache", action="store_true", help="measure all cases, keep nothing")
 
 

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from nnunetv2_e2enet.cli.nnunet import FOLDERS, PREPROCESSED, model_folder, nnunet_folder
+from nnunetv2_e2enet.cli.output import plain_console
 from nnunetv2_e2enet.errors import E2ENetError, check_extra
 from nnunetv2_e2enet.files import make_writable, read_json
 from nnunetv2_e2enet.registration import find_nnunet, find_trainer
@@ -32,32 +33,35 @@ examples:
     --slurm slurm_partition=gpu gpus_per_node=1 timeout_min=2880
 
 Each fold is nnU-Net's own nnUNetv2_train; its output is in crossval_fold_X.log
-in the model folder. --slurm submits one job a fold through submitit (pip
-install 'nnunetv2-e2enet[cluster]'); its values are submitit's parameters.
+in the model folder. --slurm submits one job a fold through submitit (in the
+clone of the repository: pip install '.[cluster]'); its values are submitit's
+parameters. After the jobs, the same command without --slurm accumulates.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("dataset", metavar="DATASET", help="name or id")
-    parser.add_argument("configuration", metavar="CONFIGURATION", help="such as 3d_fullres")
+    parser.add_argument("dataset", metavar="DATASET", help="name or id of the data set")
+    parser.add_argument("configuration", metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
     parser.add_argument("fold", nargs="?", help=argparse.SUPPRESS)  # of nnUNetv2_train, named in a message
-    parser.add_argument("-tr", action="append", metavar="TRAINER", help="once for each trainer (default: nnUNetTrainerE2ENet)")
-    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument("-tr", action="append", metavar="TRAINER", help="trainer, repeatable (default: nnUNetTrainerE2ENet)")
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="name of the plans (default: %(default)s)")
     parser.add_argument(
-        "--folds", type=int, nargs="+", metavar="FOLD", help="default: all of splits_final.json, or nnU-Net's 0 1 2 3 4"
+        "--folds", type=int, nargs="+", metavar="FOLD", help="folds (default: all of splits_final.json, or 0 1 2 3 4)"
     )
     parser.add_argument("--npz", action="store_true", help="keep validation probabilities, for ensembles")
-    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: %(default)s")
-    parser.add_argument("--gpus", type=int, nargs="+", metavar="GPU", help="one fold at a time on each (default: all)")
+    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="device (default: %(default)s)")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", metavar="GPU", help="visible GPUs; each trains one fold at a time (default: all)"
+    )
     parser.add_argument("--slurm", nargs="*", metavar="KEY=VALUE", help="submit to SLURM instead of running here")
-    parser.add_argument("--status", action="store_true", help="show how far each fold is, and do nothing")
+    parser.add_argument("--status", action="store_true", help="show how far each fold is, and train nothing")
 
 
 def run(args: argparse.Namespace) -> int:
     find_nnunet()
     folds = _folds(args)
-    console = Console(highlight=False)
+    console = plain_console()
     if args.status:
         console.print(_table(folds))
         return 0
@@ -83,6 +87,8 @@ def _folds(args: argparse.Namespace) -> list[Fold]:
         raise E2ENetError(f"{args.fold} is a fold as in nnUNetv2_train: choose folds with --folds, such as --folds 0 1")
     for variable in FOLDERS:
         nnunet_folder(variable)
+    if "__" in args.p:
+        raise E2ENetError(f"-p {args.p}: `__` divides trainer, plans and configuration in nnU-Net's folders; rename the plans")
     if args.folds is not None and (len(set(args.folds)) < len(args.folds) or min(args.folds) < 0):
         raise E2ENetError(f"folds {args.folds}: expected different numbers from 0")
     elsewhere = f"-device {args.device}" if args.device != "cuda" else "--slurm" if args.slurm is not None else None
@@ -165,10 +171,12 @@ def _table(folds: Sequence[Fold], running: Sequence[Fold] = ()) -> Table:
 def _accumulate(console: Console, args: argparse.Namespace, folds: Sequence[Fold]) -> int:
     table = Table("trainer", "folds", "mean foreground Dice")
     for model in dict.fromkeys(fold.model for fold in folds):
-        if crossval.accumulate(model, args.dataset, args.folds):
+        of_model = [fold for fold in folds if fold.model == model]
+        numbers = [fold.number for fold in of_model]
+        if crossval.accumulate(model, args.dataset, numbers):
             raise E2ENetError(f"nnU-Net's accumulation failed: see {model / 'crossval_accumulate.log'}")
-        dice = read_json(crossval.summary(model, args.folds))["foreground_mean"]["Dice"]
-        table.add_row(model.name.split("__")[0], " ".join(map(str, args.folds)), f"{dice:.4f}")
+        dice = read_json(crossval.summary(model, numbers))["foreground_mean"]["Dice"]
+        table.add_row(of_model[0].trainer, " ".join(map(str, numbers)), f"{dice:.4f}")
     console.print(table)
     return 0
 
@@ -178,7 +186,7 @@ def _parameters(pairs: Sequence[str]) -> dict[str, Any]:
     if malformed:
         raise E2ENetError(f"--slurm {malformed[0]}: expected KEY=VALUE, such as slurm_partition=gpu")
     parameters = dict(pair.split("=", 1) for pair in pairs)
-    return {key: int(value) if value.isdigit() else value for key, value in parameters.items()}
+    return {key: int(value) if value.isdigit() and value == str(int(value)) else value for key, value in parameters.items()}
 
 
 def _submit(console: Console, open_folds: Sequence[Fold], parameters: Mapping[str, Any]) -> int:
@@ -192,7 +200,7 @@ def _submit(console: Console, open_folds: Sequence[Fold], parameters: Mapping[st
     for fold in open_folds:
         try:
             executor = submitit.AutoExecutor(folder=fold.model / "submitit", cluster=cluster)
-            executor.update_parameters(name=f"{fold.trainer}_{fold.number}", **settings)
+            executor.update_parameters(**{"name": f"{fold.trainer}_{fold.number}", **settings})
             job = executor.submit(fold.run)
         except (RuntimeError, ValueError, NameError, AssertionError) as error:  # no cluster, or parameters that it has not
             reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from nnunetv2_e2enet.cli.output import plain_console
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import make_writable, read_json
-from nnunetv2_e2enet.registration import console_command, find_nnunet, is_registered
+from nnunetv2_e2enet.registration import console_command, find_nnunet, find_trainer
 
 if TYPE_CHECKING:
     from nnunetv2_e2enet.network import ParameterCounts
@@ -35,7 +36,7 @@ SIZE = ("20", "56", "56")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example:\n  e2enet demo --folder /tmp/e2enet_demo\n"
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="new folder for all that it writes (default: demo)")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda if there is one, otherwise cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="device (default: cuda if there is one, else cpu)")
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class Workspace:
 
 
 def run(args: argparse.Namespace) -> int:
-    nnunet = find_nnunet()
-    if not is_registered(nnunet):
-        raise E2ENetError("the demo uses nnU-Net's own commands, which do not find E2ENet yet: run `e2enet register` first")
+    find_nnunet()
+    for trainer in MODELS.values():
+        find_trainer(trainer)
     from nnunetv2_e2enet.machine import check_device
 
     device = args.device or _best_device()
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     if any(folder.iterdir()):
         raise E2ENetError(f"{folder} is not empty: remove it, or name a new one with --folder")
     workspace = Workspace(folder, device)
-    console = Console(highlight=False)
+    console = plain_console()
     for title, command in _commands(workspace):
         _run(console, workspace, title, command)
     return _report(console, workspace)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from nnunetv2_e2enet.cli.nnunet import model_folder
-from nnunetv2_e2enet.cli.output import check_folder_of
+from nnunetv2_e2enet.cli.output import check_folder_of, plain_console
 from nnunetv2_e2enet.errors import E2ENetError, check_extra
 from nnunetv2_e2enet.registration import find_nnunet
 
@@ -36,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds (default: all that are there)")
     parser.add_argument("-chk", default="checkpoint_final.pth", metavar="FILE", help="checkpoint (default: %(default)s)")
     model = parser.add_argument_group("model in nnUNet_results, in the place of MODEL_FOLDER")
-    model.add_argument("-d", metavar="DATASET", help="name or id")
-    model.add_argument("-c", metavar="CONFIGURATION", help="such as 3d_fullres")
-    model.add_argument("-tr", default="nnUNetTrainerE2ENet", metavar="TRAINER", help="default: %(default)s")
-    model.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
+    model.add_argument("-d", metavar="DATASET", help="name or id of the data set")
+    model.add_argument("-c", metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
+    model.add_argument("-tr", default="nnUNetTrainerE2ENet", metavar="TRAINER", help="trainer (default: %(default)s)")
+    model.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="name of the plans (default: %(default)s)")
     parser.add_argument("--onnx", action="store_true", help="write a folder of ONNX files")
 
 
@@ -49,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_e2enet.deployment.packed import is_packed
 
     folder, out = _paths(args)
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     if args.onnx:
         from nnunetv2_e2enet.deployment.onnx import write_onnx
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from nnunetv2_e2enet import __version__
+from nnunetv2_e2enet.cli.output import plain_console
 from nnunetv2_e2enet.registration import (
     EXPERIMENTS,
     PLANNER_FOLDER,
@@ -40,7 +41,7 @@ _NOT_MAIN = re.compile(r"_\d+epochs?$|_demo$|_smoke$")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="of e2enet export: show what it holds instead")
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="packed model to describe, not this environment")
     parser.add_argument("--all", action="store_true", help="list all trainers that nnU-Net finds, not the main ones alone")
     parser.add_argument(
         "--json", action="store_true", help="everything as JSON, for other programs and for reports of problems"
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     nnunet = find_nnunet()
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console(soft_wrap=True)
     if args.file is not None:
         model = _model(args.file)
         print(json.dumps(model, indent=1)) if args.json else _print_facts(console, _model_facts(model))
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         _print_search(console, kind, search, args.all)
     if not report.experiments_registered:
         names = class_names(EXPERIMENTS)
-        console.print(f"\n[bold]{len(names)} experiment trainers are not registered[/]: {REGISTER_EXPERIMENTS}")
+        _print_heading(console, f"{len(names)} experiment trainers are not registered", f": {REGISTER_EXPERIMENTS}")
     return 0
 
 
@@ -172,21 +173,25 @@ def _facts(report: Report) -> dict[str, str]:
 
 def _print_facts(console: Console, facts: dict[str, str]) -> None:
     for label, value in facts.items():
-        console.print(f"[bold]{label:<24}[/]{escape(value)}")
+        console.print(Text.assemble((f"{label:<24}", "bold"), value))
+
+
+def _print_heading(console: Console, heading: str, more: str = "") -> None:
+    console.print(Text.assemble("\n", (heading, "bold"), more))
 
 
 def _print_search(console: Console, kind: str, search: Search, everything: bool) -> None:
     if search.ended is not None:
-        console.print(f"\n[bold]nnU-Net finds no {kind}s[/]: its search ended with {escape(search.ended)}")
+        _print_heading(console, f"nnU-Net finds no {kind}s", f": its search ended with {search.ended}")
         return
-    console.print(f"\n[bold]nnU-Net finds {len(search.found)} of {len(search.found) + len(search.missing)} {kind}s[/]")
+    _print_heading(console, f"nnU-Net finds {len(search.found)} of {len(search.found) + len(search.missing)} {kind}s")
     shown = search.found if everything else _main(search.found)
     for name in shown:
         console.print(f"  {name}")
     if len(shown) < len(search.found):
         console.print(f"  and {len(search.found) - len(shown)} more: e2enet info --all")
     for name, reason in search.missing.items():
-        console.print(f"  not {name}: {escape(reason)}")
+        console.print(f"  not {name}: {reason}")
 
 
 def _main(names: list[str]) -> list[str]:

@@ -31,7 +31,7 @@ from nnunetv2_e2enet.cli import (
 )
 from nnunetv2_e2enet.errors import E2ENetError
 
-COMPLETION = "print what makes your shell complete e2enet's commands and options"
+COMPLETION = "print the completion script of a shell"
 COMPLETION_EXAMPLES = """\
 examples:
   e2enet completion bash > ~/.local/share/bash-completion/completions/e2enet
@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=COMPLETION_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    shtab.add_argument_to(completion, "shell", help="bash unless given", parent=parser)
+    shtab.add_argument_to(completion, "shell", help="shell (default: bash)", parent=parser)
     return parser
 
 

@@ -30,9 +30,14 @@ def add_json_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def plain_console(soft_wrap: bool = False, stderr: bool = False) -> Console:
+    """A console that prints names and paths as they are, also where they look like rich's markup or emoji."""
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=soft_wrap, stderr=stderr)
+
+
 def console_for(args: argparse.Namespace) -> Console:
     """Standard output for people; standard error where JSON is printed."""
-    return Console(highlight=False, stderr=args.json == "-")
+    return plain_console(stderr=args.json == "-")
 
 
 def check_folders(args: argparse.Namespace, *options: str) -> None:

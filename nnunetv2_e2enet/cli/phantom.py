@@ -19,12 +19,12 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     parser.add_argument("dataset_id", metavar="DATASET_ID", type=int, help="a free number from 1 to 999")
-    parser.add_argument("--name", default="Phantom", help="of the data set: letters, digits, - and _ (default: %(default)s)")
+    parser.add_argument("--name", default="Phantom", help="name of the data set: letters, digits, - and _ (default: Phantom)")
     parser.add_argument(
-        "--cases", metavar="N", type=int, default=16, help="to train on; nnU-Net's five folds need 5 (default: %(default)s)"
+        "--cases", metavar="N", type=int, default=16, help="training cases; nnU-Net's five folds need 5 (default: %(default)s)"
     )
     parser.add_argument(
-        "--test-cases", metavar="M", type=int, default=4, help="held out, in imagesTs and labelsTs (default: %(default)s)"
+        "--test-cases", metavar="M", type=int, default=4, help="test cases, in imagesTs and labelsTs (default: %(default)s)"
     )
     parser.add_argument(
         "--size",

@@ -28,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-d", nargs="+", type=int, required=True, metavar="ID", help="data set ids")
     parser.add_argument("-gpu_memory_target", type=float, metavar="GB", help="GPU memory to plan for (default: 8)")
-    parser.add_argument("-preprocessor_name", default="DefaultPreprocessor", help="default: DefaultPreprocessor")
+    parser.add_argument("-preprocessor_name", default="DefaultPreprocessor", help="its name (default: DefaultPreprocessor)")
     parser.add_argument(
         "-overwrite_target_spacing", nargs=3, type=float, metavar="MM", help="target spacing of 3d_fullres, in mm"
     )
-    parser.add_argument("-overwrite_plans_name", metavar="NAME", help="default: nnUNetE2ENetPlans")
+    parser.add_argument("-overwrite_plans_name", metavar="NAME", help="name of the plans (default: nnUNetE2ENetPlans)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from nnunetv2_e2enet.evaluation.choices import BESIDE
 if TYPE_CHECKING:
     from nnunetv2_e2enet.evaluation.profile import Profile, ProfileSettings
 
-HELP = "what networks cost: parameters, arithmetic, memory, time; E2ENet beside stock nnU-Net"
+HELP = "costs of networks: parameters, multiply-accumulates, memory, time; E2ENet beside stock nnU-Net"
 
 EXAMPLES = """examples:
   e2enet profile Dataset004_Hippocampus                 # all that can be built
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "subjects", nargs="+", metavar="SUBJECT", help="model folder, plans file, or name or number of a data set"
     )
-    parser.add_argument("-c", "--configuration", metavar="NAME", help="of plans (default: 3d_fullres)")
+    parser.add_argument("-c", "--configuration", metavar="NAME", help="configuration of the plans (default: 3d_fullres)")
     parser.add_argument("--trainer", metavar="CLASS", help="profile the network that this trainer builds from plans")
-    parser.add_argument("--dataset-json", type=Path, metavar="FILE", help="of a plans file that has none beside it")
+    parser.add_argument("--dataset-json", type=Path, metavar="FILE", help="dataset.json of a plans file without one beside it")
     parser.add_argument(
         "--beside",
         nargs="+",
@@ -53,18 +53,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=float,
         metavar="S",
-        help="of E2ENet (default: 0, 0.7, 0.8, 0.9)",
+        help="sparsities of E2ENet (default: 0, 0.7, 0.8, 0.9)",
     )
     parser.add_argument("--levels", action="store_true", help="costs of each level")
     parser.add_argument("--flows", action="store_true", help="costs of each level and flow")
     measure = parser.add_argument_group("measurement")
-    measure.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    measure.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device (default: cpu)")
     measure.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of timed passes (default: float32)"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="dtype of timed passes (default: float32)",
     )
-    measure.add_argument("--threads", type=int, metavar="N", help="of PyTorch (default: its own choice)")
-    measure.add_argument("--rounds", type=int, default=7, metavar="N", help="how often each network is timed (default: 7)")
-    measure.add_argument("--batch-size", type=int, metavar="N", help="of the training step (default: that of the plans)")
+    measure.add_argument("--threads", type=int, metavar="N", help="threads of PyTorch (default: its own choice)")
+    measure.add_argument("--rounds", type=int, default=7, metavar="N", help="timed passes of each network (default: 7)")
+    measure.add_argument("--batch-size", type=int, metavar="N", help="batch of the training step (default: that of the plans)")
     measure.add_argument("--no-memory", action="store_true", help="do not measure memory")
     measure.add_argument("--no-time", action="store_true", help="do not measure time")
     add_json_argument(parser)

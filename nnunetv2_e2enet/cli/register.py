@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experiments",
         action=argparse.BooleanOptionalAction,
-        help="also the trainers of the paper's experiments (default: as before, not at first)",
+        help="also the trainers of the paper's experiments (default: unchanged; a first registration leaves them out)",
     )
 
 

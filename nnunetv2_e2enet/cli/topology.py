@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from nnunetv2_e2enet.evaluation.topology.sources import Fold
 
-HELP = "see what the fusion learned: where connections come from, how they changed, whether folds agree"
+HELP = "connections that the training chose: their flows, changes, agreement of folds"
 
 EXAMPLES = """\
 examples:
@@ -37,7 +37,7 @@ beside it.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="model folder, fold folder, or checkpoint file")
-    parser.add_argument("--folds", nargs="+", default=[], metavar="F", help="of a model folder (default: all)")
+    parser.add_argument("--folds", nargs="+", default=[], metavar="F", help="folds of a model folder (default: all)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write one HTML page that needs nothing else")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="write each figure as PNG and SVG")
     add_json_argument(parser)

@@ -226,12 +226,12 @@ def random_topology(network: nn.Module, sparsity: float, distribution: Distribut
 
 
 def sparsity(layers: Mapping[str, MaskableLayer]) -> float:
-    """Share of connections that are off."""
+    """Share of connections that are off; 0 without any maskable layer."""
     connections = sum(layer.n_connections for layer in layers.values())
-    return 1 - sum(layer.n_active for layer in layers.values()) / connections
+    return sum(layer.n_connections - layer.n_active for layer in layers.values()) / max(connections, 1)
 
 
 def explored_share(layers: Mapping[str, MaskableLayer]) -> float:
-    """Share of connections that have been active at any time."""
+    """Share of connections that have been active at any time; 0 without any maskable layer."""
     connections = sum(layer.n_connections for layer in layers.values())
-    return sum(int(layer.explored.sum()) for layer in layers.values()) / connections
+    return sum(int(layer.explored.sum()) for layer in layers.values()) / max(connections, 1)

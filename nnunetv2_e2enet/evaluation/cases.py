@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.sources import Source
-from nnunetv2_e2enet.imaging import Geometry, read_header
+from nnunetv2_e2enet.imaging import read_grid
 
 NAMES_SHOWN = 5
 READERS = 8
@@ -17,7 +17,11 @@ READERS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One case: its reference and the prediction of each model, in the order of the sources."""
+    """One case: its reference and the prediction of each model, in the order of the sources.
+
+    Attributes:
+        fold: that validated it, None where there are none, or where the folds of two models did.
+    """
 
     name: str
     fold: str | None
@@ -47,7 +51,7 @@ def match_cases(sources: Sequence[Source], reference: Path, common: bool = False
     cases = [
         Case(
             name,
-            first.folds.get(name),
+            None if len(_folds_of(name, sources)) > 1 else first.folds.get(name),
             reference / f"{name}{first.file_ending}",
             tuple(s.predictions[name] for s in sources),
         )
@@ -90,14 +94,17 @@ def _case_problems(sources: Sequence[Source], shared: set[str]) -> list[str]:
         more = sorted(set(source.predictions) - shared)
         if more:
             problems.append(f"only some have {_some(more)}, among them {source.name} (--common leaves such cases out)")
-    folds: dict[str, set[str]] = {case: {s.folds[case] for s in sources if case in s.folds} for case in sorted(shared)}
-    differing = [case for case, numbers in folds.items() if len(numbers) > 1]
+    differing = [case for case in sorted(shared) if len(_folds_of(case, sources)) > 1]
     if differing:
         problems.append(
             f"the splits differ: {_some(differing)} are validated by different folds, so the models had other training cases "
             "(--common compares them all the same)"
         )
     return problems
+
+
+def _folds_of(case: str, sources: Sequence[Source]) -> set[str]:
+    return {source.folds[case] for source in sources if case in source.folds}
 
 
 def _geometry_problems(sources: Sequence[Source], cases: Sequence[Case]) -> list[str]:
@@ -116,13 +123,13 @@ def _geometry_problems(sources: Sequence[Source], cases: Sequence[Case]) -> list
 
 def _differences(case: Case) -> list[str | None]:
     try:
-        reference = Geometry.of(read_header(case.reference))
+        reference = read_grid(case.reference)
     except E2ENetError as error:
         return [str(error)] * len(case.predictions)
     differences: list[str | None] = []
     for file in case.predictions:
         try:
-            differences.append(Geometry.of(read_header(file)).difference(reference, "the reference"))
+            differences.append(read_grid(file).difference(reference, "the reference"))
         except E2ENetError as error:
             differences.append(str(error))
     return differences

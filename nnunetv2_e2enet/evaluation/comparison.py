@@ -14,7 +14,7 @@ from nnunetv2_e2enet.evaluation.costs import Costs, count_costs
 from nnunetv2_e2enet.evaluation.labels import Labels
 from nnunetv2_e2enet.evaluation.measure import Results
 from nnunetv2_e2enet.evaluation.metrics import METRICS
-from nnunetv2_e2enet.evaluation.networks import Training, model_design, read_trainings
+from nnunetv2_e2enet.evaluation.networks import Design, Training, model_design, read_trainings
 from nnunetv2_e2enet.evaluation.profile import Profile, ProfileSettings
 from nnunetv2_e2enet.evaluation.sources import Source
 from nnunetv2_e2enet.evaluation.statistics import (
@@ -23,6 +23,7 @@ from nnunetv2_e2enet.evaluation.statistics import (
     PairedTest,
     RankTest,
     class_intervals,
+    nan_mean,
     paired_tests,
     rank_tests,
     trade_off_scores,
@@ -154,12 +155,25 @@ def model_facts(source: Source) -> ModelFacts:
     try:
         trainings = read_trainings(source.model)
         design = model_design(source.model, source.name)
-        network = design.build()
     except E2ENetError as error:
         return ModelFacts(source, None, (), "", "", [], str(error))
-    costs = count_costs(network, design.input_shape())
     plans = str(design.plans.get("plans_name", ""))
-    return ModelFacts(source, costs, design.patch_size, type(network).__name__, plans, trainings)
+    try:
+        architecture, costs = _counted(design)
+    except E2ENetError as error:
+        return ModelFacts(source, None, (), "", plans, trainings, str(error))
+    return ModelFacts(source, costs, design.patch_size, architecture, plans, trainings)
+
+
+def _counted(design: Design) -> tuple[str, Costs]:
+    """Class and costs of a network; any error of a network of others is an E2ENetError."""
+    try:
+        network = design.build()
+        return type(network).__name__, count_costs(network, design.input_shape())
+    except Exception as error:
+        if isinstance(error, E2ENetError):
+            raise
+        raise E2ENetError(f"the network cannot be built and counted ({type(error).__name__}: {error})") from error
 
 
 def _fold_means(results: Results) -> dict[str, pd.DataFrame]:
@@ -179,9 +193,9 @@ def _means(results: Results, seed: int) -> pd.DataFrame:
 
 
 def _failures(results: Results, failure_dice: float) -> pd.DataFrame:
-    """Worst first: by Dice, then by how much of the reference is concerned."""
+    """Worst first: by Dice, then by how much of the reference is concerned. A Dice of 0 is a failure at any threshold."""
     frame = results.frame
-    failed = frame[frame["dice"] < failure_dice]
+    failed = frame[(frame["dice"] < failure_dice) | (frame["dice"] == 0)]
     kinds = np.select([failed["prediction_ml"] == 0, failed["reference_ml"] == 0], ["missed", "invented"], "low Dice")
     volumes = ["reference_ml", "prediction_ml"]
     ranks = failed["model"].map(results.models.index)
@@ -195,6 +209,6 @@ def comparable_patches(comparison: Comparison) -> bool:
 
 
 def order_by_dice(comparison: Comparison) -> list[int]:
-    """Indices of cases, lowest mean Dice over all models first; cases without any class are left out."""
-    means = comparison.results.case_means("dice").mean(axis=0)
+    """Indices of cases, lowest mean Dice first, over the models that have one; cases in which none has one are left out."""
+    means = nan_mean(comparison.results.case_means("dice"), axis=0)
     return [int(i) for i in np.argsort(means, kind="stable") if not math.isnan(means[i])]

@@ -12,7 +12,7 @@ from nnunetv2_e2enet.evaluation import numbers
 from nnunetv2_e2enet.evaluation.comparison import Comparison, ModelFacts, comparable_patches
 from nnunetv2_e2enet.evaluation.metrics import METRICS, Metric
 from nnunetv2_e2enet.evaluation.profile_tables import cost_columns, how_measured, measurements
-from nnunetv2_e2enet.evaluation.statistics import ALPHA, MEAN, PairedTest, RankTest
+from nnunetv2_e2enet.evaluation.statistics import ALPHA, MEAN, PairedTest, RankTest, tests_among
 from nnunetv2_e2enet.evaluation.tables import Table
 
 DICE = METRICS[0]
@@ -95,7 +95,8 @@ def classes(comparison: Comparison, metric: Metric) -> Table:
         row = ["mean of classes" if test.scope == MEAN else test.scope]
         row += [_mean(comparison, metric, name, test.scope) for name in comparison.names]
         if isinstance(test, PairedTest):
-            row.append(f"{numbers.signed(test.difference.mean, metric)}\n{numbers.limits(test.difference, metric)}")
+            limits = numbers.limits(test.difference, metric, fewer_digits=0)
+            row.append(f"{numbers.signed(test.difference.mean, metric)}\n{limits}")
         else:
             row += [numbers.NOTHING if math.isnan(rank) else f"{rank:.2f}" for rank in test.mean_ranks]
         rows.append([*row, numbers.p_value(test.p), numbers.p_value(test.p_holm)])
@@ -129,21 +130,27 @@ def _paired_verdict(comparison: Comparison, metric: Metric) -> str:
     unit = f" {metric.unit}" if metric.unit else ""
     if math.isnan(test.p_holm):
         return f"{metric.title}: too few cases for a test ({test.difference.n})."
-    mean, interval = numbers.signed(test.difference.mean, metric), numbers.limits(test.difference, metric)
+    mean, interval = numbers.signed(test.difference.mean, metric), numbers.limits(test.difference, metric, fewer_digits=0)
     size = f"{first} - {second} = {mean}{unit} ({interval})"
     if test.p_holm < ALPHA:
-        better = (test.rank_biserial > 0) == metric.higher_is_better
-        finding = f"{first if better else second} is better"
-    elif _tested(comparison, metric) * 2 / 2 ** (test.wins + test.losses) >= ALPHA:  # the least p of so many signs
+        finding = _better(comparison, metric, test)
+    elif tests_among(len(comparison.results.classes)) * 2 / 2 ** (test.wins + test.losses) >= ALPHA:  # least p of the signs
         finding = "too few cases to show a difference"
     else:
         finding = "no difference shown"
     return f"{metric.title}: {finding}; {size}, Wilcoxon {numbers.p_statement(test.p_holm)} (Holm), n = {test.difference.n}."
 
 
-def _tested(comparison: Comparison, metric: Metric) -> int:
-    """The number of tests for which Holm's method corrects the smallest p-value."""
-    return sum(not math.isnan(test.p) for test in comparison.paired[metric.key])
+def _better(comparison: Comparison, metric: Metric, test: PairedTest) -> str:
+    """The model that the ranks of cases favour; with its cases where a mean favours the other."""
+    first, second = (comparison.interval(metric.key, name).mean for name in comparison.names)
+    for_first = (test.rank_biserial > 0) == metric.higher_is_better
+    name = comparison.names[0 if for_first else 1]
+    sign = 1 if metric.higher_is_better == for_first else -1
+    if sign * test.difference.mean >= 0 and sign * (first - second) >= 0:
+        return f"{name} is better"
+    cases = test.wins if sign > 0 else test.losses
+    return f"{name} is better in {cases} of {test.difference.n} cases, and not in the mean"
 
 
 def _ranked_verdict(comparison: Comparison, metric: Metric) -> str:

@@ -22,10 +22,10 @@ from nnunetv2_e2enet.evaluation.cases import Case
 from nnunetv2_e2enet.evaluation.labels import Labels
 from nnunetv2_e2enet.evaluation.metrics import ClassMetrics, case_metrics
 from nnunetv2_e2enet.evaluation.statistics import nan_mean
-from nnunetv2_e2enet.imaging import read_image
+from nnunetv2_e2enet.imaging import read_grid, read_image
 
 Progress = Callable[[int, int], None]
-VERSION = 3
+VERSION = 4
 """Of what the metrics mean: to be raised when a number would come out otherwise, so that kept numbers are not used again."""
 
 
@@ -163,9 +163,7 @@ def prediction_metrics(
 def _check_values(voxels: NDArray[np.integer], labels: Labels, file: str) -> None:
     """Raises E2ENetError where a label map holds values that ``dataset.json`` does not name."""
     named = [*labels.known, *([] if labels.ignore is None else [labels.ignore])]
-    is_named = np.zeros(max(named) + 2, bool)  # the last one stands for all that are larger
-    is_named[named] = True
-    unknown = ~is_named[np.minimum(voxels, len(is_named) - 1)]
+    unknown = np.isin(voxels, named, invert=True)
     if unknown.any():
         values = ", ".join(map(str, np.unique(voxels[unknown])[:5]))
         raise E2ENetError(
@@ -196,4 +194,4 @@ def read_label_map(file: Path) -> tuple[NDArray[np.integer], tuple[float, ...]]:
         voxels = whole
     if np.issubdtype(voxels.dtype, np.signedinteger) and voxels.min(initial=0) < 0:
         raise E2ENetError(f"{file} holds negative values: expected label values from 0")
-    return voxels, tuple(image.GetSpacing()[::-1])
+    return voxels, read_grid(file).spacing[::-1]

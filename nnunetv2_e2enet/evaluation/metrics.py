@@ -141,14 +141,17 @@ def _surface_metrics(
 ) -> tuple[float, float]:
     """NSD and HD95 of a class that reference and prediction both have, from their masks.
 
-    A voxel whose neighbours are all in the mask or not valid is not on the surface.
+    A voxel whose neighbours are all in the mask or not valid is not on the surface. NaN where the reference has no surface.
     """
     import torch
 
     p, r, known = (torch.from_numpy(mask) for mask in (prediction | ~valid, reference | ~valid, valid))
     both = _surface_distances(p, r, known, spacing)
-    if not all(d.size for d in both):
-        return (0.0, diagonal) if any(d.size for d in both) else (nan, nan)
+    of_prediction, of_reference = (d.size > 0 for d in both)
+    if not of_reference:
+        return nan, nan
+    if not of_prediction:
+        return 0.0, diagonal
     close = sum(int((d <= tolerance * (1 + DISTANCE_SLACK)).sum()) for d in both)
     return close / sum(d.size for d in both), max(float(np.percentile(d, PERCENTILE)) for d in both)
 

@@ -16,11 +16,11 @@ def value(number: float, metric: Metric) -> str:
     return NOTHING if math.isnan(number) else f"{number:.{metric.digits}f}"
 
 
-def limits(interval: Interval, metric: Metric) -> str:
-    """The confidence interval alone, a digit less than the mean."""
+def limits(interval: Interval, metric: Metric, fewer_digits: int = 1) -> str:
+    """The confidence interval alone, with fewer digits than the mean."""
     if math.isnan(interval.low):
         return f"n = {interval.n}"
-    digits = max(metric.digits - 1, 1)
+    digits = max(metric.digits - fewer_digits, 1)
     return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
 
 

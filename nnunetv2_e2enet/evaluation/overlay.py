@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
@@ -125,6 +126,7 @@ def read_on_grid_of(volume: sitk.Image, file: Path, image: Path) -> NDArray[np.i
     return voxels
 
 
+@rc_context({"text.parse_math": False})  # names may hold $
 def _draw(
     image: NDArray[np.floating],
     columns: Mapping[str, NDArray[np.integer]],

@@ -158,7 +158,8 @@ def _count(design: Design, network: nn.Module, settings: ProfileSettings) -> Pro
 
 
 def _measure_memory(design: Design, counted: Profile, settings: ProfileSettings, progress: Progress) -> None:
-    needed = counted.kept_bytes + memory.BYTES_PER_PARAMETER * counted.costs.parameters_stored
+    kept = counted.kept_bytes / (2 if settings.device == "cuda" else 1)  # there in half precision, under autocast
+    needed = kept + memory.BYTES_PER_PARAMETER * counted.costs.parameters_stored
     free = free_bytes() if settings.device == "cpu" else float(torch.cuda.mem_get_info()[0])
     progress(f"Memory of a training step, {design.name}")
     if not memory.can_measure(settings.device):

@@ -87,7 +87,8 @@ def how_measured(settings: ProfileSettings) -> str:
     batch = "the plans' batch" if settings.batch_size is None else f"a batch of {settings.batch_size}"
     parts = []
     if settings.with_memory:
-        what = "PyTorch's allocations" if settings.device == "cuda" else "the process's growth, in float32"
+        on_gpu = settings.device == "cuda"
+        what = "PyTorch's allocations, under autocast" if on_gpu else "the process's growth, in float32"
         parts.append(f"Peaks: {what}; training is one step of {batch} with nnU-Net's loss, prediction one patch.")
     if settings.with_time:
         parts.append(f"Time: {settings.rounds} forward passes of one patch each, the networks in turns.")

@@ -105,10 +105,19 @@ def _short(folder: Path) -> str:
 
 
 def _with_own_names(found: Sequence[Design]) -> list[Design]:
-    """Without repetitions; a name that comes twice gets its origin."""
-    names = [design.name for design in found]
-    renamed = [replace(d, name=f"{d.name} ({d.origin})") if names.count(d.name) > 1 else d for d in found]
-    return list({design.name: design for design in renamed}.values())
+    """Without repetitions; a name that comes twice gets its origin.
+
+    Raises:
+        E2ENetError: two networks have the same name and origin.
+    """
+    different = [design for index, design in enumerate(found) if design not in found[:index]]
+    names = [design.name for design in different]
+    renamed = [replace(d, name=f"{d.name} ({d.origin})") if names.count(d.name) > 1 else d for d in different]
+    names = [design.name for design in renamed]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise E2ENetError(f"two networks are {twice}: give plans of different names or folders, or profile them one by one")
+    return renamed
 
 
 def _from_plans(file: Path, configuration: str | None, dataset_json: Path | None) -> Design:
@@ -122,7 +131,8 @@ def _from_plans(file: Path, configuration: str | None, dataset_json: Path | None
         raise E2ENetError(f"{file} has no configurations: expected nnU-Net's plans, such as nnUNetPlans.json")
     configuration = configuration or ("3d_fullres" if "3d_fullres" in configurations else next(iter(configurations)))
     name = str(plans.get("plans_name", file.stem))
-    return Design("nnU-Net", f"{name}, {configuration}", plans, read_json(description), configuration)
+    origin = ", ".join([*([str(plans["dataset_name"])] if "dataset_name" in plans else []), name, configuration])
+    return Design("nnU-Net", origin, plans, read_json(description), configuration)
 
 
 def _beside(design: Design, dataset_name: str | None, kinds: Sequence[str], sparsities: Sequence[float]) -> list[Design]:

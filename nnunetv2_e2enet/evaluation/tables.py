@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pandas as pd
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table as RichTable
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,12 @@ class Table:
 
     def print(self, console: Console) -> None:
         """Words fold where the terminal is narrow, numbers do not."""
-        table = RichTable(title=self.title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        title = Text(self.title) if self.title else None
+        table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         table.padding = (0, 1, 0, 0)
         for i, head in enumerate(self.head):
-            table.add_column(escape(head), justify="left" if i < self.words else "right", overflow="fold")
+            table.add_column(Text(head), justify="left" if i < self.words else "right", overflow="fold")
         for row in self.rows:
             parts = [cell.partition("\n") for cell in row]
-            table.add_row(*(escape(first) + (f"\n[dim]{escape(rest)}[/]" if rest else "") for first, _, rest in parts))
+            table.add_row(*(Text.assemble(first, (line_break + rest, "dim")) for first, line_break, rest in parts))
         console.print(table)

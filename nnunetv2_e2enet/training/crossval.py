@@ -9,12 +9,13 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from queue import SimpleQueue
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import make_writable
@@ -102,20 +103,29 @@ class Fold:
             Its exit code.
 
         Raises:
-            E2ENetError: another process trains the fold, or the model's folder cannot be written.
+            E2ENetError: another process trains the fold, or the model's folder cannot be written, or has no locks.
         """
         make_writable(self.model)
+        with self._locked() as lock:
+            if self.state() is FoldState.DONE:
+                return 0
+            held = lock._context.lock_file_fd  # by the training too, where this process is killed
+            return _run_logged(self.command(), self.log, _environment(gpu), held)
+
+    def _locked(self) -> AbstractContextManager[BaseFileLock]:
+        """The lock of the fold, released at the end of its context."""
         lock = FileLock(self.model / f"crossval_fold_{self.number}.lock", timeout=0)
         try:
-            with lock:
-                if self.state() is FoldState.DONE:
-                    return 0
-                held = lock._context.lock_file_fd  # by the training too, where this process is killed
-                return _run_logged(self.command(), self.log, _environment(gpu), held)
+            return lock.acquire()
         except Timeout as error:
             raise E2ENetError(
                 f"fold {self.number} of {self.trainer} is trained by another e2enet crossval (see {self.log}): wait for its "
                 "end, or end what is left of it, then repeat the command"
+            ) from error
+        except (OSError, NotImplementedError) as error:  # of a network's file system
+            raise E2ENetError(
+                f"cannot lock {lock.lock_file} ({error}): expected a file system with locks, so that no fold is trained "
+                "twice; put nnUNet_results elsewhere, or run nnUNetv2_train for each fold"
             ) from error
 
 

@@ -180,9 +180,12 @@ class DSFFMixin(NetworkMixin):
     def _update_topology(self) -> None:
         """Update before the first iteration, so that validation and checkpoints see networks that were trained since."""
         updater = self.topology_updater
-        if updater.needs_observation(self.current_epoch):
+        observed = updater.needs_observation(self.current_epoch)
+        if observed:
             self._observe()
         update = updater.update(self.current_epoch, self.optimizer)
+        if observed:
+            self.optimizer.zero_grad(set_to_none=True)  # also of trainers that add the gradients of batches up
         if update is not None:
             self.topology_history.add(update)
         values = {

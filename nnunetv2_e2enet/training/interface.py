@@ -33,7 +33,8 @@ class Overrides:
         own_hooks: methods of the mixin that nnU-Net does not have.
 
     Raises:
-        E2ENetError: on definition of a class, if nnU-Net has no such method, or one with other parameters.
+        E2ENetError: on definition of a class, if nnU-Net has no such method, or one with other parameters, or if a class of
+            nnU-Net comes before the mixin, whose methods would then not be called.
     """
 
     own_hooks: tuple[str, ...] = ()
@@ -42,6 +43,14 @@ class Overrides:
         super().__init_subclass__()
         originals = [base for base in reversed(cls.__mro__) if base.__module__.startswith("nnunetv2.")]
         if originals:
+            first = cls.__mro__.index(originals[-1])
+            late = [base for base in cls.__mro__[first:] if issubclass(base, Overrides) and base is not Overrides]
+            if late:
+                theirs, ours = originals[-1].__name__, late[0].__name__
+                raise E2ENetError(
+                    f"{cls.__name__} has {theirs} before {ours}, whose methods would not be called: "
+                    f"write class {cls.__name__}({ours}, {theirs})"
+                )
             for mixin in cls.__mro__:
                 if issubclass(mixin, Overrides) and not issubclass(mixin, originals[0]):
                     _check_methods(mixin, originals)
@@ -53,6 +62,8 @@ def _check_methods(mixin: type[Overrides], originals: list[type]) -> None:
         if not inspect.isroutine(ours) or internal or name in mixin.own_hooks:
             continue
         original = next((base for base in originals if name in vars(base)), None)
+        if original is None and not mixin.__module__.startswith("nnunetv2_e2enet."):
+            continue  # a method of the user's own
         if original is None:
             raise E2ENetError(f"the installed nnU-Net has no {originals[0].__name__}.{name}: {ADVICE}")
         expected, found = (list(inspect.signature(getattr(cls, name)).parameters.values()) for cls in (mixin, original))

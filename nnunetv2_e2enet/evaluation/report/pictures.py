@@ -69,6 +69,8 @@ def _chosen(comparison: Comparison) -> dict[str, int]:
         chosen |= {f"Best case {i + 1}: {names[index]}": index for i, index in enumerate(order[: -n - 1 : -1])}
     means = comparison.results.case_means("dice")
     difference = means[0] - means[1]
+    if np.isnan(difference).all():
+        return chosen
     first, second = comparison.names[:2]
     for best, value, index in (
         (first, np.nanmax(difference), int(np.nanargmax(difference))),

@@ -301,8 +301,8 @@ VIEWS: dict[str, tuple[str, str, Callable[[Sequence[Fold]], Figure]]] = {
     ),
     "agreement": (
         "Agreement of the folds",
-        "For each pair of folds, connections that are active in both, over those that are active in one of them. The bar is "
-        "the expected value for independent random topologies of the same densities.",
+        "For each pair of folds, connections that are active in both, over the mean number of active ones. The bar is the "
+        "expected value for independent random topologies of the same densities.",
         agreement,
     ),
     "losses": (
