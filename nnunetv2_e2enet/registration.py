@@ -294,6 +294,15 @@ def _restore(path: Path, text: str | None) -> None:
         write_atomically(path, text)
 
 
+def find_in_nnunet(package: str, name: str) -> Any:
+    """A class in a subpackage of nnU-Net, such as ``preprocessing``, as nnU-Net finds it; None without one."""
+    import nnunetv2
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    folder = Path(nnunetv2.__path__[0]).joinpath(*package.split("."))
+    return recursive_find_python_class(str(folder), name, f"nnunetv2.{package}")
+
+
 def find_trainer(name: str) -> Any:
     """The class of a trainer, as nnU-Net's commands find it.
 

@@ -228,7 +228,7 @@ def test_hippocampus_in_slices(tiny: Project, tmp_path: Path, monkeypatch: pytes
     results = json.loads(record.read_text())["results"]
     assert set(results) == {"nnU-Net | fold 0", "E2ENet | fold 0"}
     calls = {name: result["calls"] for name, result in results.items()}
-    assert {name: [call["epoch"] for call in of} for name, of in calls.items()} == {
+    assert {name: [call["epoch"] for call in of] for name, of in calls.items()} == {
         "nnU-Net | fold 0": [0, 1],
         "E2ENet | fold 0": [0],
     }

@@ -88,6 +88,21 @@ def test_a_training_that_was_killed_knows_the_seconds_of_before(in_process: Proj
     assert (record["seconds"], record["iterations"]) == (72, 36)
 
 
+def test_all_processes_take_the_iterations_of_the_first(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise one would wait for a step that the others do not take."""
+
+    class OnAnotherRank(AsLong):
+        def on_train_epoch_start(self) -> None:
+            self.is_ddp = True
+            super().on_train_epoch_start()
+            self.is_ddp = False
+
+    sent = iter([FIRST_ITERATIONS, 4, 6, 7])
+    monkeypatch.setattr(timed.distributed, "broadcast", lambda planned, src: planned.fill_(next(sent)) if src == 0 else None)
+    train(Other, in_process, monkeypatch, 6.0)
+    assert train(OnAnotherRank, in_process, monkeypatch, 2.0)[0] == [FIRST_ITERATIONS, 4, 6, 7]
+
+
 def test_the_other_training_must_have_ended(in_process: Project) -> None:
     trainer = make(AsLong, in_process, in_process.tiny_plans())
     with pytest.raises(

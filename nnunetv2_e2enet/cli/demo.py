@@ -6,9 +6,7 @@ import argparse
 import os
 import subprocess
 import time
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -190,13 +188,8 @@ def _dice(summary: Path) -> dict[str, float]:
 
 
 def _parameters(model: Path) -> ParameterCounts:
-    """Parameter counts of the network that nnU-Net's predictor builds from a model folder."""
-    import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
+    """Parameter counts of the network of a model folder, with its topology."""
+    from nnunetv2_e2enet.evaluation.networks import model_design
     from nnunetv2_e2enet.network.accounts import parameter_counts
 
-    with redirect_stdout(StringIO()):
-        predictor = nnUNetPredictor(device=torch.device("cpu"))
-        predictor.initialize_from_trained_model_folder(str(model), (0,))
-    return parameter_counts(predictor.network)
+    return parameter_counts(model_design(model, model.name).build())

@@ -21,11 +21,11 @@ from nnunetv2_e2enet import __version__
 from nnunetv2_e2enet.cli.output import plain_console
 from nnunetv2_e2enet.registration import (
     EXPERIMENTS,
-    PLANNER_FOLDER,
     REGISTER_EXPERIMENTS,
     TRAINER_MODULE,
     NnUNet,
     class_names,
+    find_in_nnunet,
     find_nnunet,
     has_experiments,
     is_ours,
@@ -261,11 +261,7 @@ def _finds_trainer(name: str) -> bool:
 
 
 def _finds_planner(name: str) -> bool:
-    import nnunetv2
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-
-    folder = str(Path(nnunetv2.__path__[0]) / PLANNER_FOLDER)
-    return recursive_find_python_class(folder, name, "nnunetv2.experiment_planning") is not None
+    return find_in_nnunet("experiment_planning", name) is not None
 
 
 FINDERS: dict[str, Callable[[str], bool]] = {"trainer": _finds_trainer, "planner": _finds_planner}

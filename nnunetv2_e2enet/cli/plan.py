@@ -9,7 +9,7 @@ from pathlib import Path
 from nnunetv2_e2enet.cli.nnunet import PREPROCESSED, RAW, dataset_name, nnunet_folder
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import read_json
-from nnunetv2_e2enet.registration import find_nnunet
+from nnunetv2_e2enet.registration import find_in_nnunet, find_nnunet
 
 FINGERPRINT_KEYS = (  # that planning reads
     *("spacings", "shapes_after_crop", "median_relative_size_after_cropping"),
@@ -78,13 +78,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_preprocessor(name: str) -> None:
     """Raises E2ENetError unless nnU-Net finds a preprocessor."""
-    import nnunetv2
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-
-    folder = str(Path(nnunetv2.__path__[0]) / "preprocessing")
-    if recursive_find_python_class(folder, name, "nnunetv2.preprocessing") is None:
+    if find_in_nnunet("preprocessing", name) is None:
         raise E2ENetError(
-            f"-preprocessor_name {name}: nnU-Net has no such class in {folder}; nnU-Net's own is DefaultPreprocessor"
+            f"-preprocessor_name {name}: nnunetv2.preprocessing has no such class; nnU-Net's own is DefaultPreprocessor"
         )
 
 

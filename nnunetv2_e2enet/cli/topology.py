@@ -76,15 +76,12 @@ def _draw(args: argparse.Namespace, folds: Sequence[Fold], facts: dict[str, Any]
     from nnunetv2_e2enet.evaluation.report.drawing import png, svg
     from nnunetv2_e2enet.evaluation.topology.figures import views
     from nnunetv2_e2enet.evaluation.topology.page import topology_html
-    from nnunetv2_e2enet.files import write
+    from nnunetv2_e2enet.files import make_writable, write
 
     drawn = views(folds)
     written = []
     if args.figures is not None:
-        try:
-            args.figures.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise E2ENetError(f"cannot make the folder {args.figures} ({error.strerror}): choose another place") from error
+        make_writable(args.figures)
         for view in drawn:
             if view.figure is not None:
                 written += [args.figures / f"{view.key}.png", args.figures / f"{view.key}.svg"]

@@ -19,6 +19,7 @@ from torch import nn
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.registration import find_in_nnunet
 from nnunetv2_e2enet.training.architecture import is_e2enet
 
 if TYPE_CHECKING:
@@ -176,11 +177,12 @@ def _check_names(plans: PlansManager, settings: ConfigurationManager) -> None:
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+    schemes = [find_in_nnunet("preprocessing.normalization", name) for name in settings.normalization_schemes]
     classes: list[tuple[Any, type]] = [
         (plans.image_reader_writer_class, BaseReaderWriter),
         (plans.label_manager_class, LabelManager),
         (settings.preprocessor_class, DefaultPreprocessor),
-        *((_normalization(name), ImageNormalization) for name in settings.normalization_schemes),
+        *((scheme, ImageNormalization) for scheme in schemes),
     ]
     for found, base in classes:
         if not isclass(found) or not issubclass(found, base) or isabstract(found):
@@ -189,14 +191,6 @@ def _check_names(plans: PlansManager, settings: ConfigurationManager) -> None:
         function: Any = getattr(resampling, "func", None)
         if not isfunction(function) or not function.__module__.startswith("nnunetv2.preprocessing.resampling."):
             raise TypeError(f"{function} does not resample")
-
-
-def _normalization(name: str) -> Any:
-    import nnunetv2
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-
-    folder = f"{nnunetv2.__path__[0]}/preprocessing/normalization"
-    return recursive_find_python_class(folder, name, "nnunetv2.preprocessing.normalization")
 
 
 def _check_numbers(description: Description, plans: PlansManager, settings: ConfigurationManager) -> None:

@@ -111,7 +111,7 @@ class TrainingWeights:
         self.used: set[int] = set()
         self._places = {id(parameter): k for k, parameter in enumerate(network.parameters())}
         self.shapes = [parameter.shape for parameter in network.parameters()]
-        self._form, self._shapes = form(network), _shapes(network)
+        self._form = form(network)
         self._masks = [layer.mask.clone() for _, layer in maskable_layers(network)]
         self._factors: dict[int, Tensor] = {}  # by parameter: what it is multiplied by as it is packed
         self._passes = 0
@@ -139,7 +139,7 @@ class TrainingWeights:
         """Whether the kernels and the topology are still those that the weights were packed for, and units are new enough."""
         if core is not self.core or (self._factors and self._passes >= PASSES):
             return False
-        if self._form != form(network) or self._shapes != _shapes(network):
+        if self._form != form(network) or self.shapes != [parameter.shape for parameter in network.parameters()]:
             return False
         layers = [layer for _, layer in maskable_layers(network)]
         return all(torch.equal(mask, layer.mask) for mask, layer in zip(self._masks, layers, strict=True))
@@ -318,10 +318,6 @@ class TrainingWeights:
         turned = self._array(parameter, grouped_places(places.T[:, None]))
         dots = self._dense_places(torch.ones(classes, inputs, dtype=torch.bool))
         return (weight, offset, classes), TrainedHead(turned, _lines(dots), parameter, bias)
-
-
-def _shapes(network: E2ENet) -> list[torch.Size]:
-    return [parameter.shape for parameter in network.parameters()]
 
 
 def _turned_taps(taps: Tensor, stride: tuple[int, int, int]) -> Tensor:

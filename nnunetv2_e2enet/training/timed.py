@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import distributed
+
 from nnunetv2_e2enet.files import read_json, write_atomically
 from nnunetv2_e2enet.training.interface import Overrides
 
@@ -69,7 +72,10 @@ class TimedMixin(Overrides, TrainerBase):
         """As nnU-Net does, with as many iterations as fit into the epoch's share of the time."""
         super().on_train_epoch_start()
         if self._allowed is not None:
-            self.num_iterations_per_epoch = self._planned_iterations(self._allowed)
+            planned = torch.tensor(self._planned_iterations(self._allowed), device=self.device)
+            if self.is_ddp:  # each process has a clock of its own
+                distributed.broadcast(planned, src=0)
+            self.num_iterations_per_epoch = int(planned)
         self._epoch_started = time.monotonic()
 
     def _planned_iterations(self, seconds: float) -> int:
