@@ -111,7 +111,7 @@ def test_predict_is_nnunets_voxel_by_voxel(packed: Path, by_nnunet: Path, projec
     first = tmp_path / min(images(project))
     stamp = first.stat().st_mtime_ns
     (tmp_path / max(images(project))).unlink()
-    assert main(["predict", *files, *SEQUENTIAL, "--save_probabilities", "--continue_prediction"]) == 0
+    assert main(["predict", *files, *SEQUENTIAL, "--save_probabilities", "--c"]) == 0
     assert same_file(tmp_path / max(images(project)), by_nnunet / max(images(project)))
     assert first.stat().st_mtime_ns == stamp
 
@@ -465,6 +465,48 @@ def test_what_was_made_of_a_former_segmentation_is_named(
     assert message not in capsys.readouterr().out
 
 
+def test_tables_and_probabilities_of_a_former_segmentation_are_named(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of all parts of a former command; but not what another part of this one writes."""
+    write_packed(tmp_path / "model.e2enet", untrained_model(project)[0])
+    case, *_ = segmented_by_hand(project, tmp_path)
+    out = tmp_path / "out"
+    names = [f"{case}.npz", f"{case}.pkl", "volumes_0_of_2.csv"]
+    for name in (*names, "volumes_1_of_3.csv"):
+        (out / name).touch()
+    files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path / "images"), "-o", str(out), "-device", "cpu"]
+    monkeypatch.setattr("nnunetv2_e2enet.cli.predict._predict", lambda *_: (out / f"{case}.nii.gz").touch())
+    assert main(["predict", *files, "-num_parts", "3"]) == 0
+    assert f"{', '.join(names)}: made of former segmentations" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_what_was_postprocessed_before(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = untrained_model(project)
+    write_packed(tmp_path / "model.e2enet", replace(model, description=replace(model.description, postprocessing=[[1]])))
+    case, *_ = segmented_by_hand(project, tmp_path)
+    segmentation, post = tmp_path / "out" / f"{case}.nii.gz", tmp_path / "out" / "postprocessed"
+    image = SimpleITK.ReadImage(segmentation)
+    noise = SimpleITK.GetImageFromArray(np.random.default_rng(0).integers(0, 2, image.GetSize()[::-1], np.uint8))
+    noise.CopyInformation(image)
+    SimpleITK.WriteImage(noise, segmentation)
+    monkeypatch.setattr("nnunetv2_e2enet.cli.predict._predict", lambda *_: None)
+    files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path / "images"), "-o", str(tmp_path / "out")]
+    command = ["predict", *files, *SEQUENTIAL, "--continue_prediction", "--postprocess", "--disable_progress_bar"]
+    assert main(command) == 0
+    former = (post / segmentation.name).read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(former) // 2, hard))
+    try:
+        assert main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"cannot write {post / segmentation.name} (" in single_line(capsys)
+    assert [path.read_bytes() for path in post.iterdir()] == [former]
+
+
 def test_volumes_and_previews_of_what_postprocessing_leaves(project: Project, tmp_path: Path) -> None:
     model, _ = untrained_model(project)
     write_packed(tmp_path / "model.e2enet", replace(model, description=replace(model.description, postprocessing=[[1]])))
@@ -712,6 +754,23 @@ def test_an_image_is_not_replaced(
     assert scan.read_bytes() == given
 
 
+def test_an_image_behind_a_link_is_not_replaced(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = untrained_model(project)
+    write_packed(tmp_path / "model.e2enet", replace(model, description=replace(model.description, postprocessing=[[1]])))
+    source = min((project.raw / "imagesTs").glob("*_0000.nii.gz"))
+    for place in ("scans", "scans/postprocessed"):
+        (tmp_path / place).mkdir()
+        scan = Path(shutil.copy(source, tmp_path / place / "pat.nii.gz"))
+        given, folder = scan.read_bytes(), tmp_path / place.replace("/", "_") / "imagesTs"
+        folder.mkdir(parents=True)
+        (folder / "pat_0000.nii.gz").symlink_to(scan)
+        files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(folder), "-o", str(tmp_path / "scans")]
+        assert main(["predict", *files, "-device", "cpu", "--disable_tta", "--postprocess"]) == 1
+        assert f"{scan} would replace an image of that name: name another folder with -o" in single_line(capsys)
+        assert scan.read_bytes() == given
+        scan.unlink()
+
+
 def test_segmentations_cannot_be_written(
     packed: Path, project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -784,6 +843,15 @@ def test_cascades_need_the_first_stage(packed: Path) -> None:
     plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
     with pytest.raises(E2ENetError, match="needs the segmentations of 3d_lowres"):
         Segmenter(PackedModel(replace(model.description, plans=plans), model.folds))
+
+
+def test_infinite_logits_are_one_line(project: Project) -> None:
+    """nnU-Net, which adds them in float16, raises a RuntimeError."""
+    model, _ = untrained_model(project, base=2, maximum=4)
+    large = {name: array * np.float32(1e6 if "seg_layers" in name else 1) for name, array in model.folds["0"].items()}
+    large = {name: array.astype(model.folds["0"][name].dtype) for name, array in large.items()}
+    with pytest.raises(E2ENetError, match=r"logits are too large for float16.*: check "):
+        Segmenter(PackedModel(model.description, {"0": large}), mirroring=False)(make_scan((20, 60, 64)))
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from scans import DIRECTION, assert_same_place, make_scan, write_dicom
 from support import Project, copy_with_random_heads, untrained_model
 
 from nnunetv2_e2enet.cli.main import main
-from nnunetv2_e2enet.deployment import PackedModel
-from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
+from nnunetv2_e2enet.deployment import PackedModel, Segmenter
+from nnunetv2_e2enet.deployment.dicom import Series, choose_series, read_series
 from nnunetv2_e2enet.deployment.images import case_name, check_channels, check_replaceable, folder_of_images
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.imaging import check_whole, read_image
@@ -134,6 +134,74 @@ def test_slices_that_make_no_volume(tmp_path: Path) -> None:
             read_series(series)
 
 
+def write_moved(scan: SimpleITK.Image, folder: Path, origins: list[tuple[float, float, float]]) -> Series:
+    """A series whose slice i has its first pixel at ``origins[i]``, mm."""
+    moved = SimpleITK.Image(scan)
+    for i, origin in enumerate(origins):
+        moved.SetOrigin((0, 0, 0))
+        moved.SetOrigin(np.subtract(origin, moved.TransformIndexToPhysicalPoint((0, 0, i))).tolist())
+        write_dicom(moved, folder, slices=[i])
+    series = choose_series(folder)
+    assert series is not None
+    return series
+
+
+def test_slices_that_fit_their_neighbours_alone_make_no_volume(tmp_path: Path) -> None:
+    """A little aside each, or a little farther apart in one half; and positions that are there once for each time."""
+    scan = make_scan((60, 4, 4))
+    scan.SetDirection(np.eye(3).ravel().tolist())
+    drifting = [(0.24 * i, 0.0, 5.0 * i) for i in range(60)]
+    stretched = [(0.0, 0.0, 2.5 * i + 0.1 * max(0, i - 6)) for i in range(12)]
+    dynamic = [(0.0, 0.0, 7.5 * (i % 2)) for i in range(8)]
+    for name, origins, message in (
+        ("drifting", drifting, "was taken with a tilted gantry, each slice 0.24 mm beside the one before"),
+        ("stretched", stretched, "slices 2.5 to 2.6 mm apart: expected the same distance between all"),
+        ("dynamic", dynamic, r"slices (-7.5|0) to 7.5 mm apart: .* none is there twice"),
+    ):
+        with pytest.raises(E2ENetError, match=message):
+            read_series(write_moved(scan, tmp_path / name, origins))
+    even = write_moved(scan, tmp_path / "even", [(0.0, 0.0, 2.5 * i + 0.05 * (i % 2)) for i in range(12)])
+    assert read_series(even).GetSize() == (4, 4, 12)
+    pixel = scan.GetSpacing()[0]
+    rounded = write_moved(scan, tmp_path / "rounded", [(0.4 * pixel * i / 59, 0.0, 5.0 * i) for i in range(60)])
+    assert read_series(rounded).GetSize() == (4, 4, 60)
+
+
+def test_a_file_of_several_frames_is_refused(tmp_path: Path) -> None:
+    """Places and slopes of its frames would be left aside."""
+    scan = make_scan()
+    scan.SetMetaData("0008|0060", "CT")
+    SimpleITK.WriteImage(scan, tmp_path / "enhanced.dcm")
+    series = choose_series(tmp_path / "enhanced.dcm")
+    assert series is not None
+    with pytest.raises(E2ENetError, match=r"enhanced\.dcm holds 6 frames: expected .* convert it to one file a slice"):
+        read_series(series)
+
+
+def test_a_description_in_latin_1_can_be_printed(tmp_path: Path) -> None:
+    for file in write_dicom(make_scan(), tmp_path):
+        file.write_bytes(file.read_bytes().replace(b"Abdomen 1", "Schädel 1".encode("latin-1")))
+    series = choose_series(tmp_path)
+    assert str(series).encode().endswith(b" (CT, Sch?del 1, 6 slices)")
+
+
+def test_of_a_named_file_no_other_series_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2, 3):
+        files = write_dicom(make_scan(), tmp_path, number=number)
+    asked: list[Any] = []
+    names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames
+
+    def counted(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return names(*arguments)
+
+    monkeypatch.setattr(SimpleITK.ImageSeriesReader, "GetGDCMSeriesFileNames", counted)
+    series = choose_series(files[0])
+    assert series is not None
+    assert sorted(series.files) == sorted(files)
+    assert len(asked) == 1
+
+
 def test_slices_in_colour_are_refused(tmp_path: Path) -> None:
     colours = np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8)
     image = SimpleITK.GetImageFromArray(colours, isVector=True)
@@ -180,6 +248,12 @@ def test_an_image_of_any_kind_becomes_a_folder(tmp_path: Path, model: PackedMode
 def test_names_of_cases(tmp_path: Path) -> None:
     names = {"a.nii.gz": "a", "a_0000.nii.gz": "a", "1.2.840.10": "1.2.840.10", "1.2.840.dcm": "1.2.840", "IM_0001": "IM_0001"}
     assert {name: case_name(tmp_path / name) for name in names} == names
+    target = tmp_path / "MD5E-s12--abcdef.nii.gz"  # as in a data set of git-annex
+    target.touch()
+    (tmp_path / "sub-01_T1w.nii.gz").symlink_to(target)
+    assert case_name(tmp_path / "sub-01_T1w.nii.gz") == "sub-01_T1w"
+    (tmp_path / "below").mkdir()
+    assert case_name(tmp_path / "below" / "..") == tmp_path.name
     (tmp_path / "b.nii").mkdir()
     assert case_name(tmp_path / "b.nii") == "b.nii"
 
@@ -296,6 +370,57 @@ def test_images_and_values_that_no_channel_has(tmp_path: Path, model: PackedMode
         check_channels([first], model)
 
 
+def read_by(model: PackedModel, reader: str, ending: str = ".nii.gz") -> PackedModel:
+    """The same model, trained on files of this ending with this reader of nnU-Net's."""
+    plans = {**model.description.plans, "image_reader_writer": reader}
+    dataset = {**model.description.dataset, "file_ending": ending}
+    return PackedModel(replace(model.description, plans=plans, dataset=dataset), model.folds)
+
+
+def test_voxels_that_are_no_numbers(tmp_path: Path, model: PackedModel) -> None:
+    """The mean of an image with one of them is none, and its segmentation would be empty."""
+    voxels = np.random.default_rng(0).normal(size=(6, 20, 24)).astype(np.float32)
+    voxels[2, 3, 4:6], voxels[1, 1, 1] = np.nan, np.inf
+    image = SimpleITK.GetImageFromArray(voxels)
+    for ending, reader in ((".mha", "SimpleITKIO"), (".nii.gz", "NibabelIO")):
+        file, other = tmp_path / f"a_0000{ending}", read_by(model, reader, ending)
+        SimpleITK.WriteImage(image, file)
+        message = rf"{file} has 3 voxels that are not finite .*: expected numbers; replace them"
+        with pytest.raises(E2ENetError, match=message):
+            check_channels([file], other)
+        with pytest.raises(E2ENetError, match=message):
+            Segmenter(other)(file)
+    with pytest.raises(E2ENetError, match=r"a_0000\.mha has 3 voxels"), folder_of_images([tmp_path / "a_0000.mha"], model):
+        pass
+    segmenter = Segmenter(model)
+    for given in (image, (voxels[None], {"spacing": [1, 1, 1]})):
+        with pytest.raises(E2ENetError, match="the image has 3 voxels that are not finite"):
+            segmenter(given)
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIOWithReorient", "NibabelIO"])
+def test_images_are_checked_whatever_reads_them(tmp_path: Path, model: PackedModel, reader: str) -> None:
+    segmenter = Segmenter(read_by(model, reader))
+    files = [tmp_path / "t1.nii.gz", tmp_path / "t2.nii.gz"]
+    moved = make_scan()
+    moved.SetOrigin((50, 0, 0))
+    for file, scan in zip(files, (make_scan(), moved), strict=True):
+        SimpleITK.WriteImage(scan, file)
+    with pytest.raises(E2ENetError, match=r"t2\.nii\.gz has origin .*: resample the channels to one grid"):
+        segmenter(files)
+    files[1].write_bytes(files[0].read_bytes()[:2000])
+    with pytest.raises(E2ENetError, match=r"t2\.nii\.gz ends after .* bytes"):
+        segmenter(files)
+
+
+def test_other_formats_than_the_models_are_converted(tmp_path: Path, model: PackedModel) -> None:
+    """As the command does, also where the model's reader cannot read them."""
+    segmenter = Segmenter(read_by(model, "NibabelIO"), mirroring=False, step_size=1)
+    for ending in (".nii.gz", ".mha"):
+        SimpleITK.WriteImage(make_scan((16, 40, 40)), tmp_path / f"scan{ending}")
+    np.testing.assert_array_equal(segmenter(tmp_path / "scan.mha"), segmenter(tmp_path / "scan.nii.gz"))
+
+
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 def test_a_file_that_ends_early_is_no_image(tmp_path: Path, ending: str) -> None:
     """SimpleITK reads what is missing as zeros."""
@@ -378,10 +503,15 @@ def test_what_a_segmentation_may_replace(tmp_path: Path, model: PackedModel) -> 
     scan, other = make_scan(), make_scan((4, 20, 24))
     SimpleITK.WriteImage(scan, image)
     check_replaceable(target, image, model)
-    for taken in (scan, SimpleITK.Cast(other > 0, SimpleITK.sitkUInt8)):
+    mr = SimpleITK.Cast(scan + 1000, SimpleITK.sitkUInt16)
+    for taken in (scan, mr, SimpleITK.Cast(other > 0, SimpleITK.sitkUInt8)):
         SimpleITK.WriteImage(taken, target)
         with pytest.raises(E2ENetError, match=r"CT\.nii\.gz is there already, and no segmentation of this image"):
             check_replaceable(target, image, model)
+    whole = target.read_bytes()
+    target.write_bytes(whole[: len(whole) // 2])  # of a scan, or of a segmentation on a full disk
+    with pytest.raises(E2ENetError, match=r"CT\.nii\.gz is there already, and cannot be read: name another folder with -o"):
+        check_replaceable(target, image, model)
     SimpleITK.WriteImage(SimpleITK.Cast(scan > 0, SimpleITK.sitkUInt8), target)
     check_replaceable(target, image, model)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from support import Project, untrained_model
 
-from nnunetv2_e2enet.deployment import Description, PackedModel, Segmenter, read_packed, write_packed
+from nnunetv2_e2enet.deployment import Description, PackedModel, Segmenter, packed, read_packed, write_packed
 from nnunetv2_e2enet.deployment.packed import serialized
 from nnunetv2_e2enet.deployment.packing import stored_names
 from nnunetv2_e2enet.errors import E2ENetError
@@ -195,6 +195,29 @@ def test_hostile_weights_with_a_right_checksum(file: Path, model: PackedModel, d
 def test_other_files(file: Path, content: bytes) -> None:
     assert outcome(file, content, read_packed) is None
     assert outcome(file, len(content).to_bytes(8, "little") + content, read_packed) is None
+
+
+def test_memory_is_taken_for_arrays_of_the_network_alone(file: Path, tmp_path: Path) -> None:
+    """A file of few bytes on the disk declares an array of 400 MiB that no network has."""
+    content, spoilt = file.read_bytes(), tmp_path / "large.e2enet"
+    length = int.from_bytes(content[:8], "little")
+    header, stored, more = json.loads(content[8 : 8 + length]), len(content) - 8 - length, 400 << 20
+    header["0/more"] = {"dtype": "U8", "shape": [more], "data_offsets": [stored, stored + more]}
+    text = json.dumps(header).encode()
+    with spoilt.open("wb") as written:
+        written.write(len(text).to_bytes(8, "little") + text + content[8 + length :])
+        written.truncate(8 + len(text) + stored + more)
+    with bounded_memory(), pytest.raises(E2ENetError, match="more and 0 more are missing, or not part of the network"):
+        read_packed(spoilt)
+
+
+def test_a_file_of_a_newer_version_is_kept(model: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.e2enet"
+    with monkeypatch.context() as patch:
+        patch.setattr(packed, "FORMAT", packed.FORMAT + 1)
+        write_packed(path, model)
+    with pytest.raises(E2ENetError, match=r"written by a newer version of this package.*: update the package$"):
+        read_packed(path)
 
 
 def test_a_checkpoint_is_called_that(tmp_path: Path) -> None:

@@ -533,6 +533,18 @@ def test_a_case_with_an_image_too_many(tmp_path: Path) -> None:
         predictor.predict_from_files_sequential([files], [str(tmp_path / "a")])
 
 
+def test_voxels_that_are_no_numbers_are_not_predicted(tmp_path: Path) -> None:
+    """nnU-Net normalizes by mean and deviation, which are none then."""
+    voxels = image((8, 16, 16))[0]
+    voxels[4, 5, 6] = np.nan
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(voxels), tmp_path / "a_0000.nrrd")
+    predictor = make_predictor(make_plans())
+    predictor.dataset_json = {**predictor.dataset_json, "file_ending": ".nrrd"}
+    with pytest.raises(E2ENetError, match=r"a_0000\.nrrd has 1 voxels that are not finite"):
+        predictor.predict_from_files_sequential([[str(tmp_path / "a_0000.nrrd")]], [str(tmp_path / "a")])
+    assert not (tmp_path / "a.nrrd").exists()
+
+
 @pytest.mark.parametrize("name", REPLACEMENTS)
 def test_replaced_methods_take_what_nnunets_take(name: str) -> None:
     original = inspect.unwrap(getattr(nnUNetPredictor, name))

@@ -176,6 +176,11 @@ def test_nothing_found_and_more_labels_than_room(
     assert last == f"and {117 - len(named)} others, not found"
 
 
+def test_names_are_no_formulas(tmp_path: Path, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = drawn(tmp_path / "cost $^$.png", files, monkeypatch, {"organ $_$": [1]})
+    assert figure.texts[0].get_text() == "cost $^$"
+
+
 def test_what_cannot_be_drawn(tmp_path: Path, files: tuple[Path, Path]) -> None:
     flat = tmp_path / "flat.nii.gz"
     SimpleITK.WriteImage(SimpleITK.Image(16, 20, SimpleITK.sitkUInt8), flat)

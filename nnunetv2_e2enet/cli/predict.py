@@ -33,10 +33,16 @@ EXAMPLES = """examples:
 Of a folder with several DICOM series, one is chosen by naming any of its files.
 Options of nnUNetv2_predict mean the same here, and so do the results. No
 trainer has to be registered, and nnUNet_results is not used.
+
+-npp 0 -nps 0 predicts without processes for preprocessing and export. Where
+e2enet computes these steps (on a CPU), it has no such processes, whatever -npp
+and -nps are.
 """
 
 
 STEP_SIZE, FAST_STEP_SIZE = 0.5, 0.75
+POSTPROCESSED = "postprocessed"
+"""Folder in that of the segmentations."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,31 +59,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", type=Path, required=True, metavar="DIR", help="segmentations; made if it is not there")
     parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds to predict with (default: all in the file)")
     parser.add_argument(
-        "-step_size", type=float, help=f"of the sliding window (default: 0.5; with --fast, {FAST_STEP_SIZE})", metavar="S"
+        "-step_size", type=float, help=f"step of the sliding window (default: 0.5; --fast: {FAST_STEP_SIZE})", metavar="S"
     )
     parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
     parser.add_argument(
         "--fast", action="store_true", help="no mirroring, larger steps, on a CPU feature maps in 16 bits: less accurate"
     )
     parser.add_argument("--save_probabilities", action="store_true", help="write class probabilities as well")
-    parser.add_argument("--continue_prediction", action="store_true", help="leave cases that are predicted")
-    parser.add_argument("--postprocess", action="store_true", help="also write OUT/postprocessed, with what nnU-Net found")
+    parser.add_argument("--continue_prediction", "--c", action="store_true", help="skip cases that have a segmentation in DIR")
+    parser.add_argument("--postprocess", action="store_true", help="also write DIR/postprocessed, by the steps in FILE")
     parser.add_argument(
         "--volumes",
         action="store_true",
-        help="also write OUT/volumes.csv: millilitres by case and label; with -num_parts a file each",
+        help="also write DIR/volumes.csv: millilitres by case and label; with -num_parts a file each",
     )
-    parser.add_argument("--dicom_seg", action="store_true", help="also write OUT/CASE.dcm, DICOM SEG, of a DICOM series")
-    parser.add_argument("--preview", action="store_true", help="also write OUT/CASE.png: contours in three planes, volumes")
-    parser.add_argument("-npp", type=int, default=_number("nnUNet_npp"), help="preprocessing processes (default: 3)")
-    parser.add_argument("-nps", type=int, default=_number("nnUNet_nps"), help="export processes (default: 3)")
+    parser.add_argument("--dicom_seg", action="store_true", help="also write DIR/CASE.dcm, DICOM SEG, of a DICOM series")
+    parser.add_argument("--preview", action="store_true", help="also write DIR/CASE.png: contours in three planes, volumes")
+    parser.add_argument("-npp", type=int, default=_number("nnUNet_npp"), help="preprocessing processes (default: 3; below)")
+    parser.add_argument("-nps", type=int, default=_number("nnUNet_nps"), help="export processes (default: 3; below)")
     parser.add_argument("-prev_stage_predictions", metavar="DIR", help="segmentations of the cascade's first stage")
-    parser.add_argument("-num_parts", type=int, default=1, help="of how many such commands (default: 1)")
-    parser.add_argument("-part_id", type=int, default=0, help="which of them this is (default: 0)")
-    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="default: %(default)s")
+    parser.add_argument("-num_parts", type=int, default=1, help="number of commands that share the cases (default: 1)")
+    parser.add_argument("-part_id", type=int, default=0, help="number of this command, from 0 (default: 0)")
+    parser.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="device (default: %(default)s)")
     parser.add_argument("--not_on_device", action="store_true", help="keep logits out of GPU memory")
-    parser.add_argument("--verbose", action="store_true", help="say more")
-    parser.add_argument("--disable_progress_bar", action="store_true", help="for logs")
+    parser.add_argument("--verbose", action="store_true", help="print nnU-Net's steps")
+    parser.add_argument("--disable_progress_bar", action="store_true", help="draw no progress bar, for logs")
 
 
 def _number(variable: str) -> int:
@@ -93,9 +99,8 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_e2enet.deployment.dicom_seg import check_dicom_seg, series_to_refer_to
     from nnunetv2_e2enet.deployment.images import check_channels, check_replaceable, check_segmentations, folder_of_images
     from nnunetv2_e2enet.deployment.previews import check_previews
-    from nnunetv2_e2enet.deployment.segmenter import make_predictor
+    from nnunetv2_e2enet.deployment.segmenter import failures_in_one_line, make_predictor
     from nnunetv2_e2enet.deployment.volumes import check_volumes
-    from nnunetv2_e2enet.machine import out_of_memory_in_one_line
 
     model = read_packed(args.m)
     model = model if args.f is None else model.with_folds(args.f)
@@ -104,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     step_size = (FAST_STEP_SIZE if args.fast else STEP_SIZE) if args.step_size is None else args.step_size
     series = series_to_refer_to(args.i, args.o) if args.dicom_seg else None
     changes = {"engine_storage": STORAGE_16_BIT} if args.fast else {}
-    with override(**changes), out_of_memory_in_one_line(), folder_of_images(args.i, model) as images:
+    with override(**changes), failures_in_one_line(), folder_of_images(args.i, model) as images:
         predictor = make_predictor(
             model,
             torch.device(args.device),
@@ -135,10 +140,10 @@ def run(args: argparse.Namespace) -> int:
         make_writable(args.o)
         segmented = [_segmentation(args.o, image, model) for image in cases]
         if args.continue_prediction:
-            check_segmentations(segmented)
+            check_segmentations(segmented, model)
         former = {path: path.stat().st_mtime_ns for path in segmented if path.is_file()}
         _predict(args, predictor, images)
-        check_segmentations(segmented)
+        check_segmentations(segmented, model)
         _finish(args, model, cases, segmented, series)
         _name_what_is_old(args, model, former)
     return 0
@@ -162,11 +167,13 @@ def _check_places(args: argparse.Namespace, cases: Sequence[Path], images: Path,
         raise E2ENetError(
             f"{args.o} holds the images, and nnU-Net would take segmentations there for images: name another folder with -o"
         )
-    given = {path.resolve() for path in args.i}
-    for image in cases:
-        target = _segmentation(args.o, image, model)
-        if target.resolve() in given:
-            raise E2ENetError(f"the segmentation {target} would replace an image of that name: name another folder with -o")
+    given = {path.resolve() for path in (*args.i, *images.iterdir())}
+    for folder in (args.o, args.o / POSTPROCESSED) if args.postprocess else (args.o,):
+        for target in (_segmentation(folder, image, model) for image in cases):
+            if target.resolve() in given:
+                raise E2ENetError(
+                    f"the segmentation {target} would replace an image of that name: name another folder with -o"
+                )
 
 
 def _check_first_stage(args: argparse.Namespace, cases: Sequence[Path], model: PackedModel) -> None:
@@ -202,18 +209,26 @@ def _finish(
 
     progress = not args.disable_progress_bar
     folders = [args.o]
-    table = "volumes.csv" if args.num_parts == 1 else f"volumes_{args.part_id}_of_{args.num_parts}.csv"
     if args.postprocess:
-        folders.append(_postprocess(segmented, args.o / "postprocessed", model, progress))
+        folders.append(_postprocess(segmented, args.o / POSTPROCESSED, model, progress))
     for folder in folders:
         if args.volumes:
-            write_volumes(folder / table, [folder / path.name for path in segmented], model, progress)
+            write_volumes(folder / _table(args), [folder / path.name for path in segmented], model, progress)
         if args.preview:
             write_previews(folder, cases, model, progress)
         if series is not None:
             for path in (_segmentation(folder, image, model) for image in cases):
                 case = path.name.removesuffix(model.description.dataset["file_ending"])
                 write_dicom_seg(folder / f"{case}.dcm", path, series, model, folder != args.o)
+
+
+def _table(args: argparse.Namespace) -> str:
+    """Name of the file of volumes."""
+    return "volumes.csv" if args.num_parts == 1 else f"volumes_{args.part_id}_of_{args.num_parts}.csv"
+
+
+def _of_another_part(table: Path, args: argparse.Namespace) -> bool:
+    return table.match(f"volumes_*_of_{args.num_parts}.csv") and table.name != _table(args)
 
 
 def _name_what_is_old(args: argparse.Namespace, model: PackedModel, former: Mapping[Path, int]) -> None:
@@ -224,15 +239,16 @@ def _name_what_is_old(args: argparse.Namespace, model: PackedModel, former: Mapp
         model: says how files are named.
         former: times at which earlier segmentations of these cases were written, ns.
     """
-    ending = model.description.dataset["file_ending"]
+    ending, post = model.description.dataset["file_ending"], args.o / POSTPROCESSED
+    tables = [file for folder in (args.o, post) for file in folder.glob("volumes*.csv") if not _of_another_part(file, args)]
     old: set[str] = set()
     for path, before in former.items():
         now = path.stat().st_mtime_ns
         if now == before:
             continue
-        case, post = path.name.removesuffix(ending), args.o / "postprocessed"
-        files = [folder / name for folder in (args.o, post) for name in (f"{case}.png", f"{case}.dcm", "volumes.csv")]
-        files += [post / path.name, path.with_name(f"{case}.npz")]
+        case = path.name.removesuffix(ending)
+        files = [folder / f"{case}{made}" for folder in (args.o, post) for made in (".png", ".dcm")]
+        files += [*tables, post / path.name, *(path.with_name(f"{case}{made}") for made in (".npz", ".pkl"))]
         old |= {str(file.relative_to(args.o)) for file in files if file.is_file() and file.stat().st_mtime_ns < now}
     if old:
         others = f" and {len(old) - 3} others" if len(old) > 3 else ""
@@ -270,13 +286,16 @@ def _set_threads(device: str) -> None:
 
 def _postprocess(segmentations: Sequence[Path], target: Path, model: PackedModel, progress: bool) -> Path:
     """The folder ``target``, with what nnU-Net's postprocessing leaves of each segmentation."""
-    from nnunetv2.postprocessing.remove_connected_components import load_postprocess_save
+    from nnunetv2.postprocessing.remove_connected_components import apply_postprocessing
     from tqdm import tqdm
 
     from nnunetv2_e2enet.deployment.segmenter import postprocessing_steps
+    from nnunetv2_e2enet.prediction.writing import write_segmentation
 
     reader = model.description.managers()[0].image_reader_writer_class()
-    target.mkdir(exist_ok=True)
+    make_writable(target)
     for path in tqdm(segmentations, desc="Postprocessing", disable=not progress):
-        load_postprocess_save(str(path), str(target / path.name), reader, *postprocessing_steps(model))
+        segmentation, properties = reader.read_seg(str(path))
+        processed = apply_postprocessing(segmentation[0], *postprocessing_steps(model))
+        write_segmentation(target / path.name, processed, properties, reader)
     return target

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from numpy.typing import NDArray
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.imaging import read_header, read_image, readable
 
-MODALITY, DESCRIPTION = "0008|0060", "0008|103e"
+MODALITY, DESCRIPTION, SERIES = "0008|0060", "0008|103e", "0020|000e"
 EVEN = 0.05
-"""The most by which distances between slices may differ, relative to the usual one."""
+"""The most by which a slice may lie above or below its place in an image, relative to the distance between slices."""
+ASIDE = 0.5
+"""The most by which a slice may lie beside its place, in pixels; directions are often rounded."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,13 @@ class Series:
 
     def __str__(self) -> str:
         tags = read_header(self.files[0])
-        facts = [tags.GetMetaData(tag).strip() for tag in (MODALITY, DESCRIPTION) if tags.HasMetaDataKey(tag)]
-        return f"{self.files[0]} ({', '.join([*filter(None, facts), f'{len(self.files)} slices'])})"
+        facts = [_value(tags, tag) for tag in (MODALITY, DESCRIPTION)]
+        text = f"{self.files[0]} ({', '.join([*filter(None, facts), f'{len(self.files)} slices'])})"
+        return text.encode(errors="replace").decode()  # descriptions may be in any encoding
+
+
+def _value(tags: SimpleITK.ImageFileReader, tag: str) -> str:
+    return str(tags.GetMetaData(tag)).strip() if tags.HasMetaDataKey(tag) else ""
 
 
 def is_dicom(file: Path) -> bool:
@@ -42,10 +50,15 @@ def is_dicom(file: Path) -> bool:
 
 def find_series(folder: Path) -> list[Series]:
     """All series whose files lie in a folder, without those in folders below."""
-    reader = SimpleITK.ImageSeriesReader
     with _no_warnings():  # of a folder without any
-        names = [reader.GetGDCMSeriesFileNames(str(folder), uid) for uid in reader.GetGDCMSeriesIDs(str(folder))]
-    return [Series(tuple(map(Path, files))) for files in names if files]
+        uids = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    return [Series(files) for files in (_files(folder, uid) for uid in uids) if files]
+
+
+def _files(folder: Path, uid: str) -> tuple[Path, ...]:
+    """The files of a series, in the order of slices."""
+    with _no_warnings():
+        return tuple(map(Path, SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)))
 
 
 def choose_series(path: Path) -> Series | None:
@@ -62,49 +75,83 @@ def choose_series(path: Path) -> Series | None:
         return found[0] if found else None
     if not path.is_file() or not is_dicom(path):
         return None
-    return next((s for s in find_series(path.parent) if any(path.samefile(file) for file in s.files)), Series((path,)))
+    uid = _value(read_header(path), SERIES)
+    files = _files(path.parent, uid) if uid else ()
+    return Series(files if any(path.samefile(file) for file in files) else (path,))
 
 
 def read_series(series: Series) -> SimpleITK.Image:
     """One image of all slices, with their spacing, origin and directions, in the units of the modality (Hounsfield's for CT).
 
     Raises:
-        E2ENetError: slices are missing, lie at uneven distances or askew, differ in size, or cannot be read.
+        E2ENetError: slices are missing, lie at uneven distances or askew, differ in size, or cannot be read; or a file holds
+            several frames, each of which may have a place and a slope of its own.
     """
     slices = [read_header(file) for file in series.files]
     if slices[0].GetNumberOfComponents() != 1:
         raise E2ENetError(f"{series} is in colour: expected a scan of one channel")
+    for file, each in zip(series.files, slices, strict=True):
+        frames = prod(each.GetSize()[2:])
+        if frames > 1:
+            raise E2ENetError(
+                f"{file} holds {frames} frames: expected a file for each slice; convert it to one file a slice, or to NIfTI"
+            )
     if len(slices) == 1:
         return read_image(series.files[0])
-    _check(series, slices)
-    reader = SimpleITK.ImageSeriesReader()
-    if len({s.GetPixelID() for s in slices}) > 1:  # each slice has a slope of its own, as in PET
-        reader.SetOutputPixelType(SimpleITK.sitkFloat32)
-    reader.SetFileNames([str(file) for file in series.files])
-    with readable(series):
-        return reader.Execute()
-
-
-def _check(series: Series, slices: Sequence[SimpleITK.ImageFileReader]) -> None:
     first = slices[0]
     alike = all(s.GetSize() == first.GetSize() and np.allclose(s.GetSpacing()[:2], first.GetSpacing()[:2]) for s in slices)
     if not alike or not all(np.allclose(s.GetDirection(), first.GetDirection(), atol=1e-3) for s in slices):
         raise E2ENetError(f"{series} has slices of several sizes or directions: expected one volume; is a scout part of it?")
-    steps: NDArray[np.float64] = np.diff([s.GetOrigin() for s in slices], axis=0)
-    normal = np.reshape(first.GetDirection(), (3, 3))[:, 2]
-    along = np.abs(steps @ normal)
-    usual = float(np.median(along))
-    if usual == 0 or np.abs(along - usual).max() > EVEN * usual:
-        raise E2ENetError(
-            f"{series} has slices {along.min():.4g} to {along.max():.4g} mm apart: expected the same distance between all, so "
-            "that none is missing and none is there twice; export the series again"
-        )
-    aside = np.linalg.norm(steps - np.outer(steps @ normal, normal), axis=1).max()
-    if aside > EVEN * usual:
-        raise E2ENetError(
-            f"{series} was taken with a tilted gantry, each slice {aside:.4g} mm beside the one before: expected slices "
+    reader = SimpleITK.ImageSeriesReader()
+    if len({s.GetPixelID() for s in slices}) > 1:  # each slice has a slope of its own, as in PET
+        reader.SetOutputPixelType(SimpleITK.sitkFloat32)
+    reader.SetFileNames([str(file) for file in series.files])
+    with readable(series), _no_warnings():  # of uneven distances
+        image = reader.Execute()
+    origins = [s.GetOrigin() for s in slices]
+    if misplaced(image, origins) is not None:
+        raise E2ENetError(f"{series} {_why_no_volume(image, origins)}")
+    return image
+
+
+def misplaced(image: SimpleITK.Image, origins: Sequence[Sequence[float]]) -> int | None:
+    """Number of the first slice of a 3D image that lies elsewhere than its file; None where all lie in their places.
+
+    Args:
+        image: of as many slices as there are files.
+        origins: of the first pixel of each file, mm.
+    """
+    along, aside = _apart(image, np.array(origins, float) - _places(image))
+    *pixel, distance = image.GetSpacing()
+    wrong = np.flatnonzero(~((np.abs(along) <= EVEN * distance) & (aside <= ASIDE * min(pixel))))  # NaN, too
+    return int(wrong[0]) if len(wrong) else None
+
+
+def _places(image: SimpleITK.Image) -> NDArray[np.float64]:
+    """Places of the first pixel of each slice, mm: ``(depth, 3)``."""
+    return np.array([image.TransformIndexToPhysicalPoint((0, 0, i)) for i in range(image.GetDepth())])
+
+
+def _apart(image: SimpleITK.Image, vectors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Components of vectors ``(n, 3)``: along the normal of the slices, with its sign, and the length of the rest."""
+    normal = np.reshape(image.GetDirection(), (3, 3))[:, 2]
+    along = vectors @ normal
+    return along, np.linalg.norm(vectors - np.outer(along, normal), axis=1)
+
+
+def _why_no_volume(image: SimpleITK.Image, origins: Sequence[Sequence[float]]) -> str:
+    """What is wrong with the places of the slices, and what to do, as the end of a message."""
+    along, aside = _apart(image, np.diff(origins, axis=0))
+    in_all_along, in_all_aside = _apart(image, np.array(origins, float) - _places(image))
+    if in_all_aside.max() > np.abs(in_all_along).max():
+        return (
+            f"was taken with a tilted gantry, each slice {aside.max():.4g} mm beside the one before: expected slices "
             "that lie straight above each other; resample it first"
         )
+    return (
+        f"has slices {along.min():.4g} to {along.max():.4g} mm apart: expected the same distance between all, so that none is "
+        "missing and none is there twice; export the series again"
+    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import SimpleITK
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet import __version__
-from nnunetv2_e2enet.deployment.dicom import EVEN, Series, choose_series
+from nnunetv2_e2enet.deployment.dicom import Series, choose_series, misplaced
 from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.errors import E2ENetError, check_extra
 from nnunetv2_e2enet.files import write
@@ -123,13 +123,11 @@ def _check_places(image: SimpleITK.Image, slices: Sequence[Any]) -> None:
     """Raises ValueError unless voxel (0, 0, i) is the first pixel of slice i, as far as distances may be uneven."""
     if image.GetDimension() != 3 or image.GetDepth() != len(slices):
         raise ValueError(f"the segmentation has the size {image.GetSize()}, but there are {len(slices)} files of a slice each")
-    for i, each in enumerate(slices):
-        here = np.array(image.TransformIndexToPhysicalPoint((0, 0, i)))
-        there = np.array(each.ImagePositionPatient, float)
-        if not np.abs(here - there).max() <= EVEN * image.GetSpacing()[2]:  # NaN, too
-            raise ValueError(
-                f"slice {i} of the segmentation lies at {here.round(3).tolist()} mm, its file at {there.tolist()} mm"
-            )
+    origins = [[float(mm) for mm in each.ImagePositionPatient] for each in slices]
+    wrong = misplaced(image, origins)
+    if wrong is not None:
+        here = np.round(image.TransformIndexToPhysicalPoint((0, 0, wrong)), 3).tolist()
+        raise ValueError(f"slice {wrong} of the segmentation lies at {here} mm, its file at {origins[wrong]} mm")
 
 
 def _segments(labels: NDArray[np.uint16], foreground: Mapping[str, Sequence[int]]) -> NDArray[Any]:

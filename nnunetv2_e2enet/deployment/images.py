@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,17 @@ import SimpleITK
 from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
 from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import Geometry, check_one_grid, check_whole, read_header, read_image, readable
+from nnunetv2_e2enet.imaging import (
+    Geometry,
+    check_finite,
+    check_one_grid,
+    check_whole,
+    is_nifti,
+    read_header,
+    read_image,
+    readable,
+)
+from nnunetv2_e2enet.prediction.writing import check_written
 
 WRITTEN = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
 """Endings of files with a geometry, which SimpleITK writes and nnU-Net's readers read."""
@@ -60,8 +71,8 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
 def check_channels(images: Sequence[Path], model: PackedModel) -> None:
     """Raises E2ENetError where a case lacks a channel, or its channels are not on one grid.
 
-    Also where it has one too many, where an image ends too early, has four axes or several values a voxel, or where a file
-    that nnU-Net would take for an image is named otherwise.
+    Also where it has one too many, where an image ends too early, has four axes, several values a voxel or voxels that are not
+    finite, or where a file that nnU-Net would take for an image is named otherwise.
 
     Args:
         images: the first channel of each case, named as nnU-Net wants it; one file may hold all channels.
@@ -82,6 +93,7 @@ def check_channels(images: Sequence[Path], model: PackedModel) -> None:
         missing = [file for file in files if not file.is_file()]
         if not missing:
             check_images(files)
+            _check_voxels(files, model)
         elif not _holds_all_channels(image, model):
             raise E2ENetError(
                 f"{missing[0]} is missing: expected an image for each of the channels {', '.join(model.channels)} of {case}"
@@ -100,6 +112,23 @@ def check_images(channels: Sequence[Path]) -> None:
         check_one_grid(channels)
 
 
+def _check_voxels(channels: Sequence[Path], model: PackedModel) -> None:
+    """Raises E2ENetError where voxels are not finite. Voxels that are whole numbers are not read.
+
+    Nor are those of NIfTI files that SimpleITK will read, as it reads what is not finite there as zeros.
+    """
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    reader = model.description.managers()[0].image_reader_writer_class
+    for file in channels:
+        if not file.name.endswith(WRITTEN) or (reader is SimpleITKIO and is_nifti(file)):
+            continue
+        if read_header(file).GetPixelID() in (SimpleITK.sitkFloat32, SimpleITK.sitkFloat64):
+            with readable(file):
+                voxels, _ = reader().read_images([str(file)])
+            check_finite(voxels, file)
+
+
 def _by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
     """The channels of each case. nnU-Net takes every file with the ending for one, whatever it is called."""
     cases: dict[str, list[Path]] = {}
@@ -116,30 +145,49 @@ def _by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
 
 
 def check_replaceable(segmentation: Path, image: Path, model: PackedModel) -> None:
-    """Raises E2ENetError where a segmentation would replace anything but an earlier one of the same image."""
-    if not segmentation.exists() or model.description.dataset["file_ending"] not in WRITTEN:
+    """Raises E2ENetError where a segmentation would replace anything but an earlier one of the same image.
+
+    Label maps of the same labels that somebody drew cannot be told from it.
+    """
+    dataset = model.description.dataset
+    if not segmentation.exists() or dataset["file_ending"] not in WRITTEN:
         return
-    found = read_header(segmentation)
+    try:
+        found = read_image(segmentation)
+    except E2ENetError as error:
+        raise E2ENetError(
+            f"{segmentation} is there already, and cannot be read: name another folder with -o, or remove it"
+        ) from error
     of_labels = (SimpleITK.sitkUInt8, SimpleITK.sitkUInt16)  # as nnU-Net writes them
+    values = [*(dataset.get("regions_class_order") or []), *(v for label in model.foreground.values() for v in label)]
     elsewhere = Geometry.of(found).difference(Geometry.of(read_header(image)), image)
-    if found.GetPixelID() not in of_labels or elsewhere:
+    if (
+        found.GetPixelID() not in of_labels
+        or elsewhere
+        or SimpleITK.GetArrayViewFromImage(found).max() > max(values, default=0)
+    ):
         raise E2ENetError(
             f"{segmentation} is there already, and no segmentation of this image: its voxels are of another kind or in other "
             "places. Name another folder with -o"
         )
 
 
-def check_segmentations(files: Sequence[Path]) -> None:
-    """Raises E2ENetError where one of these files, if it is there, ends too early, as on a full disk."""
-    for file in files:
-        if file.exists():
-            try:
-                check_whole(file)
-            except E2ENetError as error:
-                raise E2ENetError(
-                    f"{file} holds only a part of a segmentation: remove it, make room on the disk, and repeat the command "
-                    "with --continue_prediction"
-                ) from error
+def check_segmentations(files: Sequence[Path], model: PackedModel) -> None:
+    """Raises E2ENetError where one of these files, if it is there, ends too early, as on a full disk.
+
+    Args:
+        files: segmentations of the model.
+        model: says how they are read.
+    """
+    reader = model.description.managers()[0].image_reader_writer_class()
+    for file in filter(Path.exists, files):
+        try:
+            check_written(file, reader)
+        except E2ENetError as error:
+            raise E2ENetError(
+                f"{file} holds only a part of a segmentation: remove it, make room on the disk, and repeat the command "
+                "with --continue_prediction"
+            ) from error
 
 
 def _check_axes(image: Path, ending: str) -> None:
@@ -168,7 +216,7 @@ def _holds_all_channels(path: Path, model: PackedModel) -> bool:
 
 def case_name(path: Path) -> str:
     """Name of a case from that of its file or folder, without ending and nnU-Net's channel number."""
-    name = path.resolve().name
+    name = Path(os.path.abspath(path)).name  # noqa: PTH100 - what a link is called, not the file behind it
     return name if path.is_dir() else re.sub(r"(_0000)?(\.nii\.gz|\.[A-Za-z]\w*)?$", "", name)
 
 
@@ -193,6 +241,7 @@ def _put(path: Path, target: Path, ending: str) -> None:
     if series is not None:
         print(f"Reading {series}")
     image = read_image(path) if series is None else read_series(series)
+    check_finite(SimpleITK.GetArrayViewFromImage(image), path)
     SimpleITK.WriteImage(image, str(target), useCompression=False)
 
 

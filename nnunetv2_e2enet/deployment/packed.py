@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from nnunetv2_e2enet.deployment.description import Description
-from nnunetv2_e2enet.deployment.packing import Arrays, unpack
+from nnunetv2_e2enet.deployment.packing import Arrays, Declared, check_declared, unpack
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import write
 from nnunetv2_e2enet.settings import settings
@@ -28,7 +28,14 @@ from nnunetv2_e2enet.settings import settings
 FORMAT = 1
 KEY = "nnunetv2-e2enet"
 
-_DTYPES = ("F32", "U8", "I64")  # weights, masks, counters of batch norms
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype(np.float32), "U8": np.dtype(np.uint8), "I64": np.dtype(np.int64)}
+"""Weights, masks, counters of batch norms."""
+
+T = TypeVar("T")
+
+
+class _NewerFormatError(ValueError):
+    """A file was written by a newer version of this package."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +130,7 @@ def read_packed(path: Path) -> PackedModel:
     if not path.is_file():
         raise E2ENetError(f"{path} is not a file: expected one that e2enet export wrote")
     try:
-        content, arrays = _read(path)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}, the one that this version reads")
-        if content.get("sha256") != checksum(content.get("model"), arrays):
-            raise ValueError("its content does not match its checksum")
-        description = Description.from_json(content.get("model"))
-        model = PackedModel(description, _divided(arrays, description.folds))
+        model = _read(path)
         for _ in model.states():  # do they fit?
             pass
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
@@ -139,9 +140,8 @@ def read_packed(path: Path) -> PackedModel:
                 "MODEL_FOLDER FILE)"
             ) from error
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise E2ENetError(
-            f"{path} cannot be read as a packed model ({reason}): remove it and export the model again"
-        ) from error
+        remedy = "update the package" if isinstance(error, _NewerFormatError) else "remove it and export the model again"
+        raise E2ENetError(f"{path} cannot be read as a packed model ({reason}): {remedy}") from error
     return model
 
 
@@ -164,28 +164,47 @@ def checksum(description: Any, arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[Any, Arrays]:
+def _read(path: Path) -> PackedModel:
+    """The model in a file. Arrays are read once their types and shapes are known to be those of its network."""
     with safe_open(path, framework="numpy") as file:
         text = (file.metadata() or {}).get(KEY)
         if text is None:
             raise ValueError("it is not of this package")
-        names = file.keys()
-        for name in names:
-            part = file.get_slice(name)
-            if part.get_dtype() not in _DTYPES or len(part.get_shape()) > 8:
-                raise ValueError(f"{name} is {part.get_dtype()} of shape {part.get_shape()}")
-        return json.loads(text), {name: file.get_tensor(name) for name in names}
+        content = json.loads(text)
+        written = content.get("format") if isinstance(content, dict) else None
+        if type(written) is int and written > FORMAT:
+            raise _NewerFormatError(
+                f"its format is {written}, this version reads {FORMAT}: written by a newer version of this package"
+            )
+        if written != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}, the one that this version reads")
+        description = Description.from_json(content.get("model"))
+        network, names = description.network(), file.keys()
+        for declared in _divided({name: _declared(name, file.get_slice(name)) for name in names}, description.folds).values():
+            check_declared(declared, network)
+        arrays: Arrays = {name: file.get_tensor(name) for name in names}
+    if content.get("sha256") != checksum(content["model"], arrays):
+        raise ValueError("its content does not match its checksum")
+    return PackedModel(description, _divided(arrays, description.folds))
+
+
+def _declared(name: str, part: Any) -> Declared:
+    dtype, shape = part.get_dtype(), tuple(part.get_shape())
+    if dtype not in _DTYPES or len(shape) > 8:
+        raise ValueError(f"{name} is {dtype} of shape {list(shape)}")
+    return _DTYPES[dtype], shape
 
 
 def _joined(folds: Mapping[str, Arrays]) -> Arrays:
     return {f"{fold}/{name}": array for fold, arrays in folds.items() for name, array in arrays.items()}
 
 
-def _divided(arrays: Arrays, folds: list[str]) -> dict[str, Arrays]:
-    divided: dict[str, Arrays] = {fold: {} for fold in folds}
-    for full_name, array in arrays.items():
+def _divided(parts: Mapping[str, T], folds: Sequence[str]) -> dict[str, dict[str, T]]:
+    """What belongs to each fold, by the names without it."""
+    divided: dict[str, dict[str, T]] = {fold: {} for fold in folds}
+    for full_name, part in parts.items():
         fold, _, name = full_name.partition("/")
         if fold not in divided:
             raise ValueError(f"{full_name} is of no fold that it describes")
-        divided[fold][name] = array
+        divided[fold][name] = part
     return divided

@@ -146,7 +146,15 @@ def _draw(scan: Scan, title: str, labels: Mapping[str, Sequence[int]]) -> Figure
         _draw_plane(cell, scan, plane, labels)
     _draw_scale(cells[0], width)
     low, high = scan.window
-    figure.text(MARGIN_INCHES / inches[0], 1 - 0.24 / inches[1], title, color=INK, fontsize=FONT_SIZE + 1, weight="bold")
+    figure.text(
+        MARGIN_INCHES / inches[0],
+        1 - 0.24 / inches[1],
+        title,
+        color=INK,
+        fontsize=FONT_SIZE + 1,
+        weight="bold",
+        parse_math=False,
+    )
     shown = f"window {low:.0f} to {high:.0f} HU" if scan.window == SOFT_TISSUE else f"grey values {low:.3g} to {high:.3g}"
     figure.text(1 - MARGIN_INCHES / inches[0], 1 - 0.24 / inches[1], shown, color=QUIET, ha="right", size=SMALL)
     _draw_legend(axes(second, above, right, upper), scan, labels, (right, upper))
@@ -239,6 +247,7 @@ def _draw_legend(cell: Axes, scan: Scan, labels: Mapping[str, Sequence[int]], in
     legend = cell.legend(handles, texts, loc="center", ncols=columns, fontsize=size, frameon=False, labelspacing=0.3)
     for written, text in zip(legend.get_texts(), texts, strict=True):
         written.set_color(QUIET if text.endswith("not found") else INK)
+        written.set_parse_math(False)
 
 
 def _millilitres(volume: float) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
 from io import StringIO
 from math import isfinite
@@ -17,14 +17,17 @@ import torch
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet.deployment.dicom import choose_series
-from nnunetv2_e2enet.deployment.images import check_images, folder_of_images
+from nnunetv2_e2enet.deployment.images import WRITTEN, check_images, folder_of_images
 from nnunetv2_e2enet.deployment.packed import PackedModel, read_packed
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import SAME_SPACING, Geometry, readable
+from nnunetv2_e2enet.imaging import SAME_SPACING, Geometry, check_finite, readable
 from nnunetv2_e2enet.machine import check_device, out_of_memory_in_one_line
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+INFINITE_LOGITS = "Encountered inf in predicted array"
+"""How nnU-Net's error about them begins."""
 
 Properties = Mapping[str, Any]
 Segmentation = NDArray[Any]
@@ -90,6 +93,21 @@ def postprocessing_steps(model: PackedModel) -> tuple[list[Any], list[dict[str, 
 
     steps = model.description.postprocessing
     return [remove_all_but_largest_component_from_segmentation] * len(steps), [{"labels_or_regions": s} for s in steps]
+
+
+@contextmanager
+def failures_in_one_line() -> Iterator[None]:
+    """Too little memory, and logits that float16 cannot hold, become an E2ENetError, whoever predicts."""
+    with out_of_memory_in_one_line():
+        try:
+            yield
+        except RuntimeError as error:
+            if INFINITE_LOGITS not in str(error):
+                raise
+            raise E2ENetError(
+                "the network's logits are too large for float16, in which nnU-Net sums them: check that the image is of the "
+                "kind that the model was trained with, and the model on other images"
+            ) from error
 
 
 def _device(name: torch.device | str) -> torch.device:
@@ -181,10 +199,10 @@ class Segmenter:
         """The segmentation of an image.
 
         Raises:
-            E2ENetError: the image cannot be read, has other channels than the model was trained with, or needs more memory
-                than there is.
+            E2ENetError: the image cannot be read, has other channels than the model was trained with or voxels that are not
+                finite, needs more memory than there is, or leads to logits that float16 cannot hold.
         """
-        with out_of_memory_in_one_line():
+        with failures_in_one_line():
             return self._segmented(image)
 
     def _segmented(self, image: Any) -> SimpleITK.Image | Segmentation:
@@ -202,21 +220,20 @@ class Segmenter:
         raise E2ENetError(f"the image is {type(image).__name__}: expected a path, a SimpleITK image, or (array, properties)")
 
     def _read(self, paths: Sequence[str | Path]) -> tuple[Segmentation, Properties]:
-        from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-
         files = [Path(path) for path in paths]
         series = [choose_series(file) for file in files]
         for file, found in zip(files, series, strict=True):
             if found is None and not file.is_file():
                 raise E2ENetError(f"{file} is not a file: expected an image, or a folder with a DICOM series")
-        if any(series):
+        ending = self.model.description.dataset["file_ending"]
+        if any(series) or (ending in WRITTEN and not all(file.name.endswith(ending) for file in files)):
             with folder_of_images(files, self.model) as folder:
                 return self._read(sorted(folder.iterdir()))
-        reader = self._predictor.plans_manager.image_reader_writer_class
-        if reader is SimpleITKIO:  # others have errors of their own
-            check_images(files)
+        check_images(files)
         with readable(files[0]):
-            array, properties = reader().read_images([str(file) for file in files])
+            array, properties = self._predictor.plans_manager.image_reader_writer_class().read_images([*map(str, files)])
+        for file, channel in zip(files, array, strict=False):  # or one file holds all channels, or too many are given
+            check_finite(channel, file)
         return array, properties
 
     def _from_simpleitk(self, images: Sequence[SimpleITK.Image]) -> tuple[Segmentation, Properties]:
@@ -254,6 +271,7 @@ class Segmenter:
         spacing = properties.get("spacing", ())
         if len(spacing) != 3 or not all(isfinite(s) and s > 0 for s in spacing):
             raise E2ENetError(f"the image's spacing is {spacing}, but three positive numbers in mm are expected")
+        check_finite(array, "the image")
         with self._lock:
             segmentation: NDArray[Any] = self._predictor.predict_single_npy_array(array, deepcopy(dict(properties)))
         processed: NDArray[Any] = apply_postprocessing(segmentation, *self._postprocessing)

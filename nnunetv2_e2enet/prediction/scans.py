@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -26,13 +24,13 @@ from tqdm import tqdm
 from nnunetv2_e2enet.engine import bytes_to_take
 from nnunetv2_e2enet.engine.scan import ScanCore
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import check_whole, is_nifti, readable
+from nnunetv2_e2enet.imaging import check_finite, check_whole, readable
 from nnunetv2_e2enet.machine import free_bytes
 from nnunetv2_e2enet.prediction.export import Export, label_dtype
 from nnunetv2_e2enet.prediction.windows import Slicer, SlidingSums, as_window, predict_mirrored, slide
+from nnunetv2_e2enet.prediction.writing import write_segmentation
 
 if TYPE_CHECKING:
-    from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 Segmentation = NDArray[Any]
@@ -79,8 +77,11 @@ def preprocessed_ahead(
         for file in files:
             check_whole(Path(file))
         with readable(files[0]):
-            data, _, properties = preprocessor.run_case(
-                list(files), None, predictor.plans_manager, configuration, predictor.dataset_json
+            image, properties = predictor.plans_manager.image_reader_writer_class().read_images(list(files))
+            for channel, voxels in enumerate(image):  # of a file each, or all of one
+                check_finite(voxels, files[channel if len(files) == len(image) else 0])
+            data, _, properties = preprocessor.run_case_npy(
+                image, None, properties, predictor.plans_manager, configuration, predictor.dataset_json
             )
         tensor = torch.from_numpy(data).to(dtype=torch.float32, memory_format=torch.contiguous_format)
         return {"data": tensor, "data_properties": properties, "ofile": output}
@@ -197,7 +198,10 @@ def _check_memory(
     sums: Sequence[int],
     properties: Mapping[str, Any],
 ) -> None:
-    """Before hours of work end in a process that the system kills."""
+    """Raises E2ENetError before hours of work end in a process that the system kills.
+
+    What reading the next scan will take beside this one is not known yet, and not counted.
+    """
     half, single = 2, 4
     patch = predictor.configuration_manager.patch_size
     needed = half * prod(sums) * (1 + 1 / classes)
@@ -228,30 +232,5 @@ def write(predictor: nnUNetPredictor, segmentation: Segmentation, target: str, p
     Raises:
         E2ENetError: the file cannot be written.
     """
-    final = Path(target + predictor.dataset_json["file_ending"])
-    writer = predictor.plans_manager.image_reader_writer_class()
-    try:
-        with TemporaryDirectory(
-            prefix=".writing_", dir=final.parent
-        ) as folder:  # not a hidden file, which commands would find
-            written = Path(folder) / final.name
-            writer.write_seg(segmentation, str(written), properties)
-            _check_written(written, writer)
-            for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == final.name):  # the segmentation last
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-                path.replace(final.parent / path.name)
-    except (OSError, RuntimeError) as error:  # SimpleITK raises the latter
-        reason = " ".join(str(error).split())
-        raise E2ENetError(f"cannot write {final} ({reason}): expected a folder with room and write permission") from error
-
-
-def _check_written(file: Path, writer: BaseReaderWriter) -> None:
-    """Raises OSError where a segmentation is not whole: on a full disk SimpleITK stops writing, and says nothing."""
-    try:
-        check_whole(file)
-        if not is_nifti(file):
-            with readable(file):
-                writer.read_seg(str(file))
-    except E2ENetError as error:
-        raise OSError("only a part of it is on the disk") from error
+    file = Path(target + predictor.dataset_json["file_ending"])
+    write_segmentation(file, segmentation, properties, predictor.plans_manager.image_reader_writer_class())

@@ -3,7 +3,8 @@
 nnU-Net has no hook between its command and its predictor. Four methods of ``nnUNetPredictor`` are therefore replaced in the
 running process, when an E2ENet is built to predict, unless ``nnUNet_e2enet_predictor`` is off. Each asks ``why_nnunet`` first,
 and calls the method that it replaced unless the answer is None. Nothing of nnU-Net's files is changed. A scan that cannot be
-predicted raises E2ENetError, of which nnU-Net's commands, like ours, show the message alone.
+predicted raises E2ENetError, of which nnU-Net's commands, like ours, show the message alone. Logits that float16 cannot hold
+raise a RuntimeError, as in nnU-Net.
 """
 
 from __future__ import annotations
