@@ -77,12 +77,10 @@ def preprocessed_ahead(
         for file in files:
             check_whole(Path(file))
         with readable(files[0]):
-            image, properties = predictor.plans_manager.image_reader_writer_class().read_images(list(files))
-            for channel, voxels in enumerate(image):  # of a file each, or all of one
-                check_finite(voxels, files[channel if len(files) == len(image) else 0])
-            data, _, properties = preprocessor.run_case_npy(
-                image, None, properties, predictor.plans_manager, configuration, predictor.dataset_json
+            data, _, properties = preprocessor.run_case(
+                list(files), None, predictor.plans_manager, configuration, predictor.dataset_json
             )
+        check_finite(data, f"the preprocessed case of {files[0]}")
         tensor = torch.from_numpy(data).to(dtype=torch.float32, memory_format=torch.contiguous_format)
         return {"data": tensor, "data_properties": properties, "ofile": output}
 
