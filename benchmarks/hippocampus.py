@@ -196,7 +196,8 @@ def add_call(folder: Path, epoch: int, device: str) -> None:
 
 
 def read_calls(folder: Path) -> list[dict[str, Any]]:
-    calls: list[dict[str, Any]] = json.loads((folder / CALLS_FILE).read_text())
+    file = folder / CALLS_FILE
+    calls: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
     return calls
 
 

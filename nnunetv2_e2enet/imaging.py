@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from struct import unpack_from
 from typing import IO, Any, cast
@@ -95,13 +95,10 @@ def read_grid(file: Path, called: Path | None = None) -> Geometry:
     if axes < 3 or not beside.is_file():
         return replace(geometry, spacing=(1.0,) * axes)
     spacing: Any = read_json(beside).get("spacing")
-    try:
-        lengths = tuple(float(mm) for mm in spacing[::-1])
-    except (TypeError, ValueError):
-        lengths = ()
-    if len(lengths) != axes or min(lengths) <= 0:
+    of_numbers = isinstance(spacing, list) and all(isinstance(mm, (int, float)) and 0 < mm < inf for mm in spacing)
+    if not of_numbers or len(spacing) != axes:
         raise E2ENetError(f"{beside} has the spacing {spacing}: expected {axes} lengths in mm, as nnU-Net's reader does")
-    return replace(geometry, spacing=lengths)
+    return replace(geometry, spacing=tuple(float(mm) for mm in reversed(spacing)))
 
 
 def check_one_grid(files: Sequence[Path], called: Sequence[Path] | None = None) -> None:
@@ -134,7 +131,7 @@ def readable(what: object) -> Iterator[None]:
 
 
 def check_finite(voxels: NDArray[Any], called: object) -> None:
-    """Raises E2ENetError where voxels are infinite or no numbers, of which nothing can be segmented.
+    """Raises E2ENetError where voxels are infinite or no numbers: networks spread these over a patch or a whole image.
 
     Args:
         voxels: of an image.

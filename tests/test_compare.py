@@ -241,7 +241,9 @@ def test_a_case_in_which_one_model_invents_a_class_is_the_worst(study: Study) ->
         write_map(folder / "case_3.nii.gz", empty)
     page = study.folder / "out.html"
     assert main(study.arguments("--report", str(page))) == 0
-    assert "Worst case 1: case_3" in page.read_text()
+    text = page.read_text()
+    assert "Worst case 1: case_3" in text
+    assert "Mean Dice: model_a none, model_b 0.000" in text
 
 
 def test_spacings_of_tiff_files_are_those_that_nnunet_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

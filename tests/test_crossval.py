@@ -318,10 +318,10 @@ def test_a_fold_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch:
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No fold is trained where a second command could train it too."""
 
-    def no_locks(*_: Any) -> None:
+    def no_locks(_: Any) -> None:  # as filelock raises it in new versions
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
     monkeypatch.setattr(jobs, "_run_logged", lambda *_: pytest.fail("trained"))
     with pytest.raises(E2ENetError, match=r"cannot lock .*crossval_fold_0\.lock .*No locks available"):
         fold(tmp_path / "T__P__3d_fullres", 0).run()

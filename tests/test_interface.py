@@ -238,7 +238,7 @@ def test_a_mixin_behind_nnunets_trainer_is_refused() -> None:
     """Its methods would not be called: the training would be nnU-Net's, under E2ENet's name."""
     with pytest.raises(
         E2ENetError,
-        match=r"Late has nnUNetTrainerDA5 before E2ENetMixin, .* write class Late\(E2ENetMixin, nnUNetTrainerDA5\)",
+        match=r"Late has nnUNetTrainer before E2ENetMixin, .* name E2ENetMixin first among the bases of Late",
     ):
 
         class Late(nnUNetTrainerDA5, E2ENetMixin):
@@ -247,10 +247,16 @@ def test_a_mixin_behind_nnunets_trainer_is_refused() -> None:
     class Right(E2ENetMixin, nnUNetTrainerDA5):
         pass
 
+    class Between(nnUNetTrainerDA5, nnUNetTrainerE2ENet_smoke):  # whose mixin comes before nnU-Net's trainer all the same
+        pass
+
+    class InNnunetsFolder(E2ENetMixin, nnUNetTrainer):
+        __module__ = "nnunetv2.training.nnUNetTrainer.mine"
+
     class OwnMixin(TimedMixin):
         pass
 
-    with pytest.raises(E2ENetError, match="Further has nnUNetTrainerDA5 before OwnMixin"):
+    with pytest.raises(E2ENetError, match="Further has nnUNetTrainer before OwnMixin"):
 
         class Further(nnUNetTrainerDA5, OwnMixin):
             pass

@@ -292,12 +292,13 @@ def test_networks_of_two_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_what_a_model_folder_does_not_tell(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Options that would change nothing are refused; E2ENet in other sparsities is built from its plans."""
     command = ["profile", str(trained), "--no-memory", "--no-time"]
+    origin = f"{trained.parent.name}, {trained.name}, fold_0"
     for options, message in (
         (
             ["--beside", "nnunet"],
-            f"--beside nnunet: the plans of {trained.name}, fold_0 describe E2ENet alone; leave it out, or name",
+            f"--beside nnunet: the plans of {origin} describe E2ENet alone; leave it out, or name",
         ),
-        (["--beside", "e2enet", "resenc"], f"--beside resenc: the plans of {trained.name}, fold_0 describe"),
+        (["--beside", "e2enet", "resenc"], f"--beside resenc: the plans of {origin} describe"),
         (["--sparsity", "0.5"], "and here is none: add --beside e2enet without --trainer"),
     ):
         assert main([*command, *options]) == 1

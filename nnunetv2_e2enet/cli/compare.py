@@ -72,7 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights of the trade-off score (default: 1 1)",
     )
     parser.add_argument(
-        "--failure-dice", type=float, default=0.5, metavar="D", help="a class below it is a failure (default: %(default)s)"
+        "--failure-dice",
+        type=float,
+        default=0.5,
+        metavar="D",
+        help="classes below it, or at 0, are failures (default: %(default)s)",
     )
     parser.add_argument(
         "--measure", action="store_true", help="measure memory and time of the models too, as `e2enet profile` does"

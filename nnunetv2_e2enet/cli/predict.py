@@ -248,7 +248,9 @@ def _name_what_is_old(args: argparse.Namespace, model: PackedModel, former: Mapp
             continue
         case = path.name.removesuffix(ending)
         files = [folder / f"{case}{made}" for folder in (args.o, post) for made in (".png", ".dcm")]
-        files += [*tables, post / path.name, *(path.with_name(f"{case}{made}") for made in (".npz", ".pkl"))]
+        files += [*tables, post / path.name]
+        if not args.save_probabilities:  # which are written before the segmentation
+            files += [path.with_name(f"{case}{made}") for made in (".npz", ".pkl")]
         old |= {str(file.relative_to(args.o)) for file in files if file.is_file() and file.stat().st_mtime_ns < now}
     if old:
         others = f" and {len(old) - 3} others" if len(old) > 3 else ""

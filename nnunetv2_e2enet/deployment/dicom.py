@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from nnunetv2_e2enet.imaging import read_header, read_image, readable
 MODALITY, DESCRIPTION, SERIES = "0008|0060", "0008|103e", "0020|000e"
 EVEN = 0.05
 """The most by which a slice may lie above or below its place in an image, relative to the distance between slices."""
+_SILENT = threading.RLock()
 ASIDE = 0.5
 """The most by which a slice may lie beside its place, in pixels; directions are often rounded."""
 
@@ -156,9 +158,10 @@ def _why_no_volume(image: SimpleITK.Image, origins: Sequence[Sequence[float]]) -
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    shown = SimpleITK.ProcessObject.GetGlobalWarningDisplay()
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        yield
-    finally:
-        SimpleITK.ProcessObject.SetGlobalWarningDisplay(shown)
+    with _SILENT:  # the switch is that of the process
+        shown = SimpleITK.ProcessObject.GetGlobalWarningDisplay()
+        SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+        try:
+            yield
+        finally:
+            SimpleITK.ProcessObject.SetGlobalWarningDisplay(shown)

@@ -20,7 +20,6 @@ from nnunetv2_e2enet.imaging import (
     check_finite,
     check_one_grid,
     check_whole,
-    is_nifti,
     read_header,
     read_image,
     readable,
@@ -71,8 +70,8 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
 def check_channels(images: Sequence[Path], model: PackedModel) -> None:
     """Raises E2ENetError where a case lacks a channel, or its channels are not on one grid.
 
-    Also where it has one too many, where an image ends too early, has four axes, several values a voxel or voxels that are not
-    finite, or where a file that nnU-Net would take for an image is named otherwise.
+    Also where it has one too many, where an image ends too early, has four axes or several values a voxel, or where a file
+    that nnU-Net would take for an image is named otherwise.
 
     Args:
         images: the first channel of each case, named as nnU-Net wants it; one file may hold all channels.
@@ -93,7 +92,6 @@ def check_channels(images: Sequence[Path], model: PackedModel) -> None:
         missing = [file for file in files if not file.is_file()]
         if not missing:
             check_images(files)
-            _check_voxels(files, model)
         elif not _holds_all_channels(image, model):
             raise E2ENetError(
                 f"{missing[0]} is missing: expected an image for each of the channels {', '.join(model.channels)} of {case}"
@@ -110,23 +108,6 @@ def check_images(channels: Sequence[Path]) -> None:
             if values != 1:
                 raise E2ENetError(f"{file} has {values} values a voxel: expected an image of one channel; split it")
         check_one_grid(channels)
-
-
-def _check_voxels(channels: Sequence[Path], model: PackedModel) -> None:
-    """Raises E2ENetError where voxels are not finite. Voxels that are whole numbers are not read.
-
-    Nor are those of NIfTI files that SimpleITK will read, as it reads what is not finite there as zeros.
-    """
-    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-
-    reader = model.description.managers()[0].image_reader_writer_class
-    for file in channels:
-        if not file.name.endswith(WRITTEN) or (reader is SimpleITKIO and is_nifti(file)):
-            continue
-        if read_header(file).GetPixelID() in (SimpleITK.sitkFloat32, SimpleITK.sitkFloat64):
-            with readable(file):
-                voxels, _ = reader().read_images([str(file)])
-            check_finite(voxels, file)
 
 
 def _by_case(folder: Path, ending: str) -> dict[str, list[Path]]:

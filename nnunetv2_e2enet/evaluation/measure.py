@@ -113,8 +113,9 @@ def measure(
         kept = Memory(cache, verbose=0).cache(prediction_metrics)
     except OSError as error:
         raise E2ENetError(f"cannot keep results in {cache} ({error.strerror}): use --cache or --no-cache") from error
+    spacings = {case.reference: read_grid(case.reference).spacing[::-1] for case in cases}
     tasks = [
-        (FileState.of(case.reference), FileState.of(file), labels, tuple(tolerances), VERSION)
+        (FileState.of(case.reference), FileState.of(file), spacings[case.reference], labels, tuple(tolerances), VERSION)
         for case in cases
         for file in case.predictions
     ]
@@ -148,13 +149,13 @@ def _ignore_interrupts() -> None:
 def prediction_metrics(
     reference: FileState,
     prediction: FileState,
+    spacing: tuple[float, ...],
     labels: Labels,
     tolerances: tuple[float, ...],
     version: int,  # noqa: ARG001 (joblib's cache distinguishes the arguments)
 ) -> NDArray[np.float64]:
     """Metrics of one prediction, an array (classes, fields of ``ClassMetrics``). Its arguments are the key of the cache."""
-    expected, spacing = _read_reference(reference)
-    found, _ = read_label_map(Path(prediction.path))
+    expected, found = _read_reference(reference), read_label_map(Path(prediction.path))
     for voxels, file in ((expected, reference.path), (found, prediction.path)):
         _check_values(voxels, labels, file)
     return np.array(case_metrics(expected, found, spacing, labels, tolerances), dtype=float)
@@ -172,13 +173,13 @@ def _check_values(voxels: NDArray[np.integer], labels: Labels, file: str) -> Non
 
 
 @lru_cache(maxsize=1)
-def _read_reference(file: FileState) -> tuple[NDArray[np.integer], tuple[float, ...]]:
+def _read_reference(file: FileState) -> NDArray[np.integer]:
     """Read once for the predictions of all models."""
     return read_label_map(Path(file.path))
 
 
-def read_label_map(file: Path) -> tuple[NDArray[np.integer], tuple[float, ...]]:
-    """Voxels and spacing in mm, both with the axes in numpy's order (depth, height, width).
+def read_label_map(file: Path) -> NDArray[np.integer]:
+    """Voxels, with the axes in numpy's order (depth, height, width).
 
     Raises:
         E2ENetError: unreadable, several channels, negative or fractional values.
@@ -194,4 +195,4 @@ def read_label_map(file: Path) -> tuple[NDArray[np.integer], tuple[float, ...]]:
         voxels = whole
     if np.issubdtype(voxels.dtype, np.signedinteger) and voxels.min(initial=0) < 0:
         raise E2ENetError(f"{file} holds negative values: expected label values from 0")
-    return voxels, read_grid(file).spacing[::-1]
+    return voxels

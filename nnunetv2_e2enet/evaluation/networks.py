@@ -182,7 +182,7 @@ def model_design(model: Path, name: str) -> Design:
     checkpoint = read_checkpoint(file, lazily=True)
     return Design(
         name,
-        f"{model.name}, {file.parent.name}",
+        f"{model.resolve().parent.name}, {model.name}, {file.parent.name}",
         read_json(model / "plans.json"),
         read_json(model / "dataset.json"),
         str(checkpoint["init_args"]["configuration"]),

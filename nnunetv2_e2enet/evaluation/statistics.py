@@ -6,7 +6,6 @@ The unit is a case. scipy, statsmodels and scikit-posthocs do the mathematics.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,8 +19,8 @@ CONFIDENCE = 0.95
 ALPHA = 1 - CONFIDENCE
 RESAMPLES = 2000
 RESAMPLES_AT_ONCE = 50
-MOST_EXACT = 13
-"""Decided cases up to which Wilcoxon's p-value counts all signs, 8,192 at most."""
+MOST_EXACT = 50
+"""Decided cases up to which Wilcoxon's p-value is exact, as in scipy without ties."""
 FEWEST_CASES = 2
 MEAN = "mean"
 """Name of the mean over classes, among the names of classes."""
@@ -113,20 +112,19 @@ def with_absences(values: Array, perfect: float) -> Array:
 def class_intervals(values: Array, classes: Sequence[str], seed: int = 0) -> dict[str, Interval]:
     """Means over cases of each class and, under ``MEAN``, the mean of these means; of one model's (cases, classes).
 
-    The interval of ``MEAN`` comes from drawing whole cases, so classes of one case stay together. Draws without any case of a
-    class that others have are left out: their mean would be that of fewer classes.
+    The interval of ``MEAN`` comes from drawing whole cases, so classes of one case stay together. Where no case of a class is
+    drawn, its mean over all cases stands in, so that each draw is a mean over the same classes.
     """
-    known = values[:, ~np.isnan(values).all(axis=0)]
-    intervals = {MEAN: _bootstrap(known, _mean_of_classes, seed)}
+    overall = nan_mean(values, axis=0)
+
+    def mean_of_classes(drawn: Array) -> Array:
+        means = nan_mean(drawn, axis=-2)
+        return nan_mean(np.where(np.isnan(means), overall, means), axis=-1)
+
+    intervals = {MEAN: _bootstrap(values, mean_of_classes, seed)}
     for index, name in enumerate(classes):
         intervals[name] = mean_interval(values[:, index], seed)
     return intervals
-
-
-def _mean_of_classes(values: Array) -> Array:
-    """Mean of the class means, from (..., cases, classes); NaN where a class has no value."""
-    means = nan_mean(values, axis=-2)
-    return np.where(np.isnan(means).any(axis=-1), math.nan, nan_mean(means, axis=-1))
 
 
 def mean_interval(values: Array, seed: int = 0) -> Interval:
@@ -143,18 +141,16 @@ def _bootstrap(values: Array, statistic: Callable[[Array], Array], seed: int) ->
     estimate = float(statistic(values))
     if n < FEWEST_CASES or math.isnan(estimate):
         return Interval(estimate, math.nan, math.nan, n)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of draws that are NaN
-        result = stats.bootstrap(
-            (np.arange(n),),
-            lambda drawn, axis: statistic(values[np.moveaxis(drawn, axis, -1).astype(int)]),
-            n_resamples=RESAMPLES,
-            batch=RESAMPLES_AT_ONCE,
-            vectorized=True,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            random_state=np.random.default_rng(seed),
-        )
+    result = stats.bootstrap(
+        (np.arange(n),),
+        lambda drawn, axis: statistic(values[np.moveaxis(drawn, axis, -1).astype(int)]),
+        n_resamples=RESAMPLES,
+        batch=RESAMPLES_AT_ONCE,
+        vectorized=True,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    )
     drawn = result.bootstrap_distribution
     low, high = np.nanpercentile(drawn, [100 * ALPHA / 2, 100 * (1 - ALPHA / 2)])
     return Interval(estimate, float(low), float(high), n)
@@ -188,18 +184,18 @@ def paired_tests(values: Array, classes: Sequence[str], seed: int = 0) -> list[P
 
 
 def _wilcoxon(difference: Array) -> float:
-    """Two-sided p-value; exact for few decided cases, also where some differ by the same amount."""
+    """Two-sided p-value; exact for few decided cases, also where some differ by the same amount, of which scipy has none."""
     if difference.size < FEWEST_CASES:
         return math.nan
     decided = difference[difference != 0]
-    if decided.size < 2:  # both signs of a single one are as likely
-        return 1.0
     if decided.size > MOST_EXACT:
         return float(stats.wilcoxon(decided).pvalue)
-    signed_ranks = np.sign(decided) * stats.rankdata(np.abs(decided))
-    samples = 2**MOST_EXACT  # no fewer than there are signs, so that all are counted
-    test = stats.permutation_test((signed_ranks,), np.sum, permutation_type="samples", vectorized=True, n_resamples=samples)
-    return float(test.pvalue)
+    ranks = np.rint(2 * stats.rankdata(np.abs(decided))).astype(int)  # twice the ranks: whole numbers, also of ties
+    ways = np.ones(1)  # in which the signs give each sum of the ranks of wins
+    for rank in ranks:
+        ways = np.pad(ways, (0, rank)) + np.pad(ways, (rank, 0))
+    wins = int(ranks[decided > 0].sum())
+    return float(min(1.0, 2 * min(ways[: wins + 1].sum(), ways[wins:].sum()) / ways.sum()))
 
 
 def _rank_biserial(difference: Array) -> float:
@@ -223,12 +219,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _holm_of_scopes(p_values: Sequence[float]) -> list[float]:
     """Holm's correction over the mean and the classes. A single class is the mean, so that both are one test."""
-    return holm(p_values) if tests_among(len(p_values) - 1) > 1 else list(p_values)
-
-
-def tests_among(classes: int) -> int:
-    """The number of different tests on the mean over classes and on each class."""
-    return 1 if classes == 1 else 1 + classes
+    return list(p_values) if len(p_values) == 2 else holm(p_values)
 
 
 def rank_tests(values: Array, classes: Sequence[str], higher_is_better: bool) -> list[RankTest]:

@@ -161,7 +161,7 @@ def _preset(name: str, dataset_name: str, configuration: str) -> Design | None:
     plans_name = planner.replace("nnUNetPlannerResEnc", "nnUNetResEncUNet") + "Plans"
     file = folder / f"{plans_name}.json"
     if file.is_file():
-        return Design(name, f"{plans_name}, {configuration}", read_json(file), description, configuration)
+        return Design(name, f"{dataset_name}, {plans_name}, {configuration}", read_json(file), description, configuration)
     raw = os.environ.get("nnUNet_raw")
     if not raw or not (Path(raw) / dataset_name).is_dir() or configuration not in ("2d", "3d_fullres"):
         return None
@@ -169,7 +169,7 @@ def _preset(name: str, dataset_name: str, configuration: str) -> Design | None:
     with redirect_stdout(StringIO()), _at_least_one_thread():
         planned = _plan(planner, dataset_name, configuration)
     plans["configurations"] = {configuration: planned}
-    return Design(name, f"planned as by {planner}, {configuration}", plans, description, configuration)
+    return Design(name, f"{dataset_name}, planned as by {planner}, {configuration}", plans, description, configuration)
 
 
 @contextmanager

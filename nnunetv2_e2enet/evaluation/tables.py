@@ -46,7 +46,7 @@ class Table:
 
     def print(self, console: Console) -> None:
         """Words fold where the terminal is narrow, numbers do not."""
-        title = Text(self.title) if self.title else None
+        title = Text(self.title, style="table.title") if self.title else None
         table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         table.padding = (0, 1, 0, 0)
         for i, head in enumerate(self.head):

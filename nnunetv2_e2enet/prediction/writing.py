@@ -40,7 +40,7 @@ def write_segmentation(
             except E2ENetError as error:
                 raise OSError("only a part of it is on the disk") from error
             for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == file.name):  # the segmentation last
-                with path.open("rb") as content:
+                with path.open("r+b") as content:  # Windows syncs no file that is open for reading
                     os.fsync(content.fileno())
                 path.replace(file.parent / path.name)
     except (OSError, RuntimeError) as error:  # SimpleITK raises the latter

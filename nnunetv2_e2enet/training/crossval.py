@@ -124,8 +124,8 @@ class Fold:
             ) from error
         except (OSError, NotImplementedError) as error:  # of a network's file system
             raise E2ENetError(
-                f"cannot lock {lock.lock_file} ({error}): expected a file system with locks, so that no fold is trained "
-                "twice; put nnUNet_results elsewhere, or run nnUNetv2_train for each fold"
+                f"cannot lock {lock.lock_file} ({error}): expected a file that you may write, on a file system with locks, so "
+                "that no fold is trained twice; put nnUNet_results elsewhere, or run nnUNetv2_train for each fold"
             ) from error
 
 

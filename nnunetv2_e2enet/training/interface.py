@@ -33,8 +33,8 @@ class Overrides:
         own_hooks: methods of the mixin that nnU-Net does not have.
 
     Raises:
-        E2ENetError: on definition of a class, if nnU-Net has no such method, or one with other parameters, or if a class of
-            nnU-Net comes before the mixin, whose methods would then not be called.
+        E2ENetError: on definition of a class, if nnU-Net has no such method, or one with other parameters, or if nnU-Net's
+            class comes before the mixin, whose methods would then not be called.
     """
 
     own_hooks: tuple[str, ...] = ()
@@ -43,13 +43,12 @@ class Overrides:
         super().__init_subclass__()
         originals = [base for base in reversed(cls.__mro__) if base.__module__.startswith("nnunetv2.")]
         if originals:
-            first = cls.__mro__.index(originals[-1])
-            late = [base for base in cls.__mro__[first:] if issubclass(base, Overrides) and base is not Overrides]
+            root = cls.__mro__.index(originals[0])
+            late = [base for base in cls.__mro__[root:] if issubclass(base, Overrides) and base is not Overrides]
             if late:
-                theirs, ours = originals[-1].__name__, late[0].__name__
                 raise E2ENetError(
-                    f"{cls.__name__} has {theirs} before {ours}, whose methods would not be called: "
-                    f"write class {cls.__name__}({ours}, {theirs})"
+                    f"{cls.__name__} has {originals[0].__name__} before {late[0].__name__}, whose methods would not be "
+                    f"called: name {late[0].__name__} first among the bases of {cls.__name__}"
                 )
             for mixin in cls.__mro__:
                 if issubclass(mixin, Overrides) and not issubclass(mixin, originals[0]):

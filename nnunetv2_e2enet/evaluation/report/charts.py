@@ -154,7 +154,6 @@ def _defined(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def volume_and_dice(comparison: Comparison) -> Chart:
     """Dice over the volume of a class in the reference: small dots are cases, large marks the means of the classes."""
     figure, [[axes]] = new_figure(3.0)
-    axes.set_xscale("log")
     frame = comparison.results.frame
     frame = frame[(frame["reference_ml"] > 0) & frame["dice"].notna()]
     for i, model in enumerate(comparison.names):
@@ -166,6 +165,7 @@ def volume_and_dice(comparison: Comparison) -> Chart:
             (mark,) = axes.plot(mean["reference_ml"], mean["dice"], marker, color=colour, markersize=8)
             tip(mark, f"{label}, {model}: mean volume {mean['reference_ml']:.3g} ml, mean Dice {mean['dice']:.4f}")
     if not frame.empty:
+        axes.set_xscale("log")
         _log_axis(axes)
     axes.grid(visible=True)
     axes.set(ylim=(-0.02, 1.02), xlabel="volume in the reference (ml), log scale", ylabel="Dice")

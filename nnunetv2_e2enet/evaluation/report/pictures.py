@@ -47,7 +47,8 @@ def pictures(comparison: Comparison, images: Path | None) -> list[Picture]:
     for heading, index in _chosen(comparison).items():
         case = comparison.results.cases[index]
         means = comparison.results.case_means("dice")[:, index]
-        caption = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(comparison.names, means, strict=True))
+        dice = ("none" if np.isnan(mean) else f"{mean:.3f}" for mean in means)
+        caption = ", ".join(f"{name} {mean}" for name, mean in zip(comparison.names, dice, strict=True))
         try:
             data = _draw(comparison, case, images)
         except E2ENetError as error:
