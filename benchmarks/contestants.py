@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -20,6 +20,8 @@ from torch import nn
 
 from nnunetv2_e2enet import files
 from nnunetv2_e2enet.evaluation.provenance import processor
+from nnunetv2_e2enet.network import E2ENet, maskable_layers
+from nnunetv2_e2enet.network.acceleration import KERNELS, convolutions_for, kernels_for
 
 BASELINE = "nnU-Net"
 CONTESTANTS = {
@@ -136,6 +138,22 @@ def as_nnunet_trains(device: str) -> None:
     if device == "cuda":
         torch.backends.cudnn.deterministic = False
         torch.backends.cudnn.benchmark = True
+
+
+def without_kernels(network: nn.Module) -> list[str]:
+    """Names of the kernels that an E2ENet has use for and PyTorch stands in for; none of a stock network."""
+    if not any(isinstance(module, E2ENet) for module in network.modules()):
+        return []
+    x = next(network.parameters())
+    in_blocks = any(layer.stores_active_only for _, layer in maskable_layers(network))
+    missing = {"wrong_kernel": kernels_for(x) is None, "wrong_convolution": in_blocks and convolutions_for(x) is None}
+    return [what for check, what in KERNELS.items() if missing[check]]
+
+
+def without(result: Mapping[str, Any]) -> str:
+    """Words for a table on the kernels that a measurement had to do without."""
+    missing = result.get("without_kernels")
+    return f", without {' and '.join(missing)}" if missing else ""
 
 
 def check_device(device: str) -> None:

@@ -22,19 +22,22 @@ from triton.compiler import ASTSource
 from nnunetv2_e2enet.kernels import pooling, programs, sparse_programs
 from nnunetv2_e2enet.kernels.operators import TILE, TILE_LAST
 from nnunetv2_e2enet.kernels.sparse import VOXELS, WARPS
+from nnunetv2_e2enet.network.sparse_convolution import LARGEST_BLOCK
 
 ARCHITECTURES = (80, 90)
 PROGRAMS = ("convolve_blocks", "gradient_of_inputs", "gradient_of_weights")
 NAMES = ("SD", "SH", "SW", "KD", "KH", "KW", "UD", "UH", "UW")
-SHIFTED = {"GROUPS": 3, "BLOCK_N": 16, "BLOCK_K": 32}
-KINDS: dict[str, tuple[tuple[int, ...], dict[str, int], str]] = {
-    "convolution": ((1, 1, 1, 1, 3, 3, 1, 1, 1), SHIFTED, "*fp16"),
-    "stride 2": ((1, 2, 2, 1, 3, 3, 1, 1, 1), SHIFTED, "*fp16"),
-    "blocks of 32": ((1, 1, 1, 1, 3, 3, 1, 1, 1), {**SHIFTED, "BLOCK_N": 32}, "*fp16"),
-    "bfloat16": ((1, 1, 1, 1, 3, 3, 1, 1, 1), SHIFTED, "*bf16"),
-    "transposed": ((1, 1, 1, 1, 1, 1, 2, 2, 2), {**SHIFTED, "GROUPS": 1}, "*fp16"),
+PLAIN, UP = (1, 1, 1, 1, 3, 3, 1, 1, 1), (1, 1, 1, 1, 1, 1, 2, 2, 2)
+KINDS: dict[str, tuple[tuple[int, ...], int, str]] = {
+    "convolution": (PLAIN, 16, "*fp16"),
+    "stride 2": ((1, 2, 2, 1, 3, 3, 1, 1, 1), 16, "*fp16"),
+    "blocks of 32": (PLAIN, 32, "*fp16"),
+    "blocks of 64": (PLAIN, LARGEST_BLOCK, "*fp16"),
+    "bfloat16": (PLAIN, 16, "*bf16"),
+    "float32": (PLAIN, 16, "*fp32"),
+    "transposed": (UP, 16, "*fp16"),
 }
-"""Stride, kernel, voxels that a place becomes; other constants; type of maps."""
+"""Stride, kernel, voxels that a place becomes; output maps of a block; type of maps."""
 NORM = {"SLOPE": 0.01, "WIDE": tl.float32}
 POOL = {"KERNEL_D": 2, "KERNEL_H": 2, "KERNEL_W": 2}
 PASSES: dict[str, dict[str, Any]] = {
@@ -61,8 +64,9 @@ TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA)\b")
 
 def compiled_convolution(name: str, kind: str, architecture: int) -> dict[str, Any]:
     """What a program of the sparse convolutions becomes on an architecture; see ``compiled``."""
-    geometry, others, maps = KINDS[kind]
-    constants = {**dict(zip(NAMES, geometry, strict=True)), **others, "BLOCK_V": VOXELS, "WIDE": tl.float32}
+    geometry, block_size, maps = KINDS[kind]
+    blocks = {"BLOCK_V": VOXELS, "BLOCK_N": block_size, "BLOCK_K": 32}
+    constants = {**dict(zip(NAMES, geometry, strict=True)), **blocks, "WIDE": tl.float32}
     types = {**TYPES, **dict.fromkeys(MAPS, maps), **({"out": "*fp32"} if name == "gradient_of_inputs" else {})}
     return compiled(getattr(sparse_programs, name), constants, types, architecture, WARPS)
 

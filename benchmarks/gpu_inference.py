@@ -85,7 +85,8 @@ def report(record: contestants.Record, seconds: dict[str, list[float]], what: st
         peak = result.get("peak_bytes_above_weights")
         milliseconds = [1e3 * value for value in values]
         gib = "not measured" if peak is None else f"{peak / 2**30:.2f}"
-        table.add_row(name, contestants.spread(milliseconds), contestants.spread(ratios, ".2f") if ratios else "-", gib)
+        what = name + contestants.without(result)
+        table.add_row(what, contestants.spread(milliseconds), contestants.spread(ratios, ".2f") if ratios else "-", gib)
     console = Console(highlight=False)
     console.print(table)
     if "warning" in machine:
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             before = torch.cuda.memory_allocated()
         ready[name]()
         peak = {"peak_bytes_above_weights": torch.cuda.max_memory_allocated() - before} if given.device == "cuda" else {}
-        record.add(name, peak)
+        record.add(name, {"without_kernels": contestants.without_kernels(network), **peak})
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(given.rounds):
         for name, once in ready.items():

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import isclose
 from typing import Any
 
 import contestants
-from contestants import spread
+from contestants import spread, without
 
 Record = Mapping[str, Any]
-"""Of one measurement: "what", "commit", "machine", "result"; of one that failed: "what", "device", "error", "end"."""
+"""Of one measurement: "what", "commit", "machine", "result"; of one that failed: "what", "device", "error", "end".
+
+"partial" of one that failed is what it had found: a result from which some is missing.
+"""
+SAME = {"first_loss": "loss of the first step", "gradient_norm": "norm of its gradient", "loss_scale": "last loss scale"}
+"""By key of a step's result, what is the same, however a network is run."""
+AGREEMENT = 0.05
+"""Relative difference that rounding to float16 in another order can make, and no more."""
+CLOCKS = {"device": "on the device", "wall": "from the call to its end"}
 
 
 def of_tests(record: Record) -> Iterator[tuple[str, str]]:
@@ -28,24 +38,42 @@ def last_line(text: str) -> str:
 def of_step(record: Record) -> Iterator[tuple[str, str]]:
     result = record["result"]
     peak = f", peak {result['peak_bytes'] / 2**30:.2f} GiB" if "peak_bytes" in result else ""
-    yield record["what"][2:], f"{spread(result['milliseconds'])} ms{peak}"
+    if result.get("milliseconds"):
+        yield record["what"][2:], f"{spread(result['milliseconds'])} ms{peak}{without(result)}"
+
+
+def disagreements(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
+    """Steps of the same network whose numbers differ by more than AGREEMENT from an eager one's, or else the first one's."""
+    by_function: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: "eager" not in record["what"]):
+        if "function" in record["result"]:
+            by_function.setdefault(record["result"]["function"], []).append(record)
+    for base, *others in by_function.values():
+        for record, (key, what) in itertools.product(others, SAME.items()):
+            found, expected = (r["result"].get(key) for r in (record, base))
+            if None not in (found, expected) and not isclose(found, expected, rel_tol=AGREEMENT):
+                yield record["what"][2:], f"{what} {found:.4g}, of {base['what'][2:]} {expected:.4g}"
 
 
 def of_prediction(record: Record) -> Iterator[tuple[str, str]]:
-    for name, result in record["result"]["results"].items():
-        milliseconds = [1e3 * s for s in result["seconds"]]
+    for name, result in record["result"].items():
+        milliseconds = [1e3 * s for s in result.get("seconds", ())]
         ratio = f", {result['over_nnunet']:.2f} of nnU-Net's" if "over_nnunet" in result else ""
-        yield f"{record['what'][2:]}: {name}", f"{spread(milliseconds)} ms{ratio}"
+        if milliseconds:
+            yield f"{record['what'][2:]}: {name}", f"{spread(milliseconds)} ms{ratio}{without(result)}"
 
 
 def of_convolutions(record: Record) -> Iterator[tuple[str, str]]:
-    for way, milliseconds in record["result"].items():
-        yield f"{record['what'][2:]}: {way}", f"{spread(milliseconds, '.2f')} ms"
+    for way, times in record["result"].items():
+        found = [f"{spread(times[clock], '.2f')} ms {words}" for clock, words in CLOCKS.items() if times.get(clock)]
+        if found:
+            yield f"{record['what'][2:]}: {way}", ", ".join(found)
 
 
 def of_profile(record: Record) -> Iterator[tuple[str, str]]:
-    largest = ", ".join(f"{row['operation']} {row['share']:.0%}" for row in record["result"][:5])
-    yield record["what"][2:], largest
+    result = record["result"]
+    largest = ", ".join(f"{row['operation']} {row['share']:.0%}" for row in result["profile"][:5])
+    yield record["what"][2:], f"{largest}{without(result)}"
 
 
 def of_training(record: Record) -> Iterator[tuple[str, str]]:
@@ -88,6 +116,7 @@ def section(records: Sequence[Record]) -> list[str]:
         machines = sorted({f"{r['machine']['device']}, torch {r['machine']['torch']}, {r['commit']}" for r in of_stage})
         lines += [f"### {heading}", "", *(["; ".join(machines) + ".", ""] if machines else []), "| | |", "| --- | --- |"]
         lines += [f"| {what} | {found} |" for record in of_stage for what, found in rows(record)]
+        lines += [f"| {what} | {found} |" for what, found in disagreements(of_stage)]
         for record in failed_there:
             if "partial" in record:
                 lines += [f"| {what} | {found} |" for what, found in rows({**record, "result": record["partial"]})]

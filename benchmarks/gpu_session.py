@@ -16,10 +16,10 @@ Stages: 1 the kernels' check and tests; 2 training steps; 3 prediction of a patc
 where the time of a step goes; 6 trainings on Hippocampus, several at once. Stage 0 is stages 1 to 5, most important answers
 first, for a machine that is there for minutes: check, steps, prediction, convolutions, and then the rest.
 
-Every result is a JSON file of its own in ``--folder``; what is there is not measured again. What fails, or takes longer than
-its stage, leaves a file that ends in .error.json, and is tried again. After each measurement all of them are brought into one
-file, ``--results``, which is all that has to be kept: what it holds is not measured again on another machine either.
-Measurements end with the session that started them, however it ends.
+Every result is a JSON file of its own in ``--folder``; what is there is not measured again. What fails, or takes too long,
+leaves a file that ends in .error.json, and is tried again, after the others and with all the time that is left. After each
+measurement all of them are brought into one file, ``--results``, which is all that has to be kept: what it holds is not
+measured again on another machine either. Measurements end with the session that started them, however it ends.
 
 ``--device cpu`` tries all of that with small networks, and marks results as such. Without ``--stage`` stages 1 to 6 follow one
 another, each of them called again until it is done. A dry run, in an environment that is made of the bundle alone:
@@ -53,6 +53,8 @@ from gpu_stages import AT_ONCE, ERROR, PARTIAL, RECORD, REPOSITORY, STAGES, Meas
 from nnunetv2_e2enet import files
 
 STAGE_SECONDS = 8 * 60
+MOST = 2
+"""How many times its least seconds a measurement may take while others wait."""
 DONE, UNFINISHED, FAILED = "done", "goes on when the stage is called again", "failed"
 """What becomes of a measurement, and of a stage."""
 
@@ -128,14 +130,15 @@ def unpack(results: Path, session: Session) -> None:
 
 def measured(key: str, session: Session, deadline: float, lock: int) -> str:
     """Measure in a process of its own, which writes the record. Returns what became of it."""
-    measurement = measurement_of(key, session)
+    measurement, error = measurement_of(key, session), session.file(key, ERROR)
     left = deadline - time.monotonic()
     if left < min(measurement.least_seconds, 0.9 * session.seconds):  # a whole stage is as much as it can have
         print(f"{key}: too little time is left", flush=True)
         return UNFINISHED
+    comes_last = error.is_file() or STAGES[int(key[0]) - 1] in AT_ONCE  # then nothing waits for its end
+    seconds = left if comes_last else min(left, MOST * measurement.least_seconds)
     begin = time.monotonic()
-    status, reason = ended(key, session, measurement, left, lock)
-    error = session.file(key, ERROR)
+    status, reason = ended(key, session, measurement, seconds, lock)
     if status == 0:
         error.unlink(missing_ok=True)
         end = DONE if session.file(key, RECORD).is_file() else UNFINISHED

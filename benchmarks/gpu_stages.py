@@ -21,16 +21,20 @@ import gpu_training
 import torch
 from training_memory import ACTIVE, PLANS, STOCK, TINY, Candidate
 
-from nnunetv2_e2enet import registry
-from nnunetv2_e2enet.network.acceleration import KERNELS, convolutions_for, kernels_for, prepare_kernels
+from nnunetv2_e2enet.network.acceleration import KERNELS, convolutions_for, prepare_kernels
 from nnunetv2_e2enet.network.convolution import over_slices
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST
+from nnunetv2_e2enet.network.recomputation import RECOMPUTE
 from nnunetv2_e2enet.network.sparse_convolution import sparse_convolution
 from nnunetv2_e2enet.settings import variable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FEW = ("nnU-Net", "E2ENet 0.8", "E2ENet 0.8, channels last", "E2ENet 0.8, blocks of 16")
 TRAINED = ("nnU-Net", "E2ENet 0.8", "E2ENet 0.9")
+TESTS = ("test_kernels.py", "test_sparse_convolution.py", "test_memory_format.py", "test_compile.py")
+"""Those that look at other programs where there is CUDA."""
+QUEUED = 20
+WAIT_CYCLES = 50_000_000  # of the device, some 30 ms, in which the host queues that many calls
 ENOUGH_TO_END = 20  # seconds before the end of a measurement's time, in which no round is begun
 RECORD, ERROR, PARTIAL = ".json", ".error.json", ".partial"
 """How files of a measurement end: its result; why it failed; what it has found so far."""
@@ -91,6 +95,11 @@ class Step:
     plane_convolutions: str = "off"
 
     @property
+    def function(self) -> str:
+        """What the network computes, which recomputation does not change."""
+        return "E2ENet" if self.kind in RECOMPUTE else self.kind
+
+    @property
     def name(self) -> str:
         parts = ["compiled" if self.compiled else "eager", *["channels last"] * self.channels_last]
         parts += [f"kernels {self.kernels}"] * (self.kernels != "auto")
@@ -103,13 +112,13 @@ class Step:
         return Measurement(partial(timed_step, self), environment, least_seconds=150 if self.compiled else 60)
 
 
+EAGER = [Step(STOCK, compiled=False), Step("blocks", compiled=False)]
 STEPS = [
-    Step(STOCK), Step("blocks"), Step(ACTIVE, channels_last=True), Step("blocks", channels_last=True),
+    Step(STOCK), *EAGER, Step("blocks"), Step(ACTIVE, channels_last=True), Step("blocks", channels_last=True),
     Step("blocks", kernels="off"), Step(STOCK, channels_last=True), Step(ACTIVE),
-    Step("blocks", channels_last=True, plane_convolutions="on"), Step("blocks", compiled=False), Step("none"),
-    Step(STOCK, compiled=False), Step("blocks", compiled=False, kernels="off"),
+    Step("blocks", channels_last=True, plane_convolutions="on"), Step("none"), Step("blocks", compiled=False, kernels="off"),
 ]  # fmt: skip
-"""The most important ones first."""
+"""The most important ones first; and what no compiler can spoil before networks of ours that are compiled."""
 
 
 def has_kernels() -> bool:
@@ -123,8 +132,7 @@ def kernels_on(session: Session) -> dict[str, str]:
 
 def stage_tests(session: Session) -> dict[str, Measurement]:
     check = {"1 check of the kernels": Measurement(agreement, kernels_on(session), least_seconds=120)} if has_kernels() else {}
-    tests = ("test_kernels.py", "test_sparse_convolution.py")
-    return check | {f"1 {file}": Measurement(partial(passed, file), least_seconds=180) for file in tests}
+    return check | {f"1 {file}": Measurement(partial(passed, file), least_seconds=180) for file in TESTS}
 
 
 def agreement(session: Session) -> dict[str, float]:
@@ -133,7 +141,8 @@ def agreement(session: Session) -> dict[str, float]:
     Raises:
         SystemExit: a kernel fails, or differs from PyTorch.
     """
-    kernels = registry.load("kernels")
+    from nnunetv2_e2enet import kernels  # which need Triton
+
     seconds, wrong = {}, []
     for check, what in KERNELS.items():
         begin = time.perf_counter()
@@ -171,12 +180,16 @@ def stage_steps(_: Session) -> dict[str, Measurement]:
 def timed_step(step: Step, session: Session) -> dict[str, Any]:
     """Milliseconds of training steps, 3 x 30 of them or as many as there is time for, and the bytes allocated at the peak.
 
-    What has been timed is kept where a later round fails.
+    And the loss of the first step, the norm of its gradient, and the loss scale after the last one, which are nearly the same
+    for all steps of one function. What has been timed is kept where a later round fails.
     """
     device, tiny = session.device, session.tiny
     deadline = time.monotonic() + session.seconds - ENOUGH_TO_END
-    found = contestants.Record(session.file(f"2 {step.name}", PARTIAL), {"what": step.name})
+    output = session.file(f"2 {step.name}", PARTIAL)
+    output.unlink(missing_ok=True)  # of a process that was stopped
+    found = contestants.Record(output, {"what": step.name})
     contestants.as_nnunet_trains(device)
+    torch.manual_seed(0)
     plan, rounds, steps = ("tiny", 1, 2) if tiny else ("AMOS", 3, 30)
     candidate = Candidate(step.kind, plan, (PLANS | TINY)[plan][1], 16)
     network: Any = candidate.build().to(device)
@@ -187,37 +200,43 @@ def timed_step(step: Step, session: Session) -> dict[str, Any]:
     scaler = torch.amp.GradScaler(device, enabled=not tiny)
     run = torch.compile(network, backend="eager" if tiny else "inductor", fullgraph=True) if step.compiled else network
 
-    def once() -> None:
+    def once() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, enabled=not tiny):
             loss = sum((output.float().square().mean() for output in run(x)), x.new_zeros(()))
         scaler.scale(loss).backward()
-        scaler.step(optimizer)
+        scaler.step(optimizer)  # which takes the scale out of the gradients
         scaler.update()
+        return loss.detach()
 
     begin = time.perf_counter()
-    once()
+    loss = once()
     synchronize(device)
-    result: dict[str, Any] = {"first_step_seconds": time.perf_counter() - begin, "milliseconds": []}
-    result["kernels"] = {"passes": kernels_for(x) is not None, "convolutions": convolutions_for(x) is not None}
-    found.add("steps", result)
+    found.add("first_step_seconds", time.perf_counter() - begin)
+    found.add("without_kernels", contestants.without_kernels(network))
+    norms = [p.grad.norm() for p in network.parameters() if p.grad is not None]
+    found.add("function", step.function)
+    found.add("first_loss", loss.item())
+    found.add("gradient_norm", torch.stack(norms).norm().item())
     for _ in range(0 if tiny else 5):
         once()
     synchronize(device)
     if not tiny:
         torch.cuda.reset_peak_memory_stats()
+    milliseconds: list[float] = []
     for _ in range(rounds):
-        if result["milliseconds"] and time.monotonic() > deadline:
+        if milliseconds and time.monotonic() > deadline:
             break
         begin = time.perf_counter()
         for _ in range(steps):
             once()
         synchronize(device)
-        result["milliseconds"].append(1e3 * (time.perf_counter() - begin) / steps)
+        milliseconds.append(1e3 * (time.perf_counter() - begin) / steps)
+        found.add("milliseconds", milliseconds)
         if not tiny:
-            result["peak_bytes"] = torch.cuda.max_memory_allocated()
-        found.add("steps", result)
-    return result
+            found.add("peak_bytes", torch.cuda.max_memory_allocated())
+    found.add("loss_scale", scaler.get_scale())
+    return found.results
 
 
 def synchronize(device: str) -> None:
@@ -242,7 +261,7 @@ def predicted(way: str, session: Session) -> Any:
     environment = {**os.environ, "nnUNet_preprocessed": str(session.preprocessed)}
     environment |= {"TORCH_COMPILE_DISABLE": "1"} if session.tiny else {}  # a compiler need not be there
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
-    return json.loads(output.read_text())
+    return json.loads(output.read_text())["results"]
 
 
 def stage_convolutions(session: Session) -> dict[str, Measurement]:
@@ -273,7 +292,7 @@ def timed_convolutions(key: str, channels: int, size: tuple[int, ...], session: 
         ways |= ways_to_convolve(channels, size, device, dtype, last)
     for name in sorted(ways, key=lambda name: "sparse" in name):  # our programs last
         if name not in found.results:
-            found.add(name, milliseconds(ways[name], session.device))
+            found.add(name, milliseconds_of(ways[name], session.device))
     return found.results
 
 
@@ -312,15 +331,31 @@ def ways_to_convolve(
     return {name + ", channels last" * last: way for name, way in ways.items()}
 
 
-def milliseconds(once: Callable[[], object], device: str) -> list[float]:
-    """Without the first time, which is to get warm."""
-    values = []
-    for _ in range(20 if device == "cuda" else 2):
+def milliseconds_of(once: Callable[[], object], device: str) -> dict[str, list[float]]:
+    """Of a call, when it is warm: "wall", from the call to its end, and on a GPU "device", without the host's time."""
+    on_gpu = device == "cuda"
+    for _ in range(3 if on_gpu else 1):
+        once()
+    synchronize(device)
+    wall = []
+    for _ in range(20 if on_gpu else 1):
         begin = time.perf_counter()
         once()
         synchronize(device)
-        values.append(1e3 * (time.perf_counter() - begin))
-    return values[1:]
+        wall.append(1e3 * (time.perf_counter() - begin))
+    return {"wall": wall, **({"device": [queued_milliseconds(once) for _ in range(5)]} if on_gpu else {})}
+
+
+def queued_milliseconds(once: Callable[[], object]) -> float:
+    """The device's time for a call, of QUEUED ones that have all been queued before the first begins."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(WAIT_CYCLES)
+    begin.record()
+    for _ in range(QUEUED):
+        once()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / QUEUED
 
 
 def stage_profile(session: Session) -> dict[str, Measurement]:
@@ -334,7 +369,8 @@ def profiled(contestant: str, session: Session) -> Any:
     settings = gpu_training.Settings(
         *("4", "3d_fullres", "nnUNetPlans", "tiny" if tiny else "amos", 1, 1 if tiny else 10, 1, session.device)
     )
-    return gpu_training.measure(contestant, settings, loading=False, profile=True)["profile"]
+    result = gpu_training.measure(contestant, settings, loading=False, profile=True)
+    return {name: result[name] for name in ("profile", "without_kernels")}
 
 
 def stage_trainings(session: Session) -> dict[str, Measurement]:
@@ -386,5 +422,7 @@ AT_ONCE = (stage_trainings,)
 def by_value(session: Session) -> list[str]:
     """Names of the measurements of all stages but the trainings, in the order in which their answers are worth most."""
     tests, steps, prediction, convolutions, profile, _ = (list(stage(session)) for stage in STAGES)
-    first = [*tests[:-2], *steps[:4], *prediction[:1], *convolutions[:2], *steps[4:6], *prediction[1:2], *profile[:2]]
+    before = 1 + len(EAGER)  # networks of ours are compiled
+    first = [*tests[: -len(TESTS)], *steps[:before], prediction[0], convolutions[0], *steps[before : before + 3]]
+    first += [convolutions[1], *steps[before + 3 : before + 5], prediction[1], *profile[:2]]
     return list(dict.fromkeys([*first, *steps, *prediction, *convolutions, *tests, *profile]))

@@ -96,9 +96,9 @@ def measure(contestant: str, settings: Settings, loading: bool, profile: bool) -
         starts, ends = (trainer.logger.get_value(f"epoch_{edge}_timestamps", step=None) for edge in ("start", "end"))
         epochs = [end - start for start, end in zip(starts, ends, strict=True)]
         result: dict[str, Any] = {"fastest_epoch_seconds": min(epochs), "epoch_seconds": epochs}
+        result["without_kernels"] = contestants.without_kernels(trainer.network)
         if settings.device == "cuda":
             result["peak_bytes_allocated"] = torch.cuda.max_memory_allocated()
-            result["peak_bytes_reserved"] = torch.cuda.max_memory_reserved()
         if profile:
             result["profile"] = profile_step(trainer)
     return result
@@ -149,9 +149,8 @@ def print_results(record: contestants.Record, console: Console) -> None:
                 return ["not measured", ""]
             return [f"{result[name] / unit:{form}}", f"{result[name] / base[name]:.2f}" if base else ""]
 
-        table.add_row(
-            contestant, loading, *cells("fastest_epoch_seconds", ".2f", 1), *cells("peak_bytes_allocated", ".2f", 2**30)
-        )
+        times, peaks = cells("fastest_epoch_seconds", ".2f", 1), cells("peak_bytes_allocated", ".2f", 2**30)
+        table.add_row(contestant + contestants.without(result), loading, *times, *peaks)
     console.print(table)
     if "warning" in record.content["machine"]:
         console.print(record.content["machine"]["warning"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.deployment.onnx import plain_network
 from nnunetv2_e2enet.dsff import CosineSchedule, ErdosRenyiKernel, GradientGrowth, TopologyUpdater, Uniform, random_topology
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.network import E2ENet, store_active_only
+from nnunetv2_e2enet.network import E2ENet, accounts, store_active_only
 from nnunetv2_e2enet.network.connections import (
     MASKED_CONV,
     MASKED_CONV_TRANSPOSE,
@@ -173,7 +173,7 @@ def test_all_blocks_keep_the_same_number_of_inputs() -> None:
         updater.update(epoch + 1, optimizer)
         for layer, number in zip(layers_of(network), numbers, strict=True):
             assert layer.fits_blocks()
-            assert {len(inputs) for inputs in layer.block_inputs(layer.block_size)} == {number}
+            assert layer.active_inputs.shape == (layer.n_blocks, number)
     assert all(not torch.equal(layer.mask, was) for layer, was in zip(layers_of(network), before, strict=True))
 
 
@@ -394,7 +394,7 @@ def test_copies_and_averages_of_state_dicts() -> None:
 def test_bytes_and_arithmetic_of_a_training_step() -> None:
     """As benchmarks/training_memory.py says them."""
     blocks, active = (Candidate(kind, "Hippocampus", (8, 8, 8)) for kind in ("blocks", ACTIVE))
-    counts = cast(E2ENet, active.build()).parameter_counts()
+    counts = accounts.parameter_counts(active.build())
     assert active.state() == 3 * 4 * counts.active
     assert blocks.state() == 3 * 4 * counts.total
     x = torch.randn(1, 12, 4, 4, requires_grad=True)
@@ -420,8 +420,8 @@ def test_costs_prediction_engine_and_export_see_all_connections() -> None:
         with engine.disabled():
             assert all(torch.equal(a, b) for a, b in zip(whole(x), network(x), strict=True))
         torch.testing.assert_close(plain_network(network)(x), plain_network(whole)(x))
-    assert network.parameter_counts() == whole.parameter_counts()
-    assert network.multiply_accumulates((8, 16, 16)) == whole.multiply_accumulates((8, 16, 16))
+    assert accounts.parameter_counts(network) == accounts.parameter_counts(whole)
+    assert accounts.multiply_accumulates(network, (1, 1, 8, 16, 16)) == accounts.multiply_accumulates(whole, (1, 1, 8, 16, 16))
     layers = [dict(maskable_layers(each)) for each in (whole, network)]
     assert ErdosRenyiKernel().active(0.8, layers[0]) == ErdosRenyiKernel().active(0.8, layers[1])
     for each in (whole, network):

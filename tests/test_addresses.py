@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnunetv2_e2enet import registry
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST
 
 SIZE = (63, 512, 513)
@@ -125,7 +124,7 @@ def calls(kernels: Any, last: bool) -> dict[str, tuple[Any, str, Callable[[], An
     up = torch.empty(9 * 16, 18, 1, 2, 2, dtype=HALF, device="meta")
     coarse, fine = torch.empty_like(pooled), huge(9 * 16, last, (63, 512, 512))
     out = huge(9 * 16, last)
-    conv, transposed = ([1, 1, 1], 3, False), ([1, 2, 2], 3, True)
+    conv, transposed = ([1, 1, 1], False), ([1, 2, 2], True)
     index = torch.empty_like(pooled, dtype=torch.uint8)
     return {
         "statistics": (operators, "programs", lambda: operators._statistics._init_fn(x, 1e-5)),
@@ -158,7 +157,8 @@ NAMES = [
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_addresses_in_maps_of_more_than_two_to_the_32_values(name: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = registry.load("kernels")
+    from nnunetv2_e2enet import kernels
+
     monkeypatch.setattr(kernels.sparse, "CHUNK", 2048)  # or a program takes a while
     module, attribute, call = calls(kernels, last)[name]
     home = getattr(module, attribute) if attribute else module

@@ -122,7 +122,7 @@ def test_erdos_renyi_gives_whole_blocks() -> None:
     assert all(active[name] % layer.block_size == 0 for name, layer in layers.items())
 
 
-def test_inputs_of_each_block_are_read_from_the_mask_alone() -> None:
+def test_blocks_are_read_from_the_mask_alone() -> None:
     conv, up = MaskedConv2d(10, 12, 1), MaskedConvTranspose2d(10, 12, 2, 2)
     for layer in (conv, up):
         layer.share_inputs(4)
@@ -131,23 +131,3 @@ def test_inputs_of_each_block_are_read_from_the_mask_alone() -> None:
         loaded.load_state_dict(layer.state_dict())
         assert loaded.block_size == 1
         assert loaded.shared_block_size() % 4 == 0
-        inputs = loaded.block_inputs(4)
-        assert [i.tolist() for i in inputs] == [[c for c, active in enumerate(rows[0]) if active] for rows in blocks(layer)]
-        assert sum(len(i) for i in inputs) * 4 == layer.n_active
-    assert [i.tolist() for i in MaskedConv2d(3, 4, 1).block_inputs(2)] == [[0, 1, 2]] * 2
-
-
-def test_the_whole_layer_is_computed_from_the_inputs_of_its_blocks() -> None:
-    """What ``block_inputs`` is for: each block of output maps is a dense convolution over few input maps."""
-    torch.manual_seed(1)
-    layer = MaskedConv3d(20, 24, (1, 3, 3), padding=(0, 1, 1))
-    layer.share_inputs(8)
-    layer.set_random_topology(layer.connections_at(0.2))
-    x = torch.randn(2, 20, 3, 6, 6)
-    parts = []
-    for block, inputs in enumerate(layer.block_inputs(layer.block_size)):
-        maps = slice(8 * block, 8 * block + 8)
-        weight = layer.weight[maps][:, inputs]
-        assert layer.bias is not None
-        parts.append(nn.functional.conv3d(x[:, inputs], weight, layer.bias[maps], padding=(0, 1, 1)))
-    torch.testing.assert_close(torch.cat(parts, 1), layer(x))

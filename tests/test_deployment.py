@@ -26,7 +26,7 @@ from support import Project, copy_with_random_heads, run_command, untrained_mode
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.deployment import PackedModel, Segmenter, pack_model, preview, read_packed, write_packed
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.network import maskable_layers
+from nnunetv2_e2enet.network import accounts, maskable_layers
 from nnunetv2_e2enet.settings import STORAGE_16_BIT, override, settings
 
 SEQUENTIAL = ["-device", "cpu", "-npp", "0", "-nps", "0"]
@@ -330,7 +330,7 @@ def test_file_is_as_small_as_its_active_weights(project: Project, tmp_path: Path
     model, network = untrained_model(project, base=32, maximum=320, feature_sparsity=sparsity)
     size = write_packed(tmp_path / "model.e2enet", model)
     assert size == (tmp_path / "model.e2enet").stat().st_size
-    active = network.parameter_counts().active
+    active = accounts.parameter_counts(network).active
     assert model.active_weights == active
     masks = sum(layer.n_connections for _, layer in maskable_layers(network)) / 8
     assert 4 * active < size < 4 * active + masks + 60_000

@@ -11,7 +11,7 @@ from networks import assert_same_logits, make_network, needs_core, uses_engine
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunetv2_e2enet import engine, registry
+from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.engine.automatic import TOLERANCES
 from nnunetv2_e2enet.engine.core import load_core
 from nnunetv2_e2enet.errors import E2ENetError
@@ -33,9 +33,8 @@ def test_gradients_in_eval_mode_and_training_mode_without_gradients_never_see_it
     def asked(*_: object) -> None:
         raise Asked
 
-    registered = registry.load("engine")
     for name in ("train", "accelerate"):
-        monkeypatch.setattr(registered, name, asked)
+        monkeypatch.setattr(engine, name, asked)
     network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
     network(x).sum().backward()
     assert network.decoder.seg_layers[-1].weight.grad is not None

@@ -305,7 +305,7 @@ def test_an_optimizer_of_ones_own_trains_active_weights(in_process: Project) -> 
     trainer = make(variant(Own, "small", base_num_features=8, max_num_features=16, topology_update_period=1), in_process)
     trainer.initialize()
     held = sum(parameter.numel() for group in trainer.optimizer.param_groups for parameter in group["params"])
-    assert held == trainer.network.parameter_counts().active
+    assert held == accounts.parameter_counts(trainer.network).active
     train_epochs(trainer, 1)
     for layer in trainer.topology_updater.layers.values():
         assert layer.stores_active_only

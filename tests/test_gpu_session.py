@@ -16,13 +16,13 @@ from typing import Any
 
 import contestants
 import gpu_bundle
+import gpu_results
 import gpu_session
 import gpu_stages
 import pytest
 import torch
 from support import Project
 
-from nnunetv2_e2enet import registry
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
 
 PROGRAM = """
@@ -56,9 +56,9 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu_stages.Sessi
     return gpu_stages.Session("cpu", tmp_path / "session", tmp_path, 30)
 
 
-def stage_of(*names: str, monkeypatch: pytest.MonkeyPatch, at_once: bool = False) -> None:
+def stage_of(*names: str, monkeypatch: pytest.MonkeyPatch, at_once: bool = False, least_seconds: float = 10) -> None:
     def stage(_: gpu_stages.Session) -> dict[str, gpu_stages.Measurement]:
-        return {f"1 {name}": gpu_stages.Measurement(lambda _: None, least_seconds=0.1) for name in names}
+        return {f"1 {name}": gpu_stages.Measurement(lambda _: None, least_seconds=least_seconds) for name in names}
 
     monkeypatch.setattr(gpu_session, "STAGES", (stage,))
     monkeypatch.setattr(gpu_session, "AT_ONCE", (stage,) if at_once else ())
@@ -87,7 +87,7 @@ def test_a_stage_goes_on_where_it_ended(session: gpu_stages.Session, monkeypatch
 @pytest.mark.parametrize("at_once", [False, True])
 def test_what_hangs_is_stopped(session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
     short = gpu_stages.Session(session.device, session.folder, session.preprocessed, 1.5)
-    stage_of("hangs", "hangs too", monkeypatch=monkeypatch, at_once=at_once)
+    stage_of("hangs", "hangs too", monkeypatch=monkeypatch, at_once=at_once, least_seconds=1)
     assert gpu_session.run_stage(1, short) == gpu_session.FAILED
     assert sorted(calls(session)) == (["hangs", "hangs too"] if at_once else ["hangs"])  # there is no time for the second
     assert json.loads((session.folder / "1-hangs.error.json").read_text())["error"].startswith("stopped after 1")
@@ -96,7 +96,7 @@ def test_what_hangs_is_stopped(session: gpu_stages.Session, monkeypatch: pytest.
 def test_what_a_measurement_forked_is_gone(session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the lock of the folder, so that the next stage can begin at once."""
     short = gpu_stages.Session(session.device, session.folder, session.preprocessed, 1.5)
-    stage_of("forks and hangs", monkeypatch=monkeypatch)
+    stage_of("forks and hangs", monkeypatch=monkeypatch, least_seconds=1)
     assert gpu_session.run_stage(1, short) == gpu_session.FAILED
     assert gpu_session.run_stage(1, short) == gpu_session.FAILED
 
@@ -136,6 +136,26 @@ def test_nothing_begins_that_would_not_end(session: gpu_stages.Session, monkeypa
     monkeypatch.setattr(gpu_session, "ended", lambda key, *_: begun.append(key) or time.sleep(3.5) or (0, ""))
     assert gpu_session.run_stage(1, session) == gpu_session.UNFINISHED
     assert begun == ["1 longest", "1 short"]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_no_measurement_takes_the_time_of_the_others(
+    session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """But what failed has all the time that is left, when it comes last; and what runs beside the others."""
+    stage_of("a", "fails", "b", monkeypatch=monkeypatch, at_once=at_once, least_seconds=3)
+    given: dict[str, float] = {}
+
+    def ended(key: str, _: gpu_stages.Session, __: Any, seconds: float, ___: int) -> tuple[int, str]:
+        given[key[2:]] = seconds
+        gpu_session.log_of(key, session).touch()
+        return int("fails" in key), ""
+
+    monkeypatch.setattr(gpu_session, "ended", ended)
+    gpu_session.run_stage(1, session)
+    assert given == pytest.approx(dict.fromkeys(("a", "fails", "b"), 30 if at_once else 6), abs=2)
+    gpu_session.run_stage(1, session)
+    assert given == pytest.approx({"a": 30 if at_once else 6, "fails": 30, "b": 30 if at_once else 6}, abs=2)
 
 
 SESSION = """
@@ -192,8 +212,8 @@ def test_what_is_worth_most_comes_first() -> None:
     session = gpu_stages.Session("cuda", Path(), Path(), 1)
     keys = gpu_stages.by_value(session)
     assert sorted(keys) == sorted(key for stage in gpu_stages.STAGES[:5] for key in stage(session))
-    steps = ["2 nnU-Net, compiled", "2 blocks, compiled"]
-    assert [key for key in keys if not key.startswith("1 check")][:2] == steps
+    first = ["2 nnU-Net, compiled", "2 nnU-Net, eager", "2 blocks, eager", "3 patch", "4 48 maps of 64 x 160 x 160"]
+    assert [key for key in keys if not key.startswith("1 check")][:6] == [*first, "2 blocks, compiled"]
     assert keys.index("3 patch") < keys.index("1 test_kernels.py")
 
 
@@ -217,7 +237,8 @@ def test_tests_that_fail_are_run_again(
 
 def test_each_check_of_the_kernels_is_made(session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
-    kernels = registry.load("kernels")
+    from nnunetv2_e2enet import kernels
+
     monkeypatch.setattr(kernels, "wrong_kernel", lambda _: 1 / 0)
     monkeypatch.setattr(kernels, "wrong_convolution", lambda _: "convolve")
     with pytest.raises(SystemExit, match="not as PyTorch: one of the fused kernels, convolve"):
@@ -250,6 +271,56 @@ def test_convolutions_are_timed_with_the_kernels(
     parts = ("", ", forward", ", gradient of maps", ", gradient of weights")
     assert set(found) - set(first) == {f"sparse blocks{part}{last}" for part in parts for last in ("", ", channels last")}
     assert {name: found[name] for name in first} == first
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_says_what_it_computed(session: gpu_stages.Session, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same at every time and with every recomputation; also where it fails later; and the tables take it."""
+    session.folder.mkdir()
+    found: dict[str, Any] = {}
+    for kind in ("blocks", "none"):
+        step = gpu_stages.Step(kind, compiled=False)
+        session.file(f"2 {step.name}", gpu_stages.PARTIAL).write_text('{"what": "another", "results": {}}')
+        with monkeypatch.context() as broken:
+            if fails:
+                seen: list[str] = []
+                broken.setattr(gpu_stages, "synchronize", lambda _, seen=seen: seen.append("") or 1 / (3 - len(seen)))
+            try:
+                gpu_stages.timed_step(step, session)
+            except ZeroDivisionError:
+                assert fails
+        partial = json.loads(session.file(f"2 {step.name}", gpu_stages.PARTIAL).read_text())["results"]
+        record = {"what": f"2 {step.name}", "device": "cuda", "error": "", "end": "", "partial": partial}
+        assert len([line for line in gpu_results.section([record]) if kind in line]) == 2 - fails
+        assert partial["without_kernels"] == ["fused kernels"]
+        found[kind] = [partial[key] for key in ("function", "first_loss", "gradient_norm")]
+    assert found["blocks"] == ["E2ENet", *map(pytest.approx, found["none"][1:])]
+    assert found["blocks"][2] > 0
+
+
+def test_the_time_of_the_device_is_of_queued_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them are queued while the device waits, and the host's clock is not asked."""
+    queue: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.at = 0
+
+        def record(self) -> None:
+            self.at = len(queue)
+
+        def elapsed_time(self, end: Event) -> float:
+            assert queue[-1] == "synchronized"
+            return 3.0 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda _: queue.append("waits"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: queue.append("synchronized"))
+    times = gpu_stages.milliseconds_of(lambda: queue.append("call"), "cuda")
+    assert times["device"] == [3.0] * 5
+    assert len(times["wall"]) == 20
+    assert queue[-gpu_stages.QUEUED - 2 :] == ["waits", *["call"] * gpu_stages.QUEUED, "synchronized"]
 
 
 def test_every_measurement_has_a_name_of_its_own() -> None:

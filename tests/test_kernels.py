@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +17,6 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from nnunetv2_e2enet import registry
 from nnunetv2_e2enet.network import E2ENet, acceleration, compact, e2enet, maskable_layers, store_active_only
 from nnunetv2_e2enet.network import _raw_map as raw_map
 from nnunetv2_e2enet.network._raw_map import FeatureMap, RawMap, flatten
@@ -34,9 +37,10 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, tor
 @pytest.fixture(scope="module")
 def kernels() -> Any:
     pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
-    module = registry.load("kernels")
-    assert DEVICE in module.DEVICES
-    return module
+    from nnunetv2_e2enet import kernels
+
+    assert DEVICE in kernels.DEVICES
+    return kernels
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -271,13 +275,42 @@ def in_tf32(convolution: Any) -> Any:
     return lambda x, weight, *others, **named: convolution(rounded(x), rounded(weight), *others, **named)
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Whatever has no deterministic algorithm throws, as max-pooling's backward pass in 3D on CUDA does."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def on_the_cpu(pool: Any) -> Any:
+    def checked(x: Tensor, *others: Any, **named: Any) -> Tensor:
+        assert (x.device.type, x.dtype) == ("cpu", torch.float64)
+        return pool(x, *others, **named)
+
+    return checked
+
+
+@pytest.mark.usefixtures("deterministic")
 def test_kernels_agree_with_pytorch(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where PyTorch's convolutions in float32 are less exact than ours, and where there are no gradients."""
+    """Whatever is set around the check; and where PyTorch's convolutions in float32 are less exact than ours.
+
+    Of the programs that networks launch: with more maps and voxels than a tile has, more inputs than a product takes at once.
+    """
     for name in ("conv3d", "conv_transpose3d"):
         monkeypatch.setattr(nn.functional, name, in_tf32(getattr(nn.functional, name)))
-    with torch.inference_mode():
+    monkeypatch.setattr(nn.functional, "max_pool3d", on_the_cpu(nn.functional.max_pool3d))
+    maps: list[torch.Size] = []
+    inputs: list[torch.Size] = []
+    statistics, convolve = kernels.check.operators.statistics, kernels.check.sparse.convolve
+    monkeypatch.setattr(kernels.check.operators, "statistics", lambda x, *o: maps.append(x.shape) or statistics(x, *o))
+    monkeypatch.setattr(kernels.check.sparse, "convolve", lambda x, w, i, *o: inputs.append(i.shape) or convolve(x, w, i, *o))
+    with torch.inference_mode(), torch.device("meta"):
         assert kernels.wrong_kernel(torch.device(DEVICE)) is None
         assert kernels.wrong_convolution(torch.device(DEVICE)) is None
+    assert max(shape[1] for shape in maps) >= 70
+    assert max(shape[2:].numel() for shape in maps) > kernels.operators.TILE
+    assert {shape[1] for shape in inputs} == {40}
 
 
 def kernels_that_compute() -> list[bool]:
@@ -344,6 +377,46 @@ def test_convolutions_are_checked_where_a_layer_stores_active_weights(kernels: A
     acceleration._agrees.clear()  # as in a process to which the network was sent
     network.double()
     assert asked == ["cuda", "cuda"]
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_a_network_without_values_asks_for_no_check(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where fake tensors or counters see each operation, kernels cannot be compared; afterwards they are."""
+    asked = []
+    for check in CHECKS:
+        monkeypatch.setattr(kernels, check, lambda _, check=check: asked.append(check))
+    for mode, expected in ((FakeTensorMode(), []), (nullcontext(), list(CHECKS)), (FakeTensorMode(), list(CHECKS))):
+        with mode:
+            acceleration.prepare_kernels(torch.device("cuda"), convolutions=True)
+        assert asked == expected
+        assert kernels_that_compute() == [bool(expected)] * 2
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_kernels_that_cannot_be_imported_are_not_used(setting: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a training end for them, unless they are asked for."""
+    monkeypatch.setitem(sys.modules, "nnunetv2_e2enet.kernels", None)  # which lets an import fail
+    with pytest.warns(UserWarning, match=r"without its fused kernels on cuda: ModuleNotFoundError: import of \S+ halted"):
+        acceleration.prepare_kernels(torch.device("cuda"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once a process is enough
+        acceleration.prepare_kernels(torch.device("cuda"))
+    assert kernels_that_compute() == [False, False]
+    setting(kernels="on")
+    with pytest.raises(ImportError, match="halted"):
+        acceleration.prepare_kernels(torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_the_kernels_are_prepared_for_a_network_that_was_sent_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its start nor a move says in the other process that it computes on a GPU."""
+    prepare, cuda = acceleration.prepare_kernels, torch.device("cuda")
+    network = E2ENet(1, 2, 2, [4, 4], nn.Conv2d, [[1, 1], [2, 2]])
+    sent = pickle.dumps(network)
+    monkeypatch.setattr(e2enet, "prepare_kernels", lambda _, convolutions=False: prepare(cuda, convolutions))
+    assert kernels_that_compute() == [False, False]
+    pickle.loads(sent)
+    assert kernels_that_compute() == [True, False]
 
 
 def test_without_a_gpu_plain_pytorch_computes() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
-from nnunetv2_e2enet.network import E2ENet, depth_shift
+from nnunetv2_e2enet.network import E2ENet, accounts, depth_shift
 from nnunetv2_e2enet.network.learned_shift import LearnedDepthShift, hold_whole_offsets, interpolated_shift, learned_shifts
 
 STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
@@ -102,10 +102,11 @@ def test_offsets_travel_in_the_state_dict() -> None:
 
 def test_predictions_cost_what_the_restricted_shift_costs() -> None:
     learned, restricted = network(), network(learned_shift=False)
-    assert learned.multiply_accumulates((8, 16, 16)) == restricted.multiply_accumulates((8, 16, 16))
+    ours, theirs = (accounts.multiply_accumulates(each, (1, each.input_channels, 8, 16, 16)) for each in (learned, restricted))
+    assert ours == theirs
     assert learned.training
     offsets = sum(len(shift.offsets) for shift in learned_shifts(learned))
-    assert learned.parameter_counts().total == restricted.parameter_counts().total + offsets
+    assert accounts.parameter_counts(learned).total == accounts.parameter_counts(restricted).total + offsets
 
 
 def test_in_two_dimensions_nothing_is_learned() -> None:

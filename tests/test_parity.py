@@ -8,11 +8,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from parity.reference import CASES, FOLDER, Case, arrays_of, e2enet
+from parity.weights import load_reference_weights
 from torch import nn
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.network import E2ENet, maskable_layers
-from nnunetv2_e2enet.network.reference import load_reference_weights
 from nnunetv2_e2enet.settings import override
 
 TOLERANCE = 1e-4

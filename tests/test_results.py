@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import contestants
+import gpu_results
 import numpy as np
 import pytest
 import recording
@@ -45,6 +46,19 @@ def page(tmp_path: Path) -> Path:
     path = tmp_path / "results.md"
     path.write_text(PAGE)
     return path
+
+
+def test_every_call_that_trained_a_fold_is_named(page: Path) -> None:
+    first, second = (
+        {"epoch": epoch, "machine": {"device": f"CPU {epoch}", "torch": "2"}, "commit": f"c{epoch}"} for epoch in (0, 6)
+    )
+    trained = {**run({"a": [0.8]}), "calls": [first, second, second]}
+    del trained["machine"], trained["commit"]
+    write(page, {"nnU-Net | fold 0": trained})
+    results.main(["--page", str(page)])
+    text = page.read_text()
+    assert "| c0, c6 |" in text
+    assert "CPU 0, torch 2; CPU 6, torch 2." in text
 
 
 def write(page: Path, runs: dict[str, Any], **header: str) -> None:
@@ -154,11 +168,14 @@ def test_tables_of_a_gpu(page: Path) -> None:
     records = [
         gpu_record("1 test_kernels.py", {"passed": True, "end": "....\n=== 60 passed in 9.0s ===\n"}),
         gpu_record("1 check of the kernels", {"fused kernels": 12.3, "others": 40.0}),
-        gpu_record("2 nnU-Net, compiled", {"milliseconds": [40.0, 43.0, 41.0], "peak_bytes": 3 * 2**30}),
-        gpu_record("3 patch", {"results": {"E2ENet 0.8": {"seconds": [0.02, 0.03, 0.04], "over_nnunet": 0.9}}}),
-        gpu_record("3 volume", {"results": {"E2ENet 0.8": {"seconds": [0.5]}}}),
-        gpu_record("4 48 maps", {"conv3d": [2.0, 2.5, 1.5]}),
-        gpu_record("5 nnU-Net", [{"operation": "convolution", "calls": 3, "share": 0.5}]),
+        gpu_record(
+            "2 nnU-Net, compiled", {"milliseconds": [40.0, 43.0, 41.0], "peak_bytes": 3 * 2**30, "without_kernels": []}
+        ),
+        gpu_record("2 B16active, compiled", {"milliseconds": [4.0], "without_kernels": ["fused kernels", "convolutions"]}),
+        gpu_record("3 patch", {"E2ENet 0.8": {"seconds": [0.02, 0.03, 0.04], "over_nnunet": 0.9}}),
+        gpu_record("3 volume", {"E2ENet 0.8": {"seconds": [0.5], "without_kernels": ["fused kernels"]}}),
+        gpu_record("4 48 maps", {"conv3d": {"wall": [2.0, 2.5, 1.5], "device": [1.0]}, "over slices": {"wall": [3.0]}}),
+        gpu_record("5 nnU-Net", {"profile": [{"operation": "convolution", "calls": 3, "share": 0.5}]}),
         gpu_record("6 E2ENet 0.8", {"E2ENet 0.8 | fold 0": {"dice": 0.9, "epochs": 100, "median_epoch_seconds": 9.0}}),
     ]
     folder = page.parent / "results" / "gpu"
@@ -171,9 +188,11 @@ def test_tables_of_a_gpu(page: Path) -> None:
         "| test_kernels.py | passed: 60 passed in 9.0s |",
         "| check of the kernels | fused kernels 12 s, others 40 s |",
         "| nnU-Net, compiled | 41.0 (40.0 to 43.0) ms, peak 3.00 GiB |",
+        "| B16active, compiled | 4.0 (4.0 to 4.0) ms, without fused kernels and convolutions |",
         "| patch: E2ENet 0.8 | 30.0 (20.0 to 40.0) ms, 0.90 of nnU-Net's |",
-        "| volume: E2ENet 0.8 | 500.0 (500.0 to 500.0) ms |",
-        "| 48 maps: conv3d | 2.00 (1.50 to 2.50) ms |",
+        "| volume: E2ENet 0.8 | 500.0 (500.0 to 500.0) ms, without fused kernels |",
+        "| 48 maps: conv3d | 1.00 (1.00 to 1.00) ms on the device, 2.00 (1.50 to 2.50) ms from the call to its end |",
+        "| 48 maps: over slices | 3.00 (3.00 to 3.00) ms from the call to its end |",
         "| nnU-Net | convolution 50% |",
         "| E2ENet 0.8, fold 0 | Dice 0.9000 after 100 epochs of 9.0 s |",
     ):
@@ -193,7 +212,7 @@ def test_what_failed_on_a_gpu_is_listed(page: Path) -> None:
         gpu_record("2 blocks, compiled", {"milliseconds": [1.0, 2.0, 3.0]}),
         {"what": "2 blocks, compiled", **error},
         {"what": "2 none, compiled", **error},
-        {"what": "4 48 maps", **error, "partial": {"conv3d": [2.0, 2.5, 1.5]}},
+        {"what": "4 48 maps", **error, "partial": {"conv3d": {"device": [2.0, 2.5, 1.5]}}},
     ]
     folder = page.parent / "results" / "gpu"
     folder.mkdir()
@@ -204,12 +223,61 @@ def test_what_failed_on_a_gpu_is_listed(page: Path) -> None:
     assert rows == [
         "| blocks, compiled | 2.0 (1.0 to 3.0) ms |",
         f"| none, compiled | {failed} |",
-        "| 48 maps: conv3d | 2.00 (1.50 to 2.50) ms |",
+        "| 48 maps: conv3d | 2.00 (1.50 to 2.50) ms on the device |",
         f"| 48 maps | {failed} |",
     ]
     (folder / "results.json").write_text(json.dumps({"records": [{"what": "2 none, compiled", **error, "device": "cpu"}]}))
     with pytest.raises(SystemExit, match="'2 none, compiled' is of a dry run without a GPU"):
         results.main(["--page", str(page)])
+
+
+def test_steps_that_compute_something_else_are_listed() -> None:
+    """Of the same function an eager one is right; where there is none, the first."""
+
+    def step(what: str, function: str, loss: float, norm: float, scale: float = 65536.0) -> dict[str, Any]:
+        found = {"function": function, "first_loss": loss, "gradient_norm": norm, "loss_scale": scale}
+        return gpu_record(f"2 {what}", {"milliseconds": [1.0], **found})
+
+    records = [
+        step("blocks, compiled", "E2ENet", 1.06, 2.0),
+        step("none, compiled", "E2ENet", 0.96, 2.09, 32768.0),
+        step("blocks, eager", "E2ENet", 1.0, 2.0),
+        step("nnU-Net, compiled", "nnU-Net", 3.0, float("inf")),
+        step("nnU-Net, compiled, channels last", "nnU-Net", 3.0, 2.0),
+        gpu_record("2 of an older session", {"milliseconds": [1.0]}),
+    ]
+    lines = gpu_results.section(records)
+    assert [line for line in lines if " of " in line and "older" not in line] == [
+        "| blocks, compiled | loss of the first step 1.06, of blocks, eager 1 |",
+        "| none, compiled | last loss scale 3.277e+04, of blocks, eager 6.554e+04 |",
+        "| nnU-Net, compiled, channels last | norm of its gradient 2, of nnU-Net, compiled inf |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("what", "partial", "expected"),
+    [
+        ("2 none", {"milliseconds": [1.0, 2.0], "first_step_seconds": 9.0}, ["| none | 1.5 (1.0 to 2.0) ms |"]),
+        ("2 none", {"milliseconds": [], "first_step_seconds": 9.0}, []),
+        ("2 none", {}, []),
+        (
+            "3 patch",
+            {
+                "nnU-Net": {"peak_bytes_above_weights": 5, "seconds": [0.5]},
+                "E2ENet 0.8": {"peak_bytes_above_weights": 5},
+                "a": {},
+            },
+            ["| patch: nnU-Net | 500.0 (500.0 to 500.0) ms |"],
+        ),
+        ("3 volume", {"nnU-Net": {"seconds": []}}, []),
+        ("4 48 maps", {"conv3d": {"wall": [], "device": []}}, []),
+    ],
+)
+def test_what_a_stopped_measurement_found_is_in_the_tables(what: str, partial: Any, expected: list[str]) -> None:
+    """Also where it had not timed anything yet."""
+    record = {"what": what, "device": "cuda", "error": "stopped after 9 s", "end": "", "partial": partial}
+    rows = [line for line in gpu_results.section([record]) if line.startswith("| ") and line.strip("| -")]
+    assert rows == [*expected, f"| {what[2:]} | failed, stopped after 9 s: no output |"]
 
 
 def test_tables_of_a_cpu(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:

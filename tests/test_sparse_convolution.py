@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,11 @@ from support import Project, make
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_e2enet import registry
 from nnunetv2_e2enet.dsff import CosineSchedule, TopologyUpdater, Uniform, random_topology
 from nnunetv2_e2enet.network import E2ENet, maskable_layers, store_active_only
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
-from nnunetv2_e2enet.network.depth_shift import depth_shift
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST, is_channels_last
+from nnunetv2_e2enet.network.sparse_convolution import can_compute, can_upsample
 from nnunetv2_e2enet.settings import override
 from nnunetv2_e2enet.trainers.e2enet_experiment_trainers import nnUNetTrainerE2ENet_B16active
 from nnunetv2_e2enet.training.variants import variant
@@ -44,13 +44,15 @@ def kernels() -> Iterator[Any]:
     from triton.language import float32
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    from nnunetv2_e2enet import kernels
+
     def widened(x: Any) -> Any:
         return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), float32) if x.dtype.is_bf16() else x
 
     whole = InterpreterBuilder.create_dot
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *c: whole(self, widened(a), widened(b), *c))
-        yield registry.load("kernels")
+        yield kernels
 
 
 CONVOLUTIONS = [((1, 3, 3), (1, 1, 1)), ((1, 3, 3), (1, 2, 2)), ((3, 1, 3), (2, 1, 2)), ((3, 3), (1, 2))]
@@ -64,28 +66,26 @@ TRANSPOSED = [(2, 2, 2), (1, 2, 2), (3, 1, 2), (2, 2)]
     st.tuples(st.integers(1, 3), st.integers(2, 5), st.integers(3, 5)),
     st.sampled_from([*((*conv, False) for conv in CONVOLUTIONS), *((up, up, True) for up in TRANSPOSED)]),
     st.sampled_from([(7, 3, 4, 2), (23, 19, 16, 2), (40, 33, 24, 1)]),
-    st.sampled_from([1, 3, 5]),
     st.booleans(),
     st.sampled_from(list(TOLERANCE)),
 )
-@example((3, 5, 3), ((1, 3, 3), (1, 1, 1), False), (23, 19, 16, 2), 3, True, torch.float16)
-@example((3, 3, 5), ((1, 3, 3), (1, 1, 1), False), (23, 19, 16, 2), 3, False, torch.float32)
-@example((3, 3, 5), ((2, 2, 2), (2, 2, 2), True), (23, 19, 16, 2), 3, False, torch.float16)
-@example((2, 5, 3), ((1, 2, 2), (1, 2, 2), True), (23, 19, 24, 1), 1, True, torch.float32)
-@example((2, 3, 3), ((1, 3, 3), (1, 2, 2), False), (7, 3, 4, 2), 3, False, torch.bfloat16)
-@example((2, 3, 3), ((1, 2, 2), (1, 2, 2), True), (7, 3, 4, 2), 3, True, torch.bfloat16)
+@example((3, 5, 3), ((1, 3, 3), (1, 1, 1), False), (23, 19, 16, 2), True, torch.float16)
+@example((3, 3, 5), ((1, 3, 3), (1, 1, 1), False), (23, 19, 16, 2), False, torch.float32)
+@example((3, 3, 5), ((2, 2, 2), (2, 2, 2), True), (23, 19, 16, 2), False, torch.float16)
+@example((2, 5, 3), ((1, 2, 2), (1, 2, 2), True), (23, 19, 24, 1), True, torch.float32)
+@example((2, 3, 3), ((1, 3, 3), (1, 2, 2), False), (7, 3, 4, 2), False, torch.bfloat16)
+@example((2, 3, 3), ((1, 2, 2), (1, 2, 2), True), (7, 3, 4, 2), True, torch.bfloat16)
 def test_the_kernels_compute_what_pytorch_does(
     kernels: Any,
     size: tuple[int, ...],
     conv: tuple[tuple[int, ...], tuple[int, ...], bool],
     maps: tuple[int, int, int, int],
-    shift_size: int,
     last: bool,
     dtype: torch.dtype,
 ) -> None:
     """Odd sizes, strides, both orders in memory, blocks of other sizes than a tile."""
     (kernel, stride, transposed), (channels, n_inputs, block_size, blocks) = conv, maps
-    size, shift_size = size[-len(kernel) :], shift_size if len(kernel) == 3 else 1
+    size = size[-len(kernel) :]
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -97,8 +97,7 @@ def test_the_kernels_compute_what_pytorch_does(
     weight = random(blocks * block_size, n_inputs, *kernel).contiguous()
     inputs = torch.stack([torch.randperm(channels, generator=generator)[:n_inputs] for _ in range(blocks)]).to(DEVICE)
     exact_x, exact_weight = (t.double().requires_grad_() for t in (x, weight))
-    shifted = depth_shift(exact_x, shift_size)
-    gathered = torch.cat([shifted[:, block] for block in inputs], dim=1)
+    gathered = torch.cat([exact_x[:, block] for block in inputs], dim=1)
     if transposed:
         function = F.conv_transpose3d if len(kernel) == 3 else F.conv_transpose2d
         grouped = exact_weight.unflatten(0, (blocks, block_size)).transpose(1, 2).flatten(0, 1)
@@ -109,7 +108,7 @@ def test_the_kernels_compute_what_pytorch_does(
     grad = random(*expected.shape)
     of_x, of_weight = torch.autograd.grad(expected, (exact_x, exact_weight), grad.double())
 
-    options = (list(stride), shift_size, transposed)
+    options = (list(stride), transposed)
     found = kernels.convolve(x, weight, inputs, *options)
     assert is_channels_last(found) == is_channels_last(x)
     found_of_x = kernels.input_gradient(grad, weight, inputs, x, *options)
@@ -127,18 +126,18 @@ def test_operators_are_well_behaved(kernels: Any, last: bool) -> None:
     form = torch.channels_last_3d if last else torch.contiguous_format
     x, grad = (torch.randn(2, c, 3, 4, 4, device=DEVICE).contiguous(memory_format=form) for c in (5, 32))
     weight, inputs = torch.randn(32, 3, 1, 3, 3, device=DEVICE), torch.tensor([[0, 2, 3], [1, 2, 4]], device=DEVICE)
-    assert kernels.convolve(x, weight, inputs, [1, 1, 1], 3, False).shape == grad.shape
+    assert kernels.convolve(x, weight, inputs, [1, 1, 1], False).shape == grad.shape
     calls = {
-        "sparse_convolution": (x, weight, inputs, [1, 1, 1], 3, False),
-        "sparse_input_gradient": (grad, weight, inputs, x, [1, 1, 1], 3, False),
-        "sparse_weight_gradient": (grad, x, inputs, [1, 3, 3], [1, 1, 1], 3, False),
+        "sparse_convolution": (x, weight, inputs, [1, 1, 1], False),
+        "sparse_input_gradient": (grad, weight, inputs, x, [1, 1, 1], False),
+        "sparse_weight_gradient": (grad, x, inputs, [1, 3, 3], [1, 1, 1], False),
     }
     up, finer = [1, 2, 2], torch.randn(2, 32, 3, 8, 8, device=DEVICE).contiguous(memory_format=form)
     weights = torch.randn(32, 3, *up, device=DEVICE)
     transposed = {
-        "sparse_convolution": (x, weights, inputs, up, 3, True),
-        "sparse_input_gradient": (finer, weights, inputs, x, up, 3, True),
-        "sparse_weight_gradient": (finer, x, inputs, up, up, 3, True),
+        "sparse_convolution": (x, weights, inputs, up, True),
+        "sparse_input_gradient": (finer, weights, inputs, x, up, True),
+        "sparse_weight_gradient": (finer, x, inputs, up, up, True),
     }
     for name, arguments in (*calls.items(), *transposed.items()):
         operator = getattr(torch.ops.e2enet, name).default
@@ -189,6 +188,55 @@ def test_a_training_in_blocks_is_the_same(compiled: bool) -> None:
         torch.testing.assert_close(found_parameters[name], parameter, atol=1e-9, rtol=1e-6)
 
 
+@pytest.fixture
+def launches(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The grids with which the program of the convolutions is launched."""
+    launched: list[Any] = []
+    whole = kernels.sparse.programs.convolve_blocks
+
+    class Noted:
+        def __getitem__(self, grid: Any) -> Any:
+            launched.append(grid)
+            return whole[grid]
+
+    monkeypatch.setattr(kernels.sparse.programs, "convolve_blocks", Noted())
+    return launched
+
+
+@pytest.mark.parametrize(("recompute", "again"), [("none", 0), ("blocks", 1), ("nodes", 3)])
+@pytest.mark.usefixtures("fused_kernels")
+def test_no_other_convolution_than_recomputation_says_is_computed_again(
+    recompute: str, again: int, launches: list[Any]
+) -> None:
+    """The transposed one of the upward flow; with "nodes" the first of two, and before that the flow of its node once more."""
+    network = E2ENet(1, 2, 2, [16, 16], nn.Conv2d, [[1, 1], [2, 2]], feature_sparsity=0.5).to(DEVICE)
+    for _, layer in maskable_layers(in_blocks(network, 16, 0)):
+        store_active_only(layer)
+    network.recompute = recompute
+    loss = network(torch.randn(1, 1, 4, 4, device=DEVICE)).square().mean()
+    assert len(launches) == len(list(maskable_layers(network))) == 3
+    launches.clear()
+    loss.backward()
+    assert len(launches) == again
+
+
+@pytest.mark.usefixtures("fused_kernels")
+def test_blocks_that_are_too_large_for_a_tile_are_left_to_pytorch() -> None:
+    """In training, which gathers, and in prediction, where a network then stores all weights."""
+    for size, by_kernels in ((64, True), (96, False)):
+        network = E2ENet(1, 2, 2, [size, size], nn.Conv2d, [[1, 1], [2, 2]], feature_sparsity=0.5).to(DEVICE)
+        in_blocks(network, size, 0)
+        predicting = deepcopy(network).eval()
+        predicting.predicts_only = True
+        predicting.load_state_dict(network.state_dict())
+        layers = [layer for _, layer in maskable_layers(predicting)]
+        assert [layer.stores_active_only for layer in layers] == [by_kernels] * len(layers)
+        for name, layer in maskable_layers(network):
+            store_active_only(layer)
+            takes = can_upsample if "upsample" in name else can_compute
+            assert takes(layer, torch.zeros(1, 1, 1, 1, device=DEVICE)) == by_kernels
+
+
 def in_blocks(network: E2ENet, block_size: int, seed: int) -> E2ENet:
     for _, layer in maskable_layers(network):
         layer.share_inputs(block_size, equal_blocks=True)
@@ -203,7 +251,9 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fused_kernels", "exact")
-def test_a_network_that_predicts_stores_active_blocks_of_the_weights_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_predicts_stores_active_blocks_of_the_weights_it_loads(
+    launches: list[Any],
+) -> None:
     """One after the other: of blocks, of blocks of another size, of single connections, of blocks again."""
     strides = [[1, 1], [2, 2]]
     with override(kernels="off"):
@@ -215,24 +265,14 @@ def test_a_network_that_predicts_stores_active_blocks_of_the_weights_it_loads(mo
     predicting.predicts_only = True
     assert predicting.state_dict().keys() == networks[0].state_dict().keys()
     x = torch.randn(1, 1, 8, 8, device=DEVICE)
-    calls: list[int] = []
-    programs = registry.load("kernels").sparse.programs
-    whole = programs.convolve_blocks
-
-    class Noted:
-        def __getitem__(self, grid: Any) -> Any:
-            calls.append(grid)
-            return whole[grid]
-
-    monkeypatch.setattr(programs, "convolve_blocks", Noted())
     for network, in_equal_blocks in zip(networks, (True, True, False, True), strict=True):
-        calls.clear()
+        launches.clear()
         predicting.load_state_dict(network.state_dict())
         layers = [layer for _, layer in maskable_layers(predicting)]
         assert [layer.stores_active_only for layer in layers] == [in_equal_blocks] * len(layers)
         with torch.no_grad():
             found = predicting(x)
-            assert len(calls) == len(layers) * in_equal_blocks  # the transposed convolution too
+            assert len(launches) == len(layers) * in_equal_blocks  # the transposed convolution too
             with override(kernels="off"):
                 prepare_kernels(DEVICE)
                 expected = network(x)
@@ -284,25 +324,29 @@ def test_nnunets_predictor_uses_active_blocks(in_process: Project) -> None:
 
 @pytest.mark.slow
 def test_compiled_for_gpus_they_use_tensor_cores() -> None:
-    """In a process of its own, without the interpreter; for sm_80 and sm_90."""
+    """In a process of its own, without the interpreter; for sm_80 and sm_90. In float32 none, which would round to TF32."""
     pytest.importorskip("triton", reason="needs Triton: pip install '.[kernels]'")
     calls = (
         "g.compiled_convolution(p, k, a) for p in g.PROGRAMS for k in g.KINDS",
         "g.compiled_pass(p, t, a) for p in g.PASSES for t in g.TILES",
     )
     each = ", ".join(f"[{call} for a in g.ARCHITECTURES]" for call in calls)
-    program = f"import gpu_compile as g, json; print(json.dumps([{each}]))"
+    program = f"import gpu_compile as g, json; print(json.dumps([{each}, [*g.KINDS]]))"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(BENCHMARKS)}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    convolutions, passes = json.loads(run.stdout.splitlines()[-1])
-    assert len(convolutions) == 30
+    convolutions, passes, kinds = json.loads(run.stdout.splitlines()[-1])
+    assert len(convolutions) == 3 * len(kinds) * 2 == 42
     assert len(passes) == 32
+    named = list(zip(convolutions, product(range(3), kinds, range(2)), strict=True))
+    largest = [each["stack_bytes"] for each, (_, kind, _) in named if kind == "blocks of 64"]
+    assert sum(largest) <= 8
+    assert sum(each["stack_bytes"] for each in (*convolutions, *passes)) == sum(largest)  # of others nothing is spilled
     for each in (*convolutions, *passes):
         assert each["registers"] <= 255
-        assert each["stack_bytes"] == 0  # nothing is spilled
         assert each["shared_bytes"] <= 48 * 1024
-    assert all(each["tensor_core_instructions"] > 0 for each in convolutions)
+    for each, (_, kind, _) in named:
+        assert (each["tensor_core_instructions"] > 0) == (kind != "float32")
 
 
 def test_multiply_accumulates_of_padded_blocks() -> None:

@@ -19,7 +19,7 @@ from nnunetv2_e2enet.files import make_writable, read_json
 from nnunetv2_e2enet.registration import console_command, find_nnunet, find_trainer
 
 if TYPE_CHECKING:
-    from nnunetv2_e2enet.network import ParameterCounts
+    from nnunetv2_e2enet.network import Counts
 
 HELP = "train E2ENet and stock nnU-Net on phantom data, predict, compare (minutes on two CPU cores)"
 
@@ -187,7 +187,7 @@ def _dice(summary: Path) -> dict[str, float]:
     return {**by_label, "foreground": content["foreground_mean"]["Dice"]}
 
 
-def _parameters(model: Path) -> ParameterCounts:
+def _parameters(model: Path) -> Counts:
     """Parameter counts of the network of a model folder, with its topology."""
     from nnunetv2_e2enet.evaluation.networks import model_design
     from nnunetv2_e2enet.network.accounts import parameter_counts

@@ -1,13 +1,13 @@
 """Whether the kernels compute on a device what PyTorch does: asked once a process, before they are used.
 
-Convolutions of PyTorch are computed on the CPU in float64: those of cuDNN round float32 to TF32, which is less than the check
-wants to see.
+Convolutions and max-pooling of PyTorch are computed on the CPU in float64. Convolutions of cuDNN round float32 to TF32, which
+is less than the check wants to see, and max-pooling has no deterministic backward pass on CUDA.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ Results = dict[str, tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 
 def wrong_kernel(device: torch.device) -> str | None:
-    """The name of the first pass over maps that differs from PyTorch on a small example of a dtype and memory format.
+    """The name of the first pass over maps that differs from PyTorch on small maps of a dtype and memory format.
 
-    None if all agree. Convolutions are not looked at.
+    None if all agree. The maps are of several tiles of a program, in voxels and channels. Convolutions are not looked at.
     """
     return _first_wrong(device, _passes)
 
@@ -42,7 +42,8 @@ def wrong_convolution(device: torch.device) -> str | None:
 def _first_wrong(
     device: torch.device, results: Callable[[torch.device, torch.dtype, torch.memory_format], Results]
 ) -> str | None:
-    with torch.inference_mode(False), torch.enable_grad():  # nnU-Net's predictor loads weights where there are no gradients
+    # nnU-Net's predictor loads weights where there are no gradients; and a network may be made with another default device
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         for dtype, form in itertools.product(TOLERANCES, (torch.contiguous_format, CHANNELS_LAST[3])):
             for name, (found, expected) in results(device, dtype, form).items():
                 if not all(_is_close(f, e, TOLERANCES[dtype]) for f, e in zip(found, expected, strict=True)):
@@ -59,53 +60,54 @@ def _exact(x: Tensor) -> Tensor:
     return x.detach().to("cpu", torch.float64)
 
 
-def _maps(device: torch.device, dtype: torch.dtype, form: torch.memory_format) -> Iterator[Tensor]:
-    """Two maps, of 5 and 4 channels, and the gradient of their concatenation."""
-    generator = torch.Generator().manual_seed(0)
-    maps_and_gradient = (torch.randn(2, c, 6, 4, 6, generator=generator) for c in (5, 4, 9))
-    return (t.to(device, dtype).contiguous(memory_format=form) for t in maps_and_gradient)
+def _random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _sparse_convolutions(device: torch.device, dtype: torch.dtype, form: torch.memory_format) -> Results:
-    x, *_ = _maps(device, dtype, form)
+    x = _random(2, 50, 2, 5, 7, seed=0).to(device, dtype).contiguous(memory_format=form)
     return _convolutions_of(x, transposed=False) | _convolutions_of(x, transposed=True)
 
 
 def _convolutions_of(x: Tensor, transposed: bool) -> Results:
-    """Two blocks of 16 output maps over 3 of 5 input maps each, after a depth shift."""
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(32, 3, 1, 3, 3, generator=generator).to(x)
-    inputs = torch.tensor([[0, 2, 3], [1, 2, 4]])
-    shifted = join([_exact(x)], 3)
-    gathered = torch.cat([shifted[:, block] for block in inputs], dim=1).requires_grad_()
+    """Two blocks of 16 output maps over 40 of 50 input maps each, more than a product takes at once."""
+    kernel = [1, 2, 2] if transposed else [1, 3, 3]
+    weight = _random(32, 40, *kernel, seed=1).to(x)
+    inputs = torch.stack([_random(50, seed=seed).argsort()[:40].sort().values for seed in (2, 3)])
+    maps = _exact(x)
+    gathered = torch.cat([maps[:, block] for block in inputs], dim=1).requires_grad_()
     dense = _exact(weight).requires_grad_()
     if transposed:
-        stride, by_input = [1, 3, 3], dense.unflatten(0, (2, 16)).transpose(1, 2).flatten(0, 1)
+        stride, by_input = kernel, dense.unflatten(0, (2, 16)).transpose(1, 2).flatten(0, 1)
         expected = F.conv_transpose3d(gathered, by_input, None, stride, groups=2)
     else:
         stride = [1, 1, 1]
         expected = F.conv3d(gathered, dense, padding=(0, 1, 1), groups=2)
     grad = expected.detach().to(x)
     of_gathered, of_weight = torch.autograd.grad(expected, (gathered, dense), _exact(grad))
-    of_shifted = torch.zeros_like(shifted).index_add(1, inputs.flatten(), of_gathered)
-    (of_x,) = separate(of_shifted, [5], 3)
-    inputs, options = inputs.to(x.device), (stride, 3, transposed)
+    of_x = torch.zeros_like(maps).index_add(1, inputs.flatten(), of_gathered)
+    inputs, options = inputs.to(x.device), (stride, transposed)
     kind = "transposed " if transposed else ""
     return {
         f"{kind}convolve": ([sparse.convolve(x, weight, inputs, *options)], [expected]),
         f"{kind}input_gradient": ([sparse.input_gradient(grad, weight, inputs, x, *options)], [of_x]),
-        f"{kind}weight_gradient": ([sparse.weight_gradient(grad, x, inputs, [1, 3, 3], *options)], [of_weight]),
+        f"{kind}weight_gradient": ([sparse.weight_gradient(grad, x, inputs, kernel, *options)], [of_weight]),
     }
 
 
 def _passes(device: torch.device, dtype: torch.dtype, form: torch.memory_format) -> Results:
-    x, other, grad = _maps(device, dtype, form)
+    # a tile has one channel of 1024 voxels, or where channels come last 64 of 64 voxels
+    widths, size = ([3, 1], (3, 14, 25)) if form == torch.contiguous_format else ([70, 4], (3, 5, 6))
+    x, other, grad = (
+        _random(2, width, *size, seed=width).to(device, dtype).contiguous(memory_format=form)
+        for width in (*widths, sum(widths))
+    )
     mean, rstd = raw_map.statistics(x, 1e-5)
-    scale, offset = (t.reshape(2, 5, 1, 1, 1) for t in (rstd, -mean * rstd))
+    scale, offset = (t.reshape(*x.shape[:2], 1, 1, 1) for t in (rstd, -mean * rstd))
     maps: list[raw_map.FeatureMap] = [raw_map.RawMap(x, scale, offset, 0.01), other]
-    of_norm = (grad[:, :5], x, mean, rstd, scale, offset, 0.01)
+    of_norm = (grad[:, : widths[0]], x, mean, rstd, scale, offset, 0.01)
     stride = [1, 2, 2]
-    activation = x.detach().requires_grad_()
+    activation = _exact(x).requires_grad_()
     expected = F.max_pool3d(activation, stride)
     (unpooled,) = torch.autograd.grad(expected, activation, expected)
     found, index = pooling.pool([x], None, stride)
@@ -115,7 +117,7 @@ def _passes(device: torch.device, dtype: torch.dtype, form: torch.memory_format)
         "statistics": (operators.statistics(x, 1e-5), (mean, rstd)),
         "norm_gradient": (operators.norm_gradient(*of_norm), raw_map.norm_gradient(*of_norm)),
         "join": ([operators.join(*raw_map.flatten(maps), 3)], [join(maps, 3)]),
-        "separate": (operators.separate(grad, [5, 4], 3), separate(grad, [5, 4], 3)),
-        "pool": ((found, raw), (expected, F.max_pool3d(join(maps[:1], 1), stride))),
+        "separate": (operators.separate(grad, widths, 3), separate(grad, widths, 3)),
+        "pool": ((found, raw), (expected, F.max_pool3d(_exact(join(maps[:1], 1)), stride))),
         "pool_gradient": ([gradient], [unpooled]),
     }

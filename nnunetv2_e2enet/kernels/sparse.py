@@ -17,16 +17,15 @@ from torch.library import custom_op
 from nnunetv2_e2enet.kernels import sparse_programs as programs
 from nnunetv2_e2enet.kernels.operators import triton_dtype, wide_dtype
 from nnunetv2_e2enet.network.memory_format import empty_like, is_channels_last, memory_format
+from nnunetv2_e2enet.network.sparse_convolution import result_shape
 
 VOXELS = 64  # of a tile
 WARPS = 8  # of a program: with fewer, a thread has not enough registers for its addresses
 CHUNK = 16 * 1024  # voxels of each sample over which one program sums weight gradients
 
 
-def convolve(
-    x: Tensor, weight: Tensor, inputs: Tensor, stride: Sequence[int], shift_size: int = 1, transposed: bool = False
-) -> Tensor:
-    """The convolution, without bias, of a map after its depth shift.
+def convolve(x: Tensor, weight: Tensor, inputs: Tensor, stride: Sequence[int], transposed: bool = False) -> Tensor:
+    """The convolution, without bias.
 
     Args:
         x: ``(batch, channels, *space)``.
@@ -34,10 +33,9 @@ def convolve(
             convolution, of the sizes of the stride, not padded.
         inputs: ``(blocks, inputs of a block)``, the input maps of each block of consecutive output maps.
         stride: of the convolution.
-        shift_size: groups of the depth shift; 1 moves nothing.
         transposed: whether it is a transposed convolution, whose kernel is its stride.
     """
-    out: Tensor = _convolve(x, weight, inputs, list(stride), shift_size, transposed)
+    out: Tensor = _convolve(x, weight, inputs, list(stride), transposed)
     return out
 
 
@@ -47,11 +45,10 @@ def input_gradient(
     inputs: Tensor,
     x: Tensor,
     stride: Sequence[int],
-    shift_size: int = 1,
     transposed: bool = False,
 ) -> Tensor:
     """The gradient of ``x``, of which shape and memory format are looked at, from that of the result of ``convolve``."""
-    out: Tensor = _input_gradient(grad, weight, inputs, x, list(stride), shift_size, transposed)
+    out: Tensor = _input_gradient(grad, weight, inputs, x, list(stride), transposed)
     return out
 
 
@@ -61,19 +58,18 @@ def weight_gradient(
     inputs: Tensor,
     kernel: Sequence[int],
     stride: Sequence[int],
-    shift_size: int = 1,
     transposed: bool = False,
 ) -> Tensor:
     """The gradient of the weights, at least float32, from that of the result of ``convolve``."""
-    out: Tensor = _weight_gradient(grad, x, inputs, list(kernel), list(stride), shift_size, transposed)
+    out: Tensor = _weight_gradient(grad, x, inputs, list(kernel), list(stride), transposed)
     return out
 
 
 @custom_op("e2enet::sparse_convolution", mutates_args=())
-def _convolve(x: Tensor, weight: Tensor, inputs: Tensor, stride: list[int], shift_size: int, transposed: bool) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, inputs: Tensor, stride: list[int], transposed: bool) -> Tensor:
     x, weight = x.contiguous(memory_format=memory_format(x)), weight.contiguous()
     out = _result(x, weight.shape[0], stride, transposed)
-    shapes = _Shapes(x, out, inputs, weight.shape[2:], stride, shift_size, transposed)
+    shapes = _Shapes(x, out, inputs, weight.shape[2:], stride, transposed)
     grid = (triton.cdiv(shapes.places, VOXELS), inputs.shape[0] * shapes.parts, x.shape[0])
     with torch.cuda.device_of(x):
         programs.convolve_blocks[grid](x, weight, inputs.contiguous(), out, *shapes.sizes, **shapes.constants)
@@ -86,19 +82,16 @@ def _(
     weight: Tensor,
     inputs: Tensor,  # noqa: ARG001
     stride: list[int],
-    shift_size: int,  # noqa: ARG001
     transposed: bool,
 ) -> Tensor:
     return _result(x, weight.shape[0], stride, transposed)
 
 
 @custom_op("e2enet::sparse_input_gradient", mutates_args=())
-def _input_gradient(
-    grad: Tensor, weight: Tensor, inputs: Tensor, x: Tensor, stride: list[int], shift_size: int, transposed: bool
-) -> Tensor:
+def _input_gradient(grad: Tensor, weight: Tensor, inputs: Tensor, x: Tensor, stride: list[int], transposed: bool) -> Tensor:
     grad, weight = grad.contiguous(memory_format=memory_format(x)), weight.contiguous()
     sums = empty_like(x, x.shape[1], wide_dtype(x.dtype)).zero_()
-    shapes = _Shapes(sums, grad, inputs, weight.shape[2:], stride, shift_size, transposed)
+    shapes = _Shapes(sums, grad, inputs, weight.shape[2:], stride, transposed)
     grid = (triton.cdiv(prod(x.shape[2:]), VOXELS), x.shape[0])
     with torch.cuda.device_of(x):
         programs.gradient_of_inputs[grid](
@@ -114,7 +107,6 @@ def _(
     inputs: Tensor,  # noqa: ARG001
     x: Tensor,
     stride: list[int],  # noqa: ARG001
-    shift_size: int,  # noqa: ARG001
     transposed: bool,  # noqa: ARG001
 ) -> Tensor:
     return empty_like(x, x.shape[1])
@@ -122,11 +114,11 @@ def _(
 
 @custom_op("e2enet::sparse_weight_gradient", mutates_args=())
 def _weight_gradient(
-    grad: Tensor, x: Tensor, inputs: Tensor, kernel: list[int], stride: list[int], shift_size: int, transposed: bool
+    grad: Tensor, x: Tensor, inputs: Tensor, kernel: list[int], stride: list[int], transposed: bool
 ) -> Tensor:
     x = x.contiguous(memory_format=memory_format(x))
     grad = grad.contiguous(memory_format=memory_format(x))
-    shapes = _Shapes(x, grad, inputs, kernel, stride, shift_size, transposed)
+    shapes = _Shapes(x, grad, inputs, kernel, stride, transposed)
     parts = triton.cdiv(shapes.places, CHUNK)
     sums = grad.new_empty((parts, grad.shape[1], inputs.shape[1], *kernel), dtype=wide_dtype(x.dtype))
     grid = (parts, inputs.shape[0] * prod(kernel), triton.cdiv(inputs.shape[1], shapes.constants["BLOCK_K"]))
@@ -144,16 +136,14 @@ def _(
     inputs: Tensor,
     kernel: list[int],
     stride: list[int],  # noqa: ARG001
-    shift_size: int,  # noqa: ARG001
     transposed: bool,  # noqa: ARG001
 ) -> Tensor:
     return grad.new_empty((grad.shape[1], inputs.shape[1], *kernel), dtype=wide_dtype(x.dtype))
 
 
 def _result(x: Tensor, outputs: int, stride: Sequence[int], transposed: bool) -> Tensor:
-    pairs = zip(x.shape[2:], stride, strict=True)
-    space = [size * s if transposed else (size - 1) // s + 1 for size, s in pairs]
-    return torch.empty((x.shape[0], outputs, *space), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    shape = result_shape(x, outputs, stride, transposed)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 class _Shapes:
@@ -161,7 +151,7 @@ class _Shapes:
 
     Args:
         x, out: the convolution's input and result, or tensors of their shape and memory format.
-        inputs, kernel, stride, shift_size, transposed: as ``convolve`` takes them.
+        inputs, kernel, stride, transposed: as ``convolve`` takes them.
 
     Attributes:
         places: of a channel of the result.
@@ -175,7 +165,6 @@ class _Shapes:
         inputs: Tensor,
         kernel: Sequence[int],
         stride: Sequence[int],
-        shift_size: int,
         transposed: bool,
     ) -> None:
         channels, outputs = x.shape[1], out.shape[1]
@@ -191,7 +180,6 @@ class _Shapes:
         names = ("SD", "SH", "SW", "KD", "KH", "KW", "UD", "UH", "UW")
         self.constants: dict[str, Any] = {
             **dict(zip(names, (*step, *kernel, *up), strict=True)),
-            "GROUPS": shift_size if channels >= shift_size else 1,
             "BLOCK_V": VOXELS,
             "BLOCK_N": max(16, triton.next_power_of_2(block_size)),
             "BLOCK_K": 32 if inputs.shape[1] > 16 else 16,

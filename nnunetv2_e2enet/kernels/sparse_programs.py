@@ -1,7 +1,7 @@
 """Triton programs of convolutions that compute active connections alone: implicit matrix products over gathered input maps.
 
 A layer's output maps are blocks, each of which reads its own ``n_inputs`` input maps, whose numbers lie in ``inputs``
-``(blocks, n_inputs)``. What a product reads is gathered in its addresses; so is the depth shift, where ``GROUPS`` is not 1.
+``(blocks, n_inputs)``. What a product reads is gathered in its addresses.
 No program writes what another one writes, so that results do not depend on an order.
 
 The kernel is ``KD x KH x KW``, half of it padding. In a transposed convolution, whose kernel is its stride, each place becomes
@@ -16,19 +16,13 @@ Maps have a stride for voxels and one for channels. Offsets within a map are of 
 import triton
 import triton.language as tl
 
-from nnunetv2_e2enet.kernels.programs import slices_moved
-
 
 @triton.jit
-def gathered(block, first, inputs, n_inputs, n_channels, GROUPS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Numbers of a block's input maps from ``first`` on, whether there are so many, and the slices that each moves."""
+def gathered(block, first, inputs, n_inputs, BLOCK_K: tl.constexpr):
+    """Numbers of a block's input maps from ``first`` on, and whether there are so many."""
     place = first + tl.arange(0, BLOCK_K)
     exists = place < n_inputs
-    channel = tl.load(inputs + block * n_inputs + place, exists, other=0)
-    moved = channel * 0
-    if GROUPS > 1:
-        moved = slices_moved(channel, n_channels // GROUPS, n_channels % GROUPS, GROUPS // 2)
-    return channel, exists, moved
+    return tl.load(inputs + block * n_inputs + place, exists, other=0), exists
 
 
 @triton.jit
@@ -45,12 +39,12 @@ def voxel_of_part(d, h, w, part, height, width, UD: tl.constexpr, UH: tl.constex
 
 
 @triton.jit
-def gather_tile(x, d, h, w, inside, channel, exists, moved, depth, height, width, voxel_stride, channel_stride):
-    """``(voxels, channels)`` of a sample at these positions, each channel before its move; zero outside of the map."""
-    at = d[:, None] - moved[None, :]
+def gather_tile(x, d, h, w, inside, channel, exists, depth, height, width, voxel_stride, channel_stride):
+    """``(voxels, channels)`` of a sample at these positions, zero outside of the map."""
     row = (inside & (h >= 0) & (h < height) & (w >= 0) & (w < width))[:, None]
-    valid = row & exists[None, :] & (d >= 0)[:, None] & (d < depth)[:, None] & (at >= 0) & (at < depth)
-    voxel = (at.to(tl.int64) * height + h[:, None]) * width + w[:, None]
+    # were depth looked at in the row as well, gradient_of_weights would spill registers
+    valid = row & exists[None, :] & ((d >= 0) & (d < depth))[:, None]
+    voxel = ((d.to(tl.int64) * height + h) * width + w)[:, None]
     return tl.load(x + voxel * voxel_stride + channel.to(tl.int64)[None, :] * channel_stride, valid, other=0)
 
 
@@ -59,7 +53,7 @@ def convolve_blocks(
     x, weight, inputs, out, n_inputs, n_channels, n_outputs, depth, height, width, out_depth, out_height, out_width,
     voxel_stride, channel_stride, out_voxel_stride, out_channel_stride, block_size,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr, GROUPS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The output maps of one block at one part of a tile of places."""
@@ -74,7 +68,7 @@ def convolve_blocks(
     output = block * block_size + n
     total = tl.zeros([BLOCK_V, BLOCK_N], WIDE)
     for first in range(0, n_inputs, BLOCK_K):
-        channel, exists, moved = gathered(block, first, inputs, n_inputs, n_channels, GROUPS, BLOCK_K)
+        channel, exists = gathered(block, first, inputs, n_inputs, BLOCK_K)
         place = first + tl.arange(0, BLOCK_K)
         rows = output[None, :].to(tl.int64) * n_inputs + place[:, None]
         rows = weight + (rows * (UD * UH * UW) + part) * (KD * KH * KW)
@@ -83,7 +77,7 @@ def convolve_blocks(
             at_h = h * SH + tap // KW % KH - KH // 2
             at_w = w * SW + tap % KW - KW // 2
             values = gather_tile(
-                x, at_d, at_h, at_w, inside, channel, exists, moved, depth, height, width, voxel_stride, channel_stride
+                x, at_d, at_h, at_w, inside, channel, exists, depth, height, width, voxel_stride, channel_stride
             )
             weights = tl.load(rows + tap, exists[:, None] & in_block[None, :], other=0)
             total = tl.dot(values, weights, total, input_precision="ieee", out_dtype=WIDE)
@@ -98,7 +92,7 @@ def gradient_of_inputs(
     grad, weight, inputs, out, n_inputs, n_channels, n_outputs, depth, height, width, out_depth, out_height, out_width,
     voxel_stride, channel_stride, out_voxel_stride, out_channel_stride, block_size, n_blocks,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr, GROUPS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What all blocks add to a tile of voxels of their inputs, block after block, in ``out``, which is zero before.
@@ -116,7 +110,7 @@ def gradient_of_inputs(
     for block in range(n_blocks):
         output = block * block_size + n
         for first in range(0, n_inputs, BLOCK_K):
-            channel, exists, moved = gathered(block, first, inputs, n_inputs, n_channels, GROUPS, BLOCK_K)
+            channel, exists = gathered(block, first, inputs, n_inputs, BLOCK_K)
             place = first + tl.arange(0, BLOCK_K)
             rows = output[:, None].to(tl.int64) * n_inputs + place[None, :]
             rows = weight + rows * (UD * UH * UW * KD * KH * KW)
@@ -132,15 +126,13 @@ def gradient_of_inputs(
                 at_h = at_h // SH * UH + part // UW % UH
                 at_w = at_w // SW * UW + part % UW
                 values = gather_tile(
-                    grad, at_d, at_h, at_w, meets, output, in_block, output * 0,
+                    grad, at_d, at_h, at_w, meets, output, in_block,
                     out_depth * UD, out_height * UH, out_width * UW, out_voxel_stride, out_channel_stride,
                 )  # fmt: skip
                 weights = tl.load(rows + each, in_block[:, None] & exists[None, :], other=0)
                 total = tl.dot(values, weights, total, input_precision="ieee", out_dtype=WIDE)
-            to = d[:, None] - moved[None, :]
-            valid = inside[:, None] & exists[None, :] & (to >= 0) & (to < depth)
-            at = (to.to(tl.int64) * height + h[:, None]) * width + w[:, None]
-            target = out + at * voxel_stride + channel.to(tl.int64)[None, :] * channel_stride
+            valid = inside[:, None] & exists[None, :]
+            target = out + voxel.to(tl.int64)[:, None] * voxel_stride + channel.to(tl.int64)[None, :] * channel_stride
             tl.store(target, tl.load(target, valid, other=0) + total, valid)
         tl.debug_barrier()  # the next block may add to the same maps
 
@@ -150,7 +142,7 @@ def gradient_of_weights(
     grad, x, inputs, parts, n_inputs, n_channels, n_outputs, depth, height, width, out_depth, out_height, out_width,
     voxel_stride, channel_stride, out_voxel_stride, out_channel_stride, block_size, batch, chunk,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr, GROUPS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one block's weights at one tap of a part, summed over a chunk of the places of each sample."""
@@ -159,7 +151,7 @@ def gradient_of_weights(
     part, tap = each // (KD * KH * KW), each % (KD * KH * KW)
     first = tl.program_id(2) * BLOCK_K
     elements = out_depth * out_height * out_width
-    channel, exists, moved = gathered(block, first, inputs, n_inputs, n_channels, GROUPS, BLOCK_K)
+    channel, exists = gathered(block, first, inputs, n_inputs, BLOCK_K)
     n = tl.arange(0, BLOCK_N)
     in_block = n < block_size
     output = block * block_size + n
@@ -177,7 +169,7 @@ def gradient_of_weights(
             at_h = h * SH + tap // KW % KH - KH // 2
             at_w = w * SW + tap % KW - KW // 2
             values = gather_tile(
-                of_x, at_d, at_h, at_w, inside, channel, exists, moved, depth, height, width, voxel_stride, channel_stride
+                of_x, at_d, at_h, at_w, inside, channel, exists, depth, height, width, voxel_stride, channel_stride
             )
             at = voxel_of_part(d, h, w, part, out_height, out_width, UD, UH, UW)
             gradients = tl.load(

@@ -1,22 +1,23 @@
-"""Asks the registered engine (CPU) and kernels (GPU) before PyTorch computes; see ``nnunetv2_e2enet.registry``.
+"""Asks the engine (CPU) and the kernels (GPU) before PyTorch computes.
 
-Every pass of the engine and the kernels has a counterpart in PyTorch in ``network``.
+Every pass of theirs has a counterpart in PyTorch in ``network``. Both build on ``network``, which imports them by name when it
+first needs them.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_e2enet import registry
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.settings import settings, variable
 
+_PACKAGE = "nnunetv2_e2enet.kernels"
 _kernels: dict[str, Any] = {}
 """The package of fused kernels, where its passes over maps are used, by device type."""
 _convolutions: dict[str, Any] = {}
@@ -34,9 +35,7 @@ def accelerated(network: nn.Module, x: Tensor) -> Tensor | list[Tensor] | None:
         return None
     if x.device.type != "cpu" or _is_watched():
         return None
-    engine = registry.load("engine")
-    if engine is None:
-        return None
+    engine = importlib.import_module("nnunetv2_e2enet.engine")
     logits: Tensor | list[Tensor] | None = (engine.train if network.training else engine.accelerate)(network, x)
     return logits
 
@@ -81,7 +80,8 @@ def convolutions_for(x: Tensor) -> Any:
 def prepare_kernels(device: torch.device, convolutions: bool = False) -> None:
     """Decide whether the fused kernels compute on this kind of device, before a network computes there.
 
-    Each check runs once a process. Compiled networks ask ``kernels_for`` while they are traced, too late for a check.
+    Each check runs once a process, and not where a dispatch mode would see its operations. Compiled networks ask
+    ``kernels_for`` while they are traced, too late for a check.
 
     Args:
         device: where the network computes.
@@ -90,6 +90,7 @@ def prepare_kernels(device: torch.device, convolutions: bool = False) -> None:
 
     Raises:
         E2ENetError: the setting is "on" without Triton.
+        ImportError: the setting is "on", and Triton cannot be imported.
     """
     mode = settings().kernels
     installed = importlib.util.find_spec("triton") is not None
@@ -101,24 +102,23 @@ def prepare_kernels(device: torch.device, convolutions: bool = False) -> None:
     _convolutions.pop(device.type, None)
     if mode == "off" or not installed or device.type == "meta" or (mode == "auto" and device.type != "cuda"):
         return
-    kernels = registry.load("kernels")
-    if kernels is None or device.type not in kernels.DEVICES:
-        return
     for used, check, wanted in ((_kernels, "wrong_kernel", True), (_convolutions, "wrong_convolution", convolutions)):
         key = device.type, check
-        if mode == "auto" and wanted and key not in _agrees:
-            _agrees[key] = _agree_with_pytorch(getattr(kernels, check), device, KERNELS[check])
+        if mode == "auto" and wanted and key not in _agrees and not _is_watched():
+            _agrees[key] = _agree_with_pytorch(device, check)
         if mode == "on" or _agrees.get(key):
-            used[device.type] = kernels
+            kernels = importlib.import_module(_PACKAGE)
+            if device.type in kernels.DEVICES:
+                used[device.type] = kernels
 
 
-def _agree_with_pytorch(wrong_one: Callable[[torch.device], str | None], device: torch.device, what: str) -> bool:
-    """Do without these kernels, with a warning, where they fail or differ from PyTorch."""
+def _agree_with_pytorch(device: torch.device, check: str) -> bool:
+    """Do without these kernels, with a warning, where they cannot be imported, fail or differ from PyTorch."""
     try:
-        wrong = wrong_one(device)
+        wrong = getattr(importlib.import_module(_PACKAGE), check)(device)
         problem = wrong and f"{wrong} differs from PyTorch"
     except Exception as error:  # noqa: BLE001 (whatever a compiler or a driver may raise)
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if problem:
-        warnings.warn(f"E2ENet computes without its {what} on {device}: {problem}", stacklevel=2)
+        warnings.warn(f"E2ENet computes without its {KERNELS[check]} on {device}: {problem}", stacklevel=2)
     return not problem

@@ -17,15 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunetv2_e2enet.network.connections import maskable_layers
 
 
-class ParameterCounts(NamedTuple):
-    """``total`` of the dense network, ``maskable`` of them, and ``active``: those in use, maskable or not."""
-
-    total: int
-    maskable: int
-    active: int
-
-
-class MultiplyAccumulates(NamedTuple):
+class Counts(NamedTuple):
     """``total`` of the dense network, ``maskable`` of them, and ``active``: those of active connections and dense layers."""
 
     total: int
@@ -33,21 +25,21 @@ class MultiplyAccumulates(NamedTuple):
     active: int
 
 
-def parameter_counts(network: nn.Module) -> ParameterCounts:
+def parameter_counts(network: nn.Module) -> Counts:
     """Count the parameters of a network."""
     layers = [layer for _, layer in maskable_layers(network)]
     maskable = sum(layer.shape.numel() for layer in layers)
     total = maskable + sum(p.numel() for p in network.parameters()) - sum(layer.weight.numel() for layer in layers)
     off = sum((layer.n_connections - layer.n_active) * layer.weights_per_connection for layer in layers)
-    return ParameterCounts(total, maskable, total - off)
+    return Counts(total, maskable, total - off)
 
 
-def multiply_accumulates(network: nn.Module, input_shape: Sequence[int]) -> MultiplyAccumulates:
-    """Count those of a prediction."""
+def multiply_accumulates(network: nn.Module, input_shape: Sequence[int]) -> Counts:
+    """Count those of a prediction's convolutions; ``input_shape`` is ``(batch, channels, *patch)``."""
     macs = macs_by_module(network, input_shape)
     layers = [layer for _, layer in maskable_layers(network)]
     off = sum(macs[layer] // layer.n_connections * (layer.n_connections - layer.n_active) for layer in layers)
-    return MultiplyAccumulates(macs[network], sum(macs[layer] for layer in layers), macs[network] - off)
+    return Counts(macs[network], sum(macs[layer] for layer in layers), macs[network] - off)
 
 
 def macs_by_module(network: nn.Module, input_shape: Sequence[int]) -> dict[nn.Module, int]:

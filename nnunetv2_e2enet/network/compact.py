@@ -24,7 +24,7 @@ from nnunetv2_e2enet.network.connections import (
 )
 from nnunetv2_e2enet.network.convolution import conv3d
 from nnunetv2_e2enet.network.memory_format import is_channels_last
-from nnunetv2_e2enet.network.sparse_convolution import can_compute, can_upsample, sparse_convolution
+from nnunetv2_e2enet.network.sparse_convolution import LARGEST_BLOCK, can_compute, can_upsample, sparse_convolution
 
 LEAST_BLOCK = 16  # output maps of a block that is worth a matrix product of its own
 
@@ -231,9 +231,10 @@ def store_all(layer: MaskableLayer) -> None:
 
 
 def store_active_if_in_blocks(layer: MaskableLayer) -> None:
-    """``store_active_only`` where the mask alone shows equal blocks that are worth it, and nothing where it does not."""
+    """``store_active_only`` where the mask alone shows equal blocks of a size for the kernels, otherwise nothing."""
     block_size = layer.shared_block_size()
     per_block = layer.mask.sum(layer.input_axis)
-    if block_size >= LEAST_BLOCK and not layer.mask.all() and bool((per_block == per_block[0]).all()) and per_block[0]:
+    equal = bool((per_block == per_block[0]).all()) and bool(per_block[0])
+    if equal and LEAST_BLOCK <= block_size <= LARGEST_BLOCK and not layer.mask.all():
         layer.share_inputs(block_size, equal_blocks=True)
         store_active_only(layer)

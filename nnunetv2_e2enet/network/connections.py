@@ -162,14 +162,6 @@ class MaskableLayer(nn.Module):
         sizes = (size for size in range(len(maps), 0, -1) if len(maps) % size == 0)
         return next(size for size in sizes if torch.equal(maps, maps[::size].repeat_interleave(size, 0)))
 
-    def block_inputs(self, block_size: int) -> list[Tensor]:
-        """The input maps of each block of output maps: their indices in ascending order, one tensor a block.
-
-        A block's inputs are the union of its maps' inputs, so masks of any structure have them.
-        """
-        maps = self.mask.movedim(self.output_axis, 0)
-        return [block.any(0).nonzero().flatten() for block in maps.split(block_size)]
-
     def fits_blocks(self, mask: Tensor | None = None) -> bool:
         """Whether the output maps of each block share their inputs in ``mask``, with ``equal_blocks`` equally many."""
         mask = self.mask if mask is None else mask

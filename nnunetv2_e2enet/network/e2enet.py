@@ -64,13 +64,8 @@ class E2ENet(nn.Module):
         decoder: fusion stages with ``deep_supervision`` and ``seg_layers``.
         predicts_only: whether it is built to predict. Of weights whose topology is in equal blocks, only active ones are then
             stored, where the kernels may compute them.
-        key_to_encoder, key_to_stem, keys_to_in_proj, key_to_lpe: as in ``AbstractDynamicNetworkArchitectures``.
     """
 
-    key_to_encoder = "encoder.stages"
-    key_to_stem = "encoder.stages.0"
-    keys_to_in_proj = ("encoder.stages.0.0.conv",)
-    key_to_lpe = None
     predicts_only = False
 
     def __init__(
@@ -153,6 +148,11 @@ class E2ENet(nn.Module):
         self._prepare_kernels()
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or a network that was sent as a whole, may be the first one in its process."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._prepare_kernels()
+
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load weights and masks as any module does; ``predicts_only`` says how they are stored."""
         layers = [layer for _, layer in maskable_layers(self)]
@@ -228,15 +228,6 @@ class E2ENet(nn.Module):
                 he_normal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-
-    def parameter_counts(self) -> accounts.ParameterCounts:
-        """Parameters in all, those that DSFF can switch off, and those in use with the present topology."""
-        return accounts.parameter_counts(self)
-
-    def multiply_accumulates(self, patch_size: Sequence[int]) -> accounts.MultiplyAccumulates:
-        """Multiply-accumulates of the convolutions for one patch: in all, of maskable layers, and of active connections."""
-        self.check_patch_size(patch_size)
-        return accounts.multiply_accumulates(self, (1, self.input_channels, *patch_size))
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Elements of all convolution outputs for one patch, nnU-Net's measure of a network's memory.
