@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -185,7 +185,7 @@ def read_label_map(file: Path) -> NDArray[np.integer]:
         E2ENetError: unreadable, several channels, negative or fractional values.
     """
     image = read_image(file)
-    voxels = sitk.GetArrayFromImage(image)
+    voxels: NDArray[Any] = sitk.GetArrayFromImage(image)
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise E2ENetError(f"{file} has {image.GetNumberOfComponentsPerPixel()} channels: expected a label map of one")
     if not np.issubdtype(voxels.dtype, np.integer):
