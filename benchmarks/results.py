@@ -139,7 +139,7 @@ def figure(record: Record) -> drawing.Figure:
             axis.set(xlabel=label, ylabel="pseudo Dice", ylim=(max(0, least), None))
         labels = ("million active parameters", "G multiply-accumulates of a patch", "minutes of training")
         for axis, label in zip((by_size, by_work, by_time), labels, strict=True):
-            axis.set(xlabel=label, ylabel="Dice of the fold", xlim=(0, None))
+            axis.set(xlabel=label, ylabel="Dice of the fold", xlim=(0, 1.05 * axis.dataLim.xmax))
         drawing.legend_above(drawn)
     return drawn
 
