@@ -80,7 +80,7 @@ def _check_preprocessor(name: str) -> None:
     """Raises E2ENetError unless nnU-Net finds a preprocessor."""
     if find_in_nnunet("preprocessing", name) is None:
         raise E2ENetError(
-            f"-preprocessor_name {name}: nnunetv2.preprocessing has no such class; nnU-Net's own is DefaultPreprocessor"
+            f"-preprocessor_name {name}: nnU-Net has no such class in nnunetv2.preprocessing; its own is DefaultPreprocessor"
         )
 
 
