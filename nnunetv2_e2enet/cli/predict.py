@@ -249,7 +249,7 @@ def _name_what_is_old(args: argparse.Namespace, model: PackedModel, former: Mapp
         case = path.name.removesuffix(ending)
         files = [folder / f"{case}{made}" for folder in (args.o, post) for made in (".png", ".dcm")]
         files += [*tables, post / path.name]
-        if not args.save_probabilities:  # which are written before the segmentation
+        if not args.save_probabilities:  # with this option both are new, and older than the segmentation
             files += [path.with_name(f"{case}{made}") for made in (".npz", ".pkl")]
         old |= {str(file.relative_to(args.o)) for file in files if file.is_file() and file.stat().st_mtime_ns < now}
     if old:

@@ -19,9 +19,10 @@ from nnunetv2_e2enet.imaging import read_header, read_image, readable
 MODALITY, DESCRIPTION, SERIES = "0008|0060", "0008|103e", "0020|000e"
 EVEN = 0.05
 """The most by which a slice may lie above or below its place in an image, relative to the distance between slices."""
-_SILENT = threading.RLock()
 ASIDE = 0.5
 """The most by which a slice may lie beside its place, in pixels; directions are often rounded."""
+_SILENT = threading.RLock()
+"""Held while SimpleITK's warnings are off, which is a switch of the process."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _why_no_volume(image: SimpleITK.Image, origins: Sequence[Sequence[float]]) -
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    with _SILENT:  # the switch is that of the process
+    with _SILENT:
         shown = SimpleITK.ProcessObject.GetGlobalWarningDisplay()
         SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
         try:

@@ -210,7 +210,7 @@ class Segmenter:
             return self._segment(*image)
         channels: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
         if channels and all(isinstance(channel, (str, Path)) for channel in channels):
-            return self._segment(*self._read(channels))
+            return self._segment(*self._read(channels), called=", ".join(map(str, channels)))
         if channels and all(isinstance(channel, SimpleITK.Image) for channel in channels):
             array, properties = self._from_simpleitk(channels)
             segmentation = self._segment(array, properties)
@@ -232,8 +232,6 @@ class Segmenter:
         check_images(files)
         with readable(files[0]):
             array, properties = self._predictor.plans_manager.image_reader_writer_class().read_images([*map(str, files)])
-        for file, channel in zip(files, array, strict=False):  # or one file holds all channels, or too many are given
-            check_finite(channel, file)
         return array, properties
 
     def _from_simpleitk(self, images: Sequence[SimpleITK.Image]) -> tuple[Segmentation, Properties]:
@@ -259,7 +257,7 @@ class Segmenter:
             return array[:, None], {"spacing": [999 * max(spacing), *spacing]}
         return array, {"spacing": spacing}
 
-    def _segment(self, array: Segmentation, properties: Properties) -> Segmentation:
+    def _segment(self, array: Segmentation, properties: Properties, called: str = "the image") -> Segmentation:
         from nnunetv2.postprocessing.remove_connected_components import apply_postprocessing
 
         channels = self.model.channels
@@ -271,7 +269,7 @@ class Segmenter:
         spacing = properties.get("spacing", ())
         if len(spacing) != 3 or not all(isfinite(s) and s > 0 for s in spacing):
             raise E2ENetError(f"the image's spacing is {spacing}, but three positive numbers in mm are expected")
-        check_finite(array, "the image")
+        check_finite(array, called)
         with self._lock:
             segmentation: NDArray[Any] = self._predictor.predict_single_npy_array(array, deepcopy(dict(properties)))
         processed: NDArray[Any] = apply_postprocessing(segmentation, *self._postprocessing)

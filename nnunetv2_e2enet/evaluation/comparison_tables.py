@@ -12,7 +12,7 @@ from nnunetv2_e2enet.evaluation import numbers
 from nnunetv2_e2enet.evaluation.comparison import Comparison, ModelFacts, comparable_patches
 from nnunetv2_e2enet.evaluation.metrics import METRICS, Metric
 from nnunetv2_e2enet.evaluation.profile_tables import cost_columns, how_measured, measurements
-from nnunetv2_e2enet.evaluation.statistics import ALPHA, MEAN, PairedTest, RankTest
+from nnunetv2_e2enet.evaluation.statistics import ALPHA, MEAN, PairedTest, RankTest, tested
 from nnunetv2_e2enet.evaluation.tables import Table
 
 DICE = METRICS[0]
@@ -134,17 +134,13 @@ def _paired_verdict(comparison: Comparison, metric: Metric) -> str:
     size = f"{first} - {second} = {mean}{unit} ({interval})"
     if test.p_holm < ALPHA:
         finding = _better(comparison, metric, test)
-    elif _tested(comparison, metric) * 2 / 2 ** (test.wins + test.losses) >= ALPHA:  # the least p of so many signs
+    elif (
+        tested([t.p for t in comparison.paired[metric.key]]) * 2 / 2 ** (test.wins + test.losses) >= ALPHA
+    ):  # the least p of so many signs
         finding = "too few cases to show a difference"
     else:
         finding = "no difference shown"
     return f"{metric.title}: {finding}; {size}, Wilcoxon {numbers.p_statement(test.p_holm)} (Holm), n = {test.difference.n}."
-
-
-def _tested(comparison: Comparison, metric: Metric) -> int:
-    """The number of tests for which Holm's method corrects the smallest p-value."""
-    tests = comparison.paired[metric.key]
-    return 1 if len(tests) == 2 else sum(not math.isnan(test.p) for test in tests)  # a single class is the mean
 
 
 def _better(comparison: Comparison, metric: Metric, test: PairedTest) -> str:

@@ -152,7 +152,7 @@ def _bootstrap(values: Array, statistic: Callable[[Array], Array], seed: int) ->
         random_state=np.random.default_rng(seed),
     )
     drawn = result.bootstrap_distribution
-    low, high = np.nanpercentile(drawn, [100 * ALPHA / 2, 100 * (1 - ALPHA / 2)])
+    low, high = np.percentile(drawn, [100 * ALPHA / 2, 100 * (1 - ALPHA / 2)])
     return Interval(estimate, float(low), float(high), n)
 
 
@@ -184,7 +184,7 @@ def paired_tests(values: Array, classes: Sequence[str], seed: int = 0) -> list[P
 
 
 def _wilcoxon(difference: Array) -> float:
-    """Two-sided p-value; exact for few decided cases, also where some differ by the same amount, of which scipy has none."""
+    """Two-sided p-value. For few decided cases it is exact, also where some differ by the same amount, unlike scipy's."""
     if difference.size < FEWEST_CASES:
         return math.nan
     decided = difference[difference != 0]
@@ -217,9 +217,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in corrected]
 
 
+def tested(p_values: Sequence[float]) -> int:
+    """The number of tests on the mean and on each class. A single class is the mean, so that both are one test."""
+    return 1 if len(p_values) == 2 else sum(not math.isnan(p) for p in p_values)
+
+
 def _holm_of_scopes(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction over the mean and the classes. A single class is the mean, so that both are one test."""
-    return list(p_values) if len(p_values) == 2 else holm(p_values)
+    return holm(p_values) if tested(p_values) > 1 else list(p_values)
 
 
 def rank_tests(values: Array, classes: Sequence[str], higher_is_better: bool) -> list[RankTest]:

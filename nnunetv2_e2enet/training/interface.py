@@ -61,10 +61,10 @@ def _check_methods(mixin: type[Overrides], originals: list[type]) -> None:
         if not inspect.isroutine(ours) or internal or name in mixin.own_hooks:
             continue
         original = next((base for base in originals if name in vars(base)), None)
-        if original is None and not mixin.__module__.startswith("nnunetv2_e2enet."):
-            continue  # a method of the user's own
         if original is None:
-            raise E2ENetError(f"the installed nnU-Net has no {originals[0].__name__}.{name}: {ADVICE}")
+            if mixin.__module__.startswith("nnunetv2_e2enet."):
+                raise E2ENetError(f"the installed nnU-Net has no {originals[0].__name__}.{name}: {ADVICE}")
+            continue  # a method of the user's own
         expected, found = (list(inspect.signature(getattr(cls, name)).parameters.values()) for cls in (mixin, original))
         if not _takes(found, expected):
             raise E2ENetError(
