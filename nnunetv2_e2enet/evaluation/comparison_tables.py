@@ -126,7 +126,8 @@ def verdicts(comparison: Comparison) -> list[str]:
 
 def _paired_verdict(comparison: Comparison, metric: Metric) -> str:
     first, second = comparison.names
-    test = next(t for t in comparison.paired[metric.key] if t.scope == MEAN)
+    tests = comparison.paired[metric.key]
+    test = next(t for t in tests if t.scope == MEAN)
     unit = f" {metric.unit}" if metric.unit else ""
     if math.isnan(test.p_holm):
         return f"{metric.title}: too few cases for a test ({test.difference.n})."
@@ -134,9 +135,7 @@ def _paired_verdict(comparison: Comparison, metric: Metric) -> str:
     size = f"{first} - {second} = {mean}{unit} ({interval})"
     if test.p_holm < ALPHA:
         finding = _better(comparison, metric, test)
-    elif (
-        tested([t.p for t in comparison.paired[metric.key]]) * 2 / 2 ** (test.wins + test.losses) >= ALPHA
-    ):  # the least p of so many signs
+    elif tested([t.p for t in tests]) * 2 / 2 ** (test.wins + test.losses) >= ALPHA:  # the least p of so many signs
         finding = "too few cases to show a difference"
     else:
         finding = "no difference shown"
