@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import distribution, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 import contestants
@@ -67,7 +67,12 @@ def bundle(folder: Path, preprocessed: Path, python: str, with_torch: bool, inst
         python: version of the machine's Python, such as "3.12".
         with_torch: whether torch and Triton go along, in the versions that are installed here.
         installed: see ``needed``.
+
+    Raises:
+        SystemExit: the data set's folder is not there, or something is not installed here.
     """
+    if not preprocessed.is_dir():
+        raise SystemExit(f"no folder {preprocessed}: give the data set's folder in nnUNet_preprocessed")
     there = {wheel.name for wheel in folder.glob("wheels*/*.whl")}
     there_too = {name: number for name, number in installed.items() if name != "setuptools"}  # a venv may have an old one
     names = sorted(needed([*WANTED, *(TORCH if with_torch else ())], python, () if with_torch else THERE, there_too))
@@ -115,6 +120,9 @@ def needed(names: Sequence[str], python: str, there: tuple[str, ...], installed:
         python: the machine's version.
         there: how names of distributions begin that the machine has, in whatever version.
         installed: versions of other distributions that it has, by canonical name; an empty one suits every need.
+
+    Raises:
+        SystemExit: one of them is not installed here.
     """
     environment = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0"}
     found: set[str] = set()
@@ -125,7 +133,13 @@ def needed(names: Sequence[str], python: str, there: tuple[str, ...], installed:
         if name in found or name.startswith(there) or suits(installed.get(name), requirement):
             continue
         found.add(name)
-        for text in requires(distribution(name).metadata["Name"]) or []:
+        try:
+            dependencies = requires(metadata(name)["Name"]) or []
+        except PackageNotFoundError:
+            raise SystemExit(
+                f"{name} is not installed here, and a bundle has the versions that are: pip install {name}"
+            ) from None
+        for text in dependencies:
             other = Requirement(text)
             extras = requirement.extras or {""}
             if other.marker is None or any(other.marker.evaluate({**environment, "extra": extra}) for extra in extras):

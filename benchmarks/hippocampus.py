@@ -3,7 +3,7 @@
 All contestants have the same data, plans, splits, batches, augmentation, number of iterations and seeds, and are trained by
 nnU-Net's own loop. Training goes on where it stopped: call the program again, by hand or from a job scheduler, until it says
 that all is done. Each call ends after ``--minutes`` (the epoch that has begun is finished, a validation too), and trains one
-epoch at least.
+epoch at least. A call that was killed costs the epoch that it was in.
 
     # Task04_Hippocampus from http://medicaldecathlon.com, unpacked
     python benchmarks/hippocampus.py --source Task04_Hippocampus --folder hippocampus --epochs 250 --folds 0 1 --minutes 9
@@ -90,18 +90,17 @@ def run(command: str, *arguments: str) -> None:
 
 
 def until(deadline: float, base: Any, epochs: int, iterations: tuple[int, int]) -> Any:
-    """A trainer that trains as ``base`` does, in its folder, and stops at an epoch's end once the time is up."""
+    """A trainer that trains as ``base`` does, in its folder, and stops at an epoch's end once the time is up.
 
+    Each epoch leaves a checkpoint, so that a training that is killed goes on at the epoch where that happened.
+    """
     train, validate = iterations
     length = {"num_epochs": epochs, "num_iterations_per_epoch": train, "num_val_iterations_per_epoch": validate}
 
-    class Sliced(variant(base, "sliced", **length)):  # type: ignore[misc]
+    class Sliced(variant(base, "sliced", **length, save_every=1)):  # type: ignore[misc]
         def on_epoch_end(self) -> None:
             super().on_epoch_end()
             if time.time() > deadline and self.current_epoch < self.num_epochs:
-                self.current_epoch -= 1  # nnU-Net stores the epoch that comes next
-                self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
-                self.current_epoch += 1
                 raise TimeIsUp
 
     Sliced.__name__ = base.__name__  # names the folder, and what a checkpoint says of its trainer
@@ -203,7 +202,7 @@ def read_calls(folder: Path) -> list[dict[str, Any]]:
 
 def result(fold: Fold) -> dict[str, Any]:
     checkpoint = read_checkpoint(fold.folder / "checkpoint_final.pth")
-    logged = checkpoint["logging"]
+    logged, calls = checkpoint["logging"], read_calls(fold.folder)
     seconds = [e - s for s, e in zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)]
     summary = json.loads((fold.folder / "validation" / "summary.json").read_text())
     of_cases = {Path(case["prediction_file"]).name: case["metrics"] for case in summary["metric_per_case"]}
@@ -218,7 +217,8 @@ def result(fold: Fold) -> dict[str, Any]:
         "median_epoch_seconds": float(np.median(seconds)),
         "pseudo_dice": [float(dice) for dice in logged["mean_fg_dice"]],
         "epoch_seconds": [round(float(s), 3) for s in seconds],
-        "calls": read_calls(fold.folder),
+        "calls": calls,
+        "machine": calls[-1]["machine"],
     }
 
 

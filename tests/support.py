@@ -263,14 +263,21 @@ def untrained_model(
 
 
 def copy_with_random_heads(trained: Path, results: Path) -> Path:
-    """A copy of a model's folder in results of its own: whatever was trained, every label has many components."""
+    """A copy of a model's folder in results of its own: whatever was trained, every label has many components.
+
+    The norms are those of the start, so that all feature maps count alike, and the heads are random.
+    """
     folder = results / trained.parent.name / trained.name
     shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("validation"))
     generator = torch.Generator().manual_seed(0)
     for path in sorted(folder.glob("fold_*/checkpoint_final.pth")):
         content = torch.load(path, weights_only=False)
         for name, value in content["network_weights"].items():
-            if "seg_layers" in name:
+            if name.endswith("norm.weight"):
+                value.fill_(1)
+            elif name.endswith("norm.bias"):
+                value.zero_()
+            elif "seg_layers" in name:
                 value.normal_(generator=generator)
                 value -= value.mean(1, keepdim=True)  # or the label with the largest sum wins: activations are positive
         torch.save(content, path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import ablations
@@ -21,6 +23,7 @@ import training_memory
 from support import Project, make
 
 from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet_S90
+from nnunetv2_e2enet.training.trainer import E2ENetMixin
 
 DEMO = "nnunetv2_e2enet.trainers.e2enet_demo_trainers"
 PLANS = "tinyPlans"
@@ -204,9 +207,22 @@ def test_without_a_gpu_they_refuse(tmp_path: Path) -> None:
         hippocampus.main(["--folder", str(tmp_path), "--device", "cuda"])
 
 
+class Killed(BaseException):
+    """Nothing catches it, so that files are what a process that is killed leaves behind."""
+
+
+def killed_at(epoch: int, start: Callable[[Any], None]) -> Callable[[Any], None]:
+    def killed(trainer: Any) -> None:
+        if trainer.current_epoch == epoch:
+            raise Killed
+        start(trainer)
+
+    return killed
+
+
 @pytest.mark.slow
 def test_hippocampus_in_slices(tiny: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On phantoms in the place of the scans: a contestant's training is cut in two, then everything is brought to an end."""
+    """On phantoms in the place of the scans: a training stops in time and another is killed, then both come to an end."""
     monkeypatch.setattr(hippocampus, "HIPPOCAMPUS", tiny.dataset)
     monkeypatch.setattr(hippocampus, "PLANS", PLANS)
     for name in ("nnUNet_raw", "nnUNet_preprocessed"):
@@ -224,16 +240,22 @@ def test_hippocampus_in_slices(tiny: Project, tmp_path: Path, monkeypatch: pytes
     hippocampus.main([*command, "--minutes", "0"])
     assert set(json.loads(record.read_text())["results"]) == {"nnU-Net | fold 0"}
 
+    with monkeypatch.context() as patch:
+        patch.setattr(E2ENetMixin, "on_train_epoch_start", killed_at(1, E2ENetMixin.on_train_epoch_start))
+        with pytest.raises(Killed):
+            hippocampus.main([*command, "--minutes", "30"])
+
     hippocampus.main([*command, "--minutes", "30"])
     results = json.loads(record.read_text())["results"]
     assert set(results) == {"nnU-Net | fold 0", "E2ENet | fold 0"}
     calls = {name: result["calls"] for name, result in results.items()}
     assert {name: [call["epoch"] for call in of] for name, of in calls.items()} == {
         "nnU-Net | fold 0": [0, 1],
-        "E2ENet | fold 0": [0],
+        "E2ENet | fold 0": [0, 1],
     }
     assert all(call["machine"]["warning"] and call["commit"] for of_fold in calls.values() for call in of_fold)
     for result in results.values():
+        assert result["machine"] == result["calls"][-1]["machine"]
         assert result["epochs"] == 2
         assert np.mean(list(result["case_dice"].values())) == pytest.approx(result["dice"])
     ours, stock = results["E2ENet | fold 0"]["costs"], results["nnU-Net | fold 0"]["costs"]

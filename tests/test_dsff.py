@@ -25,6 +25,7 @@ from nnunetv2_e2enet.network.connections import (
     MaskableLayer,
     MaskedConv2d,
     MaskedConv3d,
+    MaskedConvTranspose2d,
     MaskedConvTranspose3d,
     maskable_layers,
 )
@@ -124,6 +125,23 @@ def test_select(n: int, data: st.DataObject) -> None:
     candidates = sorted(inactive if len(inactive) >= count else inactive + expected_pruned, key=lambda i: -growth[i].item())
     assert set(pruned.nonzero().flatten().tolist()) == set(expected_pruned)
     assert set(grown.nonzero().flatten().tolist()) == set(candidates[:count])
+
+
+@pytest.mark.parametrize("layer", [MaskedConv2d(5, 4, 1), MaskedConvTranspose2d(4, 5, 2)])
+def test_the_topology_of_the_start_is_uniform(layer: MaskableLayer) -> None:
+    """Every connection is as likely as any other (chi-square, 1e-5), and so is every pair of them, in one row or in two."""
+    n, active, all_of_them = 3000, 6, 20
+    network, times, in_a_row = nn.Sequential(layer), torch.zeros(4, 5), 0
+    for seed in range(n):
+        random_topology(network, 0.7, Uniform(), seed)
+        times += layer.mask
+        of_row = layer.mask.sum(1)
+        in_a_row += int((of_row * (of_row - 1) // 2).sum())
+    expected, variance = n * active / all_of_them, n * active / all_of_them * (1 - active / all_of_them)
+    chi_square = ((times - expected) ** 2).sum().item() / variance * (all_of_them - 1) / all_of_them
+    assert chi_square < 60  # 19 degrees of freedom
+    pairs = 4 * 5 * 4 / 2  # that are in one row
+    assert in_a_row == pytest.approx(n * pairs * active * (active - 1) / (all_of_them * (all_of_them - 1)), rel=0.05)
 
 
 def test_growth_is_uniform() -> None:
@@ -256,6 +274,36 @@ def test_gradient_growth_finds_the_connections_that_matter() -> None:
         (network(x)[:, 0] - x[:, 7]).square().mean().backward()
     updater.update(1, optimizer)
     assert bool(layer.mask[0, 7])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradient_growth_sums_absolute_gradients_over_a_kernel(transposed: bool) -> None:
+    """Neither gradients that cancel nor a single large one count for more than they are."""
+    layer = MaskedConvTranspose2d(4, 1, 3, bias=False) if transposed else MaskedConv2d(4, 1, 3, bias=False)
+    of_input = (lambda tensor: tensor[:, 0]) if transposed else (lambda tensor: tensor[0])
+    start = torch.zeros_like(layer.mask)
+    of_input(start)[0] = True
+    layer.set_topology(start)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    gradients = of_input(layer.weight.grad)
+    gradients[1] = torch.tensor([1.0, -1.0] * 4 + [1.0]).reshape(3, 3)  # 9 in all
+    gradients[2, 0, 0] = 8
+    gradients[3] = 0.8  # 7.2 in all
+    updater = TopologyUpdater(nn.Sequential(layer), CosineSchedule(10, 1, 0.5), growth=GradientGrowth())
+    updater.update(1, torch.optim.SGD(layer.parameters(), 0.1))
+    assert of_input(layer.mask).tolist() == [False, True, False, False]
+
+
+def test_dense_networks_have_no_updates() -> None:
+    """And so no criterion looks at them: a batch of its own would change the order of a training's batches."""
+    network = tiny(4, 4, 4)
+    updater = TopologyUpdater(network, CosineSchedule(10, 1), growth=GradientGrowth())
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    random_topology(network, 0.0, Uniform(), 0)
+    assert not updater.needs_observation(1)
+    assert updater.update(1, optimizer) is None
+    random_topology(network, 0.5, Uniform(), 0)
+    assert updater.needs_observation(1)
 
 
 def test_gradient_growth_without_a_gradient_says_so() -> None:

@@ -403,6 +403,14 @@ def test_a_bundle_builds_our_package_whatever_is_installed_there(tmp_path: Path,
     assert "numpy" not in fetched
 
 
+def test_a_bundle_names_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^no-such-package is not installed here.*pip install no-such-package$"):
+        gpu_bundle.needed(["no-such-package"], "3.12", (), {})
+    with pytest.raises(SystemExit, match=r"no folder .*data: give"):
+        gpu_bundle.bundle(tmp_path / "bundle", tmp_path / "data", "3.12", with_torch=False, installed={})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bundle_with_torch_is_whole(tmp_path: Path) -> None:
     options = ["--bundle", str(tmp_path), "--preprocessed", str(tmp_path), "--with-torch", "--installed", "list.txt"]
     with pytest.raises(SystemExit):

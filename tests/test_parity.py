@@ -1,18 +1,22 @@
 """The network and the engine compute what an independent implementation in NumPy does, on cases that lie in ``parity/``."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
-from parity.reference import CASES, FOLDER, Case, arrays_of, e2enet
-from parity.weights import load_reference_weights
+from parity.reference import CASES, FOLDER, Case, arrays_of, e2enet, random_weights
 from torch import nn
 
 from nnunetv2_e2enet import engine
-from nnunetv2_e2enet.network import E2ENet, maskable_layers
+from nnunetv2_e2enet.network import E2ENet, accounts, maskable_layers
+from nnunetv2_e2enet.network.reference import load_reference_weights
 from nnunetv2_e2enet.settings import override
 
 TOLERANCE = 1e-4
@@ -84,19 +88,67 @@ def test_the_stored_cases_are_small() -> None:
     assert sum(file.stat().st_size for file in Path(FOLDER).glob("*.npz")) < 100_000
 
 
-def test_the_reference_computes_what_the_published_network_does(shared: Path) -> None:
-    """The released network's own weights and logits, which are not part of the repository."""
-    config = json.loads((shared / "parity" / "forward_a.json").read_text())
-    arrays = np.load(shared / "parity" / "forward_a.npz")
-    weights = {key: arrays[key].astype(np.float64) for key in arrays if key.endswith((".weight", ".bias"))}
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_any_network_is_that_of_the_reference(data: st.DataObject) -> None:
+    """In float64, two samples at a time: any levels, widths, strides, shifts and topologies."""
+    dimension, levels = data.draw(st.sampled_from([2, 3])), data.draw(st.integers(2, 5))
+    stride = st.lists(st.sampled_from([1, 2]), min_size=dimension, max_size=dimension)
+    strides = [[1] * dimension, *(data.draw(stride) for _ in range(levels - 1))]
+    coarsest = data.draw(st.sampled_from([[1, 1, 2], [1, 3, 1], [2, 2, 1]]))[-dimension:]  # not of one voxel
     case = Case(
-        config["input_channels"],
-        config["num_classes"],
-        config["features_per_stage"],
-        config["strides"],
-        config["shift_size"],
-        config["patch_size"],
-        density=1.0,
+        input_channels=data.draw(st.integers(1, 6)),
+        classes=data.draw(st.integers(2, 3)),
+        features=data.draw(st.lists(st.integers(1, 8), min_size=levels, max_size=levels)),
+        strides=strides,
+        shift_size=data.draw(st.sampled_from([1, 3, 5, 7])),
+        patch_size=[int(n) for n in np.prod([*strides, coarsest], axis=0)],
+        density=data.draw(st.sampled_from([1.0, 0.5, 0.1])),
     )
-    for level, logits in enumerate(e2enet(arrays["x"][0].astype(np.float64), weights, case)):
-        np.testing.assert_allclose(logits, arrays[f"logits.level{level}"][0], rtol=0, atol=TOLERANCE)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    weights = random_weights(case, rng)
+    network = network_of(case, dict(weights)).double()
+    x = rng.normal(0, 1, (2, case.input_channels, *case.patch_size))
+    with torch.inference_mode():
+        found = network(torch.from_numpy(x))
+    assert len(found) == case.heads
+    for sample, image in enumerate(x):
+        for logits, expected in zip(found, e2enet(image, weights, case), strict=True):
+            np.testing.assert_allclose(logits[sample], expected, rtol=0, atol=1e-6 * (1 + np.abs(expected).max()))
+
+
+@pytest.fixture(params=["off", "on"])
+def published(request: pytest.FixtureRequest, shared: Path) -> Iterator[list[tuple[dict[str, Any], dict[str, Any]]]]:
+    """Configurations and arrays of the released network, which are not part of the repository; with the engine and without."""
+    files = sorted((shared / "parity").glob("*.json"))
+    assert files
+    with override(engine=request.param):
+        if request.param == "on" and not engine.status().used:
+            pytest.skip(engine.status().reason)
+        yield [(json.loads(file.read_text()), dict(np.load(file.with_suffix(".npz")))) for file in files]
+
+
+def case_of(configuration: dict[str, Any]) -> Case:
+    names = ("input_channels", "strides", "shift_size", "patch_size")
+    given = {name: configuration[name] for name in names}
+    return Case(**given, classes=configuration["num_classes"], features=configuration["features_per_stage"], density=1.0)
+
+
+def test_logits_are_those_of_the_published_network(published: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    for configuration, arrays in published:
+        network = network_of(case_of(configuration), arrays)
+        counts = accounts.parameter_counts(network)
+        assert (counts.total, counts.maskable) == (configuration["total_parameters"], configuration["maskable_parameters"])
+        for sample, x in enumerate(arrays["x"]):
+            for level, logits in enumerate(logits_of(network, x)):
+                expected = arrays[f"logits.level{level}"][sample]
+                np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_the_reference_computes_what_the_published_network_does(shared: Path) -> None:
+    for file in sorted((shared / "parity").glob("*.json")):
+        case, arrays = case_of(json.loads(file.read_text())), np.load(file.with_suffix(".npz"))
+        weights = {key: arrays[key].astype(np.float64) for key in arrays if key.endswith((".weight", ".bias"))}
+        for sample, x in enumerate(arrays["x"]):
+            for level, logits in enumerate(e2enet(x.astype(np.float64), weights, case)):
+                np.testing.assert_allclose(logits, arrays[f"logits.level{level}"][sample], rtol=0, atol=TOLERANCE)

@@ -20,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from support import Project, architecture, assert_dice_is_that_of_the_files, make, run_python, train_epochs, weights
 
 from nnunetv2_e2enet import trainers
-from nnunetv2_e2enet.dsff import GradientGrowth, KernelL1Norm
+from nnunetv2_e2enet.dsff import CosineSchedule, GradientGrowth, KernelL1Norm, RandomGrowth
 from nnunetv2_e2enet.network import E2ENet, e2enet_features, maskable_layers
 from nnunetv2_e2enet.trainers import e2enet_combined_trainers
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
@@ -190,6 +190,52 @@ def test_two_levels_train_without_deep_supervision(in_process: Project) -> None:
     output = trainer.network(torch.randn(1, 1, 4, 8, 8))
     loss = trainer.loss(output, torch.ones(1, 1, 4, 8, 8))
     assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("levels", [3, 4, 5])
+def test_heads_are_those_that_nnunets_loss_weighs(in_process: Project, levels: int) -> None:
+    """nnU-Net halves the weight from one output to the next, gives the last one none, and has a target for each."""
+    plans = in_process.plans()
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["strides"] = [[1, 1, 1], *[[1, 2, 2]] * (levels - 1)]
+    trainer = make(nnUNetTrainerE2ENet_smoke, in_process, plans)
+    trainer.initialize()
+    halved = [0.5**i for i in range(levels - 2)]
+    expected = [value / sum(halved) for value in halved]
+    assert list(trainer.loss.weight_factors) == pytest.approx([*expected, 0])
+    patch = trainer.configuration_manager.patch_size
+    outputs = trainer.network(torch.randn(1, 1, *patch))
+    assert len(outputs) == len(expected)
+    scales = trainer._get_deep_supervision_scales()
+    sizes = [[round(n * share) for n, share in zip(patch, scale, strict=True)] for scale in scales]
+    targets = [torch.randint(0, 5, (1, 1, *size)).float() for size in sizes]
+    each = [trainer.loss.loss(output, target) for output, target in zip(outputs, targets, strict=False)]
+    assert trainer.loss(outputs, targets).item() == pytest.approx(
+        sum(w * e.item() for w, e in zip(expected, each, strict=True))
+    )
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "sparsity", "epochs"),
+    [
+        (trainers.nnUNetTrainerE2ENet, 0.8, 1000),
+        (trainers.nnUNetTrainerE2ENet_S70, 0.7, 1000),
+        (trainers.nnUNetTrainerE2ENet_S90, 0.9, 1000),
+        (trainers.nnUNetTrainerE2ENet_100epochs, 0.8, 100),
+        (trainers.nnUNetTrainerE2ENet_S90_250epochs, 0.9, 250),
+    ],
+)
+def test_the_main_trainers_train_as_published(in_process: Project, trainer_class: Any, sparsity: float, epochs: int) -> None:
+    trainer = make(trainer_class, in_process)
+    trainer.initialize()
+    assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.feature_sparsity) == (epochs, 250, sparsity)
+    updater = trainer.topology_updater
+    assert updater.schedule == CosineSchedule(epochs, 5, 0.5)
+    assert (updater.importance, updater.growth) == (KernelL1Norm(), RandomGrowth())
+    assert all(layer.n_active == round((1 - sparsity) * layer.n_connections) for layer in updater.layers.values())
+    assert trainer.network.shift_size == 3
+    assert isinstance(trainer.optimizer, torch.optim.SGD)
+    settings = {"lr": 0.01, "momentum": 0.99, "nesterov": True, "weight_decay": 3e-5}
+    assert settings.items() <= trainer.optimizer.param_groups[0].items()
 
 
 def test_prediction_needs_no_settings(in_process: Project) -> None:

@@ -104,7 +104,11 @@ class TopologyUpdater:
 
     def needs_observation(self, epoch: int) -> bool:
         """Whether there is an update before ``epoch`` whose criteria ask for an ``observation``."""
-        return self.schedule.is_update(epoch) and any(self.observes.values())
+        return self._is_due(epoch) and any(self.observes.values())
+
+    def _is_due(self, epoch: int) -> bool:
+        """A network whose connections are all active has no updates."""
+        return self.schedule.is_update(epoch) and any(layer.n_active < layer.n_connections for layer in self.layers.values())
 
     def observation(self) -> AbstractContextManager[None]:
         """A context for a forward and backward pass from which the criteria get their observations, before an update.
@@ -127,7 +131,7 @@ class TopologyUpdater:
         Raises:
             E2ENetError: weights or scores are not finite; nothing has been changed then.
         """
-        if not self.schedule.is_update(epoch):
+        if not self._is_due(epoch):
             return None
         fraction = self.schedule.prune_fraction(epoch)
         changes = tuple(self._plan(name, layer, fraction, epoch) for name, layer in self.layers.items())

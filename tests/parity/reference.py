@@ -1,6 +1,6 @@
 """E2ENet in plain NumPy and float64: the second opinion on ``nnunetv2_e2enet.network``, of which nothing is used here.
 
-One sample at a time: maps are ``(channels, *space)``. Weights have the names of ``parity.weights``.
+One sample at a time: maps are ``(channels, *space)``. Weights have the names of ``nnunetv2_e2enet.network.reference``.
 ``python -m parity.reference`` (in ``tests/``) writes the cases anew.
 
 Source: Wu et al., "E2ENet", NeurIPS 2024, sections 3.1 (feature fusion) and 3.3 (restricted depth shift).
