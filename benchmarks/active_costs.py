@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import recording
-from contestants import BASELINE, stock_network
-from cpu_inference import AMOS
-from cpu_training import e2enet
+from contestants import BASELINE
+from plans import AMOS
 from torch import nn
 
 from nnunetv2_e2enet.network import accounts
@@ -31,8 +30,8 @@ def count(sparsities: Sequence[float] = SPARSITIES) -> list[recording.Table]:
     forward: dict[str, list[float]] = {}
     fusion: dict[str, list[float]] = {}
     dense: dict[str, list[float]] = {}
-    networks: list[tuple[str, nn.Module]] = [(BASELINE, stock_network(AMOS.strides, AMOS.classes))]
-    networks += [(f"E2ENet, S = {sparsity:g}", e2enet(AMOS, sparsity)) for sparsity in sparsities]
+    networks: list[tuple[str, nn.Module]] = [(BASELINE, AMOS.stock())]
+    networks += [(f"E2ENet, S = {sparsity:g}", AMOS.e2enet(sparsity)) for sparsity in sparsities]
     for name, network in networks:
         macs = accounts.multiply_accumulates(network, shape)
         parameters[name] = [accounts.parameter_counts(network).active / 1e6]

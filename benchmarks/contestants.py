@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from plans import AMOS
 from torch import nn
 
 from nnunetv2_e2enet import files
@@ -46,8 +46,6 @@ ABLATIONS = ("E2ENet 0.8, static mask", "E2ENet, dense", "E2ENet 0.8, blocks of 
 
 COMMIT_FILE = "commit.txt"  # beside this one, where there is no git
 WITHOUT_GPU = "measured without a GPU: says nothing about one"
-AMOS = {"patch_size": [64, 160, 160], "batch_size": 2}
-AMOS_STRIDES = [[1, 1, 1], [1, 2, 2], *[[2, 2, 2]] * 4]
 TINY = {"patch_size": [16, 16, 16], "batch_size": 2}
 PLANS = ("own", "amos", "tiny")
 """What is put into the plans of a data set: nothing, nnU-Net's plan for AMOS, a patch with which a program is tried."""
@@ -87,13 +85,13 @@ def as_amos(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     """The plans with the network, patch and batch that nnU-Net plans for AMOS."""
     plans = deepcopy(plans)
     settings = plans["configurations"][configuration]
-    settings.update(AMOS)
-    levels = len(AMOS_STRIDES)
+    settings.update(patch_size=list(AMOS.patch), batch_size=2)
+    levels = len(AMOS.strides)
     settings["architecture"]["arch_kwargs"].update(
         n_stages=levels,
         features_per_stage=[min(32 * 2**level, 320) for level in range(levels)],
         kernel_sizes=[[1, 3, 3], *[[3, 3, 3]] * (levels - 1)],
-        strides=AMOS_STRIDES,
+        strides=AMOS.strides,
         n_conv_per_stage=[2] * levels,
         n_conv_per_stage_decoder=[2] * (levels - 1),
     )
@@ -103,20 +101,6 @@ def as_amos(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
 def amos_labels(dataset: dict[str, Any]) -> dict[str, Any]:
     """The description of a data set with as many classes as AMOS has, the first of them its own."""
     return {**dataset, "labels": {"background": 0, **{f"class {label}": label for label in range(1, 16)}}}
-
-
-def stock_network(strides: list[list[int]], classes: int, deep_supervision: bool = True) -> PlainConvUNet:
-    """As nnU-Net plans it for these strides, on images of one channel."""
-    dimension = len(strides[0])
-    conv, norm = (nn.Conv3d, nn.InstanceNorm3d) if dimension == 3 else (nn.Conv2d, nn.InstanceNorm2d)
-    features = [min(32 * 2**i, 320 if dimension == 3 else 512) for i in range(len(strides))]
-    kernels = [[1 if s == 1 else 3 for s in following] for following in strides[1:]]  # flat until an axis is divided
-    kernels.append([3] * dimension)
-    return PlainConvUNet(
-        *(1, len(strides), features, conv, kernels, strides, 2, classes, 2, True, norm, {"eps": 1e-5, "affine": True}),
-        *(None, None, nn.LeakyReLU, {"inplace": True}),
-        deep_supervision=deep_supervision,
-    )
 
 
 @contextmanager

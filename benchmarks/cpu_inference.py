@@ -24,41 +24,27 @@ import argparse
 import copy
 import resource
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import recording
 import torch
-from contestants import AMOS_STRIDES, stock_network
+from plans import AMOS, HIPPOCAMPUS, Plan
 from recording import Table
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
-from nnunetv2_e2enet.network import E2ENet, e2enet_features
+from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.settings import override
 
 Call = Callable[[], Any]
 PYTORCH, OPENVINO = "nnU-Net, PyTorch", "nnU-Net, OpenVINO"
 
 
-@dataclass(frozen=True)
-class Plan:
-    strides: list[list[int]]
-    patch: list[int]
-    classes: int
-
-
-AMOS = Plan(AMOS_STRIDES, [64, 160, 160], 16)
-HIPPOCAMPUS = Plan([[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]], [40, 56, 40], 3)
-
-
 def e2enet(plan: Plan, sparsity: float) -> E2ENet:
-    levels = len(plan.strides)
-    network = E2ENet(1, plan.classes, levels, e2enet_features(levels), nn.Conv3d, plan.strides, feature_sparsity=sparsity)
-    return network.eval()
+    return plan.e2enet(sparsity, deep_supervision=False).eval()
 
 
 def openvino_call(network: nn.Module, x: Tensor, precision: str, threads: int) -> Call | None:
@@ -94,19 +80,13 @@ def engine_call(network: E2ENet, x: Tensor, storage: str = "float32") -> Call:
 
 
 def time_in_turn(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-    return times
+    return recording.seconds_in_turn(calls, rounds)
 
 
 def stock_calls(plan: Plan, x: Tensor, threads: int) -> dict[str, Call]:
-    stock = stock_network(plan.strides, plan.classes, deep_supervision=False).eval()
+    stock = plan.stock(deep_supervision=False).eval()
     calls: dict[str, Call] = {PYTORCH: lambda: stock(x)}
     compiled = openvino_call(stock, x, "f32", threads)
     if compiled is not None:
@@ -114,12 +94,12 @@ def stock_calls(plan: Plan, x: Tensor, threads: int) -> dict[str, Call]:
     return calls
 
 
-def image(patch: list[int]) -> Tensor:
+def image(patch: Sequence[int]) -> Tensor:
     return torch.randn(1, 1, *patch)
 
 
 def speed(
-    title: str, plan: Plan, patch: list[int], options: argparse.Namespace, rounds: int
+    title: str, plan: Plan, patch: Sequence[int], options: argparse.Namespace, rounds: int
 ) -> tuple[Table, dict[float, E2ENet]]:
     x = image(patch)
     calls = stock_calls(plan, x, options.threads)
@@ -156,13 +136,13 @@ def targets(options: argparse.Namespace) -> list[Table]:
 
 def small(options: argparse.Namespace) -> list[Table]:
     rounds = 10 * options.rounds
-    cases = [("Hippocampus plan", HIPPOCAMPUS, HIPPOCAMPUS.patch), ("AMOS plan", AMOS, [32, 32, 32])]
+    cases = [("Hippocampus plan", HIPPOCAMPUS, HIPPOCAMPUS.patch), ("AMOS plan", AMOS, (32, 32, 32))]
     return [speed(title, plan, patch, options, rounds)[0] for title, plan, patch in cases]
 
 
 def float16(options: argparse.Namespace) -> list[Table]:
     x = image(options.patch or AMOS.patch)
-    stock = stock_network(AMOS.strides, AMOS.classes, deep_supervision=False).eval()
+    stock = AMOS.stock(deep_supervision=False).eval()
     compiled = openvino_call(stock, x, "bf16", options.threads)
     calls = {} if compiled is None else {"nnU-Net, OpenVINO bfloat16": compiled}
     bases = list(calls)

@@ -12,6 +12,7 @@ Parts:
     sparsity     the engine as S goes from 0 to 0.95, at a quarter of the slices: six networks have memory at once
     memory       the largest resident memory of a process that trains, by network, each in a process of its own
     kinds        where the time of the engine goes
+    update       what an update of the topology costs, with the packing of the new connections, at both plans
 
 An iteration is what nnU-Net's trainer does: forward pass, Dice and cross entropy with deep supervision, backward pass,
 clipped gradients, SGD. What a part compares is timed in turn, round by round in one process: read the ratios, which are taken
@@ -25,41 +26,39 @@ import gc
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import recording
 import torch
-from contestants import stock_network
-from cpu_inference import AMOS, HIPPOCAMPUS, Plan
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from plans import AMOS, HIPPOCAMPUS, Plan
 from recording import Table
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine, files
+from nnunetv2_e2enet.dsff import CosineSchedule, TopologyUpdater
 from nnunetv2_e2enet.evaluation.report import drawing
-from nnunetv2_e2enet.network import E2ENet, e2enet_features
+from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.settings import override
 
 Iteration = Callable[[], None]
 STOCK, STOCK_BFLOAT16 = "nnU-Net, PyTorch", "nnU-Net, PyTorch, bfloat16"
-PARTS = ("amos", "hippocampus", "pytorch", "sparsity", "memory", "kinds")
+PARTS = ("amos", "hippocampus", "pytorch", "sparsity", "memory", "kinds", "update")
 SPARSITY_TITLE = "Share of connections that are off"
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
 
 
 def e2enet(plan: Plan, sparsity: float) -> E2ENet:
     torch.manual_seed(0)
-    levels = len(plan.strides)
-    features = e2enet_features(levels)
-    return E2ENet(1, plan.classes, levels, features, nn.Conv3d, plan.strides, deep_supervision=True, feature_sparsity=sparsity)
+    return plan.e2enet(sparsity)
 
 
 def loss_of(n_outputs: int, skips_coarsest: bool) -> nn.Module:
@@ -104,7 +103,7 @@ def iteration(
 
 
 def stock(plan: Plan, batch: int, bfloat16: bool = False) -> Iteration:
-    return iteration(stock_network(plan.strides, plan.classes), plan, batch, bfloat16)
+    return iteration(plan.stock(), plan, batch, bfloat16)
 
 
 def on_engine(plan: Plan, sparsity: float, batch: int, storage: str = "float32") -> Iteration:
@@ -112,13 +111,7 @@ def on_engine(plan: Plan, sparsity: float, batch: int, storage: str = "float32")
 
 
 def in_turn(title: str, candidates: dict[str, Iteration], bases: Sequence[str], rounds: int) -> Table:
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    return Table(title, seconds, [base for base in bases if base in seconds])
+    return Table(title, recording.seconds_in_turn(candidates, rounds), [base for base in bases if base in candidates])
 
 
 def beside_stock(title: str, plan: Plan, batch: int, rounds: int, bfloat16: bool) -> Table:
@@ -163,7 +156,7 @@ def peak_memory(name: str, plan: Plan) -> float:
     sparsity, _, storage = name.partition(" ")
     storage = storage or "float32"
     stock = name == "stock"
-    network = stock_network(plan.strides, plan.classes) if stock else e2enet(plan, float(sparsity))
+    network = plan.stock() if stock else e2enet(plan, float(sparsity))
     run = iteration(network, plan, 1, on_engine=not stock, storage=storage)
     run()
     network.eval()
@@ -198,6 +191,21 @@ def kinds(plan: Plan, rounds: int) -> Table:
     return Table("CPU seconds of the first thread in an iteration, S = 0.8", parts, [])
 
 
+def with_update(title: str, plan: Plan, batch: int, rounds: int) -> Table:
+    """Each second iteration of the rounds has an update before it, which replaces half of the connections at first."""
+    network = e2enet(plan, 0.8)
+    run, plain = iteration(network, plan, batch, on_engine=True), "an iteration"
+    updater, optimizer = TopologyUpdater(network, CosineSchedule(1000, 1)), torch.optim.SGD(network.parameters(), 0.01)
+    epochs = count(1)
+
+    def updated() -> None:
+        updater.update(next(epochs), optimizer)
+        run()
+
+    candidates = {plain: run, "an update of the topology and an iteration": updated}
+    return in_turn(f"An update, {title}, S = 0.8, batch {batch}", candidates, [plain], rounds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -212,7 +220,7 @@ def main() -> None:
     if arguments.figure and "sparsity" not in arguments.parts:
         parser.error("--figure draws the part sparsity: add it to --parts")
     torch.set_num_threads(arguments.threads)
-    amos, hippocampus = (replace(p, patch=arguments.patch) if arguments.patch else p for p in (AMOS, HIPPOCAMPUS))
+    amos, hippocampus = (replace(p, patch=tuple(arguments.patch)) if arguments.patch else p for p in (AMOS, HIPPOCAMPUS))
     if arguments.peak_memory_of:
         print(peak_memory(arguments.peak_memory_of, amos))
         return
@@ -224,9 +232,13 @@ def main() -> None:
             lambda: beside_stock("Hippocampus plan", hippocampus, 9, rounds, bfloat16),
         ],
         "pytorch": [lambda: beside_pytorch(amos, rounds)],
-        "sparsity": [lambda: by_sparsity(amos if arguments.patch else replace(amos, patch=[16, 160, 160]), rounds)],
+        "sparsity": [lambda: by_sparsity(amos if arguments.patch else replace(amos, patch=(16, 160, 160)), rounds)],
         "memory": [lambda: memory(arguments.patch)],
         "kinds": [lambda: kinds(amos, rounds)],
+        "update": [
+            lambda: with_update("AMOS plan", amos, 1, rounds),
+            lambda: with_update("Hippocampus plan", hippocampus, 9, rounds),
+        ],
     }
     tables: list[Table] = []
     for part in arguments.parts:

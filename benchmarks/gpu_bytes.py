@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 import recording
 import torch
+from plans import PLANS as ALL_PLANS
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -47,7 +48,6 @@ from torch.fx.node import map_aggregate
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._python_dispatch import _disable_current_modes
 from training_memory import ACTIVE, STOCK, Candidate
-from training_memory import PLANS as ALL_PLANS
 
 from nnunetv2_e2enet import files
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
@@ -265,7 +265,7 @@ class Contestant:
 
     def count(self, plan: str, batch_size: int) -> Step:
         with override(kernels=self.kernels):
-            candidate = Candidate(self.kind, plan, ALL_PLANS[plan][1])
+            candidate = Candidate(self.kind, plan, ALL_PLANS[plan].patch)
             network, x = candidate.on_meta(batch_size)
             if self.channels_last:
                 network.to(memory_format=CHANNELS_LAST[x.dim() - 2])  # type: ignore[call-overload]

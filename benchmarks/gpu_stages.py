@@ -19,7 +19,8 @@ from typing import Any
 import contestants
 import gpu_training
 import torch
-from training_memory import ACTIVE, PLANS, STOCK, TINY, Candidate
+from plans import PLANS, TINY
+from training_memory import ACTIVE, STOCK, Candidate
 
 from nnunetv2_e2enet.network.acceleration import KERNELS, convolutions_for, prepare_kernels
 from nnunetv2_e2enet.network.convolution import over_slices
@@ -191,7 +192,7 @@ def timed_step(step: Step, session: Session) -> dict[str, Any]:
     contestants.as_nnunet_trains(device)
     torch.manual_seed(0)
     plan, rounds, steps = ("tiny", 1, 2) if tiny else ("AMOS", 3, 30)
-    candidate = Candidate(step.kind, plan, (PLANS | TINY)[plan][1], 16)
+    candidate = Candidate(step.kind, plan, (PLANS | TINY)[plan].patch, 16)
     network: Any = candidate.build().to(device)
     x = torch.randn(candidate.input_shape(1 if tiny else 2), device=device)
     if step.channels_last:

@@ -167,6 +167,7 @@ def train(contestant: str, dataset_name: str, fold: Fold, deadline: float, given
     seed = 1000 * given.seed + fold.number
     seeded(seed)
     contestants.as_nnunet_trains(given.device)
+    torch._dynamo.reset()  # or the networks of a class count together, and from the ninth on run eagerly
     plans["continue_training"] = state is not FoldState.NEW
     trainer = cls(plans, CONFIGURATION, fold.number, dataset, torch.device(given.device))
     if state is FoldState.TRAINED:

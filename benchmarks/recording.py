@@ -6,7 +6,8 @@ import json
 import shlex
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,17 @@ def spread(values: Sequence[float], digits: int) -> str:
     """Median, least and most, with so many digits after the point; fewer of large values."""
     form = f".{max(0, digits - max(0, len(str(int(max(values)))) - 1))}f"
     return spread_of_rounds(values, form) if len(values) > 1 else f"{values[0]:{form}}"
+
+
+def seconds_in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Of each call, round by round, so that a machine whose speed drifts drifts for all. Calls have been made once before."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
 
 
 CLEARER = {

@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import recording
 import torch
-from contestants import AMOS_STRIDES, spread, stock_network
+from contestants import spread
+from plans import PLANS, TINY, Plan
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -35,20 +35,11 @@ from torch.utils.flop_counter import FlopCounterMode, conv_backward_flop
 
 from nnunetv2_e2enet.engine import ENGINE_VARIABLE
 from nnunetv2_e2enet.evaluation.memory import peak_bytes
-from nnunetv2_e2enet.network import E2ENet, accounts, e2enet_features, maskable_layers, store_active_only
+from nnunetv2_e2enet.network import E2ENet, accounts, maskable_layers, store_active_only
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE
 
 aten = torch.ops.aten
 CLASSES = 5
-PLANS = {
-    "AMOS": (AMOS_STRIDES, (64, 160, 160)),
-    "isotropic": ([[1, 1, 1]] + [[2, 2, 2]] * 5, (128, 128, 128)),
-    "Hippocampus": ([[1, 1, 1]] + [[2, 2, 2]] * 3, (40, 56, 40)),
-    "anisotropic": ([[1, 1, 1], [1, 2, 2], [1, 2, 2]] + [[2, 2, 2]] * 3, (16, 256, 256)),
-    "2D": ([[1, 1]] + [[2, 2]] * 7, (512, 512)),
-}
-TINY = {"tiny": ([[1, 1, 1], [2, 2, 2]], (16, 16, 16))}
-"""With which other programs are tried."""
 STOCK = "nnU-Net"
 ACTIVE = "B16active"
 
@@ -66,19 +57,19 @@ class Candidate:
     @property
     def resolutions(self) -> int:
         """Of nnU-Net's loss."""
-        return len((PLANS | TINY)[self.plan][0]) - 1
+        return len(self._plan.strides) - 1
+
+    @property
+    def _plan(self) -> Plan:
+        return replace((PLANS | TINY)[self.plan], classes=self.outputs)
 
     def build(self, deep_supervision: bool = True) -> nn.Module:
-        strides, _ = (PLANS | TINY)[self.plan]
         if self.kind == STOCK:
-            return stock_network(strides, self.outputs)
-        conv = nn.Conv3d if len(strides[0]) == 3 else nn.Conv2d
-        levels = len(strides)
-        arguments = (1, self.outputs, levels, e2enet_features(levels), conv, strides)
+            return self._plan.stock(deep_supervision)
         if self.kind == ACTIVE:
             with torch.device("cpu"):  # what is stored depends on the topology's values
-                return in_active_blocks(E2ENet(*arguments, deep_supervision=deep_supervision))
-        network = E2ENet(*arguments, deep_supervision=deep_supervision)
+                return in_active_blocks(self._plan.e2enet(deep_supervision=deep_supervision))
+        network = self._plan.e2enet(deep_supervision=deep_supervision)
         network.recompute = self.kind
         return network
 
@@ -169,7 +160,7 @@ def count(plans: Sequence[str]) -> list[recording.Table]:
     """Batch 1, float32: nnU-Net, and E2ENet by what it computes again."""
     tables = []
     for name in plans:
-        patch = PLANS[name][1]
+        patch = PLANS[name].patch
         candidates = [Candidate(kind, name, patch) for kind in (STOCK, *RECOMPUTE, ACTIVE)]
         stock, where = candidates[0], f"{name}, {' x '.join(map(str, patch))}"
         counted: dict[str, tuple[str, Callable[[Candidate], float]]] = {
@@ -199,9 +190,8 @@ def over(count: float, base: float) -> str:
 
 
 def measure(console: Console, plan: str, scale: int, batch_size: int, device: str, threads: int) -> None:
-    strides, whole = PLANS[plan]
-    divisors = [prod(axis) for axis in zip(*strides, strict=True)]
-    patch = tuple(max(size // scale // d, 1) * d for size, d in zip(whole, divisors, strict=True))
+    divisors = [prod(axis) for axis in zip(*PLANS[plan].strides, strict=True)]
+    patch = tuple(max(size // scale // d, 1) * d for size, d in zip(PLANS[plan].patch, divisors, strict=True))
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} thread(s)"
     table = Table(title=f"One training step, {plan}, {' x '.join(map(str, patch))}, batch {batch_size}, {where}")
     for name in ("network", "alive at once, float32", "peak", "over nnU-Net", "step, s, median (least to most)"):
@@ -215,20 +205,21 @@ def measure(console: Console, plan: str, scale: int, batch_size: int, device: st
 
 
 def time_in_turn(candidates: list[Candidate], batch_size: int, device: str, threads: int) -> list[list[float]]:
-    """Seconds of forward and backward passes, round by round, so that a machine whose speed drifts drifts for all."""
+    """Seconds of five forward and backward passes each, in turn."""
     torch.set_num_threads(threads)
-    networks = [candidate.build().to(device) for candidate in candidates]
     x = torch.randn(candidates[0].input_shape(batch_size), device=device)
-    seconds: list[list[float]] = [[] for _ in candidates]
-    for round_number in range(6):
-        for network, times in zip(networks, seconds, strict=True):
-            begin = time.perf_counter()
+
+    def step_of(network: nn.Module) -> Callable[[], None]:
+        def step() -> None:
             forward_backward(network, x)
             if device == "cuda":
                 torch.cuda.synchronize()
-            if round_number:  # the first one is to get warm
-                times.append(time.perf_counter() - begin)
-    return seconds
+
+        step()
+        return step
+
+    steps = {label(candidate): step_of(candidate.build().to(device)) for candidate in candidates}
+    return list(recording.seconds_in_turn(steps, 5).values())
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.engine.arena import Lifetime, gaps, most_at_once, place
-from nnunetv2_e2enet.engine.automatic import _empty
+from nnunetv2_e2enet.engine.prediction import _empty
 from nnunetv2_e2enet.evaluation.memory import peak_above_now
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.settings import override

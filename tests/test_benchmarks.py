@@ -20,7 +20,8 @@ import pytest
 import starts
 import torch
 import training_memory
-from support import Project, make
+from plans import HIPPOCAMPUS
+from support import AMOS_STRIDES, Project, make
 
 from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet_S90
 from nnunetv2_e2enet.training.trainer import E2ENetMixin
@@ -189,13 +190,12 @@ def test_contestants_with_channels_last(tiny: Project, monkeypatch: pytest.Monke
         gpu_inference.predict(network, patch)
 
 
-def test_the_amos_plan_is_the_one_of_the_memory_benchmark(tiny: Project) -> None:
+def test_the_amos_plan_is_nnunets(tiny: Project) -> None:
     plans = contestants.as_amos(tiny.plans(), "3d_fullres")
     settings = plans["configurations"]["3d_fullres"]
-    strides, patch = training_memory.PLANS["AMOS"]
-    assert settings["architecture"]["arch_kwargs"]["strides"] == strides
-    assert tuple(settings["patch_size"]) == patch
-    assert tiny.plans()["configurations"]["3d_fullres"]["patch_size"] != list(patch)
+    assert settings["architecture"]["arch_kwargs"]["strides"] == AMOS_STRIDES
+    assert settings["patch_size"] == [64, 160, 160]
+    assert tiny.plans()["configurations"]["3d_fullres"]["patch_size"] != settings["patch_size"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -212,10 +212,10 @@ class Killed(BaseException):
 
 
 def killed_at(epoch: int, start: Callable[[Any], None]) -> Callable[[Any], None]:
-    def killed(trainer: Any) -> None:
-        if trainer.current_epoch == epoch:
+    def killed(self: Any) -> None:
+        if self.current_epoch == epoch:
             raise Killed
-        start(trainer)
+        start(self)
 
     return killed
 
@@ -284,7 +284,7 @@ def test_phantoms_with_little_and_more_data(tiny: Project, tmp_path: Path, monke
 
 def test_counts_become_tables() -> None:
     kept, alive, macs, state = training_memory.count(["Hippocampus"])
-    stock = training_memory.Candidate(training_memory.STOCK, "Hippocampus", training_memory.PLANS["Hippocampus"][1])
+    stock = training_memory.Candidate(training_memory.STOCK, "Hippocampus", HIPPOCAMPUS.patch)
     assert kept.values["nnU-Net"] == [stock.kept(1) / 2**30]
     assert [table.unit for table in (kept, alive, macs, state)] == ["GiB", "GiB", "G", "GiB"]
     assert kept.bases == ["nnU-Net"]

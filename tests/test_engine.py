@@ -21,9 +21,9 @@ from networks import KERNELS, assert_same_logits, both_ways, drawn_network, make
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
-from nnunetv2_e2enet.engine.automatic import session_of
 from nnunetv2_e2enet.engine.core import Core, load_core
 from nnunetv2_e2enet.engine.fingerprint import Fingerprint
+from nnunetv2_e2enet.engine.prediction import session_of
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.fusion import FusionNode

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_e2enet import engine
-from nnunetv2_e2enet.engine.automatic import TOLERANCES
 from nnunetv2_e2enet.engine.core import load_core
+from nnunetv2_e2enet.engine.prediction import TOLERANCES
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.settings import Settings, override, variable
@@ -33,7 +33,7 @@ def test_gradients_in_eval_mode_and_training_mode_without_gradients_never_see_it
     def asked(*_: object) -> None:
         raise Asked
 
-    for name in ("train", "accelerate"):
+    for name in ("train", "predict"):
         monkeypatch.setattr(engine, name, asked)
     network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
     network(x).sum().backward()
@@ -156,12 +156,12 @@ def test_check_mode_compares_the_first_patch(
     network = make_network(deep_supervision=True)
     monkeypatch.setattr(E2ENet, "forward", wrong)
     with torch.inference_mode(), pytest.raises(E2ENetError, match="differ from PyTorch"):
-        engine.accelerate(network, x)
+        engine.predict(network, x)
     assert len(calls) == 1
 
 
 def test_without_a_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnunetv2_e2enet.engine.automatic.load_core", lambda: "the compiled core was not built")
+    monkeypatch.setattr("nnunetv2_e2enet.engine.support.load_core", lambda *_: "the compiled core was not built")
     network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
     assert not uses_engine(network, x)
     with torch.inference_mode():

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from nnunetv2_e2enet import engine
-from nnunetv2_e2enet.engine import automatic
-from nnunetv2_e2enet.engine.automatic import session_of
+from nnunetv2_e2enet.engine import prediction
+from nnunetv2_e2enet.engine.prediction import session_of
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.settings import override
 
@@ -136,5 +136,5 @@ def test_programs_that_wait_for_their_patch_size_share_a_limit(monkeypatch: pyte
         return [program.patch_size for program in session_of(network).idle_programs()]
 
     assert kept_after_all() == patches[1:]
-    monkeypatch.setattr(automatic, "IDLE_BYTES", 1)
+    monkeypatch.setattr(prediction, "IDLE_BYTES", 1)
     assert kept_after_all() == patches[2:]

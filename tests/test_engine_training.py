@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.engine import training_program
-from nnunetv2_e2enet.engine.automatic import session_of
 from nnunetv2_e2enet.engine.core import Core, load_core
 from nnunetv2_e2enet.engine.layout import Floats, empty
+from nnunetv2_e2enet.engine.prediction import session_of
 from nnunetv2_e2enet.engine.training import training_session_of
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, maskable_layers

@@ -1,6 +1,6 @@
 """The compiled core: where it lies, and which kernels this CPU can run.
 
-The library is optional. Where it was not built, or cannot be loaded, ``load_core`` says why and prediction stays with PyTorch.
+The library is optional. Where it was not built, or cannot be loaded, ``load_core`` says why, and PyTorch computes.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
-from nnunetv2_e2enet.engine.automatic import ENGINE_VARIABLE, session_of
 from nnunetv2_e2enet.engine.core import KERNELS, KERNELS_VARIABLE, TIMERS, Core, load_core
+from nnunetv2_e2enet.engine.prediction import session_of
+from nnunetv2_e2enet.engine.support import ENGINE_VARIABLE
 from nnunetv2_e2enet.engine.training import training_session_of
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.settings import settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_modules
 
-from nnunetv2_e2enet.engine.automatic import OfEachNetwork, is_disabled, why_not, why_not_described
-from nnunetv2_e2enet.engine.core import Core, load_core
+from nnunetv2_e2enet.engine.core import Core
 from nnunetv2_e2enet.engine.description import NotSupportedError, check_modules
+from nnunetv2_e2enet.engine.sessions import OfEachNetwork, Session, is_disabled
+from nnunetv2_e2enet.engine.support import check_support, loaded, why_not
 from nnunetv2_e2enet.engine.training_program import TrainingProgram
 from nnunetv2_e2enet.engine.training_weights import TrainingWeights
 from nnunetv2_e2enet.errors import E2ENetError
@@ -24,16 +24,11 @@ from nnunetv2_e2enet.network.e2enet import E2ENet
 IDLE_BATCHES = 1  # of programs kept for the next iteration
 
 
-class TrainingSession:
-    """The engine's side of one network in training.
-
-    Attributes:
-        reason: why the last forward pass went through PyTorch, None if it did not.
-    """
+class TrainingSession(Session):
+    """The engine's side of one network in training."""
 
     def __init__(self) -> None:
-        self.reason: str | None = None
-        self._lock = threading.Lock()
+        super().__init__()
         self._weights: TrainingWeights | None = None
         self._idle: list[list[TrainingProgram]] = []  # one list a batch
 
@@ -43,7 +38,7 @@ class TrainingSession:
         Raises:
             NotSupportedError: the network has to stay with PyTorch.
         """
-        with self._lock:
+        with self.lock:
             if self._weights is None or not self._weights.fits(network, core):
                 self._idle.clear()
                 self._weights = None  # free its memory first
@@ -52,7 +47,7 @@ class TrainingSession:
 
     def take_programs(self, weights: TrainingWeights, patch_size: tuple[int, ...], n: int) -> list[TrainingProgram]:
         """Programs for the samples of a batch that no thread uses; new ones if none are idle."""
-        with self._lock:
+        with self.lock:
             for index, programs in enumerate(self._idle):
                 first = programs[0]
                 if len(programs) == n and first.patch_size == patch_size and first.weights is weights.packed:
@@ -63,24 +58,24 @@ class TrainingSession:
 
     def give_back(self, weights: TrainingWeights, programs: list[TrainingProgram]) -> None:
         """Keep the programs for the next batch, if the weights still lie where they did."""
-        with self._lock:
+        with self.lock:
             if weights is self._weights:
                 self._idle.append(programs)
                 del self._idle[:-IDLE_BATCHES]
 
     def idle_programs(self) -> list[TrainingProgram]:
         """Programs that no thread uses."""
-        with self._lock:
+        with self.lock:
             return [program for programs in self._idle for program in programs]
 
     def make_room(self) -> None:
         """Free the memory of all feature maps that no thread uses; weights keep their places, which take long to find."""
-        with self._lock:
+        with self.lock:
             self._idle.clear()
 
     def release(self) -> None:
         """Free places of weights and programs."""
-        with self._lock:
+        with self.lock:
             self._weights = None
             self._idle.clear()
 
@@ -89,38 +84,38 @@ training_sessions = OfEachNetwork(TrainingSession)
 training_session_of = training_sessions.of
 
 
-def why_not_train(network: E2ENet, x: Tensor) -> str | None:
-    """Why a training iteration with this input stays with PyTorch, None if the engine takes it."""
-    reason = why_not(network, x)
-    if reason is not None:
-        return reason
+def _core_for(network: E2ENet, x: Tensor) -> Core:
+    """The core that trains, without tile registers, for which weights would have to be split in each iteration.
+
+    Raises:
+        NotSupportedError: this input stays with PyTorch.
+    """
+    check_support(network, x)
     if x.requires_grad:
-        return "the gradient of the input is wanted"
+        raise NotSupportedError("the gradient of the input is wanted")
     if any(max(stride) > 2 for stride in network.encoder.strides):
-        return "a stride is larger than 2"
+        raise NotSupportedError("a stride is larger than 2")
     if torch_modules._global_backward_hooks or torch_modules._global_backward_pre_hooks:
-        return "backward hooks are registered for all modules, and would not be called"
+        raise NotSupportedError("backward hooks are registered for all modules, and would not be called")
     for name, module in network.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
-            return f"{name or 'the network'} has backward hooks, which would not be called"
-        if isinstance(module, MaskableLayer) and (module.dense_gradients or module.stores_active_only):
-            wanted = (
-                "gradients of connections that are off are wanted"
-                if module.dense_gradients
-                else "active weights alone are stored"
-            )
-            return f"{wanted} ({name})"
+            raise NotSupportedError(f"{name or 'the network'} has backward hooks, which would not be called")
+        if isinstance(module, MaskableLayer) and module.dense_gradients:
+            raise NotSupportedError(f"gradients of connections that are off are wanted ({name})")
+        if isinstance(module, MaskableLayer) and module.stores_active_only:
+            raise NotSupportedError(f"active weights alone are stored ({name})")
         if isinstance(module, ShiftBlock) and module.shift is not None:
-            return f"{name} learns its depth shift"
+            raise NotSupportedError(f"{name} learns its depth shift")
         if isinstance(module, ShiftBlock) and module.dropout is not None and getattr(module.dropout, "p", 1) > 0:
-            return f"{name} has dropout"
-    return None
+            raise NotSupportedError(f"{name} has dropout")
+    core = loaded()
+    return loaded("avx512", core.storage) if core.has_tiles else core
 
 
 def train(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
     """The logits of ``network(x)`` with their place in autograd's graph, or None where PyTorch has to compute them.
 
-    The caller made sure that the network is in training mode and gradients are on. ``status`` says why None was returned.
+    The caller made sure that the network is in training mode and gradients are on. ``why_pytorch`` says why None was returned.
 
     Raises:
         E2ENetError: a setting cannot be used.
@@ -128,36 +123,22 @@ def train(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
     if is_disabled():
         return None
     session = training_sessions.alone(network)
-    session.reason = why_not_train(network, x)
-    if session.reason is not None:
-        return None
-    core = _load_core()
-    if isinstance(core, str):
-        session.reason = core
-        return None
     try:
+        core = _core_for(network, x)
         check_modules(network)
         weights = session.weights(network, core)
     except NotSupportedError as reason:
         session.reason = str(reason)
         return None
+    session.reason = None
     wanted = len(weights.heads) if network.decoder.deep_supervision else 1
     logits: tuple[Tensor, ...] = _Network.apply(session, weights, wanted, x, *network.parameters())  # type: ignore[no-untyped-call]
     return list(logits) if network.decoder.deep_supervision else logits[0]
 
 
-def _load_core() -> Core | str:
-    """The core without tile registers, for which weights would have to be split in each iteration."""
-    core = load_core()
-    return load_core("avx512", core.storage) if isinstance(core, Core) and core.has_tiles else core
-
-
 def why_not_trained(network: E2ENet, input_shape: Sequence[int]) -> str | None:
     """Why training iterations with a float32 input of this shape on the CPU would stay with PyTorch; None if they do not."""
-    core = _load_core()
-    x = torch.empty(tuple(input_shape), dtype=torch.float32, device="cpu")
-    reason = core if isinstance(core, str) else why_not_train(network, x)
-    return reason or why_not_described(network)
+    return why_not(_core_for, network, input_shape)
 
 
 def _logit_shapes(weights: TrainingWeights, x: Tensor) -> list[tuple[int, ...]]:

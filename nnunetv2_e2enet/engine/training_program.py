@@ -48,12 +48,12 @@ class TrainingProgram(Program):
         self._training = weights
         self._like = like
         self._tape: list[tuple[TrainedBlock | int, list[StoredMap], StoredMap, TrainedNode | None]] = []
-        self._pools: dict[int, tuple[StoredMap, tuple[int, int, int]]] = {}  # by the pooled map: what it was pooled from
-        self._cheap: dict[int, tuple[TrainedBlock, StoredMap]] = {}  # maps that are computed again rather than kept
-        self._again: dict[int, StoredMap] = {}  # by those maps: the second time
-        self._pooled: dict[int, tuple[StoredMap, tuple[int, int, int]]] = {}  # by the finer map, pooled again
-        self._gradients: dict[int, Buffer] = {}  # by the map
-        self._coefficients: dict[int, Floats] = {}  # by_raw and constant of Channel, by the map
+        self._pools: dict[StoredMap, tuple[StoredMap, tuple[int, int, int]]] = {}  # by the pooled map: what it was pooled from
+        self._cheap: dict[StoredMap, tuple[TrainedBlock, StoredMap]] = {}  # maps that are computed again rather than kept
+        self._again: dict[StoredMap, StoredMap] = {}  # by those maps: the second time
+        self._pooled: dict[StoredMap, tuple[StoredMap, tuple[int, int, int]]] = {}  # by the finer map, pooled again
+        self._gradients: dict[StoredMap, Buffer] = {}  # by the map
+        self._coefficients: dict[StoredMap, Floats] = {}  # by_raw and constant of Channel, by the map
         self._bindings: list[tuple[Structure, str, int]] = []  # where jobs point to a parameter's gradient
         self._head_jobs: list[tuple[int, abi.HeadGradientJob]] = []
         super().__init__(weights.packed, patch_size, weights.core)
@@ -151,12 +151,12 @@ class TrainingProgram(Program):
         first, _, first_map, _ = self._tape[0]
         assert isinstance(first, TrainedBlock)
         if first.conv is not None and len(self.weights.encoder[0]) > 1:  # then the second block alone reads it
-            self._cheap[id(first_map)] = first, first_map
+            self._cheap[first_map] = first, first_map
         for entry, flows, out, node in reversed(self._tape):
             if isinstance(entry, int):
                 self._add_head_gradient(entry, out)
                 continue
-            out = self._again.get(id(out), out)
+            out = self._again.get(out, out)
             self._add_norm_gradient(entry, out)
             if entry.turned is None:
                 self._add_strided_gradient(entry, flows[0], out)
@@ -174,26 +174,26 @@ class TrainingProgram(Program):
 
     def _add_pool(self, level: int, finer: StoredMap, stride: tuple[int, int, int]) -> StoredMap:
         pooled = super()._add_pool(level, finer, stride)
-        self._pools[id(pooled)] = finer, stride
+        self._pools[pooled] = finer, stride
         return pooled
 
     def _compute_again(self, stored: StoredMap) -> StoredMap:
         """The map itself if it is kept, otherwise the same a second time."""
-        if id(stored) in self._cheap:
-            block, out = self._cheap[id(stored)]
+        if stored in self._cheap:
+            block, out = self._cheap[stored]
             again = StoredMap(self._like_map(out), out.norm)
             assert block.conv is not None
             self._add(partial(self._conv_job, block, block.conv, [self._image], again, None), self._image.buffer, again.buffer)
-            self._again[id(stored)] = again
+            self._again[stored] = again
             return again
-        return self._pool_again(stored) if id(stored) in self._pools else stored
+        return self._pool_again(stored) if stored in self._pools else stored
 
     def _pool_again(self, pooled: StoredMap) -> StoredMap:
-        finer, stride = self._pools[id(pooled)]
+        finer, stride = self._pools[pooled]
         source = StoredMap(finer.buffer, finer.norm)  # what it was halved to is gone
         again = StoredMap(self._like_map(pooled), finer.norm)
         self._add(partial(self._pool_job, source, again, stride), finer.buffer, again.buffer)
-        self._pooled[id(finer)] = again, stride
+        self._pooled[finer] = again, stride
         return again
 
     def _add_head(self, level: int, x: StoredMap) -> None:
@@ -202,10 +202,10 @@ class TrainingProgram(Program):
 
     def _gradient(self, stored: StoredMap) -> tuple[Buffer, bool]:
         """Memory for the gradient of a map, and whether something was written there before."""
-        known = id(stored) in self._gradients
+        known = stored in self._gradients
         if not known:
-            self._gradients[id(stored)] = self._like_map(stored, pixel_bytes=GRADIENT_BYTES)
-        return self._gradients[id(stored)], known
+            self._gradients[stored] = self._like_map(stored, pixel_bytes=GRADIENT_BYTES)
+        return self._gradients[stored], known
 
     def _like_map(self, stored: StoredMap, channels: int | None = None, pixel_bytes: int | None = None) -> Buffer:
         grid = stored.grid
@@ -219,11 +219,11 @@ class TrainingProgram(Program):
     def _add_norm_gradient(self, block: TrainedBlock, out: StoredMap) -> None:
         gradient, known = self._gradient(out)
         assert known
-        pool = self._pooled.get(id(out))
-        buffers = [] if pool is None else [pool[0].buffer, self._gradients[id(pool[0])]]
+        pool = self._pooled.get(out)
+        buffers = [] if pool is None else [pool[0].buffer, self._gradients[pool[0]]]
         coefficients = np.empty((2, out.channels), np.float32)
         self._kept.append(coefficients)
-        self._coefficients[id(out)] = coefficients
+        self._coefficients[out] = coefficients
         make = partial(self._norm_gradient_job, block, out, gradient, pool, coefficients)
         self._add(make, out.buffer, gradient, *buffers)
 
@@ -308,7 +308,7 @@ class TrainingProgram(Program):
         if pool is not None:
             pooled, stride = pool
             job.pooled = self._map(pooled)
-            job.pooled_gradient = self._gradients[id(pooled)].address
+            job.pooled_gradient = self._gradients[pooled].address
             job.stride = (c_int32 * 3)(*stride)
         self._bind(job, "weight_gradient", block.gamma, out.channels)
         self._bind(job, "bias_gradient", block.beta, out.channels)
@@ -326,7 +326,7 @@ class TrainingProgram(Program):
         assert block.conv is not None
         assert block.turned is not None
         assert out.norm is not None
-        coefficients = self._coefficients[id(out)]
+        coefficients = self._coefficients[out]
         forward = self._conv_job(block, block.conv, flows, out, node)
         job = abi.ConvGradientJob(
             flows=forward.flows,

@@ -36,7 +36,7 @@ def accelerated(network: nn.Module, x: Tensor) -> Tensor | list[Tensor] | None:
     if x.device.type != "cpu" or _is_watched():
         return None
     engine = importlib.import_module("nnunetv2_e2enet.engine")
-    logits: Tensor | list[Tensor] | None = (engine.train if network.training else engine.accelerate)(network, x)
+    logits: Tensor | list[Tensor] | None = (engine.train if network.training else engine.predict)(network, x)
     return logits
 
 

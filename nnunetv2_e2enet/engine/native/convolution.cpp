@@ -8,9 +8,7 @@ namespace e2e {
 namespace {
 
 constexpr int64_t kPrivateFloats = 3 << 19;    // of transformed tiles up to which each thread works on blocks of its own
-constexpr int64_t kSharedFloats = 3 << 20;     // of transformed tiles that threads hold together otherwise
 constexpr int64_t kPairFloats = 6144;          // of one point's inputs up to which those of two stay in the first-level cache
-constexpr int64_t kStreamBytes = 32 << 20;     // a map that will not stay in any cache is written past them
 
 struct Schedule {
     int vectors;        // in a block

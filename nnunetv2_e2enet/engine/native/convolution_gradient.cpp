@@ -12,9 +12,6 @@ namespace e2e {
 namespace {
 
 constexpr int64_t kPrivateFloats = 3 << 20;  // of transformed tiles up to which each thread works on blocks of its own
-constexpr int64_t kSharedFloats = 3 << 20;   // of transformed tiles that threads hold together otherwise
-constexpr int64_t kStreamBytes = 32 << 20;   // a map that will not stay in any cache is written past them
-constexpr int kTaps = 9;
 constexpr int kTogether = 16;  // kernels that are transformed side by side
 
 // Of F(4 x 4, 3 x 3), as in engine/weights.py: rows of a point, 1, x and x^2 over the product of its distances to the others.

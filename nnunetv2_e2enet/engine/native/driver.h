@@ -19,6 +19,9 @@
 namespace e2e {
 
 constexpr int64_t kCacheLine = 16;  // floats
+constexpr int kTaps = 9;  // of a 3 x 3 kernel
+constexpr int64_t kSharedFloats = 3 << 20;  // of transformed tiles that threads hold together where they share blocks
+constexpr int64_t kStreamBytes = 32 << 20;  // a map that will not stay in any cache is written past them
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -165,7 +168,6 @@ inline void finish_norm(const Norm& norm, const std::vector<Statistics>& statist
         const double scale = norm.gamma[c] / deviation;
         norm.scale[c] = static_cast<float>(scale);
         norm.offset[c] = static_cast<float>(norm.beta[c] - mean * scale);
-        if (!norm.mean) continue;
         norm.mean[c] = static_cast<float>(mean);
         norm.rstd[c] = static_cast<float>(1 / deviation);
     }

@@ -24,7 +24,7 @@ struct Norm {
     const float* beta;
     float* scale;
     float* offset;
-    float* mean;  // null, or what the backward pass needs
+    float* mean;  // for the backward pass
     float* rstd;
     const float* unit;  // null, or what each channel was multiplied by, as its variance then was by the square
     double eps;

@@ -9,8 +9,6 @@
 
 namespace e2e {
 
-constexpr int kTaps = 9;
-
 // All that output tiles need: window[row * columns + column][channel][tile], normalised, zero outside. The pitch of positions is
 // an odd number of cache lines: what is read together must not all fall into the same sets of a cache.
 class Window {

@@ -1,64 +1,31 @@
-"""The engine behind ``E2ENet.forward``: when it steps in, and plans that follow the weights."""
+"""The engine behind ``E2ENet.forward`` in prediction: plans that follow the weights."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nnunetv2_e2enet.engine.core import Core, load_core
-from nnunetv2_e2enet.engine.description import NotSupportedError, check_classes, check_hooks, describe, form
+from nnunetv2_e2enet.engine.core import Core
+from nnunetv2_e2enet.engine.description import NotSupportedError, check_hooks, describe, form
 from nnunetv2_e2enet.engine.fingerprint import Fingerprint, state
 from nnunetv2_e2enet.engine.halves import within_halves
 from nnunetv2_e2enet.engine.layout import pages
 from nnunetv2_e2enet.engine.program import Program
+from nnunetv2_e2enet.engine.sessions import OfEachNetwork, Session, disabled, is_disabled
+from nnunetv2_e2enet.engine.support import ENGINE_VARIABLE, check_support, loaded, why_not
 from nnunetv2_e2enet.engine.weights import PackedWeights, pack
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.e2enet import E2ENet
-from nnunetv2_e2enet.settings import settings, variable
+from nnunetv2_e2enet.settings import settings
 
-
-class HoldsMemory(Protocol):
-    """The engine's side of one network, for one kind of work."""
-
-    def make_room(self) -> None:
-        """Free what this kind of work will make anew anyway after another kind, or what is cheap to make."""
-
-
-T = TypeVar("T", bound=HoldsMemory)
-ENGINE_VARIABLE = variable("engine")
-# Multiply-accumulates of the dense network a patch; below, in mode "auto", there is little to save
-LEAST_WORK = 2e9
-LEAST_TRAINING_WORK = 2e8
 KEPT_BY_MALLOC = 32 << 20  # bytes, in glibc
 TOLERANCES = {"float32": 1e-3, "float16": 2e-2}  # of the largest logit, in mode "check", by how maps are stored
 IDLE_PROGRAMS = 2  # kept for the next patch; more are made while more threads predict at once
 IDLE_BYTES = 1 << 30  # of all that are kept but the last used one
-
-_local = threading.local()
-
-
-@contextmanager
-def disabled() -> Iterator[None]:
-    """A context in which the networks of this thread predict and train through PyTorch."""
-    before = getattr(_local, "disabled", False)
-    _local.disabled = True
-    try:
-        yield
-    finally:
-        _local.disabled = before
-
-
-def is_disabled() -> bool:
-    """Whether this is within ``disabled()``."""
-    return getattr(_local, "disabled", False)
 
 
 @dataclass
@@ -80,12 +47,11 @@ class Plan:
     checked: bool = False
 
 
-class Session:
-    """The engine's side of one network."""
+class PredictionSession(Session):
+    """The engine's side of one network in prediction."""
 
     def __init__(self) -> None:
-        self.reason: str | None = None
-        self._lock = threading.Lock()
+        super().__init__()
         self._plan: Plan | None = None
 
     def plan(self, network: E2ENet, core: Core) -> Plan:
@@ -94,7 +60,7 @@ class Session:
         Raises:
             NotSupportedError: the network has to stay with PyTorch.
         """
-        with self._lock:
+        with self.lock:
             check_hooks(network)
             tensors, present = state(network), form(network)
             plan = self._plan if self._plan is not None and (self._plan.core, self._plan.form) == (core, present) else None
@@ -113,7 +79,7 @@ class Session:
 
     def take_program(self, plan: Plan, patch_size: tuple[int, ...]) -> Program:
         """A program for patches of this size that no thread uses; a new one if none is idle."""
-        with self._lock:
+        with self.lock:
             for index, program in enumerate(plan.idle):
                 if program.patch_size == patch_size:
                     return plan.idle.pop(index)
@@ -122,14 +88,14 @@ class Session:
 
     def give_back(self, plan: Plan, program: Program) -> None:
         """Keep a program for the next patch, if the weights are still those of its plan."""
-        with self._lock:
+        with self.lock:
             if plan is self._plan:
                 plan.idle.append(program)
                 _drop_idle(plan.idle, IDLE_PROGRAMS, 1)
 
     def idle_programs(self) -> list[Program]:
         """Programs that no thread uses."""
-        with self._lock:
+        with self.lock:
             return [] if self._plan is None else list(self._plan.idle)
 
     def make_room(self) -> None:
@@ -138,7 +104,7 @@ class Session:
 
     def release(self) -> None:
         """Free packed weights and programs."""
-        with self._lock:
+        with self.lock:
             self._plan = None
 
 
@@ -148,93 +114,23 @@ def _drop_idle(idle: list[Program], most: int, always: int) -> None:
         del idle[0]
 
 
-class OfEachNetwork(Generic[T]):
-    """Sessions of one kind, prediction or training, each of which lives as long as its network.
-
-    Args:
-        make: makes the session of a network that has none.
-    """
-
-    _kinds: ClassVar[list[OfEachNetwork[Any]]] = []
-
-    def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
-        self._lock = threading.Lock()
-        self._objects: WeakKeyDictionary[nn.Module, T] = WeakKeyDictionary()
-        self._kinds.append(self)
-
-    def of(self, network: nn.Module) -> T:
-        """The session of a network, made now if there is none."""
-        with self._lock:
-            return self._objects.setdefault(network, self._make())
-
-    def alone(self, network: nn.Module) -> T:
-        """The same, which is about to be used. Other kinds make room: a network trains or is validated."""
-        for kind in self._kinds:
-            if kind is not self and network in kind._objects:
-                kind.of(network).make_room()
-        return self.of(network)
-
-
-sessions = OfEachNetwork(Session)
+sessions = OfEachNetwork(PredictionSession)
 session_of = sessions.of
 
 
-def why_not(network: E2ENet, x: Tensor) -> str | None:
-    """Why this input stays with PyTorch; None if the engine takes it. Says nothing about the weights."""
-    if settings().engine == "off":
-        return f"the engine is switched off ({ENGINE_VARIABLE})"
-    if type(x) is not Tensor or x.device.type != "cpu" or x.layout != torch.strided:
-        return "the input is not an ordinary tensor on the CPU"
-    if x.dtype != torch.float32:
-        return f"the input is {x.dtype}, not float32"
-    if torch.is_autocast_cpu_enabled():
-        return "autocast is on"
-    try:
-        check_classes(network)
-    except NotSupportedError as reason:
-        return str(reason)
-    if x.dim() != network.dimension + 2 or x.shape[1] != network.input_channels or x.numel() == 0:
-        return "the input has not the shape that the network expects"
-    size = list(x.shape[2:])
-    for stride in network.encoder.strides:
-        if any(s % t for s, t in zip(size, stride, strict=True)):
-            return "the input is not divisible by the strides of the network"
-        size = [s // t for s, t in zip(size, stride, strict=True)]
-        if all(s == 1 for s in size):
-            return "a level has one voxel, for which instance norm is not defined"
-    least = LEAST_TRAINING_WORK if network.training else LEAST_WORK
-    if settings().engine == "auto" and _work(network, list(x.shape[2:])) < least:
-        return f"the network is small, a patch takes PyTorch little time ({ENGINE_VARIABLE}=on uses the engine all the same)"
-    return None
+def _core_for(network: E2ENet, x: Tensor) -> Core:
+    """The core that predicts.
 
-
-def _work(network: E2ENet, size: list[int]) -> float:
-    """About the multiply-accumulates of the dense network for one patch."""
-    voxels = []
-    for stride in network.encoder.strides:
-        size = [s // t for s, t in zip(size, stride, strict=True)]
-        voxels.append(prod(size))
-    levels = [*enumerate(network.encoder.stages)]
-    levels += [pair for nodes in network.decoder.stages for pair in enumerate(nodes.children())]
-    return float(sum(voxels[level] * p.numel() for level, module in levels for p in module.parameters()))
+    Raises:
+        NotSupportedError: this input stays with PyTorch.
+    """
+    check_support(network, x)
+    return loaded()
 
 
 def why_not_predicted(network: E2ENet, input_shape: Sequence[int]) -> str | None:
     """Why a float32 input of this shape on the CPU would stay with PyTorch; None if the engine takes it."""
-    core = load_core()
-    x = torch.empty(tuple(input_shape), dtype=torch.float32, device="cpu")
-    reason = core if isinstance(core, str) else why_not(network, x)
-    return reason or why_not_described(network)
-
-
-def why_not_described(network: E2ENet) -> str | None:
-    """Why a part of the network is none that the engine has; None if it has all."""
-    try:
-        describe(network)
-    except NotSupportedError as reason:
-        return str(reason)
-    return None
+    return why_not(_core_for, network, input_shape)
 
 
 def bytes_to_take(network: E2ENet, input_shape: Sequence[int]) -> int:
@@ -242,11 +138,9 @@ def bytes_to_take(network: E2ENet, input_shape: Sequence[int]) -> int:
 
     The weights are packed, and the memory is reserved, which takes none yet.
     """
-    core = load_core()
-    if isinstance(core, str) or why_not_predicted(network, input_shape) is not None:
-        return 0
     session, patch_size = session_of(network), tuple(input_shape[2:])
     try:
+        core = _core_for(network, torch.empty(tuple(input_shape), dtype=torch.float32, device="cpu"))
         plan = session.plan(network, core)
     except NotSupportedError:
         return 0
@@ -257,10 +151,10 @@ def bytes_to_take(network: E2ENet, input_shape: Sequence[int]) -> int:
     return program.n_bytes
 
 
-def accelerate(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
-    """The logits of ``network(x)``, or None where PyTorch has to compute them.
+def predict(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
+    """The logits of ``network(x)``, or None where PyTorch has to compute them; ``why_pytorch`` says why.
 
-    The caller made sure that nothing is trained, traced or differentiated. ``status`` says why None was returned.
+    The caller made sure that nothing is trained, traced or differentiated.
 
     Raises:
         E2ENetError: a setting cannot be used, or mode "check" found a difference.
@@ -268,18 +162,13 @@ def accelerate(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
     if is_disabled():
         return None
     session = sessions.alone(network)
-    session.reason = why_not(network, x)
-    if session.reason is not None:
-        return None
-    core = load_core()
-    if isinstance(core, str):
-        session.reason = core
-        return None
     try:
+        core = _core_for(network, x)
         plan = session.plan(network, core)
     except NotSupportedError as reason:
         session.reason = str(reason)
         return None
+    session.reason = None
     logits = _run(session, plan, network, x)
     if settings().engine == "check" and not plan.checked:
         _check(network, x, logits, TOLERANCES[core.storage])
@@ -287,7 +176,7 @@ def accelerate(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:
     return logits if network.decoder.deep_supervision else logits[0]
 
 
-def _run(session: Session, plan: Plan, network: E2ENet, x: Tensor) -> list[Tensor]:
+def _run(session: PredictionSession, plan: Plan, network: E2ENet, x: Tensor) -> list[Tensor]:
     heads = plan.weights.heads if network.decoder.deep_supervision else plan.weights.heads[:1]
     size = list(x.shape[2:])
     logits = []
