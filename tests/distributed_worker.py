@@ -7,16 +7,32 @@ from typing import Any
 
 import torch
 from support import Project, batch, make
-from torch import distributed
+from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunetv2_e2enet.network import maskable_layers
+from nnunetv2_e2enet.dsff import GradientGrowth
+from nnunetv2_e2enet.network import MaskableLayer, maskable_layers
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
 from nnunetv2_e2enet.training.variants import variant
+
+
+class RecordedGrowth:
+    """By gradient; the scores are kept."""
+
+    needs_dense_gradients = True
+
+    def __init__(self) -> None:
+        self.scores: list[Tensor] = []
+
+    def score(self, layer: MaskableLayer, generator: torch.Generator) -> Tensor:
+        self.scores.append(GradientGrowth().score(layer, generator))
+        return self.scores[-1]
+
 
 TRAINERS = {
     "connections": nnUNetTrainerE2ENet_smoke,
     "active": variant(nnUNetTrainerE2ENet_smoke, "active", block_size=8, compute_active_only=True),
+    "gradient": variant(nnUNetTrainerE2ENet_smoke, "gradient", growth=RecordedGrowth()),
 }
 COMPILED = ("connections",)  # which takes most of the time
 
@@ -47,6 +63,7 @@ def train(trainer: Any, rank: int, compiled: bool) -> dict[str, Any]:
     trainer.is_ddp, trainer.local_rank = True, rank
     sent = {buffer.dtype for buffer in trainer.network.modules_buffers}
     assert not sent & {torch.bool, torch.int64}, "masks or the indices that follow from them are sent with each step"
+    trainer.dataloader_train = iter(lambda: batch((8, 16, 16), heads=2), None)  # for the observation before an update
     for _ in range(2):
         trainer.on_epoch_start()
         trainer.on_train_epoch_start()
@@ -54,7 +71,8 @@ def train(trainer: Any, rank: int, compiled: bool) -> dict[str, Any]:
         trainer.current_epoch += 1
     layers = {name: (layer.mask, layer.explored) for name, layer in maskable_layers(trainer.unwrapped_network)}
     weights = dict(trainer.unwrapped_network.named_parameters())
-    return {"layers": layers, "weights": weights, "state": trainer.unwrapped_network.state_dict()}
+    scores = getattr(trainer.growth, "scores", [])
+    return {"layers": layers, "weights": weights, "state": trainer.unwrapped_network.state_dict(), "scores": scores}
 
 
 if __name__ == "__main__":

@@ -440,13 +440,20 @@ def test_a_first_level_with_a_stride(strides: list[list[int]]) -> None:
 
 @needs_core
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_rounding_of_deep_networks(kernels: str) -> None:
+@pytest.mark.parametrize(
+    ("features", "size", "sparsity"),
+    [([4, 8, *[16] * 5], 128, 0.8), ([4, 8, *[16] * 5], 128, 0.0), ([24, 48, 96, 96, 96], 48, 0.8)],
+    ids=["narrow", "narrow, dense", "wide"],
+)
+def test_rounding_of_deep_networks(kernels: str, features: list[int], size: int, sparsity: float) -> None:
     """To 1e-4, as the method asks, and at most four times that of PyTorch. Narrow networks with all connections round most."""
-    strides = [[1, 1, 1], *[[1, 2, 2]] * 6]
+    levels = len(features)
+    strides = [[1, 1, 1], *[[1, 2, 2]] * (levels - 1)]
     for seed in range(3):
         torch.manual_seed(seed)
-        network = E2ENet(1, 3, 7, [4, 8, 16, 16, 16, 16, 16], nn.Conv3d, strides, deep_supervision=True).eval()
-        x = torch.randn(1, 1, 4, 128, 128)
+        settings = {"deep_supervision": True, "feature_sparsity": sparsity}
+        network = E2ENet(1, 3, levels, features, nn.Conv3d, strides, **settings).eval()
+        x = torch.randn(1, 1, 4, size, size)
         with override(engine_kernels=kernels):
             ours, theirs = both_ways(network, x)
         with torch.inference_mode(), engine.disabled():

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from support import Project, architecture, assert_dice_is_that_of_the_files, make, run_python, train_epochs, weights
+from support import Project, architecture, assert_dice_is_that_of_the_files, batch, make, run_python, train_epochs, weights
 
 from nnunetv2_e2enet import trainers
 from nnunetv2_e2enet.dsff import CosineSchedule, GradientGrowth, KernelL1Norm, RandomGrowth
@@ -288,6 +289,27 @@ def test_interrupted_training_resumes_with_its_topology_and_schedule(in_process:
     layers = dict(maskable_layers(resumed.network))
     assert all(layer.n_active == round(0.2 * layer.n_connections) for layer in layers.values())
     assert any(not torch.equal(layer.mask, saved[f"{name}.mask"]) for name, layer in layers.items())
+
+
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_layers_without_a_connection(in_process: Project, setting: Callable[..., None], mode: str) -> None:
+    """Where rounding leaves none, none is pruned or grown, with PyTorch and with the engine."""
+    setting(engine=mode)
+    cls = variant(nnUNetTrainerE2ENet_smoke, "sparsest", num_epochs=4, save_every=1, feature_sparsity=0.999)
+    trainer = make(cls, in_process, in_process.tiny_plans())
+    trainer.initialize()
+    noise = iter(lambda: batch((8, 16, 16), heads=1), None)
+    train_epochs(trainer, 2, noise, noise)
+    layers = dict(maskable_layers(trainer.network))
+    active = {name: layer.n_active for name, layer in layers.items()}
+    assert active == {name: round(0.001 * layer.n_connections) for name, layer in layers.items()}
+    assert min(active.values()) == 0 < max(active.values())
+    assert all(torch.isfinite(value).all() for value in trainer.network.state_dict().values())
+    resumed = make(cls, in_process, in_process.tiny_plans())
+    resumed.initialize()
+    resumed.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
+    train_epochs(resumed, 1, noise, noise)
+    assert {name: layer.n_active for name, layer in maskable_layers(resumed.network)} == active
 
 
 def finish_dataloaders(trainer: Any) -> None:
