@@ -73,8 +73,8 @@ class Core:
         self._handle = c_void_p(handle)
 
     @property
-    def has_tiles(self) -> bool:
-        """Whether dense products use AMX, and take their weights as ``split_tiles`` makes them."""
+    def has_amx(self) -> bool:
+        """Whether dense products use AMX, and take their weights as ``split_bfloat16`` makes them."""
         return self.kernels == "amx"
 
     @property

@@ -12,11 +12,11 @@ from torch import Tensor
 from nnunetv2_e2enet.engine.core import Core
 from nnunetv2_e2enet.engine.description import NotSupportedError, check_hooks, describe, form
 from nnunetv2_e2enet.engine.fingerprint import Fingerprint, state
-from nnunetv2_e2enet.engine.halves import within_halves
 from nnunetv2_e2enet.engine.layout import pages
 from nnunetv2_e2enet.engine.program import Program
 from nnunetv2_e2enet.engine.sessions import OfEachNetwork, Session, disabled, is_disabled
 from nnunetv2_e2enet.engine.support import ENGINE_VARIABLE, check_support, loaded, why_not
+from nnunetv2_e2enet.engine.units import in_units
 from nnunetv2_e2enet.engine.weights import PackedWeights, pack
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.e2enet import E2ENet
@@ -73,8 +73,8 @@ class PredictionSession(Session):
             self._plan = plan = None  # free its memory first
             description = describe(network)
             if core.storage == "float16":
-                description = within_halves(description)
-            self._plan = Plan(fingerprint, present, pack(description, core.has_tiles), core)
+                description = in_units(description)
+            self._plan = Plan(fingerprint, present, pack(description, core.has_amx), core)
             return self._plan
 
     def take_program(self, plan: Plan, patch_size: tuple[int, ...]) -> Program:

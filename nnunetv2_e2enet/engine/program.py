@@ -13,9 +13,9 @@ from torch import Tensor
 from nnunetv2_e2enet.engine import jobs as abi
 from nnunetv2_e2enet.engine.arena import Lifetime, place
 from nnunetv2_e2enet.engine.core import TIMERS, Core
-from nnunetv2_e2enet.engine.halves import image_factor
 from nnunetv2_e2enet.engine.jobs import ConvJob, HeadJob, LayerJob, PoolJob, StridedJob
 from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, StoredNorm, pages
+from nnunetv2_e2enet.engine.units import image_factor
 from nnunetv2_e2enet.engine.weights import ConvWeights, NormWeights, PackedBlock, PackedNode, PackedWeights
 
 Make = Callable[[], LayerJob | tuple[int, HeadJob]]

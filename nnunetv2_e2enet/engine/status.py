@@ -48,7 +48,7 @@ def status() -> Status:
     if setting == "off":
         reason = f"CPU prediction and training use PyTorch: {ENGINE_VARIABLE} switches the engine off"
         return Status(False, setting, core.kernels, core.storage, core.path, reason)
-    kernels = _kernels(core) + (" (in training avx512)" if core.has_tiles else "")
+    kernels = _kernels(core) + (" (in training avx512)" if core.has_amx else "")
     reason = f"CPU prediction and training use the sparse engine with {kernels} and maps in {core.storage}"
     return Status(True, setting, core.kernels, core.storage, core.path, reason)
 

@@ -109,7 +109,7 @@ def _core_for(network: E2ENet, x: Tensor) -> Core:
         if isinstance(module, ShiftBlock) and module.dropout is not None and getattr(module.dropout, "p", 1) > 0:
             raise NotSupportedError(f"{name} has dropout")
     core = loaded()
-    return loaded("avx512", core.storage) if core.has_tiles else core
+    return loaded("avx512", core.storage) if core.has_amx else core
 
 
 def train(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:

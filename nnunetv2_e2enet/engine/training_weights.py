@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from nnunetv2_e2enet.engine.core import Core
 from nnunetv2_e2enet.engine.description import Block, NetworkDescription, Node, NotSupportedError, describe, form
-from nnunetv2_e2enet.engine.halves import within_halves
 from nnunetv2_e2enet.engine.layout import LINE
+from nnunetv2_e2enet.engine.units import in_units
 from nnunetv2_e2enet.engine.weights import (
     ConvLayout,
     ConvWeights,
@@ -117,7 +117,7 @@ class TrainingWeights:
         self._passes = 0
         description = describe(network)
         if core.storage == "float16":
-            description = within_halves(description)
+            description = in_units(description)
         encoder, decoder = network.encoder, network.decoder
         heads = [self._head(head) for head in reversed(decoder.seg_layers)]
         self.heads = [trained for _, trained in heads]

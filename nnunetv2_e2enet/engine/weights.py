@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nnunetv2_e2enet.engine.amx import split_bfloat16
 from nnunetv2_e2enet.engine.description import Block, NetworkDescription, Node
-from nnunetv2_e2enet.engine.tiles import split_tiles
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -19,8 +19,8 @@ Places = NDArray[np.uint16]
 
 DENSE_ROWS = 6  # output maps that the dense product computes together
 DENSE_FROM = 0.6  # share of active connections from which visiting all of them is faster
-TILES_FROM = 0.3  # the same where AMX visits them, from TILES_INPUTS on
-TILES_INPUTS = 12
+AMX_FROM = 0.3  # the same where AMX visits them, from AMX_INPUTS on
+AMX_INPUTS = 12
 CHUNK = 128  # input maps whose transformed tiles stay in the first-level cache
 
 POINTS = (0, 3 / 4, -3 / 4, 3 / 2, -3 / 2)
@@ -45,7 +45,7 @@ class ConvWeights:
     """The weights of a conv at stride 1, in the Winograd domain.
 
     Attributes:
-        weight: ``[36][connection]``, or ``[36][group][input][6]`` where it is dense, or as ``split_tiles`` makes it.
+        weight: ``[36][connection]``, or ``[36][group][input][6]`` where it is dense, or as ``split_bfloat16`` makes it.
         start, output: ``[chunk][outputs + 1]``, ``[chunk][outputs]``: connections of each output map, shortest list first.
         index: input map of each connection, counted from the first of its chunk.
         chunk_first: first input map of each chunk, and the number of input maps.
@@ -84,7 +84,7 @@ class NormWeights:
 
 @dataclass(frozen=True)
 class PackedBlock:
-    """``conv`` for stride 1, otherwise ``direct``: ``[group][tap][input][6]``, or as ``split_tiles`` makes it."""
+    """``conv`` for stride 1, otherwise ``direct``: ``[group][tap][input][6]``, or as ``split_bfloat16`` makes it."""
 
     conv: ConvWeights | None
     direct: Floats | None
@@ -219,22 +219,22 @@ def _lay_out_sparse(mask: Tensor) -> ConvLayout:
     )
 
 
-def pack_conv(weight: Tensor, mask: Tensor, tiles: bool) -> ConvWeights:
-    """``weight`` is ``(out, in, 3, 3)``, ``mask`` bool ``(out, in)``; ``tiles`` for AMX where the mask is dense enough."""
-    dense = tiles and mask.shape[1] >= TILES_INPUTS and _is_dense(mask, TILES_FROM)
+def pack_conv(weight: Tensor, mask: Tensor, amx: bool) -> ConvWeights:
+    """``weight`` is ``(out, in, 3, 3)``, ``mask`` bool ``(out, in)``; ``amx`` for AMX where the mask is dense enough."""
+    dense = amx and mask.shape[1] >= AMX_INPUTS and _is_dense(mask, AMX_FROM)
     if dense:
         layout = _lay_out_dense(torch.where(mask, _places(mask), -1), mask)
     else:
-        layout = _lay_out_sparse(mask) if tiles else lay_out_conv(mask)
+        layout = _lay_out_sparse(mask) if amx else lay_out_conv(mask)
     kernels = weight.flatten(2).flatten(0, 1).double()[layout.places.clamp(min=0)]
     kernels[layout.places < 0] = 0
     transformed = (kernels @ torch.kron(_G, _G).T).T
-    return layout.holding(split_tiles(transformed.unflatten(1, mask.shape)) if dense else _floats(transformed))
+    return layout.holding(split_bfloat16(transformed.unflatten(1, mask.shape)) if dense else _floats(transformed))
 
 
-def _pack_dense(weight: Tensor, tiles: bool) -> Floats:
+def _pack_dense(weight: Tensor, amx: bool) -> Floats:
     """``weight`` is ``(out, tap, in)``."""
-    return split_tiles(weight.flatten(1)) if tiles else _floats(_grouped(weight))
+    return split_bfloat16(weight.flatten(1)) if amx else _floats(_grouped(weight))
 
 
 def pack_upsample(weight: Tensor, mask: Tensor) -> UpsampleWeights:
@@ -250,33 +250,33 @@ def pack_upsample(weight: Tensor, mask: Tensor) -> UpsampleWeights:
     )
 
 
-def _pack_block(block: Block, tiles: bool) -> PackedBlock:
+def _pack_block(block: Block, amx: bool) -> PackedBlock:
     outputs, inputs = block.mask.shape
     conv = direct = None
     if block.stride == (1, 1, 1):
-        conv = pack_conv(block.weight, block.mask, tiles)
+        conv = pack_conv(block.weight, block.mask, amx)
     else:
         weight = torch.where(block.mask[..., None, None], block.weight, 0)
-        direct = _pack_dense(weight.flatten(2).transpose(1, 2), tiles)
+        direct = _pack_dense(weight.flatten(2).transpose(1, 2), amx)
     unit = None if block.unit is None else _floats(block.unit)
     norm = NormWeights(_floats(block.gamma), _floats(block.beta), block.eps, block.slope, unit)
     return PackedBlock(conv, direct, block.stride, np.array(block.shift, np.int32), norm, inputs, outputs)
 
 
-def _pack_node(node: Node, tiles: bool) -> PackedNode:
+def _pack_node(node: Node, amx: bool) -> PackedNode:
     upsample = pack_upsample(node.up_weight, node.up_mask)
-    return PackedNode(upsample, node.up_stride, node.pool_stride, [_pack_block(b, tiles) for b in node.blocks])
+    return PackedNode(upsample, node.up_stride, node.pool_stride, [_pack_block(b, amx) for b in node.blocks])
 
 
-def pack(description: NetworkDescription, tiles: bool = False) -> PackedWeights:
-    """Bring the weights of a network into the layout of the kernels; ``tiles``: of those whose dense products use AMX."""
+def pack(description: NetworkDescription, amx: bool = False) -> PackedWeights:
+    """Bring the weights of a network into the layout of the kernels; ``amx``: of those whose dense products use AMX."""
     return PackedWeights(
         input_channels=description.input_channels,
         strides=description.strides,
-        encoder=[[_pack_block(b, tiles) for b in level] for level in description.encoder],
-        stages=[[_pack_node(n, tiles) for n in stage] for stage in description.stages],
+        encoder=[[_pack_block(b, amx) for b in level] for level in description.encoder],
+        stages=[[_pack_node(n, amx) for n in stage] for stage in description.stages],
         heads=[
-            (_pack_dense(weight[:, None], tiles), None if bias is None else _floats(bias), weight.shape[0])
+            (_pack_dense(weight[:, None], amx), None if bias is None else _floats(bias), weight.shape[0])
             for weight, bias in description.heads
         ],
     )

@@ -26,7 +26,7 @@ def image_factor(x: Tensor) -> float:
     return _power(LARGEST - frexp(largest)[1]) if isfinite(largest) else 1.0
 
 
-def within_halves(description: NetworkDescription) -> NetworkDescription:
+def in_units(description: NetworkDescription) -> NetworkDescription:
     """The same network with other units: of the outputs of each convolution (``Block.unit``), and of each upward flow.
 
     The magnitude of a channel bounds its values, which are at most 2^11 times as large. Of a conv's output it is

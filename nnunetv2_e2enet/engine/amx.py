@@ -13,7 +13,7 @@ DEPTH = 32  # inputs in a register
 LINE = 64  # bytes
 
 
-def split_tiles(weight: Tensor) -> NDArray[np.float32]:
+def split_bfloat16(weight: Tensor) -> NDArray[np.float32]:
     """``(..., out, in)`` to ``[..., group of 16 outputs][32 inputs][first, second][16][32]``, zeros where they are not full.
 
     The first bfloat16 is the weight, rounded, and the second what rounding left; both fill as many bytes as floats.
