@@ -263,7 +263,7 @@ def untrained_model(
 
 
 def copy_with_random_heads(trained: Path, results: Path) -> Path:
-    """A copy of a model's folder in results of its own: whatever was trained, every label has many components.
+    """A copy of a model's folder in results of its own: whatever was trained, labels 1 and 3 have many components.
 
     The norms are those of the start, so that all feature maps count alike, and the heads are random.
     """

@@ -389,7 +389,7 @@ def test_postprocessing_found_by_nnunet_travels(
 ) -> None:
     found = {
         "postprocessing_fns": ["remove_all_but_largest_component_from_segmentation"] * 2,
-        "postprocessing_kwargs": [{"labels_or_regions": [1, 2, 3, 4]}, {"labels_or_regions": 2}],
+        "postprocessing_kwargs": [{"labels_or_regions": [1, 2, 3, 4]}, {"labels_or_regions": 3}],
     }
     model = Path(shutil.copytree(model, tmp_path / "model"))
     (model / "crossval_results_folds_0_1").mkdir()
@@ -402,7 +402,7 @@ def test_postprocessing_found_by_nnunet_travels(
     segmented = Segmenter.load(file, postprocess=True)(max(images(project).values()))
     for name in images(project):
         expected = read(out / name)
-        for step in ([1, 2, 3, 4], 2):
+        for step in ([1, 2, 3, 4], 3):
             expected = remove_all_but_largest_component_from_segmentation(expected, step)
         assert np.array_equal(read(out / "postprocessed" / name), expected)
         assert not np.array_equal(read(out / name), expected)
