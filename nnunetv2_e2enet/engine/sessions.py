@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Generic, TypeVar
@@ -29,7 +30,7 @@ def is_disabled() -> bool:
     return getattr(_local, "disabled", False)
 
 
-class Session:
+class Session(ABC):
     """The engine's side of one network, for one kind of work.
 
     Attributes:
@@ -41,9 +42,9 @@ class Session:
         self.reason: str | None = None
         self.lock = threading.Lock()
 
+    @abstractmethod
     def make_room(self) -> None:
         """Free what this kind of work will make anew anyway after another kind, or what is cheap to make."""
-        raise NotImplementedError
 
 
 T = TypeVar("T", bound=Session)
