@@ -84,7 +84,7 @@ OURS: dict[str, Callable[[int, Any], tuple[int, int]]] = {
     "statistics": lambda count, _: (count, 2),
     "norm_gradient": lambda count, _: (count * 5 // 3, 3),  # two passes over both maps, a sum between them
     "sparse_convolution": lambda count, _: (count, 1),
-    "sparse_input_gradient": lambda count, node: (count + bytes_of_sums(node), 3),
+    "sparse_input_gradient": lambda count, node: (count + bytes_of_sums(node), 1 + 2 * (len(node.inputs) - 3)),
     "sparse_weight_gradient": lambda count, _: (count, 2),
     "pool": lambda count, _: (count, 1),
     "pool_gradient": lambda count, _: (count, 1),
@@ -95,15 +95,15 @@ OURS: dict[str, Callable[[int, Any], tuple[int, int]]] = {
 
 
 def bytes_of_sums(node: Any) -> int:
-    """What ``sparse_input_gradient`` moves beside its inputs and outputs, less its map, of which the shape alone is read.
+    """What ``sparse_input_gradient`` moves beside its inputs and outputs, less its maps, of which the shapes alone are read.
 
     The float32 sums are filled with zeros, read and written at the input maps of each block, and read to be cast.
     """
-    inputs, x = node.inputs[2:4]
-    batch, channels, *space = (int(size) for size in x.get_size())
+    _grad, _weight, inputs, *maps = node.inputs
+    batch, _, *space = (int(size) for size in maps[0].get_size())
     values_of_blocks = batch * prod(space) * prod(int(size) for size in inputs.get_size())
-    sums = batch * channels * prod(space)
-    return 4 * (sums + 2 * values_of_blocks + sums) - x.get_dtype().itemsize * sums
+    sums = batch * sum(int(x.get_size()[1]) for x in maps) * prod(space)
+    return 4 * (sums + 2 * values_of_blocks + sums) - maps[0].get_dtype().itemsize * sums
 
 
 Step = dict[str, list[Moved]]

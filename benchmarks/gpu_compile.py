@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from rich.console import Console
@@ -21,23 +22,28 @@ from triton.compiler import ASTSource
 
 from nnunetv2_e2enet.kernels import pooling, programs, sparse_programs
 from nnunetv2_e2enet.kernels.operators import TILE, TILE_LAST
-from nnunetv2_e2enet.kernels.sparse import VOXELS, WARPS
+from nnunetv2_e2enet.kernels.sparse import WARPS, voxels_of_tile
 from nnunetv2_e2enet.network.sparse_convolution import LARGEST_BLOCK
 
 ARCHITECTURES = (80, 90)
 PROGRAMS = ("convolve_blocks", "gradient_of_inputs", "gradient_of_weights")
 NAMES = ("SD", "SH", "SW", "KD", "KH", "KW", "UD", "UH", "UW")
 PLAIN, UP = (1, 1, 1, 1, 3, 3, 1, 1, 1), (1, 1, 1, 1, 1, 1, 2, 2, 2)
-KINDS: dict[str, tuple[tuple[int, ...], int, str]] = {
-    "convolution": (PLAIN, 16, "*fp16"),
-    "stride 2": ((1, 2, 2, 1, 3, 3, 1, 1, 1), 16, "*fp16"),
-    "blocks of 32": (PLAIN, 32, "*fp16"),
-    "blocks of 64": (PLAIN, LARGEST_BLOCK, "*fp16"),
-    "bfloat16": (PLAIN, 16, "*bf16"),
-    "float32": (PLAIN, 16, "*fp32"),
-    "transposed": (UP, 16, "*fp16"),
+FLOWS: tuple[float | None, ...] = (0.01, None, None)
+KINDS: dict[str, tuple[tuple[int, ...], int, str, tuple[float | None, ...], bool]] = {
+    "convolution": (PLAIN, 16, "*fp16", FLOWS, False),
+    "channels last": (PLAIN, 16, "*fp16", FLOWS, True),
+    "one map": (PLAIN, 16, "*fp16", (0.01,), False),
+    "one slice": (PLAIN, 16, "*fp16", FLOWS, False),
+    "stride 2": ((1, 2, 2, 1, 3, 3, 1, 1, 1), 16, "*fp16", FLOWS, False),
+    "blocks of 32": (PLAIN, 32, "*fp16", FLOWS, False),
+    "blocks of 64": (PLAIN, LARGEST_BLOCK, "*fp16", FLOWS, False),
+    "bfloat16": (PLAIN, 16, "*bf16", FLOWS, False),
+    "float32": (PLAIN, 16, "*fp32", FLOWS, False),
+    "transposed": (UP, 16, "*fp16", (0.01,), False),
 }
-"""Stride, kernel, voxels that a place becomes; output maps of a block; type of maps."""
+"""Stride, kernel, voxels that a place becomes; output maps of a block; type of maps; their slopes; are channels last?"""
+DTYPES = {"*fp16": torch.float16, "*bf16": torch.bfloat16, "*fp32": torch.float32}
 NORM = {"SLOPE": 0.01, "WIDE": tl.float32}
 POOL = {"KERNEL_D": 2, "KERNEL_H": 2, "KERNEL_W": 2}
 PASSES: dict[str, dict[str, Any]] = {
@@ -64,10 +70,17 @@ TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA)\b")
 
 def compiled_convolution(name: str, kind: str, architecture: int) -> dict[str, Any]:
     """What a program of the sparse convolutions becomes on an architecture; see ``compiled``."""
-    geometry, block_size, maps = KINDS[kind]
-    blocks = {"BLOCK_V": VOXELS, "BLOCK_N": block_size, "BLOCK_K": 32}
-    constants = {**dict(zip(NAMES, geometry, strict=True)), **blocks, "WIDE": tl.float32}
-    types = {**TYPES, **dict.fromkeys(MAPS, maps), **({"out": "*fp32"} if name == "gradient_of_inputs" else {})}
+    geometry, block_size, maps, slopes, last = KINDS[kind]
+    blocks = {
+        "BLOCK_V": voxels_of_tile(DTYPES[maps], block_size, name == "gradient_of_inputs"),
+        "BLOCK_N": block_size,
+        "BLOCK_K": 32,
+    }
+    options = {"SLOPES": slopes, "NORM": True, "MOVE": geometry != UP, "LAST": last, "WIDE": tl.float32}
+    ones = dict.fromkeys(("depth", "out_depth"), 1) if kind == "one slice" else {}  # Triton knows arguments that are 1
+    constants = {**dict(zip(NAMES, geometry, strict=True)), **blocks, **options, **ones}
+    each = {"maps": maps, "scales": "*fp32", "offsets": "*fp32", "sums": "*fp32", "widths": "i32"}
+    types = {**TYPES, **dict.fromkeys(MAPS, maps), **{key: (value,) * len(slopes) for key, value in each.items()}}
     return compiled(getattr(sparse_programs, name), constants, types, architecture, WARPS)
 
 
@@ -81,7 +94,7 @@ def compiled_pass(name: str, tiles: str, architecture: int) -> dict[str, Any]:
 
 
 def compiled(
-    program: Any, constants: dict[str, Any], types: dict[str, str], architecture: int, warps: int = 4
+    program: Any, constants: dict[str, Any], types: dict[str, Any], architecture: int, warps: int = 4
 ) -> dict[str, Any]:
     """Registers a thread, stack, shared memory, tensor-core instructions; arguments without a type are sizes."""
     signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in program.arg_names}

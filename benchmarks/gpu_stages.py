@@ -22,8 +22,10 @@ import torch
 from plans import PLANS, TINY
 from training_memory import ACTIVE, STOCK, Candidate
 
+from nnunetv2_e2enet.network._raw_map import RawMap
 from nnunetv2_e2enet.network.acceleration import KERNELS, convolutions_for, prepare_kernels
 from nnunetv2_e2enet.network.convolution import over_slices
+from nnunetv2_e2enet.network.depth_shift import depth_shift
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE
 from nnunetv2_e2enet.network.sparse_convolution import sparse_convolution
@@ -268,7 +270,8 @@ def predicted(way: str, session: Session) -> Any:
 def stage_convolutions(session: Session) -> dict[str, Measurement]:
     """The second convolution of a level of the AMOS plan, forward and backward: in 3D, over slices, of active blocks alone.
 
-    On the coarsest level a few programs have all the work of the gradient of its maps.
+    On the coarsest level a few programs have all the work of the gradient of its maps. Active blocks are computed of a map as
+    it is, after norm, activation and shift have written another one, and with these three in the convolution's programs.
     """
     levels = [(48, (64, 160, 160)), (320, (4, 5, 5)), (320, (16, 20, 20)), (96, (64, 80, 80)), (192, (32, 40, 40))]
     keys = {f"4 {channels} maps of {' x '.join(map(str, size))}": (channels, size) for channels, size in levels}
@@ -322,12 +325,22 @@ def ways_to_convolve(
         per_block = round(0.2 * channels)
         inputs = torch.stack([torch.randperm(channels)[:per_block].sort().values for _ in range(channels // 16)]).to(device)
         active = torch.randn(channels, per_block, 1, 3, 3, device=device, dtype=dtype, requires_grad=True)
-        sparse = partial(sparse_convolution, x, active, None, inputs, one)
+        scale, offset = torch.rand(2, channels, 1, 1, 1, device=device), torch.rand(2, channels, 1, 1, 1, device=device)
+        raw, layer = RawMap(x, scale, offset, 0.01), (active, None, inputs, one)
+
+        def joined_first() -> torch.Tensor:
+            return sparse_convolution([depth_shift(raw, 3)], 1, *layer)
+
+        plain: tuple[Any, ...] = ([x], [None], 1)
         ways |= {
-            "sparse blocks": partial(there_and_back, sparse, active),
-            "sparse blocks, forward": partial(kernels.convolve, x, active, inputs, one),
-            "sparse blocks, gradient of maps": partial(kernels.input_gradient, grad, active, inputs, x, one),
-            "sparse blocks, gradient of weights": partial(kernels.weight_gradient, grad, x, inputs, (1, 3, 3), one),
+            "sparse blocks": partial(there_and_back, partial(sparse_convolution, [x], 1, *layer), active),
+            "sparse blocks, forward": partial(kernels.convolve, *plain, active, inputs, one),
+            "sparse blocks, gradient of maps": partial(kernels.input_gradient, grad, active, inputs, [x], 1, one),
+            "sparse blocks, gradient of weights": partial(kernels.weight_gradient, grad, *plain, inputs, (1, 3, 3), one),
+            "sparse blocks after norm and shift": partial(there_and_back, joined_first, active),
+            "sparse blocks with norm and shift": partial(
+                there_and_back, partial(sparse_convolution, [raw], 3, *layer), active
+            ),
         }
     return {name + ", channels last" * last: way for name, way in ways.items()}
 

@@ -57,22 +57,25 @@ class Memory:
     def __init__(self, pointers: list[Pointer]) -> None:
         self.pointers = pointers
 
-    def touch(self, addresses: Any, mask: Any) -> tuple[Pointer, Any]:
+    def touch(self, addresses: Any, mask: Any) -> list[tuple[Pointer, Any, Any]]:
+        """The tensors that are touched, the places in ``addresses`` of each, and its offsets there."""
         addresses, mask = np.broadcast_arrays(addresses, mask)
-        numbers = np.unique(addresses[mask] >> np.uint64(48))
-        assert len(numbers) <= 1, "addresses of more than one tensor, or of none"
-        pointer = self.pointers[int(numbers[0]) - 1 if len(numbers) else 0]
-        offsets = (addresses - np.uint64(pointer.base)).astype(np.int64) // pointer.tensor.element_size()
-        if len(numbers):
-            pointer.touched.append(offsets[mask])
-        return pointer, np.where(mask, offsets, 0)
+        numbers = addresses >> np.uint64(48)
+        found = []
+        for number in np.unique(numbers[mask]):
+            assert 1 <= number <= len(self.pointers), "addresses of no tensor"
+            pointer, places = self.pointers[int(number) - 1], mask & (numbers == number)
+            offsets = (addresses[places] - np.uint64(pointer.base)).astype(np.int64) // pointer.tensor.element_size()
+            pointer.touched.append(offsets)
+            found.append((pointer, places, offsets))
+        return found
 
     def load(self, addresses: Any, mask: Any, other: Any, dtype: Any) -> Any:
-        pointer, offsets = self.touch(addresses, mask)
-        if pointer.tensor.is_meta:
-            return np.zeros(np.shape(addresses), dtype)
-        values = pointer.tensor.flatten().numpy()[offsets]
-        return np.where(mask, values, other).astype(dtype)
+        values = np.where(mask, 0, 0 if other is None else other).astype(dtype)
+        for pointer, places, offsets in self.touch(addresses, mask):
+            if not pointer.tensor.is_meta:
+                values[places] = pointer.tensor.flatten().numpy()[offsets]
+        return values
 
     def store(self, addresses: Any, value: Any, mask: Any) -> None:  # noqa: ARG002
         self.touch(addresses, mask)
@@ -82,9 +85,17 @@ def touched_by(
     program: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> list[Pointer]:
     """The tensors of a launch, with the offsets that some of its programs touch."""
-    pointers = [Pointer(t, number) for number, t in enumerate((a for a in args if isinstance(a, Tensor)), 1)]
-    rest = iter(pointers)
-    given = [next(rest) if isinstance(a, Tensor) else a for a in args]
+    pointers: list[Pointer] = []
+
+    def point_to(argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            return tuple(map(point_to, argument))
+        if isinstance(argument, Tensor):
+            pointers.append(Pointer(argument, len(pointers) + 1))
+            return pointers[-1]
+        return argument
+
+    given = [point_to(a) for a in args]
     grid = (*grid, *[1] * (3 - len(grid)))
     builder = interpreter.interpreter_builder
     with monkeypatch.context() as patch:
@@ -120,6 +131,9 @@ def calls(kernels: Any, last: bool) -> dict[str, tuple[Any, str, Callable[[], An
     pooled = torch.empty(2, CHANNELS, *pooled_size, dtype=HALF, device="meta")
     pooled = pooled.contiguous(memory_format=CHANNELS_LAST[3] if last else torch.contiguous_format)
     inputs = torch.tensor([[*range(block, 17 + block), CHANNELS - 1] for block in range(9)])
+    of_both = torch.tensor([[*range(block, 16 + block), CHANNELS - 1, 2 * CHANNELS - 1] for block in range(9)])
+    other, no_norm = huge(CHANNELS, last), float("nan")
+    both, one = ([x, scale, scale, other], [0.1, no_norm]), ([torch.empty_like(pooled), scale, scale], [0.1])
     weight = torch.empty(9 * 16, 18, 1, 3, 3, dtype=HALF, device="meta")
     up = torch.empty(9 * 16, 18, 1, 2, 2, dtype=HALF, device="meta")
     coarse, fine = torch.empty_like(pooled), huge(9 * 16, last, (63, 512, 512))
@@ -135,15 +149,19 @@ def calls(kernels: Any, last: bool) -> dict[str, tuple[Any, str, Callable[[], An
         "separate": (operators, "programs", lambda: operators._separate._init_fn(x, [30, CHANNELS - 30], 3)),
         "pool": (pooling, "", lambda: pooling._pool._init_fn([x, scale, scale], 0.1, [1, 2, 2])),
         "pool_gradient": (pooling, "", lambda: pooling._pool_gradient._init_fn(pooled, index, list(SIZE), [1, 2, 2])),
-        "convolve": (sparse, "programs", lambda: sparse._convolve._init_fn(x, weight, inputs, *conv)),
-        "input_gradient": (sparse, "programs", lambda: sparse._input_gradient._init_fn(out, weight, inputs, x, *conv)),
-        "weight_gradient": (sparse, "programs", lambda: sparse._weight_gradient._init_fn(out, x, inputs, [1, 3, 3], *conv)),
-        "transposed convolve": (sparse, "programs", lambda: sparse._convolve._init_fn(coarse, up, inputs, *transposed)),
+        "convolve": (sparse, "programs", lambda: sparse._convolve._init_fn(*both, 3, weight, of_both, *conv)),
+        "input_gradient": (
+            sparse, "programs", lambda: sparse._input_gradient._init_fn(out, weight, of_both, [x, other], 3, *conv),
+        ),
+        "weight_gradient": (
+            sparse, "programs", lambda: sparse._weight_gradient._init_fn(out, *both, 3, of_both, [1, 3, 3], *conv),
+        ),
+        "transposed convolve": (sparse, "programs", lambda: sparse._convolve._init_fn(*one, 1, up, inputs, *transposed)),
         "transposed input_gradient": (
-            sparse, "programs", lambda: sparse._input_gradient._init_fn(fine, up, inputs, coarse, *transposed),
+            sparse, "programs", lambda: sparse._input_gradient._init_fn(fine, up, inputs, [coarse], 1, *transposed),
         ),
         "transposed weight_gradient": (
-            sparse, "programs", lambda: sparse._weight_gradient._init_fn(fine, coarse, inputs, [1, 2, 2], *transposed),
+            sparse, "programs", lambda: sparse._weight_gradient._init_fn(fine, *one, 1, inputs, [1, 2, 2], *transposed),
         ),
     }  # fmt: skip
 
@@ -195,5 +213,5 @@ def test_a_program_of_32_bit_offsets_would_be_found(monkeypatch: pytest.MonkeyPa
         tl.store(x + (rows - 1) * width + place, 0.0, place < width)
 
     x = torch.empty(2**17, 2**16, device="meta")
-    (pointer,) = touched_by(program, (1,), (x, *x.shape), {"BLOCK": 64}, monkeypatch)
-    assert pointer.touched[0].max() < 0.5 * x.numel()
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="addresses of no tensor"):
+        touched_by(program, (1,), (x, *x.shape), {"BLOCK": 64}, monkeypatch)

@@ -65,6 +65,16 @@ def test_our_passes_read_and_write_each_map_once(channels_last: bool) -> None:
     assert fused < 12 * weights + 8 * prod(SIZES[0])  # masks and casts of weights, and the image
 
 
+def test_convolutions_of_active_blocks_read_maps_as_they_are() -> None:
+    """By hand: between the blocks of both levels, into the coarse one, into the head; nothing is written for a node."""
+    step = count("on", active_only=True)
+    fine, coarse = (HALF * c * prod(size) for c, size in zip(CHANNELS, SIZES, strict=True))
+    small = 0.05
+    assert of_kind(step["forward"], "join") == pytest.approx(2 * (fine + coarse + fine + fine), rel=small)
+    assert of_kind(step["backward"], "join") == pytest.approx(2 * (fine + coarse + fine + fine), rel=small)
+    assert of_kind(step["backward"], "separate") == pytest.approx(2 * (fine + coarse + fine), rel=small)
+
+
 def test_passes_of_pytorch_move_more() -> None:
     ours, theirs = (gpu_bytes.summary(count(kernels)) for kernels in ("on", "off"))
     for direction in ("forward", "backward"):
@@ -107,7 +117,7 @@ def test_the_sums_of_a_sparse_gradient_are_counted() -> None:
             self.scale = nn.Parameter(torch.zeros(32, 1, 1, 1))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return sparse_convolution(x * self.scale, self.weight, None, self.inputs, (1, 1, 1))
+            return sparse_convolution([x * self.scale], 1, self.weight, None, self.inputs, (1, 1, 1))
 
     with override(kernels="on"):
         prepare_kernels(torch.device("cpu"))

@@ -268,7 +268,7 @@ def test_convolutions_are_timed_with_the_kernels(
     found = measurement.run(session)
     setting(kernels="auto")
     prepare_kernels(torch.device("cpu"))
-    parts = ("", ", forward", ", gradient of maps", ", gradient of weights")
+    parts = ("", ", forward", ", gradient of maps", ", gradient of weights", " after norm and shift", " with norm and shift")
     assert set(found) - set(first) == {f"sparse blocks{part}{last}" for part in parts for last in ("", ", channels last")}
     assert {name: found[name] for name in first} == first
 

@@ -304,7 +304,7 @@ def test_kernels_agree_with_pytorch(kernels: Any, monkeypatch: pytest.MonkeyPatc
     inputs: list[torch.Size] = []
     statistics, convolve = kernels.check.operators.statistics, kernels.check.sparse.convolve
     monkeypatch.setattr(kernels.check.operators, "statistics", lambda x, *o: maps.append(x.shape) or statistics(x, *o))
-    monkeypatch.setattr(kernels.check.sparse, "convolve", lambda x, w, i, *o: inputs.append(i.shape) or convolve(x, w, i, *o))
+    monkeypatch.setattr(kernels.check.sparse, "convolve", lambda *a: inputs.append(a[4].shape) or convolve(*a))
     with torch.inference_mode(), torch.device("meta"):
         assert kernels.wrong_kernel(torch.device(DEVICE)) is None
         assert kernels.wrong_convolution(torch.device(DEVICE)) is None

@@ -65,33 +65,42 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 
 def _sparse_convolutions(device: torch.device, dtype: torch.dtype, form: torch.memory_format) -> Results:
-    x = _random(2, 50, 2, 5, 7, seed=0).to(device, dtype).contiguous(memory_format=form)
-    return _convolutions_of(x, transposed=False) | _convolutions_of(x, transposed=True)
+    raw, plain = (
+        _random(2, width, 3, 5, 5, seed=width).to(device, dtype).contiguous(memory_format=form) for width in (29, 21)
+    )
+    mean, rstd = raw_map.statistics(raw, 1e-5)
+    scale, offset = (t.reshape(*raw.shape[:2], 1, 1, 1) for t in (rstd, -mean * rstd))
+    maps: list[raw_map.FeatureMap] = [raw_map.RawMap(raw, scale, offset, 0.01), plain]
+    return _convolutions_of(maps, transposed=False) | _convolutions_of(maps, transposed=True)
 
 
-def _convolutions_of(x: Tensor, transposed: bool) -> Results:
+def _convolutions_of(maps: Sequence[raw_map.FeatureMap], transposed: bool) -> Results:
     """Two blocks of 16 output maps over 40 of 50 input maps each, more than a product takes at once."""
-    kernel = [1, 2, 2] if transposed else [1, 3, 3]
-    weight = _random(32, 40, *kernel, seed=1).to(x)
+    kernel, stride, shift_size = ([1, 2, 2], [1, 2, 2], 1) if transposed else ([1, 3, 3], [1, 1, 1], 3)
+    values = [raw_map.values_of(m) for m in maps]
+    weight = _random(32, 40, *kernel, seed=1).to(values[0])
     inputs = torch.stack([_random(50, seed=seed).argsort()[:40].sort().values for seed in (2, 3)])
-    maps = _exact(x)
-    gathered = torch.cat([maps[:, block] for block in inputs], dim=1).requires_grad_()
+    joined = _exact(join(maps, shift_size))
+    gathered = torch.cat([joined[:, block] for block in inputs], dim=1).requires_grad_()
     dense = _exact(weight).requires_grad_()
     if transposed:
-        stride, by_input = kernel, dense.unflatten(0, (2, 16)).transpose(1, 2).flatten(0, 1)
+        by_input = dense.unflatten(0, (2, 16)).transpose(1, 2).flatten(0, 1)
         expected = F.conv_transpose3d(gathered, by_input, None, stride, groups=2)
     else:
-        stride = [1, 1, 1]
         expected = F.conv3d(gathered, dense, padding=(0, 1, 1), groups=2)
-    grad = expected.detach().to(x)
+    grad = expected.detach().to(values[0])
     of_gathered, of_weight = torch.autograd.grad(expected, (gathered, dense), _exact(grad))
-    of_x = torch.zeros_like(maps).index_add(1, inputs.flatten(), of_gathered)
-    inputs, options = inputs.to(x.device), (stride, transposed)
+    of_joined = torch.zeros_like(joined).index_add(1, inputs.flatten(), of_gathered)
+    of_maps = separate(of_joined, [v.shape[1] for v in values], shift_size)
+    (tensors, slopes), inputs, options = raw_map.flatten(maps), inputs.to(weight.device), (stride, transposed)
     kind = "transposed " if transposed else ""
     return {
-        f"{kind}convolve": ([sparse.convolve(x, weight, inputs, *options)], [expected]),
-        f"{kind}input_gradient": ([sparse.input_gradient(grad, weight, inputs, x, *options)], [of_x]),
-        f"{kind}weight_gradient": ([sparse.weight_gradient(grad, x, inputs, kernel, *options)], [of_weight]),
+        f"{kind}convolve": ([sparse.convolve(tensors, slopes, shift_size, weight, inputs, *options)], [expected]),
+        f"{kind}input_gradient": (sparse.input_gradient(grad, weight, inputs, values, shift_size, *options), of_maps),
+        f"{kind}weight_gradient": (
+            [sparse.weight_gradient(grad, tensors, slopes, shift_size, inputs, kernel, *options)],
+            [of_weight],
+        ),
     }
 
 

@@ -68,6 +68,11 @@ def regroup(tensors: Sequence[Tensor], slopes: Slopes) -> list[FeatureMap]:
     return [next(rest) if slope is None else RawMap(next(rest), next(rest), next(rest), slope) for slope in slopes]
 
 
+def gradients_of_tensors(grads: Sequence[Tensor], slopes: Slopes) -> list[Tensor | None]:
+    """Gradients of maps in the order of the tensors that ``flatten`` gave; scales and offsets have none."""
+    return [g for grad, slope in zip(grads, slopes, strict=True) for g in ((grad,) if slope is None else (grad, None, None))]
+
+
 def raw_map(x: Tensor, norm: nn.Module, nonlin: nn.Module, conv_bias: Tensor | None) -> RawMap:
     """``nonlin(norm(x))`` for a pair that ``can_stay_raw``; see ``instance_norm``."""
     assert isinstance(norm, INSTANCE_NORMS)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nnunetv2_e2enet.network._raw_map import FeatureMap, can_stay_raw, raw_map, values_of
 from nnunetv2_e2enet.network.acceleration import kernels_for
+from nnunetv2_e2enet.network.compact import CompactLayer
 from nnunetv2_e2enet.network.connections import MASKED_CONV
 from nnunetv2_e2enet.network.convolution import CONV as BLOCK_CONV
 from nnunetv2_e2enet.network.depth_shift import activated, depth_shift, shift_groups
@@ -109,18 +110,20 @@ class ShiftBlock(nn.Module):
     def forward(self, *maps: FeatureMap, flows: Callable[..., Sequence[FeatureMap]] = as_given) -> FeatureMap:
         """The block over ``flows(*maps)``. The backward pass computes ``flows`` again where ``recompute`` asks for it."""
         recompute = self.recompute != "none" and self.training and torch.is_grad_enabled()
+        reads_maps = self.shift is None and isinstance(self.conv, CompactLayer) and self.conv.reads_maps(maps[0])
 
-        def read(*maps: FeatureMap) -> Tensor:
+        def read(*maps: FeatureMap) -> Tensor | Sequence[FeatureMap]:
             if self.shift is not None:
                 shifted: Tensor = self.shift([activated(m) for m in flows(*maps)])
                 return shifted
-            return depth_shift(flows(*maps), self.shift_size)
+            return flows(*maps) if reads_maps else depth_shift(flows(*maps), self.shift_size)
 
         fused = kernels_for(values_of(maps[0])) is not None and not torch.is_grad_enabled()  # readers normalise in passing
         stays_raw = (recompute or fused) and can_stay_raw(self.norm, self.nonlin)
         aside = stays_raw and self.dropout is None  # the norm takes away what a bias adds: a pass over the map less
-        conv = partial(self.conv, with_bias=False) if aside else self.conv
-        x = convolved(conv, read, maps, recompute, random=self.dropout is not None)
+        options = {"with_bias": False} if aside else {}
+        options |= {"shift_size": self.shift_size} if reads_maps else {}
+        x = convolved(partial(self.conv, **options), read, maps, recompute, random=self.dropout is not None)
         if self.dropout is not None:
             x = self.dropout(x)
         # PyTorch's instance norm writes channel after channel, whatever it reads

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.network._raw_map import FeatureMap, values_of
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
 from nnunetv2_e2enet.network.connections import (
     MaskableLayer,
@@ -22,9 +22,8 @@ from nnunetv2_e2enet.network.connections import (
     MaskedConvTranspose2d,
     MaskedConvTranspose3d,
 )
-from nnunetv2_e2enet.network.convolution import conv3d
 from nnunetv2_e2enet.network.memory_format import is_channels_last
-from nnunetv2_e2enet.network.sparse_convolution import LARGEST_BLOCK, can_compute, can_upsample, sparse_convolution
+from nnunetv2_e2enet.network.sparse_convolution import LARGEST_BLOCK, can_compute, sparse_convolution
 
 LEAST_BLOCK = 16  # output maps of a block that is worth a matrix product of its own
 
@@ -41,6 +40,29 @@ class CompactLayer(MaskableLayer):
 
     stores_active_only = True
     active_inputs: Tensor
+    stride: tuple[int, ...]
+
+    def reads_maps(self, feature_map: FeatureMap) -> bool:
+        """Whether ``forward`` takes feature maps on this map's device as they are; not where a hook wants to see a tensor."""
+        return can_compute(self, values_of(feature_map)) and not (self._forward_pre_hooks or self._forward_hooks)
+
+    def forward(self, x: Tensor | Sequence[FeatureMap], with_bias: bool = True, shift_size: int = 1) -> Tensor:
+        """As ``MaskableLayer.forward``.
+
+        Args:
+            x: a tensor, or where the layer ``reads_maps`` the maps of which ``depth_shift(x, shift_size)`` is the input.
+            with_bias: whether the bias is added.
+            shift_size: number of groups of the depth shift.
+        """
+        bias = self.bias if with_bias else None
+        if not isinstance(x, Tensor) or can_compute(self, x):
+            maps, transposed = [x] if isinstance(x, Tensor) else x, self.output_axis == 1
+            weight = self._by_output() if transposed else self.weight
+            return sparse_convolution(maps, shift_size, weight, bias, self.active_inputs, self.stride, transposed)
+        if self.computes_active_only:
+            inputs, weight, groups = self.grouped(x)
+            return self.convolved(inputs, weight, bias, groups)
+        return super().forward(x, with_bias)
 
     @property
     def computes_active_only(self) -> bool:
@@ -138,49 +160,17 @@ class CompactLayer(MaskableLayer):
 class CompactConv2d(CompactLayer, MaskedConv2d):
     """A compact ``MaskedConv2d``."""
 
-    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
-        """As ``MaskedConv2d.forward``."""
-        bias = self.bias if with_bias else None
-        if can_compute(self, x):
-            return sparse_convolution(x, self.weight, bias, self.active_inputs, self.stride)
-        if not self.computes_active_only:
-            return super().forward(x, with_bias)
-        x, weight, groups = self.grouped(x)
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
-
 
 class CompactConv3d(CompactLayer, MaskedConv3d):
     """A compact ``MaskedConv3d``."""
-
-    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
-        """As ``MaskedConv3d.forward``."""
-        bias = self.bias if with_bias else None
-        if can_compute(self, x):
-            return sparse_convolution(x, self.weight, bias, self.active_inputs, self.stride)
-        if not self.computes_active_only:
-            return super().forward(x, with_bias)
-        x, weight, groups = self.grouped(x)
-        return conv3d(self, x, weight, bias, groups)
 
 
 class CompactConvTranspose2d(CompactLayer, MaskedConvTranspose2d):
     """A compact ``MaskedConvTranspose2d``."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """As ``MaskedConvTranspose2d.forward``."""
-        if can_upsample(self, x):
-            return sparse_convolution(x, self._by_output(), self.bias, self.active_inputs, self.stride, transposed=True)
-        return self.upsampled(*self.grouped(x)) if self.computes_active_only else super().forward(x)
-
 
 class CompactConvTranspose3d(CompactLayer, MaskedConvTranspose3d):
     """A compact ``MaskedConvTranspose3d``."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """As ``MaskedConvTranspose3d.forward``."""
-        if can_upsample(self, x):
-            return sparse_convolution(x, self._by_output(), self.bias, self.active_inputs, self.stride, transposed=True)
-        return self.upsampled(*self.grouped(x)) if self.computes_active_only else super().forward(x)
 
 
 COMPACT: dict[type[MaskableLayer], type[CompactLayer]] = {

@@ -8,6 +8,7 @@ layers that store the weights of active connections alone.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.network.convolution import conv3d
+from nnunetv2_e2enet.network.convolution import conv2d, conv3d
 
 NEGATIVE_SLOPE = 1e-2  # of the leaky ReLU after each convolution
 
@@ -47,7 +48,7 @@ class _StraightThroughMask(torch.autograd.Function):
         return grad, None
 
 
-class MaskableLayer(nn.Module):
+class MaskableLayer(nn.Module, ABC):
     """A convolution seen as connections; mixed into the four classes below.
 
     Attributes:
@@ -66,6 +67,8 @@ class MaskableLayer(nn.Module):
     output_axis: ClassVar[int] = 0
     stores_active_only: ClassVar[bool] = False
     weight: Tensor
+    bias: Tensor | None
+    groups: int
     mask: Tensor
     explored: Tensor
     dense_gradients: bool
@@ -83,6 +86,14 @@ class MaskableLayer(nn.Module):
         self.block_size = 1
         self.equal_blocks = False
         self._inputs_per_block = self.n_inputs
+
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """``(batch, in, *space)`` to ``(batch, out, *space)``; ``with_bias=False`` leaves the bias out."""
+        return self.convolved(x, self.masked_weight(), self.bias if with_bias else None, self.groups)
+
+    @abstractmethod
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """The convolution of the layer with other weights, shaped as one of so many groups takes them."""
 
     @property
     def shape(self) -> torch.Size:
@@ -249,51 +260,42 @@ class MaskableLayer(nn.Module):
         self.weight.masked_fill_(self.over_kernel(~self.mask), 0)
 
 
-class MaskedConv2d(MaskableLayer, nn.Conv2d):
-    """``nn.Conv2d`` with a mask; ``with_bias=False`` leaves the bias out."""
+class MaskedConv2d(MaskableLayer, nn.Conv2d):  # type: ignore[misc]
+    """``nn.Conv2d`` with a mask."""
 
-    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
-        """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
-        out: Tensor = self._conv_forward(x, self.masked_weight(), self.bias if with_bias else None)
-        return out
-
-
-class MaskedConv3d(MaskableLayer, nn.Conv3d):
-    """``nn.Conv3d`` with a mask; ``with_bias=False`` leaves the bias out."""
-
-    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
-        """``(batch, in, depth, height, width)`` to ``(batch, out, depth, height, width)``."""
-        return conv3d(self, x, self.masked_weight(), self.bias if with_bias else None, self.groups)
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """As ``MaskableLayer.convolved``."""
+        return conv2d(self, x, weight, bias, groups)
 
 
-class MaskedConvTranspose2d(MaskableLayer, nn.ConvTranspose2d):
+class MaskedConv3d(MaskableLayer, nn.Conv3d):  # type: ignore[misc]
+    """``nn.Conv3d`` with a mask."""
+
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """As ``MaskableLayer.convolved``."""
+        return conv3d(self, x, weight, bias, groups)
+
+
+class MaskedConvTranspose2d(MaskableLayer, nn.ConvTranspose2d):  # type: ignore[misc]
     """``nn.ConvTranspose2d`` with a mask."""
 
     output_axis = 1
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
-        return self.upsampled(x, self.masked_weight(), self.groups)
-
-    def upsampled(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-        """The transposed convolution of the layer with other weights, shaped as one of so many groups takes them."""
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """As ``MaskableLayer.convolved``."""
         options = (self.stride, self.padding, self.output_padding, groups, self.dilation)
-        return F.conv_transpose2d(x, weight, self.bias, *options)  # type: ignore[arg-type]
+        return F.conv_transpose2d(x, weight, bias, *options)  # type: ignore[arg-type]
 
 
-class MaskedConvTranspose3d(MaskableLayer, nn.ConvTranspose3d):
+class MaskedConvTranspose3d(MaskableLayer, nn.ConvTranspose3d):  # type: ignore[misc]
     """``nn.ConvTranspose3d`` with a mask."""
 
     output_axis = 1
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """``(batch, in, depth, height, width)`` to ``(batch, out, depth, height, width)``."""
-        return self.upsampled(x, self.masked_weight(), self.groups)
-
-    def upsampled(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-        """The transposed convolution of the layer with other weights, shaped as one of so many groups takes them."""
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """As ``MaskableLayer.convolved``."""
         options = (self.stride, self.padding, self.output_padding, groups, self.dilation)
-        return F.conv_transpose3d(x, weight, self.bias, *options)  # type: ignore[arg-type]
+        return F.conv_transpose3d(x, weight, bias, *options)  # type: ignore[arg-type]
 
 
 MASKED_CONV: dict[int, Callable[..., MaskableLayer]] = {2: MaskedConv2d, 3: MaskedConv3d}

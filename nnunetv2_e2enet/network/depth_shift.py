@@ -18,7 +18,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.network._raw_map import FeatureMap, RawMap, Slopes, activate, flatten, regroup, some_channels, values_of
+from nnunetv2_e2enet.network._raw_map import (
+    FeatureMap,
+    RawMap,
+    Slopes,
+    activate,
+    flatten,
+    gradients_of_tensors,
+    regroup,
+    some_channels,
+    values_of,
+)
 from nnunetv2_e2enet.network.acceleration import kernels_for
 from nnunetv2_e2enet.network.memory_format import empty_like
 
@@ -159,5 +169,4 @@ class _DepthShift(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parts = _separated(grad, ctx.widths, ctx.shift_size)
         grads = [part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)]
-        no_norm = [(g,) if slope is None else (g, None, None) for g, slope in zip(grads, ctx.slopes, strict=True)]
-        return (None, None, *(g for group in no_norm for g in group))
+        return (None, None, *gradients_of_tensors(grads, ctx.slopes))

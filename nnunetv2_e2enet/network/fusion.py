@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network._raw_map import FeatureMap
 from nnunetv2_e2enet.network.blocks import CONV, MAX_POOL, BlockStyle, ShiftBlock, chain
+from nnunetv2_e2enet.network.compact import CompactLayer
 from nnunetv2_e2enet.network.connections import MASKED_CONV_TRANSPOSE, MaskableLayer
 from nnunetv2_e2enet.network.depth_shift import activated
 from nnunetv2_e2enet.network.pooling import pooled
@@ -83,7 +84,8 @@ class FusionNode(nn.Module):
 
     def _flow(self, flow: str, source: FeatureMap) -> FeatureMap:
         if flow == "upward" and self.upsample is not None:
-            return cast(Tensor, self.upsample(activated(source)))
+            reads_maps = isinstance(self.upsample, CompactLayer) and self.upsample.reads_maps(source)
+            return cast(Tensor, self.upsample([source] if reads_maps else activated(source)))
         if flow == "downward" and self.downsample is not None:
             return pooled(source, self.downsample)
         return source

@@ -40,8 +40,8 @@ def _prefer_recompute(*_operation: Any, **_arguments: Any) -> CheckpointPolicy:
 
 
 def convolved(
-    conv: Callable[[Tensor], Tensor],
-    read: Callable[..., Tensor],
+    conv: Callable[[Any], Tensor],
+    read: Callable[..., Any],
     maps: Sequence[FeatureMap],
     recompute: bool,
     random: bool = False,
@@ -51,8 +51,8 @@ def convolved(
     The convolution is not computed again: its backward pass needs its input, and there recomputation stops.
 
     Args:
-        conv: a convolution of one tensor.
-        read: makes that tensor from the maps.
+        conv: a convolution of what ``read`` returns.
+        read: makes a tensor, or other maps, from the maps.
         maps: input maps of a block.
         recompute: whether autograd keeps the maps alone.
         random: whether ``read`` draws random numbers, which are then drawn again.
@@ -61,7 +61,7 @@ def convolved(
         return conv(read(*maps))
     tensors, slopes = flatten(maps)
 
-    def read_again(*tensors: Tensor) -> Tensor:
+    def read_again(*tensors: Tensor) -> Any:
         return read(*regroup(tensors, slopes))
 
     if torch.compiler.is_compiling():  # the compiler computes no convolution again unless it is told to

@@ -1,70 +1,81 @@
-"""Convolutions by the GPU kernels over the input maps of each block alone, without gathering them in memory."""
+"""Convolutions by the GPU kernels over the input maps of each block alone, which are neither joined nor gathered in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nnunetv2_e2enet.network.acceleration import convolutions_for
-from nnunetv2_e2enet.network.connections import (
-    MaskedConv2d,
-    MaskedConv3d,
-    MaskedConvTranspose2d,
-    MaskedConvTranspose3d,
+from nnunetv2_e2enet.network._raw_map import (
+    FeatureMap,
+    RawMap,
+    Slopes,
+    flatten,
+    gradients_of_tensors,
+    regroup,
+    values_of,
 )
+from nnunetv2_e2enet.network.acceleration import convolutions_for
+from nnunetv2_e2enet.network.connections import MaskableLayer
 
 LARGEST_BLOCK = 64
 """Output maps of a block that a program has registers and shared memory for."""
 
 
-def can_compute(layer: MaskedConv2d | MaskedConv3d, x: Tensor) -> bool:
-    """Whether the kernels take the convolution of a layer that stores active weights alone."""
-    kernel = layer.kernel_size
-    half = not isinstance(layer.padding, str) and all(
-        p == k // 2 and k % 2 for p, k in zip(layer.padding, kernel, strict=True)
-    )
-    plain = half and layer.padding_mode == "zeros" and all(d == 1 for d in layer.dilation)
-    return plain and layer.block_size <= LARGEST_BLOCK and x.dim() > 2 and convolutions_for(x) is not None
+def can_compute(layer: MaskableLayer, x: Tensor) -> bool:
+    """Whether the kernels take the convolution, or transposed convolution, of a layer that stores active weights alone."""
+    fits = layer.block_size <= LARGEST_BLOCK and x.dim() > 2 and convolutions_for(x) is not None
+    return fits and (_is_plain(layer) if isinstance(layer, (nn.Conv2d, nn.Conv3d)) else _is_plain_transposed(layer))
 
 
-def can_upsample(layer: MaskedConvTranspose2d | MaskedConvTranspose3d, x: Tensor) -> bool:
-    """Whether the kernels take the transposed convolution of a layer that stores active weights alone."""
+def _is_plain(layer: nn.Conv2d | nn.Conv3d) -> bool:
+    sizes, padding = layer.kernel_size, layer.padding
+    half = not isinstance(padding, str) and all(p == k // 2 and k % 2 for p, k in zip(padding, sizes, strict=True))
+    return half and layer.padding_mode == "zeros" and all(d == 1 for d in layer.dilation)
+
+
+def _is_plain_transposed(layer: Any) -> bool:
     apart = layer.kernel_size == layer.stride and not any(layer.padding) and not any(layer.output_padding)
-    plain = apart and all(d == 1 for d in layer.dilation)
-    return plain and layer.block_size <= LARGEST_BLOCK and x.dim() > 2 and convolutions_for(x) is not None
+    return apart and all(d == 1 for d in layer.dilation)
 
 
 def sparse_convolution(
-    x: Tensor,
+    maps: Sequence[FeatureMap],
+    shift_size: int,
     weight: Tensor,
     bias: Tensor | None,
     inputs: Tensor,
     stride: Sequence[int],
     transposed: bool = False,
 ) -> Tensor:
-    """The convolution of a layer that ``can_compute`` or ``can_upsample``.
+    """The convolution of a layer that ``can_compute``, over ``depth_shift(maps, shift_size)``.
 
     Args:
-        x: ``(batch, channels, *space)``.
+        maps: ``(batch, channels, *space)`` each, equal but for the channels.
+        shift_size: number of groups of the depth shift; 1 moves nothing.
         weight: ``(outputs, inputs of a block, *kernel)``.
         bias: ``(outputs,)`` or None.
         inputs: ``(blocks, inputs of a block)``, the input maps of each block of consecutive output maps.
         stride: of the convolution.
         transposed: whether it is a transposed convolution, whose kernel is its stride.
     """
-    if torch.is_autocast_enabled(x.device.type):  # as PyTorch casts what its own convolutions take
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-    arguments = weight, inputs, list(stride), transposed
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        place = _Kept.apply(x, *arguments)  # type: ignore[no-untyped-call]
-        out: Tensor = _Computed.apply(place, x.detach(), weight.detach(), *arguments[1:])  # type: ignore[no-untyped-call]
+    values = [values_of(m) for m in maps]
+    dtype, device = reduce(torch.promote_types, (v.dtype for v in values)), values[0].device.type
+    if torch.is_autocast_enabled(device):  # as PyTorch casts what its own convolutions take
+        dtype = torch.get_autocast_dtype(device)
+        weight = weight.to(dtype)
+    tensors, slopes = flatten([_cast(m, dtype) for m in maps])
+    options = slopes, shift_size, list(stride), transposed
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *tensors)):
+        place = _Kept.apply(*options, weight, inputs, *tensors)  # type: ignore[no-untyped-call]
+        given = [t.detach() for t in (weight, inputs, *tensors)]
+        out: Tensor = _Computed.apply(place, *options, *given)  # type: ignore[no-untyped-call]
     else:
-        out = convolutions_for(x).convolve(x, *arguments)
+        out = convolutions_for(weight).convolve(tensors, slopes, shift_size, weight, inputs, list(stride), transposed)
     return out if bias is None else out + bias.to(out.dtype).reshape(-1, *[1] * (out.dim() - 2))
 
 
@@ -72,6 +83,11 @@ def result_shape(x: Tensor, outputs: int, stride: Sequence[int], transposed: boo
     """The shape ``(batch, outputs, *space)`` of the result of ``sparse_convolution``."""
     sizes = zip(x.shape[2:], stride, strict=True)
     return [x.shape[0], outputs, *(size * s if transposed else (size - 1) // s + 1 for size, s in sizes)]
+
+
+def _cast(feature_map: FeatureMap, dtype: torch.dtype) -> FeatureMap:
+    """Its values; the norm of a raw map stays as exact as it is."""
+    return feature_map._replace(raw=feature_map.raw.to(dtype)) if isinstance(feature_map, RawMap) else feature_map.to(dtype)
 
 
 class _Kept(torch.autograd.Function):
@@ -83,19 +99,34 @@ class _Kept(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, inputs: Tensor, stride: list[int], transposed: bool) -> Tensor:
-        ctx.save_for_backward(x, weight, inputs)
-        ctx.options = stride, transposed
+    def forward(
+        ctx: Any,
+        slopes: Slopes,
+        shift_size: int,
+        stride: list[int],
+        transposed: bool,
+        weight: Tensor,
+        inputs: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, inputs, *tensors)
+        ctx.slopes, ctx.shift_size, ctx.options = slopes, shift_size, (stride, transposed)
+        x = tensors[0]
         return x.new_empty(()).expand(result_shape(x, weight.shape[0], stride, transposed))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inputs = ctx.saved_tensors
-        kernels = convolutions_for(x)
-        of_x = kernels.input_gradient(grad, weight, inputs, x, *ctx.options) if ctx.needs_input_grad[0] else None
-        of_weight = kernels.weight_gradient(grad, x, inputs, list(weight.shape[2:]), *ctx.options)
-        return of_x, of_weight.to(weight.dtype), None, None, None
+        weight, inputs, *tensors = ctx.saved_tensors
+        kernels, maps = convolutions_for(grad), [values_of(m) for m in regroup(tensors, ctx.slopes)]
+        of_tensors: list[Tensor | None] = [None] * len(tensors)
+        if any(ctx.needs_input_grad[6:]):
+            found = kernels.input_gradient(grad, weight, inputs, maps, ctx.shift_size, *ctx.options)
+            of_tensors = gradients_of_tensors(found, ctx.slopes)
+        of_weight = kernels.weight_gradient(
+            grad, tensors, ctx.slopes, ctx.shift_size, inputs, list(weight.shape[2:]), *ctx.options
+        )
+        return None, None, None, None, of_weight.to(weight.dtype), None, *of_tensors
 
 
 class _Computed(torch.autograd.Function):
@@ -103,12 +134,22 @@ class _Computed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        _ctx: Any, _place: Tensor, x: Tensor, weight: Tensor, inputs: Tensor, stride: list[int], transposed: bool
+        ctx: Any,
+        _place: Tensor,
+        slopes: Slopes,
+        shift_size: int,
+        stride: list[int],
+        transposed: bool,
+        weight: Tensor,
+        inputs: Tensor,
+        *tensors: Tensor,
     ) -> Tensor:
-        out: Tensor = convolutions_for(x).convolve(x, weight, inputs, stride, transposed)
+        ctx.others = 6 + len(tensors)
+        kernels = convolutions_for(weight)
+        out: Tensor = kernels.convolve(tensors, slopes, shift_size, weight, inputs, stride, transposed)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *[None] * ctx.others
