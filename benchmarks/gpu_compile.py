@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from nnunetv2_e2enet.kernels import pooling, programs, sparse_programs
 from nnunetv2_e2enet.kernels.operators import TILE, TILE_LAST
-from nnunetv2_e2enet.kernels.sparse import WARPS, voxels_of_tile
+from nnunetv2_e2enet.kernels.sparse import WARPS, tile_voxels
 from nnunetv2_e2enet.network.sparse_convolution import LARGEST_BLOCK
 
 ARCHITECTURES = (80, 90)
@@ -34,6 +34,7 @@ KINDS: dict[str, tuple[tuple[int, ...], int, str, tuple[float | None, ...], bool
     "convolution": (PLAIN, 16, "*fp16", FLOWS, False),
     "channels last": (PLAIN, 16, "*fp16", FLOWS, True),
     "one map": (PLAIN, 16, "*fp16", (0.01,), False),
+    "no norm": (PLAIN, 16, "*fp16", (None,), False),
     "one slice": (PLAIN, 16, "*fp16", FLOWS, False),
     "stride 2": ((1, 2, 2, 1, 3, 3, 1, 1, 1), 16, "*fp16", FLOWS, False),
     "blocks of 32": (PLAIN, 32, "*fp16", FLOWS, False),
@@ -71,12 +72,8 @@ TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA)\b")
 def compiled_convolution(name: str, kind: str, architecture: int) -> dict[str, Any]:
     """What a program of the sparse convolutions becomes on an architecture; see ``compiled``."""
     geometry, block_size, maps, slopes, last = KINDS[kind]
-    blocks = {
-        "BLOCK_V": voxels_of_tile(DTYPES[maps], block_size, name == "gradient_of_inputs"),
-        "BLOCK_N": block_size,
-        "BLOCK_K": 32,
-    }
-    options = {"SLOPES": slopes, "NORM": True, "MOVE": geometry != UP, "LAST": last, "WIDE": tl.float32}
+    blocks = {"BLOCK_V": tile_voxels(DTYPES[maps]), "BLOCK_N": block_size, "BLOCK_K": 32}
+    options = {"SLOPES": slopes, "NORM": any(slopes), "MOVE": geometry != UP, "LAST": last, "WIDE": tl.float32}
     ones = dict.fromkeys(("depth", "out_depth"), 1) if kind == "one slice" else {}  # Triton knows arguments that are 1
     constants = {**dict(zip(NAMES, geometry, strict=True)), **blocks, **options, **ones}
     each = {"maps": maps, "scales": "*fp32", "offsets": "*fp32", "sums": "*fp32", "widths": "i32"}

@@ -270,8 +270,8 @@ def predicted(way: str, session: Session) -> Any:
 def stage_convolutions(session: Session) -> dict[str, Measurement]:
     """The second convolution of a level of the AMOS plan, forward and backward: in 3D, over slices, of active blocks alone.
 
-    On the coarsest level a few programs have all the work of the gradient of its maps. Active blocks are computed of a map as
-    it is, after norm, activation and shift have written another one, and with these three in the convolution's programs.
+    On the coarsest level a few programs have all the work of the gradient of its maps. Convolutions of active blocks are timed
+    in three ways: on a map as it is, after a pass for norm, activation and shift, and with these three in their own programs.
     """
     levels = [(48, (64, 160, 160)), (320, (4, 5, 5)), (320, (16, 20, 20)), (96, (64, 80, 80)), (192, (32, 40, 40))]
     keys = {f"4 {channels} maps of {' x '.join(map(str, size))}": (channels, size) for channels, size in levels}

@@ -28,7 +28,7 @@ from nnunetv2_e2enet.network import E2ENet, maskable_layers, store_active_only
 from nnunetv2_e2enet.network._raw_map import FeatureMap, RawMap, flatten, values_of
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
 from nnunetv2_e2enet.network.memory_format import CHANNELS_LAST, is_channels_last
-from nnunetv2_e2enet.network.sparse_convolution import can_compute
+from nnunetv2_e2enet.network.sparse_convolution import can_compute, sparse_convolution
 from nnunetv2_e2enet.settings import override
 from nnunetv2_e2enet.trainers.e2enet_experiment_trainers import nnUNetTrainerE2ENet_B16active
 from nnunetv2_e2enet.training.variants import variant
@@ -191,6 +191,27 @@ def test_operators_are_well_behaved(kernels: Any, last: bool) -> None:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.usefixtures("fused_kernels")
+def test_gradients_of_raw_maps_under_autocast() -> None:
+    """Of activations, as all readers of raw maps give them, of maps in half precision and weights in float32."""
+    raw, plain = (torch.randn(1, c, 3, 4, 4, device=DEVICE, dtype=torch.float16, requires_grad=True) for c in (6, 4))
+    scale, offset = (torch.randn(1, 6, 1, 1, 1, device=DEVICE) for _ in range(2))
+    maps = [RawMap(raw, scale, offset, 0.1), plain]
+    weight = torch.randn(32, 3, 1, 3, 3, device=DEVICE, requires_grad=True)
+    inputs = torch.tensor([[0, 5, 8], [2, 3, 9]], device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.float16):
+        out = sparse_convolution(maps, 3, weight, None, inputs, [1, 1, 1])
+    assert out.dtype == torch.float16
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, (raw, plain, weight), grad)
+    assert [f.dtype for f in found] == [torch.float16, torch.float16, torch.float32]
+    exact, exact_weight = [activation(m).requires_grad_() for m in maps], weight.detach().double().requires_grad_()
+    joined = moved(torch.cat(exact, dim=1), 3)
+    expected = F.conv3d(torch.cat([joined[:, block] for block in inputs], dim=1), exact_weight, None, 1, (0, 1, 1), 1, 2)
+    for f, e in zip(found, torch.autograd.grad(expected, (*exact, exact_weight), grad.double()), strict=True):
+        torch.testing.assert_close(f.double(), e, rtol=0, atol=5e-3 * float(e.abs().max()))
+
+
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("fused_kernels")
 def test_a_training_in_blocks_is_the_same(compiled: bool) -> None:
@@ -328,6 +349,24 @@ def test_a_network_that_predicts_stores_active_blocks_of_the_weights_it_loads(
             assert torch.equal(value, network.state_dict()[name])
 
 
+@pytest.mark.usefixtures("fused_kernels")
+def test_a_hook_sees_the_joined_maps_of_a_layer_that_would_read_them_apart(launches: list[Any]) -> None:
+    network = in_blocks(E2ENet(1, 2, 2, [16, 32], nn.Conv2d, [[1, 1], [2, 2]], feature_sparsity=0.5), 16, 0).to(DEVICE)
+    layers = [layer for _, layer in maskable_layers(network)]
+    for layer in layers:
+        store_active_only(layer)
+    x, seen = torch.randn(1, 1, 4, 4, device=DEVICE), []
+    network.eval()
+    with torch.no_grad():
+        expected = network(x)
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda layer, given: seen.append((layer.n_inputs, given[0].shape[1])))
+        torch.testing.assert_close(network(x), expected)
+    assert len(seen) == len(layers) == 3
+    assert all(inputs == channels for inputs, channels in seen)
+    assert len(launches) == 2 * len(layers)
+
+
 def test_without_kernels_a_network_that_predicts_stays_dense() -> None:
     if DEVICE.type == "cuda":
         pytest.skip("there is a GPU")
@@ -382,7 +421,7 @@ def test_compiled_for_gpus_they_use_tensor_cores() -> None:
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     convolutions, passes, kinds = json.loads(run.stdout.splitlines()[-1])
-    assert len(convolutions) == 3 * len(kinds) * 2 == 60
+    assert len(convolutions) == 3 * len(kinds) * 2 == 66
     assert len(passes) == 32
     named = list(zip(convolutions, product(range(3), kinds, range(2)), strict=True))
     for each in (*convolutions, *passes):

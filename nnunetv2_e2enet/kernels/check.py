@@ -71,7 +71,7 @@ def _sparse_convolutions(device: torch.device, dtype: torch.dtype, form: torch.m
     mean, rstd = raw_map.statistics(raw, 1e-5)
     scale, offset = (t.reshape(*raw.shape[:2], 1, 1, 1) for t in (rstd, -mean * rstd))
     maps: list[raw_map.FeatureMap] = [raw_map.RawMap(raw, scale, offset, 0.01), plain]
-    return _convolutions_of(maps, transposed=False) | _convolutions_of(maps, transposed=True)
+    return _convolutions_of(maps, transposed=False) | _convolutions_of([torch.cat([raw, plain], dim=1)], transposed=True)
 
 
 def _convolutions_of(maps: Sequence[raw_map.FeatureMap], transposed: bool) -> Results:

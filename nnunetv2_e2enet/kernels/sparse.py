@@ -20,7 +20,7 @@ from nnunetv2_e2enet.kernels.operators import regroup, triton_dtype, wide_dtype
 from nnunetv2_e2enet.network.memory_format import empty_like, is_channels_last, memory_format
 from nnunetv2_e2enet.network.sparse_convolution import result_shape
 
-VOXELS = 64  # of a tile; half of it where numbers or blocks are too wide for the registers
+VOXELS = 64  # of a tile; half of it where numbers are too wide for the registers
 WARPS = 8  # of a program: with fewer, a thread has not enough registers for its addresses
 CHUNK = 16 * 1024  # voxels of each sample over which one program sums weight gradients
 
@@ -85,7 +85,12 @@ def weight_gradient(
     return out
 
 
-@custom_op("e2enet::sparse_convolution", mutates_args=())
+@custom_op(
+    "e2enet::sparse_convolution",
+    mutates_args=(),
+    schema="(Tensor[] tensors, float[] slopes, int shift_size, Tensor weight, Tensor inputs, int[] stride, bool transposed)"
+    " -> Tensor",
+)
 def _convolve(
     tensors: Sequence[Tensor],
     slopes: Sequence[float],
@@ -119,7 +124,12 @@ def _(
     return _result(tensors[0], weight.shape[0], stride, transposed)
 
 
-@custom_op("e2enet::sparse_input_gradient", mutates_args=())
+@custom_op(
+    "e2enet::sparse_input_gradient",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor weight, Tensor inputs, Tensor[] maps, int shift_size, int[] stride, bool transposed)"
+    " -> Tensor[]",
+)
 def _input_gradient(
     grad: Tensor,
     weight: Tensor,
@@ -133,7 +143,6 @@ def _input_gradient(
     grad, weight = grad.contiguous(memory_format=form), weight.contiguous()
     sums = [empty_like(maps[0], x.shape[1], wide_dtype(x.dtype)).zero_() for x in maps]
     shapes = _Shapes(sums, grad, inputs, weight.shape[2:], shift_size, stride, transposed)
-    shapes.constants["BLOCK_V"] = voxels_of_tile(grad.dtype, grad.shape[1] // inputs.shape[0], of_inputs=True)
     grid = (triton.cdiv(prod(maps[0].shape[2:]), shapes.constants["BLOCK_V"]), grad.shape[0])
     with torch.cuda.device_of(grad):
         programs.gradient_of_inputs[grid](
@@ -155,7 +164,12 @@ def _(
     return [empty_like(maps[0], x.shape[1], x.dtype) for x in maps]
 
 
-@custom_op("e2enet::sparse_weight_gradient", mutates_args=())
+@custom_op(
+    "e2enet::sparse_weight_gradient",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor[] tensors, float[] slopes, int shift_size, Tensor inputs, int[] kernel, int[] stride,"
+    " bool transposed) -> Tensor",
+)
 def _weight_gradient(
     grad: Tensor,
     tensors: Sequence[Tensor],
@@ -194,9 +208,9 @@ def _(
     return grad.new_empty((grad.shape[1], inputs.shape[1], *kernel), dtype=wide_dtype(grad.dtype))
 
 
-def voxels_of_tile(dtype: torch.dtype, block_size: int, of_inputs: bool = False) -> int:
-    """For maps of this dtype and blocks of so many output maps; in the gradient of inputs or in the other programs."""
-    return VOXELS // 2 if dtype.itemsize > 2 or (of_inputs and block_size > 32) else VOXELS
+def tile_voxels(dtype: torch.dtype) -> int:
+    """Of a tile of maps of this dtype."""
+    return VOXELS // 2 if dtype.itemsize > 2 else VOXELS
 
 
 def _numbers(slopes: Sequence[float | None]) -> list[float]:
@@ -259,11 +273,11 @@ class _Shapes:
         step, kernel, up = (one, one, stride) if transposed else (stride, kernel, one)
         grid = [o // u for o, u in zip(out_size, up, strict=True)]
         self.places, self.parts = prod(grid), prod(up)
-        self.sizes = [inputs.shape[1], outputs, *size, *grid, group_size, larger, shift_size // 2, block_size]
+        self.sizes = [inputs.shape[1], outputs, *size, *grid, prod(out_size), group_size, larger, shift_size // 2, block_size]
         names = ("SD", "SH", "SW", "KD", "KH", "KW", "UD", "UH", "UW")
         self.constants: dict[str, Any] = {
             **dict(zip(names, (*step, *kernel, *up), strict=True)),
-            "BLOCK_V": voxels_of_tile(out.dtype, block_size),
+            "BLOCK_V": tile_voxels(out.dtype),
             "BLOCK_N": max(16, triton.next_power_of_2(block_size)),
             "BLOCK_K": 32 if inputs.shape[1] > 16 else 16,
             "MOVE": sum(self.widths) >= shift_size > 1,

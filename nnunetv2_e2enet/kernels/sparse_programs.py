@@ -10,7 +10,7 @@ distance in the addresses of a channel, and norm and leaky ReLU are computed bef
 
 The kernel is ``KD x KH x KW``, half of it padding. In a transposed convolution, whose kernel is its stride, each place becomes
 ``UD x UH x UW`` voxels, its parts, each with weights of its own; otherwise a place is a voxel. Sizes of results, ``out_depth``
-and so on, count places. The weights of a connection lie part after part, tap after tap.
+and so on, count places, and ``out_voxels`` voxels. The weights of a connection lie part after part, tap after tap.
 
 Where channels come ``LAST``, those of a voxel are neighbours in memory, otherwise the voxels of a channel. Offsets within a
 map are of 64 bits.
@@ -29,7 +29,7 @@ def gathered(block, first, inputs, n_inputs, BLOCK_K: tl.constexpr):
     """Numbers of a block's input maps from ``first`` on, and whether there are so many."""
     place = first + tl.arange(0, BLOCK_K)
     exists = place < n_inputs
-    return tl.load(inputs + block * n_inputs + place, exists, other=0), exists
+    return tl.load(inputs + block * n_inputs + place, exists, other=0).to(tl.int32), exists
 
 
 @triton.jit
@@ -116,7 +116,6 @@ def gather_tile(
 ):  # fmt: skip
     """``(voxels, channels)`` at these positions, normalised and activated, zero outside of the map."""
     row = (inside & within(h, height) & within(w, width))[:, None]
-    # were depth looked at in the row as well, gradient_of_weights would spill registers
     valid = row & depth_in_map(d, slices, exists, depth, MOVE)
     voxel = ((d.to(tl.int64) * height + h) * width + w)[:, None]
     values = tl.load(first[None, :] + voxel * stride, valid, other=0)
@@ -128,10 +127,10 @@ def gather_tile(
     return values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_size", "larger"])
 def convolve_blocks(
     maps, scales, offsets, widths, weight, inputs, out, n_inputs, n_outputs, depth, height, width,
-    out_depth, out_height, out_width, group_size, larger, middle, block_size,
+    out_depth, out_height, out_width, out_voxels, group_size, larger, middle, block_size,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SLOPES: tl.constexpr, NORM: tl.constexpr, MOVE: tl.constexpr, LAST: tl.constexpr,
@@ -141,8 +140,7 @@ def convolve_blocks(
     block, part = tl.program_id(1) // (UD * UH * UW), tl.program_id(1) % (UD * UH * UW)
     sample = tl.program_id(2).to(tl.int64)
     voxel = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    elements = out_depth * out_height * out_width
-    inside = voxel < elements
+    inside = voxel < out_depth * out_height * out_width
     d, h, w = position(voxel, out_height, out_width)
     n = tl.arange(0, BLOCK_N)
     in_block = n < block_size
@@ -167,14 +165,14 @@ def convolve_blocks(
             weights = tl.load(rows + tap, exists[:, None] & in_block[None, :], other=0)
             total = tl.dot(values, weights, total, input_precision="ieee", out_dtype=WIDE)
     to = voxel_of_part(d, h, w, part, out_height, out_width, UD, UH, UW)
-    out, stride = begin(out, output, n_outputs, sample, elements * (UD * UH * UW), LAST)
+    out, stride = begin(out, output, n_outputs, sample, out_voxels, LAST)
     tl.store(out[None, :] + to[:, None] * stride, total.to(out.dtype.element_ty), inside[:, None] & in_block[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_size", "larger"])
 def gradient_of_inputs(
-    grad, weight, inputs, sums, widths, n_inputs, n_outputs, depth, height, width, out_depth, out_height, out_width,
-    group_size, larger, middle, block_size, n_blocks,
+    grad, weight, inputs, sums, widths, n_inputs, n_outputs, depth, height, width,
+    out_depth, out_height, out_width, out_voxels, group_size, larger, middle, block_size, n_blocks,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, MOVE: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
@@ -188,12 +186,11 @@ def gradient_of_inputs(
     voxel = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = voxel < depth * height * width
     d, h, w = position(voxel, height, width)
-    elements = out_depth * out_height * out_width * (UD * UH * UW)
     n = tl.arange(0, BLOCK_N)
     in_block = n < block_size
     for block in range(n_blocks):
         output = block * block_size + n
-        of_grad, grad_stride = begin(grad, output, n_outputs, sample, elements, LAST)
+        of_grad, grad_stride = begin(grad, output, n_outputs, sample, out_voxels, LAST)
         for start in range(0, n_inputs, BLOCK_K):
             channel, exists = gathered(block, start, inputs, n_inputs, BLOCK_K)
             place = start + tl.arange(0, BLOCK_K)
@@ -225,10 +222,10 @@ def gradient_of_inputs(
         tl.debug_barrier()  # the next block may add to the same maps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_size", "larger"])
 def gradient_of_weights(
     grad, maps, scales, offsets, widths, inputs, parts, n_inputs, n_outputs, depth, height, width,
-    out_depth, out_height, out_width, group_size, larger, middle, block_size, batch, chunk,
+    out_depth, out_height, out_width, out_voxels, group_size, larger, middle, block_size, batch, chunk,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     UD: tl.constexpr, UH: tl.constexpr, UW: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SLOPES: tl.constexpr, NORM: tl.constexpr, MOVE: tl.constexpr, LAST: tl.constexpr,
@@ -239,21 +236,20 @@ def gradient_of_weights(
     share, block, each = tl.program_id(0), tl.program_id(1) // taps, tl.program_id(1) % taps
     part, tap = each // (KD * KH * KW), each % (KD * KH * KW)
     start = tl.program_id(2) * BLOCK_K
-    elements = out_depth * out_height * out_width
     channel, exists = gathered(block, start, inputs, n_inputs, BLOCK_K)
     n = tl.arange(0, BLOCK_N)
     in_block = n < block_size
     output = block * block_size + n
     total = tl.zeros([BLOCK_N, BLOCK_K], WIDE)
     zero = tl.program_id(0).to(tl.int64) * 0
-    stop = tl.minimum((share + 1) * chunk, elements)
+    stop = tl.minimum((share + 1) * chunk, out_depth * out_height * out_width)
     for number in range(batch):
         sample = zero + number
         first, stride, slices = begin_moved(
             maps, widths, channel, sample, depth, height, width, group_size, larger, middle, MOVE, LAST
         )
         norm = norm_of(scales, offsets, widths, channel, sample, exists, SLOPES, WIDE)
-        of_grad, grad_stride = begin(grad, output, n_outputs, sample, elements * (UD * UH * UW), LAST)
+        of_grad, grad_stride = begin(grad, output, n_outputs, sample, out_voxels, LAST)
         for tile in range(share * chunk, stop, BLOCK_V):
             voxel = tile + tl.arange(0, BLOCK_V)
             inside = voxel < stop

@@ -121,9 +121,10 @@ class ShiftBlock(nn.Module):
         fused = kernels_for(values_of(maps[0])) is not None and not torch.is_grad_enabled()  # readers normalise in passing
         stays_raw = (recompute or fused) and can_stay_raw(self.norm, self.nonlin)
         aside = stays_raw and self.dropout is None  # the norm takes away what a bias adds: a pass over the map less
-        options = {"with_bias": False} if aside else {}
+        options: dict[str, Any] = {"with_bias": False} if aside else {}
         options |= {"shift_size": self.shift_size} if reads_maps else {}
-        x = convolved(partial(self.conv, **options), read, maps, recompute, random=self.dropout is not None)
+        again = recompute and not (reads_maps and flows is as_given)  # what the convolution keeps are the maps themselves
+        x = convolved(partial(self.conv, **options), read, maps, again, random=self.dropout is not None)
         if self.dropout is not None:
             x = self.dropout(x)
         # PyTorch's instance norm writes channel after channel, whatever it reads

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.network._raw_map import FeatureMap, values_of
+from nnunetv2_e2enet.network._raw_map import FeatureMap, RawMap, values_of
 from nnunetv2_e2enet.network.acceleration import prepare_kernels
 from nnunetv2_e2enet.network.connections import (
     MaskableLayer,
@@ -22,6 +22,7 @@ from nnunetv2_e2enet.network.connections import (
     MaskedConvTranspose2d,
     MaskedConvTranspose3d,
 )
+from nnunetv2_e2enet.network.depth_shift import depth_shift
 from nnunetv2_e2enet.network.memory_format import is_channels_last
 from nnunetv2_e2enet.network.sparse_convolution import LARGEST_BLOCK, can_compute, sparse_convolution
 
@@ -43,26 +44,22 @@ class CompactLayer(MaskableLayer):
     stride: tuple[int, ...]
 
     def reads_maps(self, feature_map: FeatureMap) -> bool:
-        """Whether ``forward`` takes feature maps on this map's device as they are; not where a hook wants to see a tensor."""
-        return can_compute(self, values_of(feature_map)) and not (self._forward_pre_hooks or self._forward_hooks)
+        """Whether the kernels take a list of maps like this one as they are; not where a hook wants to see a tensor."""
+        hooks = (self._forward_pre_hooks, self._forward_hooks, self._backward_pre_hooks, self._backward_hooks)
+        return can_compute(self, values_of(feature_map)) and not any(hooks)
 
-    def forward(self, x: Tensor | Sequence[FeatureMap], with_bias: bool = True, shift_size: int = 1) -> Tensor:
-        """As ``MaskableLayer.forward``.
-
-        Args:
-            x: a tensor, or where the layer ``reads_maps`` the maps of which ``depth_shift(x, shift_size)`` is the input.
-            with_bias: whether the bias is added.
-            shift_size: number of groups of the depth shift.
-        """
-        bias = self.bias if with_bias else None
-        if not isinstance(x, Tensor) or can_compute(self, x):
-            maps, transposed = [x] if isinstance(x, Tensor) else x, self.output_axis == 1
+    def forward(self, x: FeatureMap | Sequence[FeatureMap], with_bias: bool = True, shift_size: int = 1) -> Tensor:
+        """As ``MaskableLayer.forward``, over ``depth_shift(x, shift_size)``."""
+        maps = [x] if isinstance(x, (Tensor, RawMap)) else x
+        bias, transposed = self.bias if with_bias else None, self.output_axis == 1
+        if can_compute(self, values_of(maps[0])):
             weight = self._by_output() if transposed else self.weight
             return sparse_convolution(maps, shift_size, weight, bias, self.active_inputs, self.stride, transposed)
+        joined = depth_shift(maps, shift_size)
         if self.computes_active_only:
-            inputs, weight, groups = self.grouped(x)
+            inputs, weight, groups = self.grouped(joined)
             return self.convolved(inputs, weight, bias, groups)
-        return super().forward(x, with_bias)
+        return super().forward(joined, with_bias)
 
     @property
     def computes_active_only(self) -> bool:
@@ -165,11 +162,11 @@ class CompactConv3d(CompactLayer, MaskedConv3d):
     """A compact ``MaskedConv3d``."""
 
 
-class CompactConvTranspose2d(CompactLayer, MaskedConvTranspose2d):
+class CompactConvTranspose2d(CompactLayer, MaskedConvTranspose2d):  # type: ignore[misc]
     """A compact ``MaskedConvTranspose2d``."""
 
 
-class CompactConvTranspose3d(CompactLayer, MaskedConvTranspose3d):
+class CompactConvTranspose3d(CompactLayer, MaskedConvTranspose3d):  # type: ignore[misc]
     """A compact ``MaskedConvTranspose3d``."""
 
 

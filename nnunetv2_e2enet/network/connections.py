@@ -260,7 +260,7 @@ class MaskableLayer(nn.Module, ABC):
         self.weight.masked_fill_(self.over_kernel(~self.mask), 0)
 
 
-class MaskedConv2d(MaskableLayer, nn.Conv2d):  # type: ignore[misc]
+class MaskedConv2d(MaskableLayer, nn.Conv2d):
     """``nn.Conv2d`` with a mask."""
 
     def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
@@ -268,7 +268,7 @@ class MaskedConv2d(MaskableLayer, nn.Conv2d):  # type: ignore[misc]
         return conv2d(self, x, weight, bias, groups)
 
 
-class MaskedConv3d(MaskableLayer, nn.Conv3d):  # type: ignore[misc]
+class MaskedConv3d(MaskableLayer, nn.Conv3d):
     """``nn.Conv3d`` with a mask."""
 
     def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:

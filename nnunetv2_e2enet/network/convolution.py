@@ -16,7 +16,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
         """``(batch, in, height, width)`` to ``(batch, out, height, width)``."""
-        return conv2d(self, x, self.weight, self.bias if with_bias else None)
+        return conv2d(self, x, self.weight, self.bias if with_bias else None, self.groups)
 
 
 class Conv3d(nn.Conv3d):
@@ -24,14 +24,14 @@ class Conv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
         """``(batch, in, depth, height, width)`` to ``(batch, out, depth, height, width)``."""
-        return conv3d(self, x, self.weight, self.bias if with_bias else None)
+        return conv3d(self, x, self.weight, self.bias if with_bias else None, self.groups)
 
 
 CONV: dict[int, Callable[..., nn.Module]] = {2: Conv2d, 3: Conv3d}
 """The convolutions that can leave their bias out, by the number of spatial axes."""
 
 
-def conv2d(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+def conv2d(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """As ``conv3d``, of maps ``(batch, channels, height, width)``."""
     if layer.padding_mode != "zeros":
         out: Tensor = layer._conv_forward(x, weight, bias)
@@ -39,7 +39,7 @@ def conv2d(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, gro
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, groups)
 
 
-def conv3d(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+def conv3d(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """The convolution of a layer with other weights.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nnunetv2_e2enet.network._raw_map import FeatureMap, Slopes, flatten, regroup, values_of
+from nnunetv2_e2enet.network._raw_map import FeatureMap, Slopes, flatten, gradients_of_tensors, regroup, values_of
 from nnunetv2_e2enet.network.acceleration import kernels_for
 from nnunetv2_e2enet.network.depth_shift import activated
 
@@ -56,7 +56,7 @@ class _Pool(torch.autograd.Function):
         values = values_of(feature_map)
         out, index = kernels_for(values).pool(list(tensors), slopes[0], stride)
         ctx.save_for_backward(index)
-        ctx.stride, ctx.size, ctx.others = stride, list(values.shape[2:]), len(tensors) - 1
+        ctx.stride, ctx.size, ctx.slopes = stride, list(values.shape[2:]), slopes
         pooled_values: Tensor = out
         return pooled_values
 
@@ -64,4 +64,5 @@ class _Pool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (index,) = ctx.saved_tensors
-        return None, None, kernels_for(grad).pool_gradient(grad, index, ctx.size, ctx.stride), *[None] * ctx.others
+        of_map = kernels_for(grad).pool_gradient(grad, index, ctx.size, ctx.stride)
+        return None, None, *gradients_of_tensors([of_map], ctx.slopes)

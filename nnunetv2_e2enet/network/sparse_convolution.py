@@ -86,7 +86,7 @@ def result_shape(x: Tensor, outputs: int, stride: Sequence[int], transposed: boo
 
 
 def _cast(feature_map: FeatureMap, dtype: torch.dtype) -> FeatureMap:
-    """Its values; the norm of a raw map stays as exact as it is."""
+    """Its values, of a raw map those before the norm, which stays as exact as it is."""
     return feature_map._replace(raw=feature_map.raw.to(dtype)) if isinstance(feature_map, RawMap) else feature_map.to(dtype)
 
 
