@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,13 +69,13 @@ def sparse_convolution(
         dtype = torch.get_autocast_dtype(device)
         weight = weight.to(dtype)
     tensors, slopes = flatten([_cast(m, dtype) for m in maps])
-    options = slopes, shift_size, list(stride), transposed
+    options = _Options(slopes, shift_size, list(stride), transposed)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *tensors)):
-        place = _Kept.apply(*options, weight, inputs, *tensors)  # type: ignore[no-untyped-call]
+        place = _Kept.apply(options, weight, inputs, *tensors)  # type: ignore[no-untyped-call]
         given = [t.detach() for t in (weight, inputs, *tensors)]
-        out: Tensor = _Computed.apply(place, *options, *given)  # type: ignore[no-untyped-call]
+        out: Tensor = _Computed.apply(place, options, *given)  # type: ignore[no-untyped-call]
     else:
-        out = convolutions_for(weight).convolve(tensors, slopes, shift_size, weight, inputs, list(stride), transposed)
+        out = _compute(options, weight, inputs, *tensors)
     return out if bias is None else out + bias.to(out.dtype).reshape(-1, *[1] * (out.dim() - 2))
 
 
@@ -90,6 +90,21 @@ def _cast(feature_map: FeatureMap, dtype: torch.dtype) -> FeatureMap:
     return feature_map._replace(raw=feature_map.raw.to(dtype)) if isinstance(feature_map, RawMap) else feature_map.to(dtype)
 
 
+class _Options(NamedTuple):
+    """Arguments of ``sparse_convolution`` that are not tensors, and the slopes of its maps."""
+
+    slopes: Slopes
+    shift_size: int
+    stride: list[int]
+    transposed: bool
+
+
+def _compute(options: _Options, weight: Tensor, inputs: Tensor, *tensors: Tensor) -> Tensor:
+    slopes, shift_size, stride, transposed = options
+    out: Tensor = convolutions_for(weight).convolve(tensors, slopes, shift_size, weight, inputs, stride, transposed)
+    return out
+
+
 class _Kept(torch.autograd.Function):
     """Keeps what the backward pass needs, before anything is computed, and has the gradients.
 
@@ -99,55 +114,34 @@ class _Kept(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        slopes: Slopes,
-        shift_size: int,
-        stride: list[int],
-        transposed: bool,
-        weight: Tensor,
-        inputs: Tensor,
-        *tensors: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, options: _Options, weight: Tensor, inputs: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(weight, inputs, *tensors)
-        ctx.slopes, ctx.shift_size, ctx.options = slopes, shift_size, (stride, transposed)
+        ctx.options = options
         x = tensors[0]
-        return x.new_empty(()).expand(result_shape(x, weight.shape[0], stride, transposed))
+        return x.new_empty(()).expand(result_shape(x, weight.shape[0], options.stride, options.transposed))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, inputs, *tensors = ctx.saved_tensors
-        kernels, maps = convolutions_for(grad), [values_of(m) for m in regroup(tensors, ctx.slopes)]
+        slopes, shift_size, stride, transposed = ctx.options
+        kernels, maps = convolutions_for(grad), [values_of(m) for m in regroup(tensors, slopes)]
         of_tensors: list[Tensor | None] = [None] * len(tensors)
-        if any(ctx.needs_input_grad[6:]):
-            found = kernels.input_gradient(grad, weight, inputs, maps, ctx.shift_size, *ctx.options)
-            of_tensors = gradients_of_tensors(found, ctx.slopes)
-        of_weight = kernels.weight_gradient(
-            grad, tensors, ctx.slopes, ctx.shift_size, inputs, list(weight.shape[2:]), *ctx.options
-        )
-        return None, None, None, None, of_weight.to(weight.dtype), None, *of_tensors
+        if any(ctx.needs_input_grad[3:]):
+            found = kernels.input_gradient(grad, weight, inputs, maps, shift_size, stride, transposed)
+            of_tensors = gradients_of_tensors(found, slopes)
+        kernel = list(weight.shape[2:])
+        of_weight = kernels.weight_gradient(grad, tensors, slopes, shift_size, inputs, kernel, stride, transposed)
+        return None, of_weight.to(weight.dtype), None, *of_tensors
 
 
 class _Computed(torch.autograd.Function):
     """The result in the place of what ``_Kept`` returned, which gets its gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        _place: Tensor,
-        slopes: Slopes,
-        shift_size: int,
-        stride: list[int],
-        transposed: bool,
-        weight: Tensor,
-        inputs: Tensor,
-        *tensors: Tensor,
-    ) -> Tensor:
-        ctx.others = 6 + len(tensors)
-        kernels = convolutions_for(weight)
-        out: Tensor = kernels.convolve(tensors, slopes, shift_size, weight, inputs, stride, transposed)
-        return out
+    def forward(ctx: Any, _place: Tensor, options: _Options, weight: Tensor, inputs: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.others = 3 + len(tensors)
+        return _compute(options, weight, inputs, *tensors)
 
     @staticmethod
     @once_differentiable
