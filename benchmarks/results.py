@@ -21,6 +21,7 @@ import gpu_results
 import numpy as np
 import recording
 import starts
+from numpy.typing import NDArray
 
 from nnunetv2_e2enet import files
 from nnunetv2_e2enet.evaluation.report import drawing
@@ -33,6 +34,7 @@ PARTS = ("trainings", "gpu", "starts", "cpu", "counts")
 PHANTOMS = "phantoms of fifteen structures, 8 cases to train on in fold 0 and 32 in fold 1, the same 16 to validate on"
 FOLDS = "Solid lines and filled marks are of the first fold, dashed lines and hollow marks of the other."
 POINTS = 100  # of Dice
+FOUND = 0.1  # mean Dice from which on a structure counts as found
 SHOWN = 0.1  # of pseudo Dice, below the end of the worst training: earlier epochs are steep and all alike
 
 Record = Mapping[str, Any]
@@ -47,17 +49,27 @@ def runs_of(record: Record) -> dict[tuple[int, str], Record]:
     return dict(sorted(runs.items(), key=lambda item: (item[0][0], item[0][1] != contestants.BASELINE, item[0][1])))
 
 
-def difference(run: Record, baseline: Record) -> Interval:
-    """Points of Dice that a run is above the baseline, over the same cases; a case's Dice is the mean over its labels.
+def above_baseline(
+    runs: Mapping[tuple[int, str], Record], key: tuple[int, str], labels: NDArray[np.intp] | slice = slice(None)
+) -> Interval | None:
+    """Points of Dice that a run is above the baseline of its fold, over the same cases; None for the baseline and without one.
+
+    Args:
+        runs: those of a record.
+        key: fold and contestant of the run.
+        labels: places of those whose mean is a case's Dice.
 
     Raises:
         SystemExit: the cases are not the same.
     """
-    ours, theirs = run["case_dice"], baseline["case_dice"]
+    baseline = (key[0], contestants.BASELINE)
+    if key == baseline or baseline not in runs:
+        return None
+    ours, theirs = (runs[run]["case_dice"] for run in (key, baseline))
     if ours.keys() != theirs.keys():
         raise SystemExit("a fold was validated on other cases by its baseline: these records do not belong together")
-    values = [np.nanmean(ours[case]) - np.nanmean(theirs[case]) for case in sorted(ours)]
-    return mean_interval(POINTS * np.array(values))
+    dice = np.array([[np.nanmean(np.array(of[case])[labels]) for case in sorted(ours)] for of in (ours, theirs)])
+    return mean_interval(POINTS * (dice[0] - dice[1]))
 
 
 def in_points(interval: Interval) -> str:
@@ -81,11 +93,9 @@ def table(record: Record) -> list[str]:
     ]
     means: dict[str, list[tuple[float, float]]] = {}
     for (fold, contestant), run in runs.items():
-        baseline = runs.get((fold, contestants.BASELINE))
-        compared = ""
-        if baseline is not None and run is not baseline:
-            above = difference(run, baseline)
-            compared = in_points(above)
+        above = above_baseline(runs, (fold, contestant))
+        compared = "" if above is None else in_points(above)
+        if above is not None:
             means.setdefault(contestant, []).append((run["dice"], above.mean))
         costs = run["costs"]
         commits = ", ".join(dict.fromkeys(call["commit"] for call in calls(run)))
@@ -101,15 +111,22 @@ def table(record: Record) -> list[str]:
 
 
 def by_structure(record: Record) -> list[str]:
-    """A row a structure: its mean Dice over the cases of a fold, for each run whose record names the structures."""
+    """A row a structure: its mean Dice over the cases of a fold, for each run whose record names the structures.
+
+    Where some run finds none of a structure, two more rows are over the structures that all runs find.
+    """
     runs = {key: run for key, run in runs_of(record).items() if "structures" in run}
     if not runs:
         return []
     columns = ["structure", *(f"{contestant}, fold {fold}" for fold, contestant in runs)]
-    means = [
-        dict(zip(run["structures"], np.nanmean(list(run["case_dice"].values()), axis=0), strict=True)) for run in runs.values()
-    ]
-    rows = [[name, *(f"{dice[name]:.3f}" for dice in means)] for name in means[0]]
+    names = next(iter(runs.values()))["structures"]
+    dice = np.array([np.nanmean(list(run["case_dice"].values()), axis=0) for run in runs.values()])
+    rows = [[name, *(f"{value:.3f}" for value in of_runs)] for name, of_runs in zip(names, dice.T, strict=True)]
+    found = np.flatnonzero((dice >= FOUND).all(axis=0))
+    if 0 < len(found) < len(names):
+        rows.append([f"the {len(found)} that all find", *(f"{value:.3f}" for value in dice[:, found].mean(axis=1))])
+        above = [above_baseline(runs, key, found) for key in runs]
+        rows.append(["points above nnU-Net, 95 %", *("" if points is None else in_points(points) for points in above)])
     return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)] + [""]
 
 

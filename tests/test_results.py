@@ -126,6 +126,24 @@ def test_dice_of_each_structure(page: Path) -> None:
     assert "-5.00 (-10.00 to " in next(row for row in rows if row.startswith("| 0 | E2ENet 0.8 |"))
 
 
+def test_structures_that_a_run_does_not_find_are_left_out_of_two_rows(page: Path) -> None:
+    """A structure is found where its mean Dice is at least 0.1, by all runs of a record."""
+    named = {"structures": ["liver", "node", "spleen"]}
+    stock = {**run({"a": [0.8, 0.9, 0.5], "b": [0.6, 0.9, 0.7]}), **named}
+    ours = {**run({"a": [0.9, 0.1, 0.6], "b": [0.7, 0.0, 0.6]}), **named}
+    alone = {**run({"c": [0.5, 0.9, 0.7]}), **named}
+    write(page, {"nnU-Net | fold 0": stock, "E2ENet 0.8 | fold 0": ours, "E2ENet 0.8 | fold 1": alone})
+    results.main(["--page", str(page)])
+    rows = page.read_text().splitlines()
+    at = rows.index("| spleen | 0.600 | 0.600 | 0.700 |")
+    expected = mean_interval(np.array([10.0, 0.0]))
+    assert rows[at + 1 : at + 4] == [
+        "| the 2 that all find | 0.650 | 0.700 | 0.600 |",
+        f"| points above nnU-Net, 95 % |  | +5.00 ({expected.low:+.2f} to {expected.high:+.2f}) |  |",
+        "",
+    ]
+
+
 def test_what_does_not_belong_together_is_refused(page: Path) -> None:
     write(page, {"nnU-Net | fold 0": run({"a": [0.5]}), "E2ENet 0.8 | fold 0": run({"b": [0.5]})})
     with pytest.raises(SystemExit, match="do not belong together"):
