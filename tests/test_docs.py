@@ -75,6 +75,7 @@ def test_a_command_that_is_not_there_is_found(line: str) -> None:
 ALONE = {
     "e2enet register": "test_registration.py::test_console_commands_are_idempotent",
     "e2enet info": "test_registration.py::test_nnunet_finds_every_class",
+    "e2enet demo": "test_demo.py::test_demo",
     "e2enet completion": "test_main.py::test_completion",
     "pip install": "test_installation.py::test_new_environment",
     "make docs": "test_docs.py::test_the_site_builds_without_a_warning",
