@@ -124,7 +124,8 @@ def readable(what: object) -> Iterator[None]:
     except Exception as error:  # each of the libraries that read images has errors of its own
         if isinstance(error, E2ENetError) or is_out_of_memory(error):
             raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
+        text = " ".join(str(error).split())[-200:]
+        reason = f"{type(error).__name__}: {text}" if text else "its reader's reason is above"
         raise E2ENetError(
             f"{what} cannot be read as an image ({reason}): expected a whole image file; check the path"
         ) from error

@@ -16,7 +16,8 @@ from nnunetv2_e2enet.errors import E2ENetError
 MEMORY = Path("/proc/meminfo")
 MEMBERSHIP = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
-_ALLOCATORS = ("out of memory", "can't allocate memory")  # on a GPU; on a CPU, where torch raises a RuntimeError
+_ALLOCATORS = ("out of memory", "can't allocate memory", "Failed to allocate memory", "bad allocation", "bad_alloc")
+"""Words of RuntimeErrors: on a GPU, of torch on a CPU, of SimpleITK and of C++."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from support import Project, copy_with_random_heads, run_command, untrained_mode
 
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.deployment import PackedModel, Segmenter, pack_model, preview, read_packed, write_packed
+from nnunetv2_e2enet.deployment.segmenter import failures_in_one_line
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import accounts, maskable_layers
 from nnunetv2_e2enet.settings import STORAGE_16_BIT, override, settings
@@ -342,6 +344,31 @@ def test_the_same_model_is_the_same_file(packed: Path, model: Path, tmp_path: Pa
     assert (tmp_path / "again.e2enet").read_bytes() == packed.read_bytes()
 
 
+def test_a_file_that_cannot_be_opened_is_no_damaged_one(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(E2ENetError, match=rf"^cannot read {packed} \(Permission denied\): check its permissions"):
+        read_packed(packed)
+
+
+def test_a_model_that_memory_cannot_hold_is_no_damaged_one(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (MemoryError("Cannot allocate memory (os error 12)"), OSError(12, "Cannot allocate memory")):
+        monkeypatch.setattr("nnunetv2_e2enet.deployment.packed.safe_open", Mock(side_effect=error))
+        with pytest.raises(E2ENetError, match=r"^out of memory"):
+            read_packed(packed)
+
+
+def test_the_end_of_nnunets_processes_is_one_line() -> None:
+    for words in ("Background workers died. Look for the error message", "Segmentation export worker died. Look for"):
+        with (
+            pytest.raises(E2ENetError, match="a process of nnU-Net for preprocessing or export has ended"),
+            failures_in_one_line(),
+        ):
+            raise RuntimeError(words)
+
+
 def test_full_disk_leaves_the_former_file(packed: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(packed, tmp_path / "model.e2enet"))
     model, former = read_packed(path), path.read_bytes()
@@ -577,6 +604,14 @@ def test_the_second_stage_is_given_the_first(project: Project, tmp_path: Path, c
     capsys.readouterr()
     assert main(["predict", *files, *SEQUENTIAL, "-prev_stage_predictions", str(tmp_path / "blocks")]) == 1
     assert f"{tmp_path / 'blocks' / case} is missing: expected the first stage's segmentation of " in single_line(capsys)
+    SimpleITK.WriteImage(first[:, :, 1:], tmp_path / "blocks" / case)
+    assert main(["predict", *files, *SEQUENTIAL, "-prev_stage_predictions", str(tmp_path / "blocks")]) == 1
+    assert f"{tmp_path / 'blocks' / case} has " in (message := single_line(capsys))
+    assert f"expected {image.GetSize()}, the size of " in message
+    whole = (tmp_path / "turned" / case).read_bytes()
+    (tmp_path / "blocks" / case).write_bytes(whole[: len(whole) // 2])
+    assert main(["predict", *files, *SEQUENTIAL, "-prev_stage_predictions", str(tmp_path / "blocks")]) == 1
+    assert "expected a whole image file" in single_line(capsys)
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,8 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+import tifffile
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from scans import DIRECTION, assert_same_place, make_scan, write_dicom
 from support import Project, copy_with_random_heads, untrained_model
 
@@ -22,6 +26,7 @@ from nnunetv2_e2enet.deployment.dicom import Series, choose_series, read_series
 from nnunetv2_e2enet.deployment.images import case_name, check_channels, check_replaceable, folder_of_images
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.imaging import check_whole, read_image
+from nnunetv2_e2enet.machine import out_of_memory_in_one_line
 
 
 @pytest.fixture
@@ -366,8 +371,13 @@ def test_images_and_values_that_no_channel_has(tmp_path: Path, model: PackedMode
         check_channels([first], model)
     second.unlink()
     SimpleITK.WriteImage(SimpleITK.Compose(make_scan(), make_scan()), first)
-    with pytest.raises(E2ENetError, match=r"a_0000\.nii\.gz has 2 values a voxel: expected an image of one channel"):
+    message = r"a_0000\.nii\.gz has 2 values a voxel: expected an image of one channel"
+    with pytest.raises(E2ENetError, match=message):
         check_channels([first], model)
+    first.rename(tmp_path / "colours.nii.gz")  # a single image is named, and not its copy
+    message = f"^{tmp_path}/colours.nii.gz has 2 values a voxel"
+    with pytest.raises(E2ENetError, match=message), folder_of_images([tmp_path / "colours.nii.gz"], model):
+        pass
 
 
 def read_by(model: PackedModel, reader: str, ending: str = ".nii.gz") -> PackedModel:
@@ -394,6 +404,60 @@ def test_voxels_that_are_no_numbers(tmp_path: Path, model: PackedModel) -> None:
     for given in (image, (voxels[None], {"spacing": [1, 1, 1]})):
         with pytest.raises(E2ENetError, match="the image has 3 voxels that are not finite"):
             segmenter(given)
+
+
+@pytest.mark.parametrize("name", ["scan_0000.tif", "scan.tif"])
+def test_the_spacing_of_a_3d_tiff_lies_beside_it(tmp_path: Path, model: PackedModel, name: str) -> None:
+    """nnU-Net's reader looks for it under the name of the case, and takes 1 mm where it finds none."""
+    voxels = np.random.default_rng(0).normal(size=(6, 20, 24)).astype(np.float32)
+    tifffile.imwrite(tmp_path / name, voxels)
+    spacing = [5.0, 0.7, 0.8]
+    (tmp_path / "scan.json").write_text(json.dumps({"spacing": spacing}))
+    tiff = read_by(model, "Tiff3DIO", ".tif")
+    with folder_of_images([tmp_path / name], tiff) as folder:
+        (file,) = folder.glob("*.tif")
+        check_channels([file], tiff)
+        assert Tiff3DIO().read_images([str(file)])[1]["spacing"] == spacing
+    segmenter = Segmenter(tiff)
+    expected = segmenter((voxels[None], {"spacing": spacing}))
+    np.testing.assert_array_equal(segmenter(tmp_path / name), expected)
+    assert not np.array_equal(segmenter((voxels[None], {"spacing": [1, 1, 1]})), expected)
+
+
+def test_a_folder_without_room_is_not_the_fault_of_the_image(tmp_path: Path, model: PackedModel) -> None:
+    for ending in (".nii.gz", ".mha"):
+        SimpleITK.WriteImage(make_scan((20, 64, 64)), tmp_path / f"scan{ending}")
+    for file, ending in ((tmp_path / "scan.mha", ".nii.gz"), (tmp_path / "scan.nii.gz", ".mha")):
+        other = read_by(model, "SimpleITKIO", ending)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            with pytest.raises(E2ENetError) as error, folder_of_images([file], other):
+                pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert str(error.value).startswith(f"{file} cannot be copied into ")
+        assert "make room there, or name another one with the variable TMPDIR" in str(error.value)
+
+
+def test_a_scan_that_memory_cannot_hold_is_no_broken_file(tmp_path: Path) -> None:
+    """A whole file of 4 GB, most of which is not on the disk, in a process with less memory."""
+    file = tmp_path / "large.nii"
+    nibabel.Nifti1Image(np.zeros((1, 1, 1), np.float32), np.eye(4)).to_filename(file)
+    header = nibabel.Nifti1Header(file.read_bytes()[:348])
+    header.set_data_shape((1024, 1024, 1024))
+    with file.open("r+b") as content:
+        content.write(header.binaryblock)
+        content.truncate(352 + 4 * 2**30)
+    check_whole(file)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**30, hard))
+    try:
+        with pytest.raises(E2ENetError, match=r"^out of memory: close other programs"), out_of_memory_in_one_line():
+            read_image(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @pytest.mark.parametrize("reader", ["SimpleITKIOWithReorient", "NibabelIO"])

@@ -524,13 +524,23 @@ def test_a_full_disk_leaves_the_former_segmentation(tmp_path: Path, ending: str)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [former]
 
 
-def test_a_case_with_an_image_too_many(tmp_path: Path) -> None:
+def test_a_case_of_other_channels(tmp_path: Path) -> None:
     predictor = make_predictor(make_plans())
     files = [str(tmp_path / f"a_000{i}.nii.gz") for i in range(2)]
     for file in files:
         SimpleITK.WriteImage(SimpleITK.GetImageFromArray(image((8, 16, 16))[0]), file)
-    with pytest.raises(E2ENetError, match=r"a_0000\.nii\.gz has 2 images, but the model has the channels"):
-        predictor.predict_from_files_sequential([files], [str(tmp_path / "a")])
+
+    def predict(channels: int) -> None:
+        predictor.predict_from_files_sequential([files[:channels]], [str(tmp_path / "a")])
+
+    with pytest.raises(E2ENetError, match=r"a_0000\.nii\.gz has 2 channels, but the model has 1 \(CT\): expected an image"):
+        predict(2)
+    predictor.dataset_json = {**predictor.dataset_json, "channel_names": {"0": "T1", "1": "T2"}}
+    with pytest.raises(E2ENetError, match=r"has 1 channels, but the model has 2 \(T1, T2\)"):
+        predict(1)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(image((8, 16, 8))[0]), files[1])
+    with pytest.raises(E2ENetError, match=r"a_0000\.nii\.gz, .*a_0001\.nii\.gz cannot be read .*its reader's reason is above"):
+        predict(2)
 
 
 def test_voxels_that_are_no_numbers_are_not_predicted(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each case, model and class")
     add_json_argument(output)
     work = parser.add_argument_group("work")
-    work.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core, at most one for four cases)")
+    work.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core, and one for four cases)")
     work.add_argument("--cache", type=Path, metavar="DIR", help="folder of measured cases (default: the user's cache)")
     work.add_argument("--no-cache", action="store_true", help="measure all cases, keep nothing")
 

@@ -177,13 +177,21 @@ def _check_places(args: argparse.Namespace, cases: Sequence[Path], images: Path,
 
 
 def _check_first_stage(args: argparse.Namespace, cases: Sequence[Path], model: PackedModel) -> None:
-    """Raises E2ENetError where a case has no segmentation of the cascade's first stage."""
+    """Raises E2ENetError where a case has no whole segmentation of the cascade's first stage, as large as its image."""
+    from nnunetv2_e2enet.imaging import check_whole, read_header
+
     if args.prev_stage_predictions is None:
         return
     for image in cases:
         file = _segmentation(Path(args.prev_stage_predictions), image, model)
         if not file.is_file():
             raise E2ENetError(f"{file} is missing: expected the first stage's segmentation of {image}")
+        check_whole(file)
+        found, expected = (read_header(path).GetSize() for path in (file, image))
+        if found != expected:
+            raise E2ENetError(
+                f"{file} has {found} voxels: expected {expected}, the size of {image}; predict it with the first stage"
+            )
 
 
 def _predict(args: argparse.Namespace, predictor: nnUNetPredictor, images: Path) -> None:

@@ -16,6 +16,7 @@ from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
 from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.imaging import (
+    WITHOUT_SPACING,
     Geometry,
     check_finite,
     check_one_grid,
@@ -24,6 +25,7 @@ from nnunetv2_e2enet.imaging import (
     read_image,
     readable,
 )
+from nnunetv2_e2enet.machine import is_out_of_memory
 from nnunetv2_e2enet.prediction.writing import check_written
 
 WRITTEN = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
@@ -58,10 +60,13 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
             f"image for each, in this order, or a folder of images named as nnU-Net wants them (*_0000{ending})"
         )
     with TemporaryDirectory(prefix="e2enet_") as temporary:
-        folder = Path(temporary)
-        files = [folder / f"{case_name(paths[0])}_{i:04d}{ending}" for i in range(len(paths))]
+        folder, case = Path(temporary), case_name(paths[0])
+        files = [folder / f"{case}_{i:04d}{ending}" for i in range(len(paths))]
         for path, file in zip(paths, files, strict=True):
             _put(path, file, ending)
+        spacing = paths[0].with_name(f"{case}.json")  # where nnU-Net's reader of 3D TIFF files looks for it
+        if ending in WITHOUT_SPACING and spacing.is_file():
+            _link(spacing, folder / spacing.name)
         if ending in WRITTEN:
             check_one_grid(files, paths)
         yield folder
@@ -211,11 +216,8 @@ def _put(path: Path, target: Path, ending: str) -> None:
         )
     if series is None and path.name.endswith(ending):
         _check_axes(path, ending)
-        check_whole(path)
-        try:
-            target.symlink_to(path.resolve())
-        except OSError:  # a system without links
-            shutil.copyfile(path, target)
+        check_images([path])
+        _link(path, target)
         return
     if ending not in WRITTEN:
         raise E2ENetError(f"{path} is no *{ending}, of which the model's training images were: convert it first")
@@ -223,7 +225,23 @@ def _put(path: Path, target: Path, ending: str) -> None:
         print(f"Reading {series}")
     image = read_image(path) if series is None else read_series(series)
     check_finite(SimpleITK.GetArrayViewFromImage(image), path)
-    SimpleITK.WriteImage(image, str(target), useCompression=False)
+    try:
+        SimpleITK.WriteImage(image, str(target), useCompression=False)
+        check_whole(target)
+    except (E2ENetError, RuntimeError) as error:  # the latter from SimpleITK, which on a full disk may say nothing
+        if is_out_of_memory(error):
+            raise
+        raise E2ENetError(
+            f"{path} cannot be copied into {target.parent} ({' '.join(str(error).split())}): expected a folder with room; "
+            "make room there, or name another one with the variable TMPDIR"
+        ) from error
+
+
+def _link(path: Path, target: Path) -> None:
+    try:
+        target.symlink_to(path.resolve())
+    except OSError:  # a system without links
+        shutil.copyfile(path, target)
 
 
 def _misnamed(folder: Path, ending: str) -> str:

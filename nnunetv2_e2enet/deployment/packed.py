@@ -23,6 +23,7 @@ from nnunetv2_e2enet.deployment.description import Description
 from nnunetv2_e2enet.deployment.packing import Arrays, Declared, check_declared, unpack
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import write
+from nnunetv2_e2enet.machine import is_out_of_memory, out_of_memory_in_one_line
 from nnunetv2_e2enet.settings import settings
 
 FORMAT = 1
@@ -120,7 +121,8 @@ def read_packed(path: Path) -> PackedModel:
     """The model in a file. Nothing in it is executed. Memory is taken for the model alone.
 
     Raises:
-        E2ENetError: the file is missing, truncated, altered or something else, or holds what cannot be used.
+        E2ENetError: the file is missing, truncated, altered or something else, or holds what cannot be used; or there is too
+            little memory.
     """
     settings()  # a wrong one is no fault of the file
     if path.is_dir():
@@ -130,10 +132,21 @@ def read_packed(path: Path) -> PackedModel:
     if not path.is_file():
         raise E2ENetError(f"{path} is not a file: expected one that e2enet export wrote")
     try:
+        path.open("rb").close()
+    except OSError as error:
+        raise E2ENetError(f"cannot read {path} ({error.strerror}): check its permissions, and the disk") from error
+    with out_of_memory_in_one_line():
+        return _checked(path)
+
+
+def _checked(path: Path) -> PackedModel:
+    try:
         model = _read(path)
         for _ in model.states():  # do they fit?
             pass
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        if is_out_of_memory(error):
+            raise
         if path.suffix == ".pth":
             raise E2ENetError(
                 f"{path} is a checkpoint, not a file that e2enet export wrote: export its model folder (e2enet export "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
@@ -20,7 +21,7 @@ from nnunetv2_e2enet.deployment.dicom import choose_series
 from nnunetv2_e2enet.deployment.images import WRITTEN, check_images, folder_of_images
 from nnunetv2_e2enet.deployment.packed import PackedModel, read_packed
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import SAME_SPACING, Geometry, check_finite, readable
+from nnunetv2_e2enet.imaging import SAME_SPACING, WITHOUT_SPACING, Geometry, check_finite, readable
 from nnunetv2_e2enet.machine import check_device, out_of_memory_in_one_line
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 INFINITE_LOGITS = "Encountered inf in predicted array"
 """How nnU-Net's error about them begins."""
+DEAD_WORKERS = ("Background workers died", "Segmentation export worker died")
+"""How nnU-Net's errors about its own processes begin."""
 
 Properties = Mapping[str, Any]
 Segmentation = NDArray[Any]
@@ -73,13 +76,15 @@ def make_predictor(
             allow_tqdm=progress,
         )
     plans, settings = description.managers()
+    folds = list(model.states())
     network = description.network().to_empty(device="cpu")
     network.predicts_only = True
+    network.load_state_dict(folds[0])  # for what is asked of the network before the first window, as in nnU-Net
     predictor.manual_initialization(
         network,
         plans,
         settings,
-        list(model.states()),
+        folds,
         description.dataset,
         description.trainer,
         None if description.mirroring_axes is None else tuple(description.mirroring_axes),
@@ -97,11 +102,16 @@ def postprocessing_steps(model: PackedModel) -> tuple[list[Any], list[dict[str, 
 
 @contextmanager
 def failures_in_one_line() -> Iterator[None]:
-    """Too little memory, and logits that float16 cannot hold, become an E2ENetError, whoever predicts."""
+    """Too little memory, logits that float16 cannot hold, and the end of nnU-Net's processes become an E2ENetError."""
     with out_of_memory_in_one_line():
         try:
             yield
         except RuntimeError as error:
+            if any(words in str(error) for words in DEAD_WORKERS):
+                raise E2ENetError(
+                    "a process of nnU-Net for preprocessing or export has ended, for the reason above or for want of memory: "
+                    "close other programs, or use fewer processes (-npp 1 -nps 1)"
+                ) from error
             if INFINITE_LOGITS not in str(error):
                 raise
             raise E2ENetError(
@@ -226,9 +236,11 @@ class Segmenter:
             if found is None and not file.is_file():
                 raise E2ENetError(f"{file} is not a file: expected an image, or a folder with a DICOM series")
         ending = self.model.description.dataset["file_ending"]
-        if any(series) or (ending in WRITTEN and not all(file.name.endswith(ending) for file in files)):
+        converted = any(series) or (ending in WRITTEN and not all(file.name.endswith(ending) for file in files))
+        # nnU-Net's reader of 3D TIFF files cuts the number of a channel from a name, and looks for the spacing under the rest
+        if converted or (ending in WITHOUT_SPACING and not all(re.search(rf"_\d{{4}}{ending}$", file.name) for file in files)):
             with folder_of_images(files, self.model) as folder:
-                return self._read(sorted(folder.iterdir()))
+                return self._read(sorted(folder.glob(f"*{ending}")))
         check_images(files)
         with readable(files[0]):
             array, properties = self._predictor.plans_manager.image_reader_writer_class().read_images([*map(str, files)])

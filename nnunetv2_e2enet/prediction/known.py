@@ -24,6 +24,8 @@ REPRODUCED = (
     f"{_PREDICTOR}._internal_get_sliding_window_slicers",
     f"{_PREDICTOR}._internal_maybe_mirror_and_predict",
     f"{_PREDICTOR}._internal_predict_sliding_window_return_logits",
+    "nnunetv2.inference.data_iterators:preprocess_fromfiles_save_to_queue",
+    "nnunetv2.inference.data_iterators:PreprocessAdapterFromNpy",
     "nnunetv2.inference.sliding_window_prediction:compute_gaussian",
     f"{_EXPORT}:convert_predicted_logits_to_segmentation_with_correct_shape",
     f"{_EXPORT}:export_prediction_from_logits",
@@ -36,8 +38,8 @@ REPRODUCED = (
 
 # SHA-256 of their source texts
 KNOWN = {
-    "2.8.0": "493ea6e0ff2cd80a74cb8e97333322ab86aad2b45ec0b49e87bf82854c4646f8",
-    "2.8.1": "9e93d58ec0c2ed3e4675627135a499e5fc7413e2b266978610c7700306629f55",
+    "2.8.0": "abed2605ee04683cb37e5432174929b2b78ab2962439b1b35871223487713c81",
+    "2.8.1": "d6146e99318bd5d3cd60da011368e15edba59bc5706941ef49efddc419776593",
 }
 
 

@@ -66,20 +66,25 @@ def preprocessed_ahead(
 ) -> Iterator[Preprocessed]:
     """Preprocessed cases, each read while the one before is looked at."""
     preprocessor, configuration = preprocessing(predictor)
+    channels = predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"]
+
+    def wrong_channels(files: Sequence[str], number: int) -> E2ENetError:
+        return E2ENetError(
+            f"the case of {files[0]} has {number} channels, but the model has {len(channels)} "
+            f"({', '.join(map(str, channels.values()))}): expected an image for each, named as nnU-Net wants them"
+        )
 
     def read(files: Sequence[str], output: str | None) -> Preprocessed:
-        channels = predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"]
         if len(files) > len(channels):  # fewer may hold several each
-            raise E2ENetError(
-                f"the case of {files[0]} has {len(files)} images, but the model has the channels "
-                f"{', '.join(map(str, channels.values()))}: expected an image for each; take the others away"
-            )
+            raise wrong_channels(files, len(files))
         for file in files:
             check_whole(Path(file))
-        with readable(files[0]):
+        with readable(", ".join(files)):
             data, _, properties = preprocessor.run_case(
                 list(files), None, predictor.plans_manager, configuration, predictor.dataset_json
             )
+        if len(data) != len(channels):
+            raise wrong_channels(files, len(data))
         check_finite(data, f"the preprocessed case of {files[0]}")
         tensor = torch.from_numpy(data).to(dtype=torch.float32, memory_format=torch.contiguous_format)
         return {"data": tensor, "data_properties": properties, "ofile": output}

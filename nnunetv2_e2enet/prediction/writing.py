@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.imaging import check_whole, is_nifti, readable
+from nnunetv2_e2enet.machine import is_out_of_memory
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -44,6 +45,8 @@ def write_segmentation(
                     os.fsync(content.fileno())
                 path.replace(file.parent / path.name)
     except (OSError, RuntimeError) as error:  # SimpleITK raises the latter
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         raise E2ENetError(f"cannot write {file} ({reason}): expected a folder with room and write permission") from error
 
