@@ -21,6 +21,7 @@ from networks import KERNELS, assert_same_logits, both_ways, drawn_network, make
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
+from nnunetv2_e2enet.engine import core
 from nnunetv2_e2enet.engine.core import Core, load_core
 from nnunetv2_e2enet.engine.fingerprint import Fingerprint
 from nnunetv2_e2enet.engine.prediction import session_of
@@ -269,6 +270,35 @@ def test_wide_layers_in_float16(sparsity: float, kernels: str, setting: Callable
 def test_large_mean_does_not_cancel() -> None:
     network = make_network()
     assert_same_logits(network, torch.randn(1, 1, 8, 32, 32) + 1000)
+
+
+@needs_core
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("strides", [[[1, 1, 1], [1, 2, 2], [2, 2, 2]], [[1, 2, 2], [1, 2, 2], [2, 2, 2]]])
+def test_a_pixel_far_from_all_others_does_not_cancel(
+    kernels: str, strides: list[list[int]], setting: Callable[..., None]
+) -> None:
+    """Wherever it lies: sums of the norms are gathered around some pixels of their own."""
+    setting(engine_kernels=kernels)
+    network = make_network(strides, [12, 24, 36])
+    exact = copy.deepcopy(network).double()
+    for place in ((0, 0, 0), (3, 4, 8), (5, 17, 31)):
+        x = torch.randn(1, 1, 8, 64, 64)
+        x[(0, 0, *place)] = 1e5
+        ours, _ = both_ways(network, x)
+        with torch.inference_mode():
+            expected = exact(x.double())
+        assert (ours[0] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_core_of_other_tiles_or_points_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its structs may be of the same sizes."""
+    if isinstance(core._library(), str):
+        pytest.skip("the compiled core was not built")
+    for name, value in {"POINTS": (0, 1, -1, 2, -2), "CHUNK": 32, "TIMERS": core.TIMERS[:-1]}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(core, name, value)
+            assert "is of another version of this package: reinstall it" in core._library.__wrapped__()
 
 
 @needs_core

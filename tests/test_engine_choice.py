@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
 from networks import assert_same_logits, make_network, needs_core, uses_engine
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_e2enet import engine
@@ -16,6 +19,8 @@ from nnunetv2_e2enet.engine.core import load_core
 from nnunetv2_e2enet.engine.prediction import TOLERANCES
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.network.blocks import BlockStyle
+from nnunetv2_e2enet.network.fusion import FusionNode
 from nnunetv2_e2enet.settings import Settings, override, variable
 from nnunetv2_e2enet.settings import settings as current_settings
 
@@ -128,6 +133,34 @@ def test_one_voxel_is_an_error_as_in_pytorch() -> None:
     network, x = make_network(), torch.randn(1, 1, 2, 4, 4)
     with torch.inference_mode(), pytest.raises(ValueError, match="more than 1 spatial element"):
         network(x)
+
+
+@needs_core
+@pytest.mark.parametrize("training", [False, True])
+def test_a_node_of_other_flows_stays_with_pytorch(training: bool) -> None:
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    nodes = cast(nn.ModuleList, network.decoder.stages[0])
+    style = BlockStyle(3, network.shift_size)
+    sizes = {"stage": 1, "level": 1, "features_per_stage": [5, 8, 11], "strides": network.encoder.strides}
+    nodes[1] = FusionNode(**sizes, flows=["forward", "upward"], n_blocks=2, style=style)
+    network.train(training)
+    with torch.set_grad_enabled(training):
+        logits = network(x)
+        assert "a fusion node of level 1 fuses the flows forward, upward alone" in str(engine.why_pytorch(network))
+        with engine.disabled():
+            assert torch.equal(logits, network(x))
+
+
+@needs_core
+def test_tangents_are_pytorchs() -> None:
+    network, x = make_network(), torch.randn(1, 1, 8, 32, 32)
+    with torch.no_grad(), forward_ad.dual_level():
+        tangents = []
+        for mode in (nullcontext(), engine.disabled()):
+            with mode:
+                tangents.append(forward_ad.unpack_dual(network(forward_ad.make_dual(x, torch.ones_like(x)))).tangent)
+    assert tangents[1] is not None
+    assert torch.equal(tangents[0], tangents[1])
 
 
 @needs_core

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import drawn_network, random_network
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.engine import training_program
@@ -350,6 +352,25 @@ def test_weights_that_change_before_the_backward_pass_are_an_error() -> None:
         network.decoder.seg_layers[-1].weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         logits.sum().backward()
+
+
+def test_other_weights_may_be_used_before_the_backward_pass() -> None:
+    """Those of the graph count, as in meta-learning and in a loss of two sets of weights."""
+    network = away_from_kinks(make_network())
+    x, found = image(network, 8, 16, 16), []
+    first = {name: parameter.detach().clone().requires_grad_() for name, parameter in network.named_parameters()}
+    second = {name: 2 * parameter.detach() + 0.1 for name, parameter in first.items()}
+    for mode in (nullcontext(), engine.disabled()):
+        with mode:
+            (logits,) = functional_call(network, first, x)
+            functional_call(network, second, x)
+            generator = torch.Generator().manual_seed(2)
+            loss = (logits * torch.randn(logits.shape, generator=generator)).sum()
+            found.append(torch.autograd.grad(loss, list(first.values())))
+    assert engine.why_pytorch(network) is None
+    for name, ours, theirs in zip(first, *found, strict=True):
+        if not name.endswith("conv.bias"):
+            assert (ours - theirs).norm() <= 1e-3 * theirs.norm(), name
 
 
 def test_a_second_backward_pass_is_an_error() -> None:

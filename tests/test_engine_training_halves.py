@@ -114,6 +114,7 @@ def test_a_shared_weight_stays_with_pytorch() -> None:
     network = make_network(features=[8, 8, 8])
     first, second = (network.encoder.stages[level][1].conv for level in (0, 1))
     second.weight = first.weight
+    assert "share a weight" in str(engine.why_not_trained(network, (1, 1, 8, 32, 32)))
     network(image(8, 32, 32))
     assert "share a weight" in str(engine.why_pytorch(network))
     with override(engine_storage="float32"):

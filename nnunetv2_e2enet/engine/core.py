@@ -28,6 +28,8 @@ from nnunetv2_e2enet.engine.jobs import (
     StridedJob,
     UpsampleGradientJob,
 )
+from nnunetv2_e2enet.engine.layout import CHUNK, TILE
+from nnunetv2_e2enet.engine.weights import DENSE_ROWS, POINTS
 from nnunetv2_e2enet.settings import CHOICES, check_choice, settings, variable
 
 KERNELS = tuple(filter(None, CHOICES["engine_kernels"]))
@@ -40,7 +42,7 @@ TIMERS = (
     *("gradients of upsampling", "gradients of strided convs", "gradients of heads"),
 )
 
-_ABI = 6
+_ABI = 7
 
 
 _GRADIENT_JOBS = (NormGradientJob, ConvGradientJob, StridedGradientJob, UpsampleGradientJob, HeadGradientJob)
@@ -166,7 +168,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "e2e_checksum": (ctypes.c_uint64, [pointer, c_int64, ctypes.c_int]),
         "e2e_multiply_add_only": (c_int64, [pointer, c_int64, ctypes.c_int]),
         "e2e_sample": (ctypes.c_uint64, [pointer, pointer, c_int64]),
-        "e2e_struct_sizes": (None, [pointer]),
+        "e2e_layout": (None, [pointer]),
         "e2e_abi": (ctypes.c_int, []),
     }
     for name, (result, arguments) in signatures.items():
@@ -175,11 +177,13 @@ def _declare(library: ctypes.CDLL) -> None:
         function.argtypes = arguments
 
 
-def _same_structs(library: ctypes.CDLL) -> bool:
+def _same_layout(library: ctypes.CDLL) -> bool:
+    """Whether structs are as large as here, and tiles, groups and Winograd's points are the same."""
     structs = (Grid, Map, ConvJob, StridedJob, PoolJob, HeadJob, *_GRADIENT_JOBS)
-    sizes = (c_int64 * len(structs))()
-    library.e2e_struct_sizes(sizes)
-    return list(sizes) == [ctypes.sizeof(s) for s in structs]
+    constants = (len(TIMERS), TILE, CHUNK, DENSE_ROWS, *(int(point * 1024) for point in (POINTS[1], POINTS[3])))
+    found = (c_int64 * (len(structs) + len(constants)))()
+    library.e2e_layout(found)
+    return list(found) == [*map(ctypes.sizeof, structs), *constants]
 
 
 @lru_cache(maxsize=1)
@@ -194,7 +198,7 @@ def _library() -> tuple[ctypes.CDLL, Path] | str:
         _declare(library)
     except (OSError, AttributeError) as error:
         return f"the compiled core {path.name} cannot be loaded ({error}): reinstall the package"
-    if library.e2e_abi() != _ABI or not _same_structs(library):
+    if library.e2e_abi() != _ABI or not _same_layout(library):
         return f"the compiled core {path.name} is of another version of this package: reinstall it"
     return library, path
 

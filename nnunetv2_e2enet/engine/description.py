@@ -17,7 +17,7 @@ from nnunetv2_e2enet.network.connections import MaskedConvTranspose3d as UpConv3
 from nnunetv2_e2enet.network.convolution import CONV
 from nnunetv2_e2enet.network.e2enet import E2ENet
 from nnunetv2_e2enet.network.encoder import Encoder
-from nnunetv2_e2enet.network.fusion import FusionDecoder, FusionNode
+from nnunetv2_e2enet.network.fusion import SOURCES, FusionDecoder, FusionNode
 from nnunetv2_e2enet.network.pooling import plain_stride
 
 _CONVS = (nn.Conv2d, nn.Conv3d, *CONV.values(), *(c for conv in (MaskedConv2d, MaskedConv3d) for c in (conv, COMPACT[conv])))
@@ -100,7 +100,7 @@ def describe(network: E2ENet) -> NetworkDescription:
         input_channels=network.input_channels,
         strides=strides,
         encoder=[[_block(block) for block in level.children()] for level in encoder.stages],
-        stages=[[_node(node) for node in stage.children()] for stage in decoder.stages],
+        stages=[[_node(node, level) for level, node in enumerate(stage.children())] for stage in decoder.stages],
         heads=[_head(head) for head in reversed(decoder.seg_layers)],
     )
 
@@ -220,9 +220,11 @@ def _weight(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return weight.detach(), torch.ones(weight.shape[:2], dtype=torch.bool)
 
 
-def _node(node: nn.Module) -> Node:
+def _node(node: nn.Module, level: int) -> Node:
     if type(node) is not FusionNode:
         raise NotSupportedError(f"a fusion node is {type(node).__name__}")
+    if list(node.flows) != [flow for flow, source in SOURCES.items() if level + source >= 0]:
+        raise NotSupportedError(f"a fusion node of level {level} fuses the flows {', '.join(node.flows)} alone")
     upsample, pool = node.upsample, node.downsample
     if not isinstance(upsample, (UpConv2d, UpConv3d)) or type(upsample) not in _UP_CONVS or upsample.bias is not None:
         raise NotSupportedError("the upward flow is not a transposed convolution without bias")

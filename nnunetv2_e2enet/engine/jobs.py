@@ -154,14 +154,8 @@ class ConvGradientJob(Structure):
     """The backward pass of a convolution at stride 1."""
 
     _fields_ = (
-        ("flows", Map * 3),
-        ("n_flows", c_int32),
-        ("upward", c_int32),
-        ("shift", c_void_p),
-        ("upsample", Upsample),
-        ("weights", WinogradWeights),
+        ("forward", ConvJob),
         ("turned", WinogradWeights),
-        ("raw", Map),
         ("gradient", c_void_p),
         ("mean", c_void_p),
         ("by_raw", c_void_p),
@@ -170,7 +164,6 @@ class ConvGradientJob(Structure):
         ("add", c_int32 * 3),
         ("places", c_void_p),
         ("weight_gradient", c_void_p),
-        ("seconds", c_void_p),
     )
 
 

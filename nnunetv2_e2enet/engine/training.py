@@ -20,6 +20,7 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.blocks import ShiftBlock
 from nnunetv2_e2enet.network.connections import MaskableLayer
 from nnunetv2_e2enet.network.e2enet import E2ENet
+from nnunetv2_e2enet.network.fusion import FusionNode
 
 IDLE_BATCHES = 1  # of programs kept for the next iteration
 
@@ -109,6 +110,11 @@ def _core_for(network: E2ENet, x: Tensor) -> Core:
         if isinstance(module, ShiftBlock) and module.dropout is not None and getattr(module.dropout, "p", 1) > 0:
             raise NotSupportedError(f"{name} has dropout")
     core = loaded()
+    modules = [module for _, module in network.named_modules(remove_duplicate=False)]
+    weights = [module.conv.weight for module in modules if isinstance(module, ShiftBlock)]
+    weights += [module.upsample.weight for module in modules if isinstance(module, FusionNode) and module.upsample is not None]
+    if core.storage == "float16" and len(set(map(id, weights))) < len(weights):
+        raise NotSupportedError("layers share a weight, and the outputs of each would be in another unit")
     return loaded("avx512", core.storage) if core.has_amx else core
 
 

@@ -27,8 +27,8 @@ class TrainingProgram(Program):
 
     One map a block is kept, the output of its convolution; the downward flow and the first map of the network, which is one
     convolution of the image, are computed again. Gradients of maps are those after norm and activation. Each is written by the
-    first of its readers and added to by the others; the norm's backward pass is applied by those that read the gradient.
-    All gradients are floats, however maps are stored.
+    first of its readers and added to by the others. The norm's backward pass is applied by the convolutions that read the
+    gradient, and before a strided convolution by a job of its own. All gradients are floats, however maps are stored.
 
     Args:
         weights: refilled by the caller before each forward pass.
@@ -102,7 +102,8 @@ class TrainingProgram(Program):
         lifetimes = self._lifetimes()
         kept = [b for b, life in lifetimes.items() if life.first < self._n_forward <= life.last]
         apart = [] if self.samples == 1 else kept
-        others = [b for b in lifetimes if b not in set(apart)]
+        held_apart = set(apart)
+        others = [b for b in lifetimes if b not in held_apart]
         if self._like is None:
             self._offsets, n_bytes = place([lifetimes[b] for b in others])
             self._transient = pages(n_bytes // np.float32().itemsize)
@@ -327,22 +328,14 @@ class TrainingProgram(Program):
         assert block.turned is not None
         assert out.norm is not None
         coefficients = self._coefficients[out]
-        forward = self._conv_job(block, block.conv, flows, out, node)
         job = abi.ConvGradientJob(
-            flows=forward.flows,
-            n_flows=forward.n_flows,
-            upward=forward.upward,
-            shift=forward.shift,
-            upsample=forward.upsample,
-            weights=forward.weights,
+            forward=self._conv_job(block, block.conv, flows, out, node),
             turned=self._conv_weights(block.turned),
-            raw=forward.out,
             gradient=gradient.address,
             mean=self._pointer(out.norm.mean),
             by_raw=self._pointer(coefficients[0]),
             constant=self._pointer(coefficients[1]),
             places=self._pointer(block.places),
-            seconds=self.seconds.ctypes.data,
         )
         for index, target in enumerate(targets):
             if target is not None:

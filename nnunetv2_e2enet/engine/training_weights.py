@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.engine.core import Core
-from nnunetv2_e2enet.engine.description import Block, NetworkDescription, Node, NotSupportedError, describe, form
+from nnunetv2_e2enet.engine.description import Block, NetworkDescription, Node, describe, form
 from nnunetv2_e2enet.engine.layout import LINE
 from nnunetv2_e2enet.engine.units import in_units
 from nnunetv2_e2enet.engine.weights import (
@@ -115,6 +115,7 @@ class TrainingWeights:
         self._masks = [layer.mask.clone() for _, layer in maskable_layers(network)]
         self._factors: dict[int, Tensor] = {}  # by parameter: what it is multiplied by as it is packed
         self._passes = 0
+        self._packed: list[tuple[int, int]] = []  # address and version of each parameter at the last forward pass
         description = describe(network)
         if core.storage == "float16":
             description = in_units(description)
@@ -148,10 +149,21 @@ class TrainingWeights:
         """Pack the present values of all parameters.
 
         Turned kernels take the memory of the kernels that the forward pass reads, and are packed for the backward pass only.
+        All the rest is packed again where a forward pass with other parameters came between.
         """
-        self._passes += not backward
+        state = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        if not backward:
+            self._passes += 1
+            self._pack(parameters, threads, turned=False)
+        else:
+            if state != self._packed:
+                self._pack(parameters, threads, turned=False)
+            self._pack(parameters, threads, turned=True)
+        self._packed = state
+
+    def _pack(self, parameters: Sequence[Tensor], threads: int, turned: bool) -> None:
         for packing in self._packings:
-            if packing.turned != backward:
+            if packing.turned != turned:
                 continue
             weight = parameters[packing.parameter].detach()
             if packing.parameter in self._factors:
@@ -210,8 +222,6 @@ class TrainingWeights:
         """Multiply a parameter by one factor for each place of its first axis, and one for each of its second."""
         if rows is None and columns is None:
             return
-        if parameter in self._factors:
-            raise NotSupportedError("layers share a weight, and the outputs of each would be in another unit")
         shape = self.shapes[parameter]
         factor = torch.ones(shape[:2], dtype=torch.float32, device="cpu")
         if rows is not None:

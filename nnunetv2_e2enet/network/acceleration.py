@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.settings import settings, variable
@@ -42,7 +43,8 @@ def accelerated(network: nn.Module, x: Tensor) -> Tensor | list[Tensor] | None:
 
 def _is_watched() -> bool:
     """Whether a dispatch mode (counters, fake tensors) or a transform is active, which has to see PyTorch's operations."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return torch._C._len_torch_dispatch_stack() > 0 or transformed
 
 
 def kernels_status() -> str:

@@ -41,7 +41,7 @@ struct Schedule {
 class Convolution {
   public:
     Convolution(const Kernels& kernels, const ConvJob& job, int threads)
-        : kernels_(kernels), job_(job), flows_(kernels, job.flows, job.n_flows, job.upward, job.shift, job.upsample, job.out.grid),
+        : kernels_(kernels), job_(job), flows_(kernels, job),
           schedule_(kernels, job, flows_.slices(), threads), threads_(threads) {
         const Grid& grid = job.out.grid;
         halved_ = {job.halved, job.norm.gamma, kHalvedChannel * job.out.channels};

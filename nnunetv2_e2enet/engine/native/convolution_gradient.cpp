@@ -37,8 +37,8 @@ struct Schedule {
     int64_t blocks, wide, narrow;  // floats of one point of the flows or the output, and of the output alone
 
     Schedule(const Kernels& kernels, const ConvGradientJob& job, int64_t slices, int threads) {
-        const WinogradWeights& w = job.weights;
-        const int64_t total = divide_up(slices * job.raw.grid.slice, kernels.lanes);
+        const WinogradWeights& w = job.forward.weights;
+        const int64_t total = divide_up(slices * job.forward.out.grid.slice, kernels.lanes);
         const int64_t per_vector = kPoints * int64_t{kernels.lanes} * (std::max(w.inputs, w.outputs) + w.outputs);
         vectors = kernels.block_vectors;
         shared = per_vector * vectors > kPrivateFloats || total < 4 * int64_t{threads} * vectors;
@@ -53,9 +53,9 @@ struct Schedule {
 class ConvolutionGradient {
   public:
     ConvolutionGradient(const Kernels& kernels, const ConvGradientJob& job, int threads)
-        : kernels_(kernels), job_(job), flows_(kernels, job.flows, job.n_flows, job.upward, job.shift, job.upsample, job.raw.grid),
-          schedule_(kernels, job, flows_.slices(), threads), threads_(threads), sums_(count_sums(kernels, job.weights)) {
-        for (int flow = 0; flow < job.n_flows; ++flow) wanted_ = wanted_ || job.into[flow].data;
+        : kernels_(kernels), job_(job), forward_(job.forward), flows_(kernels, job.forward),
+          schedule_(kernels, job, flows_.slices(), threads), threads_(threads), sums_(count_sums(kernels, job.forward.weights)) {
+        for (int flow = 0; flow < job.forward.n_flows; ++flow) wanted_ = wanted_ || job.into[flow].data;
     }
 
     int64_t reserve(float* base) {
@@ -80,13 +80,13 @@ class ConvolutionGradient {
         {
             const int thread = omp_get_thread_num(), team = omp_get_num_threads();
             Channel* channels = of_threads[static_cast<size_t>(thread)].data();
-            StopWatch watch(job_.seconds, thread);
+            StopWatch watch(forward_.seconds, thread);
             clear_edges(targets, thread, team);
             clear_totals(thread, team);
             #pragma omp barrier
-            for (int64_t first = 0; first < job_.raw.grid.depth; first += flows_.slices()) {
-                const int64_t last = std::min<int64_t>(job_.raw.grid.depth, first + flows_.slices());
-                if (job_.upward >= 0) {
+            for (int64_t first = 0; first < forward_.out.grid.depth; first += flows_.slices()) {
+                const int64_t last = std::min<int64_t>(forward_.out.grid.depth, first + flows_.slices());
+                if (forward_.upward >= 0) {
                     failure.guard([&] { flows_.upsample(channels, first, last, thread, team); });
                     #pragma omp barrier
                     watch.lap(kUpsample);
@@ -108,7 +108,7 @@ class ConvolutionGradient {
   private:
     std::vector<Channel> describe_gradient() const {
         std::vector<Channel> channels;
-        const Map& raw = job_.raw;
+        const Map& raw = forward_.out;
         for (int64_t c = 0; c < raw.channels; ++c) {
             Channel channel{};
             channel.data = job_.gradient + c * kChannel;
@@ -129,10 +129,10 @@ class ConvolutionGradient {
     // What moved by some slices on its way in moves back.
     std::vector<Target> describe_targets() const {
         std::vector<Target> targets;
-        for (int flow = 0; flow < job_.n_flows; ++flow) {
+        for (int flow = 0; flow < forward_.n_flows; ++flow) {
             const Map& into = job_.into[flow];
-            for (int64_t c = 0; c < job_.flows[flow].channels; ++c) {
-                const int64_t moved = job_.shift[targets.size()], depth = job_.raw.grid.depth, slice = job_.raw.grid.slice;
+            for (int64_t c = 0; c < forward_.flows[flow].channels; ++c) {
+                const int64_t moved = forward_.shift[targets.size()], depth = forward_.out.grid.depth, slice = forward_.out.grid.slice;
                 Target target{};
                 target.data = into.data ? static_cast<float*>(into.data) + c * kChannel : nullptr;
                 target.chunk = into.grid.chunk;
@@ -153,7 +153,7 @@ class ConvolutionGradient {
         for (int64_t c = share.first; c < share.last; ++c) {
             const Target& target = targets[static_cast<size_t>(c)];
             if (!target.data || target.add) continue;
-            const int64_t tiles = job_.raw.grid.tiles;
+            const int64_t tiles = forward_.out.grid.tiles;
             const bool some = target.lo < target.hi;
             clear_tiles(target, 0, some ? target.lo + target.move : tiles);
             clear_tiles(target, some ? target.hi + target.move : tiles, tiles);
@@ -196,7 +196,7 @@ class ConvolutionGradient {
     }
 
     void sum_up(const float* v, const float* m, float* sums, int vectors) const {
-        const WinogradWeights& w = job_.weights;
+        const WinogradWeights& w = forward_.weights;
         if (w.dense) return kernels_.dense_dots(&m, w.outputs, &v, w.inputs, 1, sums, vectors);
         for (int32_t chunk = 0; chunk < w.chunks; ++chunk) {
             const SparseRows rows{w.start + chunk * (w.outputs + 1), w.output + chunk * w.outputs, w.index, w.outputs};
@@ -208,8 +208,8 @@ class ConvolutionGradient {
     // Each thread takes blocks of tiles through all steps. What a point becomes lies where the point before it lay.
     void alone(const Channel* channels, const Channel* gradient, const Target* targets, int64_t first, int64_t last,
                StopWatch& watch, int thread, int team) {
-        const Grid& grid = job_.raw.grid;
-        const int32_t inputs = job_.weights.inputs, outputs = job_.weights.outputs;
+        const Grid& grid = forward_.out.grid;
+        const int32_t inputs = forward_.weights.inputs, outputs = forward_.weights.outputs;
         const int64_t wide = schedule_.wide, narrow = schedule_.narrow;
         const int64_t begin = first * grid.slice / kernels_.lanes, end = divide_up(last * grid.slice, kernels_.lanes);
         const Share share(divide_up(end - begin, schedule_.vectors), thread, team);
@@ -237,11 +237,11 @@ class ConvolutionGradient {
     // All threads work on the same few blocks; each point is one thread's, whose sums nobody else touches.
     void together(const Channel* channels, const Channel* gradient, const Target* targets, int64_t first, int64_t last,
                   StopWatch& watch, int thread, int team) {
-        const Grid& grid = job_.raw.grid;
+        const Grid& grid = forward_.out.grid;
         const int64_t wide = schedule_.wide, narrow = schedule_.narrow, lanes = kernels_.lanes;
         const int64_t begin = first * grid.slice / lanes, end = divide_up(last * grid.slice, lanes);
         const int64_t step = schedule_.blocks * schedule_.vectors;
-        const Share inputs(job_.weights.inputs, thread, team), outputs(job_.weights.outputs, thread, team);
+        const Share inputs(forward_.weights.inputs, thread, team), outputs(forward_.weights.outputs, thread, team);
         const Share points(kPoints, thread, team);
         const int n_in = static_cast<int>(inputs.last - inputs.first), n_out = static_cast<int>(outputs.last - outputs.first);
         for (int64_t vector = begin; vector < end; vector += step) {
@@ -287,7 +287,7 @@ class ConvolutionGradient {
     // Sums of all threads to gradients of kernels: G^T s G, of some kernels side by side.
     void finish(int thread, int team) {
         const int copies = schedule_.shared ? 1 : team;
-        const int64_t sums = job_.weights.dense ? sums_ : job_.weights.connections;
+        const int64_t sums = forward_.weights.dense ? sums_ : forward_.weights.connections;
         const Share blocks(divide_up(sums, kTogether), thread, team);
         for (int64_t block = blocks.first; block < blocks.last; ++block) {
             const int64_t first = block * kTogether;
@@ -322,6 +322,7 @@ class ConvolutionGradient {
 
     const Kernels& kernels_;
     const ConvGradientJob& job_;
+    const ConvJob& forward_;
     Flows flows_;
     const Schedule schedule_;
     const int threads_;

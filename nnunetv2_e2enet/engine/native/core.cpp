@@ -57,10 +57,10 @@ const e2e::Kernels& table(const void* kernels) { return *static_cast<const e2e::
 }  // namespace
 }  // namespace e2e
 
-E2E_EXPORT int e2e_abi() { return 6; }
+E2E_EXPORT int e2e_abi() { return 7; }
 
-// Sizes of the structs that Python mirrors, to notice when the two differ.
-E2E_EXPORT void e2e_struct_sizes(int64_t* sizes) {
+// Sizes of the structs that Python mirrors, and constants that both know, to notice when the two differ.
+E2E_EXPORT void e2e_layout(int64_t* sizes) {
     sizes[0] = sizeof(e2e::Grid);
     sizes[1] = sizeof(e2e::Map);
     sizes[2] = sizeof(e2e::ConvJob);
@@ -72,6 +72,12 @@ E2E_EXPORT void e2e_struct_sizes(int64_t* sizes) {
     sizes[8] = sizeof(e2e::StridedGradientJob);
     sizes[9] = sizeof(e2e::UpsampleGradientJob);
     sizes[10] = sizeof(e2e::HeadGradientJob);
+    sizes[11] = e2e::kTimers;
+    sizes[12] = e2e::kTile;
+    sizes[13] = e2e::kChunk;
+    sizes[14] = e2e::kDenseRows;
+    sizes[15] = static_cast<int64_t>(e2e::kNear * 1024);
+    sizes[16] = static_cast<int64_t>(e2e::kFar * 1024);
 }
 
 // The kernels of that name, for maps in float or in half, or null if this CPU or this build does not have them.

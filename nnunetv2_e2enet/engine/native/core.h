@@ -83,7 +83,7 @@ struct NormChannels {
     float slope;
 };
 
-// Sums around a value of the channel's own, so that nothing cancels when the mean is large.
+// Sums around the mean of a few pixels of the channel, so that nothing cancels when the mean is large.
 struct Statistics {
     double sum, square;
     int64_t count;

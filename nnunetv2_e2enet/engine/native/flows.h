@@ -12,15 +12,14 @@ constexpr int64_t kUpsampledBytes = 12 << 20;  // of an upward flow to hold at a
 
 class Flows {
   public:
-    // upward: which flow is computed here, -1: none.
-    Flows(const Kernels& kernels, const Map* maps, int32_t n, int32_t upward, const int32_t* shift, const Upsample& job,
-          const Grid& grid)
-        : kernels_(kernels), maps_(maps), n_(n), upward_(upward), shift_(shift), job_(job), grid_(grid), slices_(grid.depth) {
-        if (upward < 0) return;
-        for (int flow = 0; flow < upward; ++flow) first_up_ += maps[flow].channels;
-        const int64_t whole = kCacheLine / gcd(grid.slice, kCacheLine);  // slices until rounds start on a vector
-        const int64_t fit = kUpsampledBytes / (job.outputs * kPhases * grid.slice * kernels.pixel_bytes);
-        slices_ = std::min<int64_t>(grid.depth, std::max<int64_t>(whole, fit / whole * whole));
+    Flows(const Kernels& kernels, const ConvJob& conv)
+        : kernels_(kernels), maps_(conv.flows), n_(conv.n_flows), upward_(conv.upward), shift_(conv.shift), job_(conv.upsample),
+          grid_(conv.out.grid), slices_(grid_.depth) {
+        if (upward_ < 0) return;
+        for (int flow = 0; flow < upward_; ++flow) first_up_ += maps_[flow].channels;
+        const int64_t whole = kCacheLine / gcd(grid_.slice, kCacheLine);  // slices until rounds start on a vector
+        const int64_t fit = kUpsampledBytes / (job_.outputs * kPhases * grid_.slice * kernels_.pixel_bytes);
+        slices_ = std::min<int64_t>(grid_.depth, std::max<int64_t>(whole, fit / whole * whole));
     }
 
     int64_t slices() const { return slices_; }  // of the output in one round

@@ -8,7 +8,7 @@
 
 namespace e2e {
 
-// A feature map in phase planes. scale and offset are the norm still to be applied, one number a channel; null: none is.
+// A feature map in chunks of tiles. scale and offset are the norm still to be applied, one number a channel; null: none is.
 struct Map {
     Pixels* data;
     int64_t channels;
@@ -117,20 +117,14 @@ struct NormGradientJob {
 
 // A shift block at stride 1.
 struct ConvGradientJob {
-    Map flows[3];  // as in ConvJob
-    int32_t n_flows, upward;
-    const int32_t* shift;
-    Upsample upsample;
-    WinogradWeights weights;  // of which only the connections are read
-    WinogradWeights turned;   // by half a turn, from outputs to inputs
-    Map raw;                  // the output
-    const float* gradient;    // past its activation
+    ConvJob forward;         // of whose weights only the connections are read
+    WinogradWeights turned;  // by half a turn, from outputs to inputs
+    const float* gradient;   // of the output, past its activation
     const float *mean, *by_raw, *constant;
     Map into[3];         // gradients of the flows, of maps like these; data null: not wanted
     int32_t add[3];      // to what is there, instead of writing it
     const int32_t* places;  // of each sum over tiles: kernel in the weights, -1: of no connection
     float* weight_gradient;
-    double* seconds;
 };
 
 // Any other conv of an encoder, whose output's gradient is `gradient` itself.

@@ -181,7 +181,7 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
     const int64_t tiles = static_cast<int64_t>(vectors) * kLanes;
     uint32_t bits[kBlockVectors][e2e::kPhases];
     bool whole[kBlockVectors];
-    int64_t count = 0;
+    int64_t count = 0, count_of_first = 0;
     for (int i = 0; i < vectors; ++i) {
         const LaneBits lanes(grid, first + i * kLanes);
         whole[i] = true;
@@ -190,6 +190,7 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
             whole[i] = whole[i] && bits[i][q] == kAllLanes;
             count += __builtin_popcount(bits[i][q]);
         }
+        if (i == 0) count_of_first = count;
     }
     alignas(64) Pixel block[e2e::kPhases][(kBlockVectors + 1) * kLanes];
     for (int o = first_output; o < last_output; ++o) {
@@ -201,9 +202,12 @@ static void output_transform(const float* m, int64_t m_pitch, int first_output, 
             columns_out(m + o * tiles + i * kLanes, m_pitch, half);
             for (int k = 0; k < 4; ++k) transform_out(half[k], y[k]);
             if (i == 0) {
-                float pixel[kLanes];
-                store(pixel, y[0][0]);
-                start_statistics(s, pixel);
+                if (!s.started) {
+                    Vec first_pixels = zero();
+                    for (int q = 0; q < e2e::kPhases; ++q)
+                        first_pixels = first_pixels + keep(mask_of(bits[0][q]), y[q / 4][q % 4]);
+                    start_statistics(s, first_pixels, count_of_first);
+                }
                 center = splat(s.center);
             }
             if (halved.data)
