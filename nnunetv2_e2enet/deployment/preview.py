@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 from numpy.typing import NDArray
 
+from nnunetv2_e2enet.deployment.volumes import count_values, millilitres
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.overlay import (
     DOTS_PER_INCH,
@@ -81,13 +82,12 @@ class Scan:
         return depth, height, width
 
     @cached_property
-    def _counts(self) -> NDArray[np.integer]:
-        """Voxels of each value of the segmentation."""
-        return np.bincount(np.maximum(self.segmentation, 0).astype(np.int64).ravel())
+    def _counts(self) -> NDArray[np.int64]:
+        return count_values(self.segmentation)
 
     def volume(self, values: Sequence[int]) -> float:
         """Millilitres of all voxels with one of these values."""
-        return prod(self.spacing) / 1000 * sum(int(self._counts[v]) for v in values if v < len(self._counts))
+        return millilitres(self._counts, values, self.spacing)
 
     @cached_property
     def places(self) -> list[int]:

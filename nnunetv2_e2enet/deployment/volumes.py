@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from io import StringIO
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from nnunetv2_e2enet.deployment.packed import PackedModel
@@ -52,14 +54,26 @@ def write_volumes(file: Path, segmentations: Sequence[Path], model: PackedModel,
     for path in tqdm(segmentations, desc="Volumes", disable=not progress):
         check_whole(path)
         segmentation, properties = reader.read_seg(str(path))
-        counts = np.bincount(segmentation.astype(np.int64).ravel())
+        counts = count_values(segmentation[0])
         for name, values in model.foreground.items():
-            voxels = sum(int(counts[n]) for n in values if n < len(counts))
-            millilitres = f"{voxels * prod(properties['spacing']) / 1000:.3f}"
-            rows.append([path.name.removesuffix(ending), name, millilitres])
+            volume = millilitres(counts, values, properties["spacing"])
+            rows.append([path.name.removesuffix(ending), name, f"{volume:.3f}"])
     text = StringIO()
     csv.writer(text, lineterminator="\n").writerows([HEADER, *sorted(rows, key=lambda row: row[0])])
     write(file, text.getvalue())
+
+
+def count_values(segmentation: NDArray[Any]) -> NDArray[np.int64]:
+    """Voxels of each value from 0 on, slice by slice; lower values count as 0. ``segmentation`` is ``(depth, ...)``."""
+    counts = np.zeros(max(int(segmentation.max()), 0) + 1, np.int64)
+    for pixels in segmentation:
+        counts += np.bincount(np.maximum(pixels, 0).astype(np.int64).ravel(), minlength=len(counts))
+    return counts
+
+
+def millilitres(counts: NDArray[np.int64], values: Sequence[int], spacing: Sequence[float]) -> float:
+    """The volume of all voxels of these values, of the counts of ``count_values``; ``spacing`` in mm."""
+    return prod(spacing) / 1000 * sum(int(counts[value]) for value in values if value < len(counts))
 
 
 def _rows_of(file: Path) -> list[list[str]]:
