@@ -283,7 +283,15 @@ def test_console_command_with_worker_processes(packed: Path, by_nnunet: Path, pr
 def test_export_by_nnunets_names(
     packed: Path, trained: Path, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("nnUNet_results", str(trained.parents[1]))
+    """The file holds the weights of the named checkpoint of the named fold, which are those of no other file."""
+    folder = Path(shutil.copytree(trained, tmp_path / "results" / project.dataset / trained.name))
+    path = folder / "fold_1" / "checkpoint_best.pth"
+    content = torch.load(path, weights_only=False)
+    for name, value in content["network_weights"].items():
+        if "seg_layers" in name:
+            value *= 2
+    torch.save(content, path)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     best = tmp_path / "best.e2enet"
     assert main(["export", str(best), *NNUNET_NAMES, "-f", "1", "-chk", "checkpoint_best.pth"]) == 0
     model, both = read_packed(best), read_packed(packed)
@@ -292,6 +300,10 @@ def test_export_by_nnunets_names(
     assert (model.description.checkpoint, both.description.checkpoint) == ("checkpoint_best.pth", "checkpoint_final.pth")
     assert model.description.plans == json.loads((trained / "plans.json").read_text())
     assert model.description.plans["dataset_name"] == project.dataset
+    (state,) = model.states()
+    assert state
+    for name, value in state.items():
+        assert torch.equal(value, content["network_weights"][name]), name
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
