@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,19 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TORCH = os.environ.get("TORCH", "torch==2.13.0").split()
 
 
+NO_COMPILER = {"CC": "false", "CXX": "false"}
+BUILT = shutil.ignore_patterns(".venv*", ".git", "build", "*.so", "*.egg-info")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [[], ["--editable"]], ids=["pip install .", "pip install -e ."])
-def test_new_environment(tmp_path: Path, how: list[str]) -> None:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("nnUNet_", "PYTHON"))}
+@pytest.mark.parametrize(
+    ("how", "compiler"),
+    [([], {}), (["--editable"], {}), ([], NO_COMPILER)],
+    ids=["pip install .", "pip install -e .", "without a compiler"],
+)
+def test_new_environment(tmp_path: Path, how: list[str], compiler: dict[str, str]) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("nnUNet_", "PYTHON"))} | compiler
+    repository = shutil.copytree(REPOSITORY, tmp_path / "repository", ignore=BUILT) if compiler else REPOSITORY
 
     def run(*command: str) -> str:
         result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -28,13 +38,14 @@ def test_new_environment(tmp_path: Path, how: list[str]) -> None:
     run(*pip, *TORCH)
     installed = run(str(programs / "python"), "-c", "import torch; print(f'torch=={torch.__version__}')")
     (tmp_path / "torch.txt").write_text(installed)  # the rest must not replace it
-    run(*pip, "--constraint", "torch.txt", *how, str(REPOSITORY))
+    run(*pip, "--constraint", "torch.txt", *how, str(repository))
     run(str(programs / "e2enet"), "register")
     info = run(str(programs / "e2enet"), "info")
     found = re.search(r"nnU-Net finds (\d+) of (\d+) trainers", info)
     assert found is not None
     assert int(found[1]) == int(found[2]) > 20
     assert "nnU-Net finds 1 of 1 planners" in info
+    assert ("in nnU-Net's own way: the compiled core was not built: install a C++ compiler" in info) == bool(compiler)
     find = (
         "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"
         "cls = find('nnUNetTrainerE2ENet_S90_20epochs')\n"
