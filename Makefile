@@ -14,23 +14,30 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 EXTRAS ?= dev
 BIN = $(VENV)/bin
 PARALLEL = --numprocesses $(PROCESSES) --dist loadfile
-# Some test leaves its process in the C locale (which one is not known), where files would be read as ASCII
-TESTS = PYTHONUTF8=1 $(BIN)/pytest
+TESTS = $(BIN)/pytest
+NATIVE = $(wildcard nnunetv2_e2enet/engine/native/*)
+INSTALLED = $(VENV)/.installed-$(EXTRAS)
+COMPILED = $(VENV)/.compiled
 
 .PHONY: help install register demo test coverage test-slow sanitize test-integration test-versions compatibility results lint docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | column -t -s:
 
-$(VENV)/.installed: pyproject.toml setup.cfg
+$(INSTALLED): pyproject.toml setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/torch.txt # the rest must not replace it
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/torch.txt --editable '.[$(EXTRAS)]'
+	touch $@ $(COMPILED)
+
+# An installation has compiled the core. Nothing remains of an old one, if a new one cannot be compiled
+$(COMPILED): $(INSTALLED) $(NATIVE)
+	$(if $(filter $(INSTALLED),$?),,rm -f nnunetv2_e2enet/engine/_core* && $(BIN)/python -m pip install --quiet --no-deps --editable .)
 	touch $@
 
-install: $(VENV)/.installed  ## environment with the package in editable mode
+install: $(INSTALLED)  ## environment with the package in editable mode
 
 register: install  ## make the environment's nnU-Net find E2ENet
 	$(BIN)/e2enet register
@@ -39,19 +46,19 @@ demo: register  ## phantom data through nnU-Net's commands, E2ENet beside stock 
 	rm -rf $(DEMO)
 	$(BIN)/e2enet demo --folder $(DEMO)
 
-test: install  ## the tests, without the slow ones
+test: $(COMPILED)  ## the tests, without the slow ones
 	$(TESTS) $(PARALLEL)
 
-coverage: install  ## the tests, without the slow ones, and the lines of Python that none of them runs
+coverage: $(COMPILED)  ## the tests, without the slow ones, and the lines of Python that none of them runs
 	$(TESTS) $(PARALLEL) --cov
 
-test-slow: install  ## the slow tests
+test-slow: $(COMPILED)  ## the slow tests
 	$(TESTS) -m slow
 
 sanitize: install  ## the compiled core under the address and undefined behaviour sanitizers (also part of test-slow)
 	$(TESTS) -m slow tests/test_sanitizers.py
 
-test-integration: register  ## nnU-Net's whole workflow: label schemes, configurations, steps (an hour on two cores)
+test-integration: register $(COMPILED)  ## nnU-Net's whole workflow: label schemes, configurations, steps (an hour on two cores)
 	rm -rf $(INTEGRATION)
 	PYTHONPATH=tests $(BIN)/python -m integration --folder $(INTEGRATION) --harness $(HARNESS)
 

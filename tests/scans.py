@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import locale
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +64,21 @@ def write_dicom(
             image.SetMetaData(tag, value)
         files.append(folder / f"IM{number}{(7 * i) % 100:03d}")
         writer.SetFileName(f"{files[-1]}.dcm")
-        writer.Execute(image)
+        with same_locale():
+            writer.Execute(image)
         Path(f"{files[-1]}.dcm").rename(files[-1])  # as on many discs, without an ending
         _rescale(files[-1], slope, intercept)
     return files
+
+
+@contextmanager
+def same_locale() -> Iterator[None]:
+    """SimpleITK's writer of DICOM leaves its process in the locale C, where Python reads and writes files as ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 def _rescale(file: Path, slope: float, intercept: float) -> None:
