@@ -1,5 +1,6 @@
 """New environments, from nothing: the package installs, registers, and nnU-Net's own commands find it."""
 
+import configparser
 import os
 import re
 import shutil
@@ -15,6 +16,24 @@ TORCH = os.environ.get("TORCH", "torch==2.13.0").split()
 
 NO_COMPILER = {"CC": "false", "CXX": "false"}
 BUILT = shutil.ignore_patterns(".venv*", ".git", "build", "*.so", "*.egg-info")
+
+
+def test_all_files_are_named() -> None:
+    """A file of the core that is not named is missing in installations, or its changes do not compile the core again."""
+    tomllib = pytest.importorskip("tomllib", reason="reads pyproject.toml, which Python does from 3.11")
+    (extension,) = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    native = REPOSITORY / "nnunetv2_e2enet" / "engine" / "native"
+    files = sorted(str(path.relative_to(REPOSITORY)) for path in native.iterdir())
+    assert sorted(extension["sources"]) == [name for name in files if name.endswith(".cpp")]
+    assert sorted(extension["depends"]) == [name for name in files if not name.endswith(".cpp")]
+
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    elsewhere = dict(line.split(" = ") for line in setup["options"]["package_dir"].split("\n") if line)
+    folders = {path.parent for path in (REPOSITORY / "nnunetv2_e2enet").rglob("*.py")}
+    packages = {".".join(folder.relative_to(REPOSITORY).parts) for folder in folders} | elsewhere.keys()
+    assert sorted(setup["options"]["packages"].split()) == sorted(packages)
+    assert all(list((REPOSITORY / folder).glob("*.py")) for folder in elsewhere.values())
 
 
 @pytest.mark.slow
