@@ -83,9 +83,17 @@ def test_empty_segmentation_can_be_shown(tmp_path: Path, image: Path) -> None:
 
 
 def test_more_labels_than_colours(tmp_path: Path, image: Path) -> None:
-    many = write_volume(tmp_path / "many.nii.gz", np.random.default_rng(0).integers(0, 23, SHAPE).astype(np.uint8))
-    write_overlay(tmp_path / "overlay.png", image, {"Model": many}, {i: f"label {i}" for i in range(23)})
-    assert pixels(tmp_path / "overlay.png").size
+    """Each of them is drawn: the picture is another one without it. Its slices are the same, as all labels lie in them."""
+    generator, voxels, pictures = np.random.default_rng(0), np.zeros(SHAPE, np.uint8), []
+    for axis, n in enumerate(SHAPE):
+        plane = np.moveaxis(voxels, axis, 0)[n // 2]
+        plane[:] = generator.integers(0, 23, plane.shape)
+    for missing in (None, 1, 11, 22):
+        shown = write_volume(tmp_path / "many.nii.gz", np.where(voxels == missing, 0, voxels).astype(np.uint8))
+        write_overlay(tmp_path / "overlay.png", image, {"Model": shown}, {i: f"label {i}" for i in range(23)})
+        pictures.append(pixels(tmp_path / "overlay.png"))
+    for i, picture in enumerate(pictures):
+        assert not any(np.array_equal(picture, other) for other in pictures[:i])
 
 
 def test_picture_keeps_the_physical_aspect_ratio(tmp_path: Path, segmentation: np.ndarray) -> None:

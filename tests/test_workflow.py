@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from integration import __main__ as command
-from integration import workflow
+from integration import checks, workflow
 from integration.cell import Cell, Workspace
 from integration.commands import ForkingRunner, Runner, StepError
 from integration.schemes import SCHEMES, phantoms
@@ -43,6 +44,25 @@ def test_regions_with_ignore_label(results: dict[str, Result], step: str) -> Non
     result = results[step]
     log = result.log.read_text()[-4000:] if result.log.exists() else ""
     assert result.outcome == "passed", f"{result.message}\n{log}"
+
+
+def test_the_same_probabilities_are_not_taken_for_others(tmp_path: Path) -> None:
+    """A case in which a network sees the same everywhere may be the same, but not all of them."""
+    varied, blind = np.arange(4.0).reshape(1, 4), np.ones((1, 4))
+    folders = {
+        "first": {"a": varied, "b": blind},
+        "other": {"a": varied + 1, "b": blind},
+        "blind": {"a": blind, "b": blind},
+    }
+    for folder, cases in folders.items():
+        (tmp_path / folder).mkdir()
+        for name, values in cases.items():
+            np.savez(tmp_path / folder / f"{name}.npz", probabilities=values)
+    checks.expect_different(tmp_path / "first", tmp_path / "other")
+    checks.expect_different(tmp_path / "first", tmp_path / "blind")
+    for folder, message in (("first", "have the same probabilities for a.npz$"), ("blind", "cannot be told apart")):
+        with pytest.raises(StepError, match=message):
+            checks.expect_different(tmp_path / folder, tmp_path / folder)
 
 
 class Pretended:

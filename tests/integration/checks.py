@@ -93,11 +93,14 @@ def expect_same(first: Path, second: Path) -> None:
 
 
 def expect_different(first: Path, second: Path) -> None:
-    """Raises StepError if two folders have the same probabilities, which do vary within an image.
+    """Raises StepError if two folders have the same probabilities, in any case where these vary within the image.
 
-    They may not: pruned again and again in so short a training, a network of few maps can end blind.
+    They may not: pruned again and again in so short a training, a network of few maps can end blind. It is an error as well if
+    that is so in all cases, and all have the same probabilities.
     """
     p, q = probabilities(first), probabilities(second)
     expect(bool(p) and p.keys() == q.keys(), f"{first} and {second} have probabilities of different cases, or none")
-    same = [name for name in p if np.array_equal(p[name], q[name]) and np.ptp(p[name][0]) > BLIND]
-    expect(not same, f"{first} and {second} have the same probabilities for {', '.join(same)}")
+    same = [name for name in p if np.array_equal(p[name], q[name])]
+    telling = [name for name in same if np.ptp(p[name][0]) > BLIND]
+    expect(not telling, f"{first} and {second} have the same probabilities for {', '.join(telling)}")
+    expect(len(same) < len(p), f"{first} and {second} cannot be told apart: their probabilities vary nowhere")
