@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from nnunetv2_e2enet.cli import compare
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.evaluation.cases import match_cases
 from nnunetv2_e2enet.evaluation.measure import measure
-from nnunetv2_e2enet.evaluation.metrics import ClassMetrics
+from nnunetv2_e2enet.evaluation.metrics import METRICS, ClassMetrics
 from nnunetv2_e2enet.evaluation.sources import read_sources
 
 LABELS = {"background": 0, "liver": 1, "tumour": 2}
@@ -136,6 +137,35 @@ def test_a_class_that_one_model_invents_counts_in_the_tests(tmp_path: Path) -> N
         assert liver_test["ties"] == 12
         assert tumour["difference"]["n"] == 12
         assert tumour["difference"]["mean"] * sign > 0
+
+
+def test_the_report_counts_the_cases_of_the_tests(tmp_path: Path) -> None:
+    """No case has a tumour. The first model finds more of the liver and a tumour in each, the second one neither.
+
+    The Dice is 2 k / (100 + k) where k of the liver's 100 voxels are found. The first model is ahead in the means of the
+    classes that are defined. With 1 for the tumour that the second one leaves out, it is behind in all cases.
+    """
+    study = Study(tmp_path, cases=12)
+    liver = np.zeros((8, 16, 12), np.uint8)
+    liver[2:6, 3:8, 2:7] = 1
+    for i in range(12):
+        write_map(study.reference / f"case_{i}.nii.gz", liver)
+        for model, found in zip(study.models, (50, 18) if i == 5 else (60 + i, 5 + i), strict=True):
+            prediction = np.zeros_like(liver)
+            prediction[tuple(np.argwhere(liver)[:found].T)] = 1
+            prediction[7, 15, 11] = 2 if model is study.models[0] else 0
+            write_map(model / f"case_{i}.nii.gz", prediction)
+    page = study.folder / "out.html"
+    tests = study.json("--report", str(page))["paired_tests"]
+    drawings = [words for words in Page(page.read_text()).drawings if words and " by case, " in words]
+    assert (tests["dice"][0]["wins"], tests["dice"][0]["losses"]) == (0, 12)
+    for metric, words in zip(METRICS, drawings, strict=True):
+        counts = [tests[metric.key][0][key] for key in ("wins", "losses")]
+        better, worse = counts if metric.higher_is_better else counts[::-1]
+        assert f"{metric.title} by case" in words
+        assert f"model_a is better in {better} of 12 cases, model_b in {worse}" in words
+    headings = re.findall(r"<h3>(\w+) is furthest ahead, by ([\d.]+): (\w+)</h3>", page.read_text())
+    assert headings == [("model_b", f"{(36 / 118 + 1) / 2 - 100 / 150 / 2:.3f}", "case_5")]
 
 
 @pytest.mark.parametrize("of_reference", [True, False])
@@ -535,6 +565,7 @@ def test_the_report_needs_nothing_else_and_says_what_its_pictures_show(tmp_path:
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
     assert ("Critical difference" in text) == (models > 2)
+    assert "has the perfect value where another one invents it" in text
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.costs import Costs, count_costs
@@ -67,6 +68,7 @@ class Comparison:
         tolerances: of the surface Dice in mm, by class.
         results: the metrics of each case; its ``frame`` has a row for each case, model and class.
         means: by metric, model and scope (class or ``mean``), the columns ``mean``, ``low``, ``high``, ``n`` of ``Interval``.
+        tested: the metrics as the tests take them (``with_absences``): by metric, an array (models, cases, classes).
         fold_means: foreground means by metric: a row for each model, a column for each fold; none where there are no folds.
         paired: tests by metric, of two models.
         ranked: tests by metric, of three or more.
@@ -82,6 +84,7 @@ class Comparison:
     tolerances: list[float]
     results: Results
     means: pd.DataFrame
+    tested: dict[str, NDArray[np.float64]]
     fold_means: dict[str, pd.DataFrame]
     paired: dict[str, list[PairedTest]]
     ranked: dict[str, list[RankTest]]
@@ -117,6 +120,11 @@ class Comparison:
         row = self.means.loc[(metric, model, scope)]
         return Interval(float(row["mean"]), float(row["low"]), float(row["high"]), int(row["n"]))
 
+    def case_differences(self, metric: str, first: int, second: int) -> pd.Series:
+        """First minus second model in the mean over classes, by case, as tested; NaN where one of the two has no value."""
+        means = nan_mean(self.tested[metric], axis=2)
+        return pd.Series(means[first] - means[second], self.results.names)
+
     def overall(self, metric: str) -> RankTest:
         """The test of three or more models on the mean over classes."""
         return next(test for test in self.ranked[metric] if test.scope == MEAN)
@@ -133,16 +141,17 @@ def compare(
 ) -> Comparison:
     """The statistics of finished measurements. ``seed`` is that of the bootstrap; the same seed gives the same intervals."""
     two = len(results.models) == 2
-    tests = {m.key: with_absences(results.values[m.key], m.perfect) for m in METRICS}
+    tested = {m.key: with_absences(results.values[m.key], m.perfect) for m in METRICS}
     return Comparison(
         list(models),
         labels,
         list(tolerances),
         results,
         _means(results, seed),
+        tested,
         _fold_means(results),
-        {m.key: paired_tests(tests[m.key], results.classes, seed) for m in METRICS} if two else {},
-        {m.key: rank_tests(tests[m.key], results.classes, m.higher_is_better) for m in METRICS} if not two else {},
+        {m.key: paired_tests(tested[m.key], results.classes, seed) for m in METRICS} if two else {},
+        {m.key: rank_tests(tested[m.key], results.classes, m.higher_is_better) for m in METRICS} if not two else {},
         _failures(results, failure_dice),
         weights=weights,
     )

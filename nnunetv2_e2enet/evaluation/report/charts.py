@@ -177,10 +177,8 @@ def volume_and_dice(comparison: Comparison) -> Chart:
 
 def case_differences(comparison: Comparison, first: int, second: int, metric: Metric) -> Chart:
     """First model minus second, a bar for each case, in order of size; coloured by the model that is better."""
-    results = comparison.results
-    means = results.case_means(metric.key)
-    difference = pd.Series(means[first] - means[second], index=results.names).dropna().sort_values(kind="stable")
-    names = results.models[first], results.models[second]
+    difference = comparison.case_differences(metric.key, first, second).dropna().sort_values(kind="stable")
+    names = comparison.names[first], comparison.names[second]
     gain = difference if metric.higher_is_better else -difference
     figure, [[axes]] = new_figure(2.5)
     colours = [model_style(first if value > 0 else second)[0] for value in gain]

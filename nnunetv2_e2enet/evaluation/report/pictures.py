@@ -37,7 +37,7 @@ class Picture:
 
 
 def pictures(comparison: Comparison, images: Path | None) -> list[Picture]:
-    """The cases of lowest and of highest mean Dice, and those on which the first two models differ most.
+    """The cases of lowest and of highest mean Dice, and those on which the first two models differ most, as tested.
 
     Args:
         comparison: the models and cases.
@@ -68,8 +68,7 @@ def _chosen(comparison: Comparison) -> dict[str, int]:
     chosen = {f"Worst case {i + 1}: {names[index]}": index for i, index in enumerate(order[:n])}
     if len(order) > n:
         chosen |= {f"Best case {i + 1}: {names[index]}": index for i, index in enumerate(order[: -n - 1 : -1])}
-    means = comparison.results.case_means("dice")
-    difference = means[0] - means[1]
+    difference = comparison.case_differences("dice", 0, 1).to_numpy()
     if np.isnan(difference).all():
         return chosen
     first, second = comparison.names[:2]
@@ -78,7 +77,7 @@ def _chosen(comparison: Comparison) -> dict[str, int]:
         (second, -np.nanmin(difference), int(np.nanargmin(difference))),
     ):
         if value > 0 and index not in chosen.values():
-            chosen[f"{best} is furthest ahead: {names[index]}"] = index
+            chosen[f"{best} is furthest ahead, by {value:.3f}: {names[index]}"] = index
     return chosen
 
 
