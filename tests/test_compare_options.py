@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -161,3 +162,14 @@ def test_memory_and_time_are_measured_on_request(
     assert found == [(2**30, 2 * 2**30), (3 * 2**30, 4 * 2**30)]
     assert [len(profile["seconds"]) for profile in profiles] == [content["profiles"]["settings"]["rounds"]] * 2
     assert all(f"{gibibytes}.0" in printed for gibibytes in (1, 2, 3, 4))
+
+
+def test_what_cannot_be_measured_leaves_the_comparison(study: golden.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that the network takes, and time, are missing; terminal and page say why."""
+    monkeypatch.setattr(memory, "peak_bytes", lambda *_: math.nan)
+    page = study.folder / "measured.html"
+    printed = study.run(*arguments(study, "--measure", "--report", str(page)))
+    note = "a training step ran out of memory, or was ended from outside; a prediction ran out of memory, or was"
+    for name in ("E2ENet", "nnU-Net"):
+        assert f"{name}: {note}" in " ".join(printed.split())
+        assert f"{name}: {note}" in page.read_text()

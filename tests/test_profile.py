@@ -101,6 +101,50 @@ def test_networks_are_timed_in_turns() -> None:
     assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 3}
 
 
+class Greedy(nn.Module):
+    """A network that takes more memory than there is from its second pass on."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+        self.passes = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        if self.passes > 1:
+            raise self.error
+        return x
+
+
+def test_a_network_that_does_not_fit_leaves_the_others_their_turns() -> None:
+    greedy = Greedy(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    networks = {"a": nn.Identity(), "greedy": greedy, "b": nn.Identity()}
+    seconds = time_in_turns(networks, dict.fromkeys(networks, (1, 4)), ProfileSettings(rounds=3))
+    assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 3}
+    assert greedy.passes == 2
+    with pytest.raises(RuntimeError, match="no kernel"):
+        time_in_turns({"other": Greedy(RuntimeError("no kernel"))}, {"other": (1, 4)}, ProfileSettings(rounds=3))
+
+
+def test_what_does_not_fit_into_memory_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image of 2^48 voxels, which no machine holds; what was counted is kept."""
+    monkeypatch.setattr(profile, "free_bytes", lambda: math.inf)
+    plans = tmp_path / "nnUNetPlans.json"
+    plans.write_text(json.dumps(plans_of(AMOS_STRIDES[1:4], [2**16] * 3, base=8)))
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset_of(3)))
+    output = tmp_path / "out.json"
+    command = ["profile", str(plans), "--beside", "nnunet", "--rounds", "1", "--threads", "1", "--json", str(output)]
+    assert main(command) == 0
+    (found,) = json.loads(output.read_text())["profiles"]
+    ended = "ran out of memory, or was ended from outside"
+    assert found["note"] == f"a training step {ended}; a prediction {ended}; a timed pass ran out of memory"
+    assert (found["training_bytes"], found["prediction_bytes"], found["seconds"]) == (None, None, [])
+    assert found["costs"]["macs_active"] > 0
+    assert f"nnU-Net: {found['note']}" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("regions", [False, True])
 def test_loss_is_that_of_nnunet(small: Design, regions: bool) -> None:
     dataset = dataset_of(3)

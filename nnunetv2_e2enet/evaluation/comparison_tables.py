@@ -11,7 +11,7 @@ from rich.console import Console
 from nnunetv2_e2enet.evaluation import numbers
 from nnunetv2_e2enet.evaluation.comparison import Comparison, ModelFacts, comparable_patches
 from nnunetv2_e2enet.evaluation.metrics import METRICS, Metric
-from nnunetv2_e2enet.evaluation.profile_tables import cost_columns, how_measured, measurements
+from nnunetv2_e2enet.evaluation.profile_tables import cost_columns, how_measured, measurements, missing_measurements
 from nnunetv2_e2enet.evaluation.statistics import ALPHA, MEAN, PairedTest, RankTest, tested
 from nnunetv2_e2enet.evaluation.tables import Table
 
@@ -32,6 +32,8 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         console.print()
         measurements(comparison.profiles, comparison.settings).print(console)
         console.print(how_measured(comparison.settings))
+        for note in missing_measurements(comparison.profiles):
+            console.print(note)
     dice_by_class(comparison).print(console)
     for line in verdicts(comparison):
         console.print(line)

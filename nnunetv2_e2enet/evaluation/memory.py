@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nnunetv2_e2enet.evaluation.networks import Design
-from nnunetv2_e2enet.machine import bytes_in
+from nnunetv2_e2enet.machine import bytes_in, is_out_of_memory
 
 BYTES_PER_PARAMETER = 16
 """In training, float32: weight, gradient, momentum, and one more while they are updated."""
@@ -40,14 +40,22 @@ def peak_bytes(design: Design, training: bool, batch_size: int, device: str, thr
         threads: of PyTorch.
 
     Returns:
-        Bytes; NaN if the process was ended from outside, for want of memory as a rule, or as ``peak_above_now`` says.
+        Bytes; NaN if the process ran out of memory or was ended from outside, or as ``peak_above_now`` says.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
         try:
             return pool.submit(_measure, design, training, batch_size, device, threads).result()
-        except BrokenProcessPool:
-            return math.nan
+        except (MemoryError, OSError, RuntimeError) as error:
+            if isinstance(error, BrokenProcessPool) or is_out_of_memory(error):
+                return math.nan
+            raise
+
+
+def why_no_peak(device: str) -> str:
+    """Why ``peak_bytes`` is NaN, in words that follow upon what was measured."""
+    ended = "ran out of memory, or was ended from outside"
+    return ended if device == "cuda" or STATUS.is_file() else f"{ended}, or took less than the process before it"
 
 
 def _measure(design: Design, training: bool, batch_size: int, device: str, threads: int) -> float:

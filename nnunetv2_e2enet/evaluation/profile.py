@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import nan, prod
+from math import isnan, nan, prod
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.evaluation import memory
 from nnunetv2_e2enet.evaluation.costs import Costs, breakdown, count_costs
 from nnunetv2_e2enet.evaluation.networks import Design
-from nnunetv2_e2enet.machine import free_bytes
+from nnunetv2_e2enet.machine import free_bytes, is_out_of_memory
 from nnunetv2_e2enet.network import E2ENet, accounts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,9 +58,10 @@ class Profile:
         costs: counted, for one patch.
         kept_bytes: what autograd keeps for backward in a training step, counted in float32.
         why_pytorch_predicts, why_pytorch_trains: reasons why the CPU engine does not; None where it does.
-        training_bytes, prediction_bytes: measured peaks; NaN where not measured, and ``note`` says why.
+        training_bytes, prediction_bytes: measured peaks; NaN where not measured.
         seconds: each timed forward pass of one patch.
         shares: costs by level and flow, as ``breakdown``; empty unless asked for.
+        note: why a measurement is missing; empty where none is.
     """
 
     name: str
@@ -89,6 +90,10 @@ class Profile:
         """Of a patch, by the median time."""
         return prod(self.patch_size) / self.latency[1]
 
+    def add_note(self, words: str) -> None:
+        """A further reason why a measurement is missing."""
+        self.note = "; ".join(filter(None, (self.note, words)))
+
     def as_json(self) -> dict[str, Any]:
         """All fields, with latency (s) and throughput; what was not measured is NaN."""
         low, median, high = self.latency
@@ -112,7 +117,7 @@ def profile(designs: Sequence[Design], settings: ProfileSettings, progress: Prog
         network = design.build()
         profiles.append(_count(design, network, settings))
         if settings.with_time:
-            networks[design.name] = network.to(settings.device, DTYPES[settings.dtype]).eval()
+            networks[design.name] = network.eval()
     if settings.with_memory:
         for design, counted in zip(designs, profiles, strict=True):
             _measure_memory(design, counted, settings, progress)
@@ -120,12 +125,14 @@ def profile(designs: Sequence[Design], settings: ProfileSettings, progress: Prog
         shapes = {design.name: design.input_shape() for design in designs}
         seconds = time_in_turns(networks, shapes, settings, progress)
         for counted in profiles:
-            counted.seconds = seconds[counted.name]
+            counted.seconds = seconds.get(counted.name, [])
+            if not counted.seconds:
+                counted.add_note("a timed pass ran out of memory")
     return profiles
 
 
 def steps(designs: Sequence[Design], settings: ProfileSettings) -> int:
-    """The number of times that ``profile`` reports progress."""
+    """How often ``profile`` reports progress, where all networks fit into memory."""
     one = 1 + 2 * settings.with_memory + (settings.rounds + 1) * settings.with_time
     return len(designs) * one
 
@@ -163,14 +170,23 @@ def _measure_memory(design: Design, counted: Profile, settings: ProfileSettings,
     free = free_bytes() if settings.device == "cpu" else float(torch.cuda.mem_get_info()[0])
     progress(f"Memory of a training step, {design.name}")
     if not memory.can_measure(settings.device):
-        counted.note = "this system does not tell the peak memory of a process"
+        counted.add_note("this system does not tell the peak memory of a process")
     elif needed > memory.SPARE * free:
-        counted.note = f"a training step needs {needed / 2**30:.1f} GiB or more, {free / 2**30:.1f} GiB are free: not run"
+        counted.add_note(f"a training step needs {needed / 2**30:.1f} GiB or more, {free / 2**30:.1f} GiB are free: not run")
     else:
-        counted.training_bytes = memory.peak_bytes(design, True, counted.batch_size, settings.device, settings.threads)
+        counted.training_bytes = _peak(design, counted, settings, training=True)
     progress(f"Memory of a prediction, {design.name}")
     if memory.can_measure(settings.device):
-        counted.prediction_bytes = memory.peak_bytes(design, False, 1, settings.device, settings.threads)
+        counted.prediction_bytes = _peak(design, counted, settings, training=False)
+
+
+def _peak(design: Design, counted: Profile, settings: ProfileSettings, training: bool) -> float:
+    """A peak in bytes; where it is NaN, a note says why."""
+    batch_size = counted.batch_size if training else 1
+    peak = memory.peak_bytes(design, training, batch_size, settings.device, settings.threads)
+    if isnan(peak):
+        counted.add_note(f"a {'training step' if training else 'prediction'} {memory.why_no_peak(settings.device)}")
+    return peak
 
 
 def time_in_turns(
@@ -181,21 +197,36 @@ def time_in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of forward passes in inference mode, A B C A B C …, after a pass of each that does not count.
 
-    Other load on the machine, and its temperature, thus affect all networks equally.
+    Other load on the machine, and its temperature, thus affect all networks equally. A network that runs out of memory is left
+    out of the turns that follow, and of the result.
     """
     seconds: dict[str, list[float]] = {name: [] for name in networks}
-    images = {name: torch.randn(tuple(shape)).to(settings.device, DTYPES[settings.dtype]) for name, shape in shapes.items()}
-    with torch.inference_mode():
-        for turn in range(settings.rounds + 1):
-            for name, network in networks.items():
-                progress(f"Timing {name}, " + (f"round {turn} of {settings.rounds}" if turn else "warm-up"))
-                _synchronise(settings.device)
-                start = time.perf_counter()
-                network(images[name])
-                _synchronise(settings.device)
-                if turn:
-                    seconds[name].append(time.perf_counter() - start)
-    return seconds
+    images: dict[str, torch.Tensor] = {}
+    where = settings.device, DTYPES[settings.dtype]
+    for turn in range(settings.rounds + 1):
+        for name in list(seconds):
+            progress(f"Timing {name}, " + (f"round {turn} of {settings.rounds}" if turn else "warm-up"))
+            try:
+                if not turn:
+                    networks[name].to(*where)
+                    images[name] = torch.randn(tuple(shapes[name])).to(*where)
+                seconds[name].append(_timed_pass(networks[name], images[name], settings.device))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                images.pop(name, None)
+                networks[name].cpu()
+                del seconds[name]
+    return {name: timed[1:] for name, timed in seconds.items()}
+
+
+@torch.inference_mode()
+def _timed_pass(network: nn.Module, image: torch.Tensor, device: str) -> float:
+    _synchronise(device)
+    start = time.perf_counter()
+    network(image)
+    _synchronise(device)
+    return time.perf_counter() - start
 
 
 def _synchronise(device: str) -> None:

@@ -32,10 +32,10 @@ def print_profiles(console: Console, profiles: list[Profile], settings: ProfileS
         console.print()
         measurements(profiles, settings).print(console)
         console.print(how_measured(settings))
-    for p in profiles:
-        if p.note:
-            console.print(f"{p.name}: {p.note}")
-        if levels or flows:
+    for note in missing_measurements(profiles):
+        console.print(note)
+    if levels or flows:
+        for p in profiles:
             _parts(p, flows).print(console)
 
 
@@ -80,6 +80,11 @@ def measurements(profiles: Sequence[Profile], settings: ProfileSettings, with_pa
     title = f"Measured on {settings.device}, {settings.threads} threads, {settings.dtype}"
     table = Table.of(title, head, rows)
     return table if with_patch else Table(title, table.frame.drop(columns=["batch", "patch"]))
+
+
+def missing_measurements(profiles: Sequence[Profile]) -> list[str]:
+    """Why measurements are missing, a line for each network that lacks any."""
+    return [f"{p.name}: {p.note}" for p in profiles if p.note]
 
 
 def how_measured(settings: ProfileSettings) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 from nnunetv2_e2enet.evaluation import comparison_tables as tables
 from nnunetv2_e2enet.evaluation.comparison import Comparison
 from nnunetv2_e2enet.evaluation.metrics import METRICS
-from nnunetv2_e2enet.evaluation.profile_tables import how_measured, measurements
+from nnunetv2_e2enet.evaluation.profile_tables import how_measured, measurements, missing_measurements
 from nnunetv2_e2enet.evaluation.report import charts
 from nnunetv2_e2enet.evaluation.report.drawing import Chart, style
 from nnunetv2_e2enet.evaluation.report.pictures import Picture
@@ -45,6 +45,7 @@ def report_html(comparison: Comparison, pictures: Sequence[Picture], provenance:
         dataset=next((m.source.dataset for m in comparison.models if m.source.dataset), None),
         measurements=measurements(comparison.profiles, comparison.settings, with_patch=True),
         how_measured=how_measured(comparison.settings),
+        missing_measurements=missing_measurements(comparison.profiles),
         **drawn,
     )
 
