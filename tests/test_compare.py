@@ -331,6 +331,24 @@ def test_holm_may_leave_too_few_cases(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "Dice: too few cases to show a difference" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("different", "words"),
+    [
+        (0, "Dice: the results are equal in all cases;"),
+        (3, "Dice: only 3 of 12 cases differ, too few to show a difference;"),
+    ],
+)
+def test_ties_are_why_no_difference_shows(
+    tmp_path: Path, different: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = Study(tmp_path, cases=12)
+    for i in range(12):
+        shutil.copy(study.reference / f"case_{i}.nii.gz", study.models[0])
+        write_map(study.models[1] / f"case_{i}.nii.gz", np.roll(label_map(i), int(i < different), axis=0))
+    assert main(study.arguments()) == 0
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
 def test_json_before_the_folders_replaces_none_of_them(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     plans = study.folder / "plans.json"
     plans.write_text('{"plans_name": "mine"}')

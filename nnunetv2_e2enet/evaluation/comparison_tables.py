@@ -135,10 +135,14 @@ def _paired_verdict(comparison: Comparison, metric: Metric) -> str:
         return f"{metric.title}: too few cases for a test ({test.difference.n})."
     mean, interval = numbers.signed(test.difference.mean, metric), numbers.limits(test.difference, metric, fewer_digits=0)
     size = f"{first} - {second} = {mean}{unit} ({interval})"
+    different = test.wins + test.losses
     if test.p_holm < ALPHA:
         finding = _better(comparison, metric, test)
-    elif tested([t.p for t in tests]) * 2 / 2 ** (test.wins + test.losses) >= ALPHA:  # the least p of so many signs
-        finding = "too few cases to show a difference"
+    elif different == 0:
+        finding = "the results are equal in all cases"
+    elif tested([t.p for t in tests]) * 2 / 2**different >= ALPHA:  # the least p of so many signs
+        few = "too few cases" if test.ties == 0 else f"only {different} of {test.difference.n} cases differ, too few"
+        finding = f"{few} to show a difference"
     else:
         finding = "no difference shown"
     return f"{metric.title}: {finding}; {size}, Wilcoxon {numbers.p_statement(test.p_holm)} (Holm), n = {test.difference.n}."
