@@ -1,5 +1,7 @@
 import itertools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -255,9 +257,97 @@ def test_weights_that_are_not_finite_stop_the_update_before_anything_changes() -
     last = layers_of(network)[-1]
     last.weight.data[last.mask] = float("nan")
     masks = [layer.mask.clone() for layer in layers_of(network)]
-    with pytest.raises(E2ENetError, match="not finite"):
+    with pytest.raises(E2ENetError, match=r"^1 has weights that are not finite: the training has diverged"):
         TopologyUpdater(network, CosineSchedule(10, 1)).update(1, torch.optim.SGD(network.parameters(), 0.1))
     assert all(torch.equal(layer.mask, m) for layer, m in zip(layers_of(network), masks, strict=True))
+
+
+@dataclass
+class EveryEpoch:
+    """An update before each epoch, of the same fraction."""
+
+    fraction: float = 0.5
+
+    def is_update(self, epoch: int) -> bool:  # noqa: ARG002
+        return True
+
+    def prune_fraction(self, epoch: int) -> float:  # noqa: ARG002
+        return self.fraction
+
+
+@dataclass
+class ByMask:
+    """Importance or growth of any numbers."""
+
+    numbers: Callable[[Tensor], Tensor]
+
+    def score(self, layer: MaskableLayer, generator: torch.Generator | None = None) -> Tensor:  # noqa: ARG002
+        return self.numbers(layer.mask)
+
+
+def in_order(mask: Tensor) -> Tensor:
+    return torch.arange(mask.numel()).reshape(mask.shape)
+
+
+def half_sparse() -> nn.Sequential:
+    network = tiny(4, 6, 4)
+    random_topology(network, 0.6, Uniform(), 0)
+    return network
+
+
+def updated(importance: Callable[[Tensor], Tensor], growth: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Masks after an update by these scores."""
+    network = half_sparse()
+    updater = TopologyUpdater(network, EveryEpoch(), ByMask(importance), ByMask(growth))
+    update = updater.update(1, torch.optim.SGD(network.parameters(), 0.1))
+    assert update is not None
+    assert update.replaced > 0
+    return [layer.mask for layer in layers_of(network)]
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, math.nan])
+def test_a_fraction_that_is_no_share_stops_the_update_before_anything_changes(fraction: float) -> None:
+    """More than all active connections would be pruned, or fewer than none grown: the sparsity would not be kept."""
+    network = half_sparse()
+    masks = [layer.mask.clone() for layer in layers_of(network)]
+    with pytest.raises(E2ENetError, match=rf"^EveryEpoch gives {fraction} as the prune fraction before epoch 1, .* 0 to 1"):
+        TopologyUpdater(network, EveryEpoch(fraction)).update(1, torch.optim.SGD(network.parameters(), 0.1))
+    assert all(torch.equal(layer.mask, mask) for layer, mask in zip(layers_of(network), masks, strict=True))
+
+
+@pytest.mark.parametrize("filler", [-math.inf, math.inf, math.nan])
+def test_scores_count_only_where_they_are_ranked(filler: float) -> None:
+    """The importance of active connections, and the growth score of those that are inactive."""
+    expected = updated(in_order, in_order)
+    found = updated(
+        lambda mask: in_order(mask).float().masked_fill(~mask, filler),
+        lambda mask: in_order(mask).float().masked_fill(mask, filler),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_scores_may_be_whole_numbers() -> None:
+    whole, real = (updated(scores, scores) for scores in (in_order, lambda mask: in_order(mask).float()))
+    assert all(torch.equal(a, b) for a, b in zip(whole, real, strict=True))
+
+
+@pytest.mark.parametrize("role", ["importance", "growth"])
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (lambda mask: mask.float().sum(1), r"gives 0 scores of shape \[6\], but .* \[6, 4\]"),
+        (lambda mask: mask.float()[..., None], r"gives 0 scores of shape \[6, 4, 1\], but .* \[6, 4\]"),
+        (lambda mask: torch.full(mask.shape, -math.inf), r"gives (?:in)?active connections of 0 scores that are not finite"),
+    ],
+)
+def test_scores_that_cannot_be_ranked_name_the_criterion(role: str, numbers: Callable[[Tensor], Tensor], message: str) -> None:
+    """And no diverged training, as the weights are finite."""
+    network = half_sparse()
+    given = {"importance": ByMask(in_order), "growth": ByMask(in_order), role: ByMask(numbers)}
+    updater = TopologyUpdater(network, EveryEpoch(), **given)
+    with pytest.raises(E2ENetError, match=f"^ByMask {message}") as error:
+        updater.update(1, torch.optim.SGD(network.parameters(), 0.1))
+    assert "diverged" not in str(error.value)
 
 
 def test_gradient_growth_finds_the_connections_that_matter() -> None:

@@ -14,18 +14,20 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.logging import nnunet_logger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from support import Project, make, train_epochs
-from torch import nn
+from torch import Tensor, nn
 
 from nnunetv2_e2enet.dsff import (
     HISTORY_FILE,
     CosineSchedule,
+    Importance,
+    KernelL1Norm,
     TopologyHistory,
     TopologyRecord,
     TopologyUpdater,
     read_history,
 )
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.network import E2ENet, fusion_flows, maskable_layers
+from nnunetv2_e2enet.network import E2ENet, MaskableLayer, fusion_flows, maskable_layers
 from nnunetv2_e2enet.network.fusion import FusionNode
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
 from nnunetv2_e2enet.training.checkpoints import read_checkpoint
@@ -38,12 +40,12 @@ N_EPOCHS = 7
 class Run:
     """A training of a small network without data: weights change at random between updates."""
 
-    def __init__(self, path: Path | None, seed: int = 0, width: int = 6) -> None:
+    def __init__(self, path: Path | None, seed: int = 0, width: int = 6, importance: Importance | None = None) -> None:
         torch.manual_seed(seed)
         self.network = E2ENet(1, 2, 3, [width, 8, 10], nn.Conv3d, [[1] * 3, [1, 2, 2], [2] * 3])
         self.optimizer = torch.optim.SGD(self.network.parameters(), 0.1)
-        self.updater = TopologyUpdater(self.network, CosineSchedule(N_EPOCHS, 1), seed=seed)
-        self.history = TopologyHistory(self.updater.layers, fusion_flows(self.network), path)
+        self.updater = TopologyUpdater(self.network, CosineSchedule(N_EPOCHS, 1), importance, seed=seed)
+        self.history = TopologyHistory(self.updater.layers, fusion_flows(self.network), path, importance)
 
     def epochs(self, first: int, last: int) -> None:
         for epoch in range(first, last):
@@ -132,6 +134,35 @@ def active_by_layer(parts: Any, record: TopologyRecord) -> dict[str, int]:
     for part, active in zip(parts, record.active, strict=True):
         result[part.layer] = result.get(part.layer, 0) + active
     return result
+
+
+class OfActive:
+    """The importance of the paper, and none where nothing is active."""
+
+    label = KernelL1Norm.label
+
+    def score(self, layer: MaskableLayer) -> Tensor:
+        return KernelL1Norm().score(layer).masked_fill(~layer.mask, -torch.inf)
+
+
+def test_an_importance_of_active_connections_alone_is_recorded(path: Path) -> None:
+    histories = []
+    for importance in (KernelL1Norm(), OfActive()):
+        run = Run(path, importance=importance)
+        run.history.start()
+        run.epochs(0, N_EPOCHS)
+        histories.append(read_history(path))
+    assert histories[0] == histories[1]
+
+
+class Unranked:
+    def score(self, layer: MaskableLayer) -> Tensor:
+        return KernelL1Norm().score(layer).log().masked_fill(layer.mask, -torch.inf)
+
+
+def test_a_history_that_begins_with_scores_that_cannot_be_ranked_names_the_criterion(path: Path) -> None:
+    with pytest.raises(E2ENetError, match=r"^Unranked gives active connections of .* scores that are not finite"):
+        Run(path, importance=Unranked()).history.start()
 
 
 def test_threshold_and_importance_are_those_of_the_kernels(path: Path) -> None:

@@ -20,7 +20,10 @@ class Importance(Protocol):
     """
 
     def score(self, layer: MaskableLayer) -> Tensor:
-        """One number a connection, shaped like ``layer.mask``; the active ones with the lowest are pruned."""
+        """One number a connection, shaped like ``layer.mask``; the active ones with the lowest are pruned.
+
+        Those of active connections are finite. Others have no effect.
+        """
 
 
 class Growth(Protocol):
@@ -33,7 +36,7 @@ class Growth(Protocol):
     def score(self, layer: MaskableLayer, generator: torch.Generator) -> Tensor:
         """One number a connection, shaped like ``layer.mask``; the inactive ones with the highest are grown.
 
-        ``generator`` (on the CPU) is the only source of randomness.
+        Those of inactive connections are finite. ``generator`` (on the CPU) is the only source of randomness.
         """
 
 
@@ -104,3 +107,51 @@ class GradientGrowth:
                 "gradient growth found no gradient: run a backward pass within TopologyUpdater.observation() before the update"
             )
         return gradient.flatten(2).abs().sum(dim=2, dtype=torch.float32)
+
+
+def importance_of(criterion: Importance, name: str, layer: MaskableLayer) -> Tensor:
+    """The importance of each connection of the layer ``name``: floating point, finite where connections are active.
+
+    Raises:
+        E2ENetError: the scores are of another shape, or weights or scores of active connections are not finite.
+    """
+    scores = _as_numbers(criterion, criterion.score(layer), name, layer)
+    if torch.isfinite(scores[layer.mask]).all():
+        return scores
+    if not torch.isfinite(layer.weight).all():
+        raise E2ENetError(
+            f"{name} has weights that are not finite: the training has diverged. Resume it from its last checkpoint with a "
+            "lower initial_lr"
+        )
+    raise E2ENetError(
+        f"{type(criterion).__name__} gives active connections of {name} scores that are not finite, by which nothing can be "
+        "ranked: let score return finite numbers where layer.mask is True"
+    )
+
+
+def growth_of(criterion: Growth, name: str, layer: MaskableLayer, generator: torch.Generator) -> Tensor:
+    """The growth score of each connection of the layer ``name``: floating point, finite where connections are inactive.
+
+    Raises:
+        E2ENetError: the scores are of another shape, or those of inactive connections are not finite.
+    """
+    scores = _as_numbers(criterion, criterion.score(layer, generator), name, layer)
+    if not torch.isfinite(scores[~layer.mask]).all():
+        raise E2ENetError(
+            f"{type(criterion).__name__} gives inactive connections of {name} scores that are not finite, by which nothing "
+            "can be ranked: observe another batch, with a smaller loss scale after an overflow of half precision"
+        )
+    return scores
+
+
+def _as_numbers(criterion: Importance | Growth, scores: Tensor, name: str, layer: MaskableLayer) -> Tensor:
+    """Scores in floating point, where the layer is; E2ENetError if they are not shaped like its mask."""
+    if scores.shape != layer.mask.shape:
+        raise E2ENetError(
+            f"{type(criterion).__name__} gives {name} scores of shape {list(scores.shape)}, but one number a connection is "
+            f"needed, {list(layer.mask.shape)}: shape them like layer.mask"
+        )
+    device = layer.mask.device
+    if device.type == "mps" or not scores.is_floating_point():  # Apple's GPUs have no float64
+        scores = scores.float()
+    return scores.to(device)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nnunetv2_e2enet.dsff.criteria import Importance, KernelL1Norm
+from nnunetv2_e2enet.dsff.criteria import Importance, KernelL1Norm, importance_of
 from nnunetv2_e2enet.dsff.updater import TopologyUpdate
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import write_atomically
@@ -218,9 +218,10 @@ class TopologyHistory:
             change = changes.get(name)
             nothing = torch.zeros_like(layer.mask)
             pruned, grown = (change.pruned, change.grown) if change else (nothing, nothing)
-            importance = change.importance if change else self._importance(layer)
+            importance = change.importance if change else self._importance(name, layer)
             stayed = layer.mask & ~grown
             survivors = layer.mask & (self.born[name] == 0)
+            of_stayed = None if importance is None else importance.masked_fill(~stayed, 0)
             for channels in self.flows[name].values():
 
                 def total(values: Tensor, layer: MaskableLayer = layer, channels: slice = channels) -> float:
@@ -231,7 +232,7 @@ class TopologyHistory:
                 record.grown.append(int(total(grown)))
                 record.explored.append(int(total(layer.explored)))
                 record.survivors.append(int(total(survivors)))
-                mean = None if importance is None else _short(total(importance * stayed) / max(total(stayed), 1))
+                mean = None if of_stayed is None else _short(total(of_stayed) / max(total(stayed), 1))
                 record.importance.append(mean)
             record.threshold.append(None if change is None or change.threshold is None else _short(change.threshold))
         return record
@@ -241,9 +242,9 @@ class TopologyHistory:
         """Name of the importance in figures."""
         return getattr(self.importance, "label", type(self.importance).__name__)
 
-    def _importance(self, layer: MaskableLayer) -> Tensor | None:
+    def _importance(self, name: str, layer: MaskableLayer) -> Tensor | None:
         observes = getattr(self.importance, "needs_input_deviations", False)
-        return None if observes and layer.input_deviation is None else self.importance.score(layer)
+        return None if observes and layer.input_deviation is None else importance_of(self.importance, name, layer)
 
     def _header(self) -> bytes:
         return _line({"format": FORMAT, "importance": self.importance_name, "parts": self.parts})

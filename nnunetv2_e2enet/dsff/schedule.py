@@ -16,7 +16,7 @@ class Schedule(Protocol):
         """Whether the topology changes before the first iteration of ``epoch`` (counted from 0)."""
 
     def prune_fraction(self, epoch: int) -> float:
-        """Share of the active connections that an update before ``epoch`` replaces."""
+        """Share of the active connections that an update before ``epoch`` replaces, from 0 to 1."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 The number of active connections of a layer never changes. Where output maps share their input maps in blocks, blocks are
 replaced as connections are: importance and growth score of a block are the sums over its connections. Every update draws its
-random numbers from (seed, epoch, layer) alone, so that a resumed training goes through the same topologies as an
-uninterrupted one.
+random numbers from (seed, epoch, layer) alone, so that a resumed training draws the same ones as an uninterrupted one.
+Topologies are the same where the weights are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from math import ceil
 import torch
 from torch import Tensor, distributed, nn
 
-from nnunetv2_e2enet.dsff.criteria import Growth, Importance, KernelL1Norm, RandomGrowth
+from nnunetv2_e2enet.dsff.criteria import Growth, Importance, KernelL1Norm, RandomGrowth, growth_of, importance_of
 from nnunetv2_e2enet.dsff.distribution import Distribution
 from nnunetv2_e2enet.dsff.observation import finite, observed
 from nnunetv2_e2enet.dsff.schedule import Schedule
@@ -129,33 +129,25 @@ class TopologyUpdater:
             The changes, or None without an update.
 
         Raises:
-            E2ENetError: weights or scores are not finite; nothing has been changed then.
+            E2ENetError: the fraction is not from 0 to 1, or weights or scores cannot be ranked; nothing has been changed then.
         """
         if not self._is_due(epoch):
             return None
         fraction = self.schedule.prune_fraction(epoch)
+        if not 0 <= fraction <= 1:  # NaN is not either
+            raise E2ENetError(
+                f"{type(self.schedule).__name__} gives {fraction} as the prune fraction before epoch {epoch}, but it is a "
+                "share of the active connections: let it give a number from 0 to 1"
+            )
         changes = tuple(self._plan(name, layer, fraction, epoch) for name, layer in self.layers.items())
         for change in changes:
             _replace(self.layers[change.name], change.pruned, change.grown, optimizer)
         return TopologyUpdate(epoch, fraction, changes)
 
     def _plan(self, name: str, layer: MaskableLayer, fraction: float, epoch: int) -> LayerUpdate:
-        importance = self.importance.score(layer)
-        if not torch.isfinite(importance).all():
-            raise E2ENetError(
-                f"{name} has weights that are not finite before epoch {epoch}: the training has diverged. Resume it from its "
-                "last checkpoint with a lower initial_lr"
-            )
+        importance = importance_of(self.importance, name, layer)
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{epoch}/{name}").getrandbits(63))
-        growth = self.growth.score(layer, generator)
-        if layer.mask.device.type == "mps":
-            growth = growth.float()  # Apple's GPUs have no float64
-        growth = growth.to(layer.mask.device)
-        if not torch.isfinite(growth).all():
-            raise E2ENetError(
-                f"{type(self.growth).__name__} gives scores to {name} that are not finite before epoch {epoch}, by which "
-                "nothing can be ranked: observe another batch, with a smaller loss scale after an overflow of half precision"
-            )
+        growth = growth_of(self.growth, name, layer, generator)
         pruned, grown = _select_blocks(layer, importance, growth, fraction)
         if distributed.is_available() and distributed.is_initialized():  # broadcast from rank 0, so that masks match
             for mask in (pruned, grown):
