@@ -188,7 +188,9 @@ def test_hostile_weights_with_a_right_checksum(file: Path, model: PackedModel, d
     }
     changes[data.draw(st.sampled_from(sorted(changes)))]()
     found = outcome(file, serialized(model.description.as_json(), arrays), read_packed)
-    assert (found is not None) == (without_values(arrays) == without_values({f"0/{n}": a for n, a in model.folds["0"].items()}))
+    assert (found is not None) == (
+        without_values(arrays) == without_values({f"0/{n}": a for n, a in model.folds["0"].items()})
+    )
     if found is not None:
         for own, array in found.folds["0"].items():
             np.testing.assert_array_equal(array, arrays[f"0/{own}"])
@@ -197,7 +199,8 @@ def test_hostile_weights_with_a_right_checksum(file: Path, model: PackedModel, d
 def without_values(arrays: dict[str, np.ndarray]) -> dict[str, tuple[Any, ...]]:
     """Types and shapes by name; of the topology its bits as well."""
     return {
-        name: (array.dtype, array.shape, None if array.dtype.kind == "f" else array.tobytes()) for name, array in arrays.items()
+        name: (array.dtype, array.shape, None if array.dtype.kind == "f" else array.tobytes())
+        for name, array in arrays.items()
     }
 
 
