@@ -38,6 +38,7 @@ TESTS = ("test_kernels.py", "test_sparse_convolution.py", "test_memory_format.py
 """Those that look at other programs where there is CUDA."""
 QUEUED = 20
 WAIT_CYCLES = 50_000_000  # of the device, some 30 ms, in which the host queues that many calls
+MOST_CYCLES = 32 * WAIT_CYCLES  # for a slow host
 ENOUGH_TO_END = 20  # seconds before the end of a measurement's time, in which no round is begun
 RECORD, ERROR, PARTIAL = ".json", ".error.json", ".partial"
 """How files of a measurement end: its result; why it failed; what it has found so far."""
@@ -360,15 +361,21 @@ def milliseconds_of(once: Callable[[], object], device: str) -> dict[str, list[f
     return {"wall": wall, **({"device": [queued_milliseconds(once) for _ in range(5)]} if on_gpu else {})}
 
 
-def queued_milliseconds(once: Callable[[], object]) -> float:
-    """The device's time for a call, of QUEUED ones that have all been queued before the first begins."""
+def queued_milliseconds(once: Callable[[], object], cycles: int = WAIT_CYCLES) -> float:
+    """The device's time for a call, of QUEUED ones that have all been queued before the first begins.
+
+    Where the host needs longer for that, the device waits longer.
+    """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(WAIT_CYCLES)
+    torch.cuda._sleep(cycles)
     begin.record()
     for _ in range(QUEUED):
         once()
+    too_early = begin.query()
     end.record()
     torch.cuda.synchronize()
+    if too_early and cycles < MOST_CYCLES:
+        return queued_milliseconds(once, 2 * cycles)
     return begin.elapsed_time(end) / QUEUED
 
 

@@ -127,6 +127,8 @@ def train(variant: dict[str, Any], seed: int, args: argparse.Namespace) -> dict[
     plans, dataset = contestants.load_plans(args.dataset, args.plans)
     if args.batch_size is not None:
         plans["configurations"][args.configuration]["batch_size"] = args.batch_size
+    contestants.as_nnunet_trains(args.device)
+    torch._dynamo.reset()  # or the networks of the class count together, and from the ninth on run eagerly
     for source in (torch.manual_seed, np.random.seed, random.seed):
         source(seed)
     trainer = StartTrainer({**plans, "continue_training": False}, args.configuration, 0, dataset, torch.device(args.device))

@@ -43,6 +43,12 @@ def fused_kernels(setting: Callable[..., None]) -> Iterator[None]:
     prepare_kernels(device)
 
 
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own convolutions are as exact on a GPU as ours, which do not round to TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Reference outputs and real scans, which are not part of the repository."""

@@ -83,7 +83,7 @@ def test_topology_updates_compile_nothing_where_the_kernels_compute(active_only:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_compiled_network_on_several_gpus_stays_whole(
+def test_a_compiled_network_on_several_gpus_stays_whole_and_keeps_its_memory_format(
     in_process: Project, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DistributedDataParallel's splits of a graph fail with checkpoints in PyTorch 2.11."""
@@ -95,7 +95,8 @@ def test_a_compiled_network_on_several_gpus_stays_whole(
         raise InterruptedError
 
     monkeypatch.setattr(nnUNetTrainer, "initialize", stop)
-    with torch._dynamo.config.patch(optimize_ddp=True):
+    with torch._dynamo.config.patch(optimize_ddp=True), torch._inductor.config.patch(layout_optimization=True):
         with pytest.raises(InterruptedError):
             trainer.initialize()
         assert torch._dynamo.config.optimize_ddp is not compiled
+        assert torch._inductor.config.layout_optimization is not compiled

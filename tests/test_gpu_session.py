@@ -298,9 +298,11 @@ def test_a_step_says_what_it_computed(session: gpu_stages.Session, fails: bool, 
     assert found["blocks"][2] > 0
 
 
-def test_the_time_of_the_device_is_of_queued_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them are queued while the device waits, and the host's clock is not asked."""
+@pytest.mark.parametrize("slow_host", [False, True])
+def test_the_time_of_the_device_is_of_queued_calls(slow_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them are queued while the device waits, longer for a slow host, and the host's clock is not asked."""
     queue: list[str] = []
+    waits: list[int] = []
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -310,17 +312,21 @@ def test_the_time_of_the_device_is_of_queued_calls(monkeypatch: pytest.MonkeyPat
         def record(self) -> None:
             self.at = len(queue)
 
+        def query(self) -> bool:
+            return slow_host and waits[-1] < 4 * gpu_stages.WAIT_CYCLES
+
         def elapsed_time(self, end: Event) -> float:
             assert queue[-1] == "synchronized"
             return 3.0 * (end.at - self.at)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda _: queue.append("waits"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: (queue.append("waits"), waits.append(cycles)))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: queue.append("synchronized"))
     times = gpu_stages.milliseconds_of(lambda: queue.append("call"), "cuda")
     assert times["device"] == [3.0] * 5
     assert len(times["wall"]) == 20
     assert queue[-gpu_stages.QUEUED - 2 :] == ["waits", *["call"] * gpu_stages.QUEUED, "synchronized"]
+    assert waits == 5 * [factor * gpu_stages.WAIT_CYCLES for factor in ([1, 2, 4] if slow_host else [1])]
 
 
 def test_every_measurement_has_a_name_of_its_own() -> None:

@@ -311,12 +311,6 @@ def in_blocks(network: E2ENet, block_size: int, seed: int) -> E2ENet:
     return network
 
 
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's own convolutions are as exact on a GPU as ours, which do not round to TF32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 @pytest.mark.usefixtures("fused_kernels", "exact")
 def test_a_network_that_predicts_stores_active_blocks_of_the_weights_it_loads(
     launches: list[Any],

@@ -11,7 +11,6 @@ from math import isnan, nan, prod
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
@@ -181,6 +180,16 @@ def _launch(
         )
 
 
+def divide_up(a: int, b: int) -> int:
+    """The quotient, rounded up: ``triton.cdiv`` takes microseconds of the host's time."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least ``n``, from 1 on."""
+    return 1 << (n - 1).bit_length()
+
+
 class Tiles:
     """How programs share a map; see ``programs``.
 
@@ -193,18 +202,18 @@ class Tiles:
     def __init__(self, x: Tensor, channels_last: bool) -> None:
         self.batch, self.channels, self.elements = x.shape[0], x.shape[1], prod(x.shape[2:])
         voxels, channels = TILE_LAST if channels_last else (TILE, 1)
-        block_c = min(channels, triton.next_power_of_2(self.channels))
+        block_c = min(channels, next_power_of_2(self.channels))
         block_v = voxels * channels // block_c
         self.blocks = {"BLOCK_V": block_v, "BLOCK_C": block_c}
         self.sizes = (self.channels, self.elements)
         self.strides = (self.channels, 1) if channels_last else (1, self.elements)
         self.chunk = CHUNK // block_c
-        self.chunks = triton.cdiv(self.elements, self.chunk)
+        self.chunks = divide_up(self.elements, self.chunk)
 
     def grid(self, parts: int | None = None) -> tuple[int, int, int]:
         """Programs for so many parts of the voxels; for each tile unless given."""
-        parts = triton.cdiv(self.elements, self.blocks["BLOCK_V"]) if parts is None else parts
-        return parts, triton.cdiv(self.channels, self.blocks["BLOCK_C"]), self.batch
+        parts = divide_up(self.elements, self.blocks["BLOCK_V"]) if parts is None else parts
+        return parts, divide_up(self.channels, self.blocks["BLOCK_C"]), self.batch
 
 
 class _Map(NamedTuple):
@@ -233,7 +242,7 @@ def _parts(grad: Tensor, widths: Sequence[int]) -> list[Tensor]:
 
 
 def _block_of(parts: int) -> int:
-    return min(1024, int(triton.next_power_of_2(parts)))
+    return min(1024, next_power_of_2(parts))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

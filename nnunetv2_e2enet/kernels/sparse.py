@@ -11,12 +11,11 @@ from math import nan, prod
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.library import custom_op
 
 from nnunetv2_e2enet.kernels import sparse_programs as programs
-from nnunetv2_e2enet.kernels.operators import regroup, triton_dtype, wide_dtype
+from nnunetv2_e2enet.kernels.operators import divide_up, next_power_of_2, regroup, triton_dtype, wide_dtype
 from nnunetv2_e2enet.network.memory_format import empty_like, is_channels_last, memory_format
 from nnunetv2_e2enet.network.sparse_convolution import result_shape
 
@@ -103,7 +102,7 @@ def _convolve(
     weight, maps = weight.contiguous(), _Maps(tensors, slopes)
     out = _result(maps.values[0], weight.shape[0], stride, transposed)
     shapes = _Shapes(maps.values, out, inputs, weight.shape[2:], shift_size, stride, transposed)
-    grid = (triton.cdiv(shapes.places, shapes.constants["BLOCK_V"]), inputs.shape[0] * shapes.parts, out.shape[0])
+    grid = (divide_up(shapes.places, shapes.constants["BLOCK_V"]), inputs.shape[0] * shapes.parts, out.shape[0])
     with torch.cuda.device_of(out):
         programs.convolve_blocks[grid](
             *maps.given, shapes.widths, weight, inputs.contiguous(), out, *shapes.sizes, **shapes.constants, **maps.constants
@@ -143,12 +142,15 @@ def _input_gradient(
     grad, weight = grad.contiguous(memory_format=form), weight.contiguous()
     sums = [empty_like(maps[0], x.shape[1], wide_dtype(x.dtype)).zero_() for x in maps]
     shapes = _Shapes(sums, grad, inputs, weight.shape[2:], shift_size, stride, transposed)
-    grid = (triton.cdiv(prod(maps[0].shape[2:]), shapes.constants["BLOCK_V"]), grad.shape[0])
+    grid = (divide_up(prod(maps[0].shape[2:]), shapes.constants["BLOCK_V"]), grad.shape[0])
     with torch.cuda.device_of(grad):
         programs.gradient_of_inputs[grid](
             grad, weight, inputs.contiguous(), tuple(sums), shapes.widths, *shapes.sizes, inputs.shape[0], **shapes.constants
         )
-    return [s.to(x.dtype, copy=False) for s, x in zip(sums, maps, strict=True)]
+    gradients = []
+    for x in maps:  # each of the wide sums is freed as soon as it is narrowed
+        gradients.append(sums.pop(0).to(x.dtype, copy=False))
+    return gradients
 
 
 @_input_gradient.register_fake
@@ -183,9 +185,9 @@ def _weight_gradient(
     maps = _Maps(tensors, slopes)
     grad = grad.contiguous(memory_format=memory_format(maps.values[0]))
     shapes = _Shapes(maps.values, grad, inputs, kernel, shift_size, stride, transposed)
-    parts = triton.cdiv(shapes.places, CHUNK)
+    parts = divide_up(shapes.places, CHUNK)
     sums = grad.new_empty((parts, grad.shape[1], inputs.shape[1], *kernel), dtype=wide_dtype(grad.dtype))
-    grid = (parts, inputs.shape[0] * prod(kernel), triton.cdiv(inputs.shape[1], shapes.constants["BLOCK_K"]))
+    grid = (parts, inputs.shape[0] * prod(kernel), divide_up(inputs.shape[1], shapes.constants["BLOCK_K"]))
     with torch.cuda.device_of(grad):
         programs.gradient_of_weights[grid](
             grad, *maps.given, shapes.widths, inputs.contiguous(), sums, *shapes.sizes, grad.shape[0], CHUNK,
@@ -278,7 +280,7 @@ class _Shapes:
         self.constants: dict[str, Any] = {
             **dict(zip(names, (*step, *kernel, *up), strict=True)),
             "BLOCK_V": tile_voxels(out.dtype),
-            "BLOCK_N": max(16, triton.next_power_of_2(block_size)),
+            "BLOCK_N": max(16, next_power_of_2(block_size)),
             "BLOCK_K": 32 if inputs.shape[1] > 16 else 16,
             "MOVE": sum(self.widths) >= shift_size > 1,
             "LAST": is_channels_last(x),

@@ -58,8 +58,11 @@ class NetworkMixin(Overrides, TrainerBase):
             check_attributes(self, TRAINER_ATTRIBUTES)
             self._name_misspelt_settings()
             self._write_architecture_into_plans()
-            if self.is_ddp and self._do_i_compile():
-                torch._dynamo.config.optimize_ddp = False  # PyTorch 2.11 fails where it splits a graph with checkpoints
+            if self._do_i_compile():
+                # Or the compiler turns the backward graph of a 2D network channels-last, around operators that are not
+                torch._inductor.config.layout_optimization = False
+                if self.is_ddp:
+                    torch._dynamo.config.optimize_ddp = False  # PyTorch 2.11 fails where it splits a graph with checkpoints
             super().initialize()
 
     def _name_misspelt_settings(self) -> None:
