@@ -188,9 +188,8 @@ def test_hostile_weights_with_a_right_checksum(file: Path, model: PackedModel, d
     }
     changes[data.draw(st.sampled_from(sorted(changes)))]()
     found = outcome(file, serialized(model.description.as_json(), arrays), read_packed)
-    assert (found is not None) == (
-        without_values(arrays) == without_values({f"0/{n}": a for n, a in model.folds["0"].items()})
-    )
+    former = {f"0/{own}": array for own, array in model.folds["0"].items()}
+    assert (found is not None) == (without_values(arrays) == without_values(former))
     if found is not None:
         for own, array in found.folds["0"].items():
             np.testing.assert_array_equal(array, arrays[f"0/{own}"])
@@ -198,10 +197,7 @@ def test_hostile_weights_with_a_right_checksum(file: Path, model: PackedModel, d
 
 def without_values(arrays: dict[str, np.ndarray]) -> dict[str, tuple[Any, ...]]:
     """Types and shapes by name; of the topology its bits as well."""
-    return {
-        name: (array.dtype, array.shape, None if array.dtype.kind == "f" else array.tobytes())
-        for name, array in arrays.items()
-    }
+    return {name: (a.dtype, a.shape, None if a.dtype.kind == "f" else a.tobytes()) for name, a in arrays.items()}
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, b"[" * 100_000, b"PK\x03\x04" + b"\0" * 100])
