@@ -467,6 +467,57 @@ def segmented_by_hand(project: Project, folder: Path) -> tuple[str, int, int]:
     return path.name.removesuffix("_0000.nii.gz"), 600, 8
 
 
+PREDICTOR = {
+    "tile_step_size": 0.5,
+    "use_mirroring": True,
+    "perform_everything_on_device": True,
+    "verbose": False,
+    "verbose_preprocessing": False,
+    "allow_tqdm": True,
+}
+"""Attributes of the predictor that ``nnUNetv2_predict`` makes without options, on a GPU."""
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "--continue_prediction": {},
+    "-step_size 0.25": {"tile_step_size": 0.25},
+    "--disable_tta": {"use_mirroring": False},
+    "--not_on_device": {"perform_everything_on_device": False},
+    "--verbose": {"verbose": True, "verbose_preprocessing": True},
+    "--disable_progress_bar": {"allow_tqdm": False},
+    "--fast": {"tile_step_size": 0.75, "use_mirroring": False},
+}
+"""What options change of it."""
+
+
+@pytest.mark.parametrize("options", CHANGES)
+def test_nnunets_predictor_is_made_as_asked_for(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    """For a GPU, where all options mean something, and with as many threads as ``nnUNetv2_predict``: cores on a CPU."""
+    model, _ = untrained_model(project)
+    write_packed(tmp_path / "model.e2enet", model)
+    segmented_by_hand(project, tmp_path)
+    made: list[tuple[nnUNetPredictor, int]] = []
+    monkeypatch.setattr(
+        "nnunetv2_e2enet.cli.predict._predict",
+        lambda _args, predictor, _images: made.append((predictor, torch.get_num_threads())),
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path / "images"), "-o", str(tmp_path / "out")]
+    threads = torch.get_num_threads()
+    try:
+        for device in ("cpu", "cuda"):
+            torch.set_num_threads(2)  # as OMP_NUM_THREADS would
+            assert main(["predict", *files, "--continue_prediction", "-device", device, *options.split()]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    (_, on_cpu), (predictor, on_gpu) = made
+    assert (on_cpu, on_gpu) == (3, 1)
+    assert {name: getattr(predictor, name) for name in PREDICTOR} == PREDICTOR | CHANGES[options]
+
+
 def test_a_part_of_a_segmentation_does_not_count(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

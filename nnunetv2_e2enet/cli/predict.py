@@ -113,11 +113,11 @@ def run(args: argparse.Namespace) -> int:
         predictor = make_predictor(
             model,
             torch.device(args.device),
-            step_size,
-            not (args.disable_tta or args.fast),
-            not args.not_on_device,
-            args.verbose,
-            not args.disable_progress_bar,
+            step_size=step_size,
+            mirroring=not (args.disable_tta or args.fast),
+            on_device=not args.not_on_device,
+            verbose=args.verbose,
+            progress=not args.disable_progress_bar,
         )
         cases = _first_channels(images, model)[args.part_id :: args.num_parts]
         _check_places(args, cases, images, model)
