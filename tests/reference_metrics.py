@@ -32,9 +32,10 @@ def brute_force(
     result["volume_error"] = abs(len(p) - len(r)) * ml
     surfaces = [_surface(mask, known, reference.shape) for mask in (r, p)]
     diagonal = math.sqrt(sum((n * mm) ** 2 for n, mm in zip(reference.shape, spacing, strict=True)))
+    if r and not surfaces[0]:
+        return {**result, "nsd": math.nan, "hd95": math.nan}
     if not all(surfaces):
-        empty = not any(surfaces)
-        return {**result, "nsd": math.nan if empty else 0.0, "hd95": math.nan if empty else diagonal}
+        return {**result, "nsd": 0.0, "hd95": diagonal}
     distances = [[min(_distance(v, w, spacing) for w in other) for v in own] for own, other in (surfaces, surfaces[::-1])]
     close = sum(d <= tolerance + 1e-4 for part in distances for d in part)
     result["nsd"] = close / sum(len(part) for part in distances)

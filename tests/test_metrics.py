@@ -148,17 +148,30 @@ def test_ignored_voxels_count_for_nothing_and_have_no_surface() -> None:
 
 
 def test_a_scribble_within_ignored_voxels_has_no_surface() -> None:
-    """Whatever the prediction leaves out, there is nothing to measure distances to."""
+    """Whatever the prediction leaves out, be it everything, there is nothing to measure distances to."""
     labels = labels_of({"background": 0, "a": 1, "b": 2, "c": 3}, ignore=True)
     reference = np.full((3, 9, 9), IGNORE, np.uint8)
     reference[1, 4, 2:7] = 1
     prediction = np.zeros_like(reference)
     prediction[1, 4, 2:5] = 1
-    for predicted in (prediction, np.where(reference == 1, reference, 0).astype(np.uint8)):
+    for predicted in (prediction, np.where(reference == 1, reference, 0).astype(np.uint8), np.zeros_like(reference)):
         metrics = case_metrics(reference, predicted, (1, 1, 1), labels, [1.0] * 3)[0]
         assert metrics.dice == pytest.approx(2 * (predicted == 1).sum() / (5 + (predicted == 1).sum()))
         assert math.isnan(metrics.nsd)
         assert math.isnan(metrics.hd95)
+        expected = brute_force(reference, predicted, (1, 1, 1), (1,), 1.0, IGNORE)
+        assert metrics._asdict() == pytest.approx(expected, nan_ok=True)
+
+
+def test_an_invented_class_within_ignored_voxels_is_wrong() -> None:
+    """The reference says that the class is not there, so surfaces do not matter."""
+    labels = labels_of(CLASSES, ignore=True)
+    reference = np.full((3, 4, 12), IGNORE, np.uint8)
+    reference[1, 1, 2:7] = 0
+    prediction = np.where(reference == 0, 1, 0).astype(np.uint8)
+    metrics = case_metrics(reference, prediction, (1, 1, 1), labels, [1.0] * 3)[0]
+    assert (metrics.dice, metrics.nsd, metrics.hd95) == (0, 0, 13.0)
+    assert metrics._asdict() == pytest.approx(brute_force(reference, prediction, (1, 1, 1), (1,), 1.0, IGNORE))
 
 
 def test_a_region_with_background_in_it() -> None:

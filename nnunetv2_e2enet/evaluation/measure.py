@@ -25,7 +25,7 @@ from nnunetv2_e2enet.evaluation.statistics import nan_mean
 from nnunetv2_e2enet.imaging import read_grid, read_image
 
 Progress = Callable[[int, int], None]
-VERSION = 4
+VERSION = 5
 """Of what the metrics mean: to be raised when a number would come out otherwise, so that kept numbers are not used again."""
 
 

@@ -53,6 +53,9 @@ METRICS = (
 class ClassMetrics(NamedTuple):
     """One class of one case. NaN where a number is not defined: nothing there, neither in reference nor prediction.
 
+    The surface metrics are not defined either where the reference has the class but no surface of it, since all voxels around
+    are ignored.
+
     Attributes:
         dice: 2 TP / (2 TP + FP + FN).
         nsd: share of both surfaces that is within the tolerance of the other one.
@@ -102,9 +105,9 @@ def case_metrics(
             results.append(ClassMetrics(nan, nan, nan, nan, *volumes))
             continue
         dice = 2 * both / (in_reference + in_prediction)
-        if in_reference and in_prediction:
+        if in_reference:
             nsd, hd95 = _surface_metrics(r, p, valid, spacing, tolerance, diagonal)
-        else:
+        else:  # the class is invented
             nsd, hd95 = 0.0, diagonal
         results.append(ClassMetrics(dice, nsd, hd95, abs(volumes[1] - volumes[0]), *volumes))
     return results
@@ -139,7 +142,7 @@ def _surface_metrics(
     tolerance: float,
     diagonal: float,
 ) -> tuple[float, float]:
-    """NSD and HD95 of a class that reference and prediction both have, from their masks.
+    """NSD and HD95 of a class that the reference has, from the masks.
 
     A voxel whose neighbours are all in the mask or not valid is not on the surface. NaN where the reference has no surface.
     """
