@@ -281,14 +281,24 @@ def test_the_command_measures_memory(
         (["PLANS", "--rounds", "0"], "at least 1"),
         (["PLANS", "--sparsity", "1"], "feature_sparsity is 1"),
         (["PLANS", "--sparsity", "0.5", "--beside", "nnunet"], "--sparsity is of E2ENets that are built from plans"),
+        (
+            ["PLANS", "--trainer", "nnUNetTrainer", "--beside", "nnunet"],
+            "--trainer nnUNetTrainer and --beside nnunet both say",
+        ),
+        (["MODEL", "-c", "2d"], "-c 2d is for plans files and data sets, and here are model folders alone"),
+        (["MODEL", "--trainer", "nnUNetTrainer"], "--trainer nnUNetTrainer is for plans files"),
+        (["MODEL", "--dataset-json", "dataset.json"], "--dataset-json dataset.json is for plans files"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plans = tmp_path / "nnUNetPlans.json"
     plans.write_text(json.dumps(plans_of(AMOS_STRIDES[1:4], [8, 16, 16], base=8)))
     (tmp_path / "dataset.json").write_text(json.dumps(dataset_of(3)))
-    given = [str(plans) if a == "PLANS" else a for a in arguments]
-    assert main(["profile", *given, "--no-memory", "--no-time"]) == 1
+    model = tmp_path / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    (model / "fold_0").mkdir(parents=True)
+    (model / "plans.json").write_text(plans.read_text())
+    subjects = {"PLANS": str(plans), "MODEL": str(model)}
+    assert main(["profile", *(subjects.get(a, a) for a in arguments), "--no-memory", "--no-time"]) == 1
     captured = capsys.readouterr()
     assert words in captured.err
     assert captured.err.count("\n") == 1

@@ -51,6 +51,12 @@ def designs(
     """
     folders = [Path(s) for s in subjects if is_model_folder(Path(s))]
     names = dict(zip(folders, default_names(folders) if len(folders) > 1 else [_short(f) for f in folders], strict=True))
+    if all(Path(s) in names for s in subjects):
+        _check_plans_unneeded(configuration, trainer, dataset_json)
+    elif trainer is not None and beside is not None:
+        raise E2ENetError(
+            f"--trainer {trainer} and --beside {' '.join(beside)} both say which networks to build from plans: leave one out"
+        )
     found: list[Design] = []
     described: list[Design] = []
     for subject in subjects:
@@ -80,6 +86,16 @@ def designs(
             "leave it out"
         )
     return _with_own_names(found)
+
+
+def _check_plans_unneeded(configuration: str | None, trainer: str | None, dataset_json: Path | None) -> None:
+    """Raises E2ENetError where an option of plans is given to model folders, which have configuration, trainer and labels."""
+    for option, value in (("-c", configuration), ("--trainer", trainer), ("--dataset-json", dataset_json)):
+        if value is not None:
+            raise E2ENetError(
+                f"{option} {value} is for plans files and data sets, and here are model folders alone: leave it out, or name "
+                "the plans file or the data set as SUBJECT"
+            )
 
 
 def _check_beside(designs: Sequence[Design], kinds: Sequence[str]) -> None:
