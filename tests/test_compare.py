@@ -25,6 +25,7 @@ from support import Project, program
 
 from nnunetv2_e2enet.cli import compare
 from nnunetv2_e2enet.cli.main import main
+from nnunetv2_e2enet.evaluation import measure as measure_module
 from nnunetv2_e2enet.evaluation.cases import match_cases
 from nnunetv2_e2enet.evaluation.measure import measure
 from nnunetv2_e2enet.evaluation.metrics import METRICS, ClassMetrics
@@ -517,6 +518,24 @@ def test_unchanged_cases_come_from_the_cache(study: Study) -> None:
     repaired = run(workers=2)
     for name, values in changed.values.items():
         np.testing.assert_array_equal(values, repaired.values[name])
+
+
+def test_workers_are_no_more_than_the_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a batch job that has one core of the machine."""
+    asked: list[int] = []
+
+    def asked_for(*given: Any) -> Any:
+        asked.append(given[5])
+        return measure(*given[:5], 1, *given[6:])
+
+    monkeypatch.setattr(measure_module, "measure", asked_for)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {3}, raising=False)
+    study = Study(tmp_path, cases=8)
+    command = study.arguments()
+    at = command.index("--workers")
+    assert main(command[:at] + command[at + 2 :]) == 0
+    assert asked == [1]
 
 
 def test_files_for_machines(study: Study, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import matplotlib.image
@@ -35,6 +36,13 @@ def test_demo(tmp_path: Path, registered: None, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(demo, "EXPECTED_DICE", 0.999)
     with pytest.raises(E2ENetError, match=r"but at least 0\.999 is expected"):
         demo._report(Console(), demo.Workspace(tmp_path, "cpu"))
+
+
+def test_processes_are_as_many_as_the_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a batch job, which has a part of the machine."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {3, 4, 7}, raising=False)
+    assert demo.Workspace(tmp_path, "cpu").environment()["nnUNet_def_n_proc"] == "3"
 
 
 @pytest.mark.usefixtures("registered")

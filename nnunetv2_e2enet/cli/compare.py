@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each case, model and class")
     add_json_argument(output)
     work = parser.add_argument_group("work")
-    work.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core, and one for four cases)")
+    work.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes (default: one for each core they may use, at most one for four cases)",
+    )
     work.add_argument("--cache", type=Path, metavar="DIR", help="folder of measured cases (default: the user's cache)")
     work.add_argument("--no-cache", action="store_true", help="measure all cases, keep nothing")
 
@@ -116,6 +120,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace, console: Console) -> Comparison:
+    from joblib import cpu_count
+
     from nnunetv2_e2enet.evaluation.cases import match_cases
     from nnunetv2_e2enet.evaluation.comparison import compare, model_facts
     from nnunetv2_e2enet.evaluation.measure import default_cache, measure
@@ -127,7 +133,7 @@ def _compare(args: argparse.Namespace, console: Console) -> Comparison:
         tolerances = _tolerances(args.tolerance, labels)
         cases = match_cases(sources, find_reference(sources, args.reference), args.common)
     cache = None if args.no_cache else args.cache or default_cache()
-    workers = args.workers or min(os.cpu_count() or 1, max(1, len(cases) // 4))
+    workers = args.workers or min(cpu_count(), max(1, len(cases) // 4))
     names = [source.name for source in sources]
     columns = (TextColumn("Measuring predictions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:

@@ -66,7 +66,7 @@ class Workspace:
         """The environment of this process, with nnU-Net's folders in the workspace."""
         folders = {name: str(self.folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
         # nnU-Net starts 8 export processes however few cores there are
-        return {**os.environ, **folders, "nnUNet_def_n_proc": str(min(8, os.cpu_count() or 1))}
+        return {**os.environ, **folders, "nnUNet_def_n_proc": _processes()}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,6 +88,12 @@ def run(args: argparse.Namespace) -> int:
     return _report(console, workspace)
 
 
+def _processes() -> str:
+    """One for each core that this process may use, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return str(min(8, cores))
+
+
 def _best_device() -> str:
     import torch
 
@@ -96,14 +102,13 @@ def _best_device() -> str:
 
 def _commands(work: Workspace) -> list[tuple[str, list[str]]]:
     dataset = str(DATASET_ID)
-    cores = str(min(8, os.cpu_count() or 1))
     commands = [
         ("Phantom data", ["e2enet", "phantom", dataset, "--size", *SIZE]),
         (
             "Plan and preprocess",
             [
                 *("nnUNetv2_plan_and_preprocess", "-d", dataset, "-c", CONFIGURATION),
-                *("--verify_dataset_integrity", "-np", cores, "-npfp", cores),
+                *("--verify_dataset_integrity", "-np", _processes(), "-npfp", _processes()),
             ],
         ),
     ]
