@@ -106,7 +106,7 @@ def class_names(module: str) -> list[str]:
     """Names of the classes for nnU-Net in one of our modules (``trainers.…``, ``planners.…``).
 
     Raises:
-        E2ENetError: the installed nnU-Net lacks something that all of them are made of.
+        E2ENetError: there is no such module, or the installed nnU-Net lacks something that all of them are made of.
     """
     return list(_import(module).__all__)
 
@@ -115,7 +115,7 @@ def find_class(name: str, modules: Iterable[str]) -> type | None:
     """The class of that name in our modules, None if no module has it.
 
     Raises:
-        E2ENetError: the installed nnU-Net lacks something that the class is made of.
+        E2ENetError: there is no such module, or the installed nnU-Net lacks something that the class is made of.
     """
     for module in modules:
         if name in class_names(module):
@@ -125,7 +125,7 @@ def find_class(name: str, modules: Iterable[str]) -> type | None:
 
 
 def load_classes(modules: Iterable[str]) -> Classes:
-    """Our classes whose bases the installed nnU-Net has, and why the others are missing."""
+    """Our classes whose modules are there and whose bases the installed nnU-Net has, and why the others are missing."""
     classes = Classes()
     for module in modules:
         try:
@@ -142,9 +142,12 @@ def load_classes(modules: Iterable[str]) -> Classes:
 
 
 def _import(module: str) -> ModuleType:
+    name = f"nnunetv2_e2enet.{module}"
     try:
-        return importlib.import_module(f"nnunetv2_e2enet.{module}")
+        return importlib.import_module(name)
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == name:  # it was called so when it was registered
+            raise E2ENetError(f"{error}: run e2enet register again") from error
         if (error.name or "").split(".")[0] != "nnunetv2":
             raise
         raise E2ENetError(f"{error}: {ADVICE}") from error

@@ -136,8 +136,19 @@ def test_nnunet_goes_on_without_an_uninstalled_package(nnunet: NnUNet) -> None:
     text = path.read_text()
     gone = text.replace("nnunetv2_e2enet.registration", "nnunetv2_e2enet_gone.registration")
     assert run_python(gone).returncode == 0
-    broken = text.replace("trainers.e2enet_trainers", "trainers.no_such_module")
+    broken = "import sys\nsys.modules['nnunetv2_e2enet.training.trainer'] = None\n" + text
     assert run_python(broken).returncode == 1
+
+
+def test_nnunet_goes_on_where_a_module_of_ours_has_another_name_than_when_it_was_registered(nnunet: NnUNet) -> None:
+    text = register(nnunet)[0].read_text()
+    stale = text.replace("trainers.e2enet_trainers", "trainers.former_trainers")
+    result = run_python(f"{stale}print(nnUNetTrainerE2ENet_smoke)")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == (
+        "E2ENet goes on without trainers.former_trainers: No module named 'nnunetv2_e2enet.trainers.former_trainers': run "
+        "e2enet register again\n"
+    )
 
 
 @pytest.mark.parametrize("found", ["2.7.0", "3.0.0", "1.7.1"])
