@@ -19,13 +19,16 @@ from nnunetv2.training.loss.robust_ce_loss import RobustCrossEntropyLoss
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from support import Project, architecture, assert_dice_is_that_of_the_files, batch, make, run_python, train_epochs, weights
+from torch import nn
 
 from nnunetv2_e2enet import trainers
 from nnunetv2_e2enet.dsff import CosineSchedule, GradientGrowth, KernelL1Norm, RandomGrowth
+from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, e2enet_features, maskable_layers
 from nnunetv2_e2enet.trainers import e2enet_combined_trainers
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
 from nnunetv2_e2enet.trainers.e2enet_trainers import nnUNetTrainerE2ENet, nnUNetTrainerE2ENet_S90
+from nnunetv2_e2enet.training.architecture import e2enet_architecture
 from nnunetv2_e2enet.training.variants import variant
 
 DSFF_LINE = re.compile(r"DSFF sparsity ([\d.]+), prune fraction ([\d.]+), connections changed (\d+), explored ([\d.]+)")
@@ -133,6 +136,28 @@ def test_resenc_plans_give_their_strides_and_e2enet_its_own_channels(in_process:
     assert isinstance(network, E2ENet)
     assert network.encoder.strides == given["strides"]
     assert network.encoder.output_channels == e2enet_features(given["n_stages"])
+
+
+@pytest.mark.parametrize(
+    ("conv_op", "dimension"), [("torch.nn.Conv2d", 2), ("torch.nn.modules.conv.Conv3d", 3), (nn.Conv2d, 2), (nn.Conv3d, 3)]
+)
+def test_plans_name_the_dimension(conv_op: Any, dimension: int) -> None:
+    planned = architecture([4, 8], [[1] * dimension, [2] * dimension], conv_op=conv_op)
+    assert e2enet_architecture(planned)["arch_kwargs"]["conv_op"] == f"torch.nn.modules.conv.Conv{dimension}d"
+
+
+@pytest.mark.parametrize("conv_op", ["torch.nn.Conv1d", "torch.nn.ConvTranspose3d", "mine.Convolution", nn.Conv1d, None, 3])
+def test_plans_of_another_dimension_are_refused(conv_op: Any) -> None:
+    with pytest.raises(E2ENetError, match=re.escape(f"conv_op is {conv_op!r}, but E2ENet is built of torch.nn.Conv3d or")):
+        e2enet_architecture(architecture([4, 8], [[1, 1, 1], [2, 2, 2]], conv_op=conv_op))
+
+
+@pytest.mark.parametrize("missing", ["strides", "conv_op"])
+def test_plans_without_strides_or_dimension_are_refused(missing: str) -> None:
+    planned = architecture([4, 8], [[1, 1, 1], [2, 2, 2]])
+    del planned["arch_kwargs"][missing]
+    with pytest.raises(E2ENetError, match=rf"^the plans' network .*PlainConvUNet has no {missing}: take plans of a U-Net"):
+        e2enet_architecture(planned)
 
 
 def test_two_dimensional_configuration(in_process: Project) -> None:

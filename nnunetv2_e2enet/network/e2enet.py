@@ -39,7 +39,8 @@ class E2ENet(nn.Module):
         n_stages: number of levels, at least 2.
         features_per_stage: channels of each level, finest first (one number for all).
         conv_op: ``nn.Conv3d`` or ``nn.Conv2d``.
-        strides: stride into each level, a number or one number an axis; the first is 1.
+        strides: stride into each level, a number or one number an axis; the first is 1 in nnU-Net's plans, as logits have the
+            size of the finest level.
         n_conv_per_stage: shift blocks in each encoder level (the paper's network has 2).
         kernel_sizes: accepted from plans and not used: all kernels are of ``kernel_size``.
         n_conv_per_stage_decoder: accepted from plans and not used: a fusion node has one block, the last of a level two.
@@ -95,7 +96,7 @@ class E2ENet(nn.Module):
         decoder_class: type[nn.Module] | str | None = None,
     ) -> None:
         super().__init__()
-        self.dimension = _dimension(conv_op)
+        self.dimension = dimension_of(conv_op)
         _check_levels(n_stages)
         check_sparsity(feature_sparsity)
         check_shift_size(shift_size)
@@ -274,9 +275,14 @@ def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _dimension(conv_op: type[nn.Module]) -> int:
+def dimension_of(conv_op: object) -> int:
+    """The dimension of ``nn.Conv2d`` or ``nn.Conv3d``, or of the name of one of them.
+
+    Raises:
+        E2ENetError: ``conv_op`` is neither.
+    """
     for dimension, conv in CONV.items():
-        if conv_op is conv:
+        if conv_op is conv or (isinstance(conv_op, str) and conv_op.endswith(f"Conv{dimension}d")):
             return dimension
     raise E2ENetError(f"conv_op is {conv_op!r}, but E2ENet is built of torch.nn.Conv3d or torch.nn.Conv2d")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, e2enet_features
+from nnunetv2_e2enet.network.e2enet import dimension_of
 
 NETWORK_CLASS_NAME = "nnunetv2_e2enet.network.E2ENet"
 CONVERTED_NETWORK = "nnunetv2_e2enet.network.conversion.converted_network"
@@ -40,7 +41,7 @@ def e2enet_architecture(
         settings: arguments of E2ENet that override those of the plans, such as ``feature_sparsity`` and ``shift_size``.
 
     Raises:
-        E2ENetError: the entry says nothing of strides, or no dimension can be read from it; channels are no whole numbers.
+        E2ENetError: the entry has no strides, or no convolution of a known dimension; channels are no whole numbers.
     """
     for name, channels in (("base_num_features", base_num_features), ("max_num_features", max_num_features)):
         if not isinstance(channels, int) or channels < 1:
@@ -54,12 +55,13 @@ def e2enet_architecture(
         result["arch_kwargs"].pop("n_conv_per_stage_decoder", None)
     else:
         given = architecture["arch_kwargs"]
-        if "strides" not in given or "conv_op" not in given:
+        missing = [name for name in ("strides", "conv_op") if name not in given]
+        if missing:
             raise E2ENetError(
-                f"the plans' network {architecture['network_class_name']} has no strides per level: take plans of a U-Net, "
-                "such as nnUNetPlans, a ResEnc preset, or nnUNetE2ENetPlans"
+                f"the plans' network {architecture['network_class_name']} has no {' and no '.join(missing)}: take plans of a "
+                "U-Net, such as nnUNetPlans, a ResEnc preset, or nnUNetE2ENetPlans"
             )
-        dimension = 2 if str(given["conv_op"]).endswith("2d") else 3
+        dimension = dimension_of(given["conv_op"])
         n_stages = len(given["strides"])
         result["network_class_name"] = NETWORK_CLASS_NAME
         result["arch_kwargs"] = {
