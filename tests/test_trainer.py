@@ -1,5 +1,6 @@
 """The trainers, through nnU-Net's commands and as objects in this process."""
 
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -377,6 +378,10 @@ def test_every_fold_of_an_ensemble_predicts_with_its_own_topology(trained: Path)
     torch.testing.assert_close(both, (zero + one) / 2, atol=2e-2, rtol=1e-2)  # nnU-Net sums in half precision
 
 
+SWITCHES = ("learned_shift", "channels_last", "compute_active_only")
+NUMBERS = {"initial_gain": 1.0, "topology_update_period": 5, "initial_prune_fraction": 0.5, "base_num_features": 48}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -385,12 +390,19 @@ def test_every_fold_of_an_ensemble_predicts_with_its_own_topology(trained: Path)
         ({"kernel_size": [1, 3]}, "kernel_size is [1, 3]"),
         ({"kernel_size": [2, 3, 3]}, "kernel_size is [2, 3, 3]"),
         ({"block_size": 0}, "block_size is 0"),
-        ({"topology_update_period": 0}, "period 0"),
+        ({"topology_update_period": 0}, "topology_update_period is 0, but it is a number of epochs"),
         ({"initial_prune_fraction": 1.2}, "initial_prune_fraction is 1.2"),
         ({"initial_prune_fraction": "half"}, "initial_prune_fraction is 'half'"),
-        ({"topology_update_period": "5"}, "period '5'"),
-        ({"topology_update_period": 2.5}, "period 2.5"),
+        ({"topology_update_period": "5"}, "topology_update_period is '5'"),
+        ({"topology_update_period": 2.5}, "topology_update_period is 2.5"),
         ({"initial_gain": "1"}, "initial_gain is '1'"),
+        ({"initial_gain": math.nan}, "initial_gain is nan"),
+        *(({name: "no"}, f"{name} is 'no', but it is a switch: use True or False") for name in SWITCHES),
+        ({"channels_last": 1}, "channels_last is 1, but it is a switch: use True or False"),
+        *(
+            ({name: True}, f"{name} is True, but it is no switch: use a value such as {like}")
+            for name, like in NUMBERS.items()
+        ),
         ({"base_num_features": "48"}, "base_num_features is '48'"),
         ({"kernel_size": 3}, "kernel_size is 3"),
         ({"encoder_class": "Encoder"}, "encoder_class is 'Encoder'"),
@@ -428,6 +440,27 @@ def test_misspelt_settings_are_named(in_process: Project, capsys: pytest.Capture
     shown = capsys.readouterr().out
     assert "Mine has feature_sparcity, which is no setting of E2ENet: is feature_sparsity meant?" in shown
     assert shown.count("no setting") == 1
+    assert "set by __init__" not in shown
+
+
+def test_settings_of_nnunet_that_its_init_overwrites_are_named(
+    in_process: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Mine(nnUNetTrainerE2ENet_smoke):
+        feature_sparsity = 0.85
+        base_num_features = 4
+        initial_lr = 1e-3
+        save_every = 50  # as nnU-Net
+        growth_rate = 2  # of the user's own
+
+    class Later(Mine):
+        feature_sparsity = 0.9
+        growth_rate = 3
+
+    make(Later, in_process).initialize()
+    shown = capsys.readouterr().out
+    assert "initial_lr is 0.01, set by __init__, not the 0.001 of Mine: set it in __init__" in shown
+    assert shown.count("set by __init__") == 1
 
 
 @pytest.mark.parametrize("name", e2enet_combined_trainers.__all__)

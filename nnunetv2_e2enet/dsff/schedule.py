@@ -34,10 +34,9 @@ class CosineSchedule:
     initial_fraction: float = 0.5
 
     def __post_init__(self) -> None:
-        if not all(isinstance(n, int) and n >= 1 for n in (self.n_epochs, self.period)):
-            raise E2ENetError(
-                f"a schedule of {self.n_epochs!r} epochs with period {self.period!r}: both must be whole numbers of at least 1"
-            )
+        for name, epochs in (("num_epochs", self.n_epochs), ("topology_update_period", self.period)):
+            if not isinstance(epochs, int) or epochs < 1:
+                raise E2ENetError(f"{name} is {epochs!r}, but it is a number of epochs: use a whole number of at least 1")
         fraction = self.initial_fraction
         if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
             raise E2ENetError(f"initial_prune_fraction is {fraction!r}, but it is a share: use a number from 0 to 1")

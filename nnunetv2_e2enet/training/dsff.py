@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from inspect import isclass, isfunction, signature
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,12 @@ class DSFFMixin(NetworkMixin):
 
     def _check_settings(self) -> None:
         """Raises E2ENetError if a setting is of another type than it has to be."""
-        if not isinstance(self.initial_gain, (int, float)):
+        for name, default in self._settings().items():
+            value, is_switch = getattr(self, name), isinstance(default, bool)
+            if isinstance(value, bool) != is_switch:
+                wanted = "a switch: use True or False" if is_switch else f"no switch: use a value such as {default!r}"
+                raise E2ENetError(f"{name} is {value!r}, but it is {wanted}")
+        if not isinstance(self.initial_gain, (int, float)) or not isfinite(self.initial_gain):
             raise E2ENetError(
                 f"initial_gain is {self.initial_gain!r}, but it is a factor of weights: use a number such as 1.0"
             )

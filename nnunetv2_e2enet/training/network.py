@@ -56,7 +56,7 @@ class NetworkMixin(Overrides, TrainerBase):
         show_message_alone()  # of errors that end a training where nnU-Net calls the network, not the trainer
         with one_line_errors():
             check_attributes(self, TRAINER_ATTRIBUTES)
-            self._name_misspelt_settings()
+            self._name_attributes_without_effect()
             self._write_architecture_into_plans()
             if self._do_i_compile():
                 # Or the compiler turns the backward graph of a 2D network channels-last, around operators that are not
@@ -65,15 +65,29 @@ class NetworkMixin(Overrides, TrainerBase):
                     torch._dynamo.config.optimize_ddp = False  # PyTorch 2.11 fails where it splits a graph with checkpoints
             super().initialize()
 
-    def _name_misspelt_settings(self) -> None:
-        """Log which attributes of the user's classes are no settings, but are called almost as one."""
-        mixins = [cls for cls in type(self).__mro__ if issubclass(cls, NetworkMixin)]
-        ours = [cls for cls in mixins if cls.__module__.startswith("nnunetv2_e2enet.")]
-        settings = {name for cls in ours for name in _data(cls)} - {"own_hooks"}
-        for cls in mixins:
-            for name in _data(cls) - settings:
+    def _mixins(self) -> list[type]:
+        """The classes of the trainer in which settings can be, its own first."""
+        return [cls for cls in type(self).__mro__ if issubclass(cls, NetworkMixin)]
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings of E2ENet, each with its first default."""
+        ours = [cls for cls in self._mixins() if cls.__module__.startswith("nnunetv2_e2enet.")]
+        return {name: value for cls in ours for name, value in _data(cls).items() if name != "own_hooks"}
+
+    def _name_attributes_without_effect(self) -> None:
+        """Log which attributes of the user's classes are called almost as a setting, or are overwritten by ``__init__``."""
+        settings = self._settings()
+        for cls in self._mixins():
+            for name, given in _data(cls).items():
+                if name in settings:
+                    continue
                 for meant in get_close_matches(name, settings, 1, cutoff=0.85):
                     self.print_to_log_file(f"{cls.__name__} has {name}, which is no setting of E2ENet: is {meant} meant?")
+                used = vars(self).get(name, given)
+                if repr(used) != repr(given):
+                    self.print_to_log_file(
+                        f"{name} is {used!r}, set by __init__, not the {given!r} of {cls.__name__}: set it in __init__"
+                    )
 
     def _write_architecture_into_plans(self) -> None:
         """Let the plans describe this network: nnU-Net copies them into the model folder and into checkpoints."""
@@ -152,8 +166,8 @@ class NetworkMixin(Overrides, TrainerBase):
                 )
 
 
-def _data(cls: type) -> set[str]:
-    """Names of the public attributes that a class itself has, without its methods."""
+def _data(cls: type) -> dict[str, Any]:
+    """The public attributes that a class itself has, without its methods."""
     no_data = (property, staticmethod, classmethod)
-    names = {name for name, value in vars(cls).items() if not isroutine(value) and not isinstance(value, no_data)}
-    return {name for name in names if not name.startswith("_")}
+    data = {name: value for name, value in vars(cls).items() if not isroutine(value) and not isinstance(value, no_data)}
+    return {name: value for name, value in data.items() if not name.startswith("_")}
