@@ -21,7 +21,7 @@ from nnunetv2_e2enet.network.connections import (
     check_sparsity,
     maskable_layers,
 )
-from nnunetv2_e2enet.network.depth_shift import check_shift_size, depth_shift
+from nnunetv2_e2enet.network.depth_shift import check_shift_size, check_trained_shift_size, depth_shift
 
 _MASKABLE: dict[type[nn.Module], Callable[..., MaskableLayer]] = {
     nn.Conv2d: MASKED_CONV[2],
@@ -49,11 +49,7 @@ class DepthShift(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Raises E2ENetError if the weights were trained with another shift size."""
-        if int(state) != self.shift_size:
-            raise E2ENetError(
-                f"the weights were trained with shift_size {int(state)}, but the network has {self.shift_size}: "
-                "build the network with the shift size of the weights"
-            )
+        check_trained_shift_size(state, self.shift_size)
 
     def extra_repr(self) -> str:
         """The shift size, for ``print``."""

@@ -43,6 +43,15 @@ def check_shift_size(shift_size: int) -> None:
         )
 
 
+def check_trained_shift_size(state: Tensor, shift_size: int) -> None:
+    """Raises E2ENetError unless weights, with whose state dict ``state`` was saved, were trained with this shift size."""
+    if int(state) != shift_size:
+        raise E2ENetError(
+            f"the weights were trained with shift_size {int(state)}, but the network has {shift_size}: build the network with "
+            "the shift size of the weights"
+        )
+
+
 def shift_groups(channels: int, shift_size: int) -> list[tuple[slice, int]]:
     """The groups of channels that move together, each with its offset in slices.
 

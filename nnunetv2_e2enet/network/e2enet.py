@@ -16,7 +16,7 @@ from nnunetv2_e2enet.network.acceleration import accelerated, kernels_may_comput
 from nnunetv2_e2enet.network.blocks import CONV, KERNEL_SIZE, BlockStyle, ShiftBlock
 from nnunetv2_e2enet.network.compact import store_active_if_in_blocks, store_all
 from nnunetv2_e2enet.network.connections import MaskableLayer, check_sparsity, he_normal_, maskable_layers
-from nnunetv2_e2enet.network.depth_shift import check_shift_size
+from nnunetv2_e2enet.network.depth_shift import check_shift_size, check_trained_shift_size
 from nnunetv2_e2enet.network.encoder import Encoder
 from nnunetv2_e2enet.network.fusion import FusionDecoder
 from nnunetv2_e2enet.network.recomputation import check_recompute
@@ -208,11 +208,7 @@ class E2ENet(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Raises E2ENetError if the weights were trained with another shift size."""
-        if int(state) != self._effective_shift_size:
-            raise E2ENetError(
-                f"the weights were trained with shift_size {int(state)}, but the network has {self._effective_shift_size}: "
-                "build the network with the shift size of the weights"
-            )
+        check_trained_shift_size(state, self._effective_shift_size)
 
     @property
     def _effective_shift_size(self) -> int:
