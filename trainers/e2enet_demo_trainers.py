@@ -24,7 +24,7 @@ SMOKE = {"num_epochs": 3, "num_iterations_per_epoch": 2, "num_val_iterations_per
 # The same seconds for both networks, however many iterations of nnU-Net's these are.
 nnUNetTrainer_demo = variant(_demo(nnUNetTrainer), "demo", **_DEMO, as_long_as="nnUNetTrainerE2ENet_demo")
 nnUNetTrainer_smoke = variant(nnUNetTrainer, "smoke", **SMOKE)
-# Small initial weights learn faster in so short a training (docs/experiments.md, "What the start does").
+# Small initial weights learn faster in so short a training (docs/experiments.md, "The start of a training").
 nnUNetTrainerE2ENet_demo = variant(
     _demo(nnUNetTrainerE2ENet),
     "demo",
