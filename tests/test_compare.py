@@ -350,6 +350,21 @@ def test_ties_are_why_no_difference_shows(
     assert words in " ".join(capsys.readouterr().out.split())
 
 
+def test_numbers_of_many_models_are_whole_on_a_narrow_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The columns of nine models do not fit beside each other; all numbers of the table are there, below each other."""
+    monkeypatch.setenv("COLUMNS", "80")
+    study = Study(tmp_path, models=9, cases=3)
+    means = study.json()["means"]["dice"]
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in printed.splitlines() if not line.startswith("Wrote "))
+    table = printed.partition("Dice by class")[2].partition("Dice: ")[0]
+    expected = [f"{means[model.name][label]['mean']:.4f}" for model in study.models for label in ("liver", "tumour")]
+    assert sorted(re.findall(r"\d\.\d{4}", table)) == sorted(expected)
+    assert table.count("tumour") > 1
+
+
 def test_json_before_the_folders_replaces_none_of_them(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     plans = study.folder / "plans.json"
     plans.write_text('{"plans_name": "mine"}')
