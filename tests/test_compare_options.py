@@ -61,6 +61,8 @@ def test_folds_choose_cases(study: golden.Study, whole: dict[str, Any]) -> None:
     assert [case["case"] for case in content["cases"]] == study.cases[:: golden.FOLDS]
     for model, means in content["means"]["dice"].items():
         assert means["mean"]["mean"] == pytest.approx(whole["fold_means"]["dice"][model]["0"], rel=1e-12)
+    assert [[training["fold"] for training in model["trainings"]] for model in content["models"]] == [["0"], ["0"]]
+    assert [[training["fold"] for training in model["trainings"]] for model in whole["models"]] == [["0", "1"]] * 2
 
 
 def test_folds_that_are_not_there(study: golden.Study, capsys: pytest.CaptureFixture[str]) -> None:

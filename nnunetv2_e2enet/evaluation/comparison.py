@@ -43,7 +43,7 @@ class ModelFacts:
         patch_size: of ``costs``.
         architecture: class of the network.
         plans: name of the plans.
-        trainings: one for each fold.
+        trainings: one for each fold that is compared; all where the predictions do not tell their folds.
     """
 
     source: Source
@@ -162,7 +162,8 @@ def model_facts(source: Source) -> ModelFacts:
     if source.model is None:
         return ModelFacts(source, None, (), "", "", [], "name the model folder with --model")
     try:
-        trainings = read_trainings(source.model)
+        compared = set(source.folds.values())
+        trainings = [t for t in read_trainings(source.model) if not compared or t.fold in compared]
         design = model_design(source.model, source.name)
     except E2ENetError as error:
         return ModelFacts(source, None, (), "", "", [], str(error))
