@@ -15,7 +15,16 @@ from nnunetv2_e2enet import registration
 from nnunetv2_e2enet.cli import info as info_command
 from nnunetv2_e2enet.cli.main import COMMANDS, main
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.registration import FIRST_LINE, NnUNet, find_nnunet, has_experiments, is_registered, register, unregister
+from nnunetv2_e2enet.registration import (
+    EXPERIMENTS,
+    FIRST_LINE,
+    NnUNet,
+    find_nnunet,
+    has_experiments,
+    is_registered,
+    register,
+    unregister,
+)
 
 
 @pytest.fixture
@@ -236,6 +245,29 @@ def test_a_class_that_is_missing_is_named_with_the_reason(
     assert int(counts[1]) == int(counts[2]) - 1
     assert re.search(r"^  not nnUNetTrainerE2ENet_CELoss: .* nnunetv2-e2enet was made for nnU-Net", output, re.MULTILINE)
     assert "  nnUNetTrainerE2ENet_DiceLoss\n" in output
+
+
+class Moved:
+    """Finds no module of experiment trainers, as where a newer nnU-Net lacks something that they are made of."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.endswith(EXPERIMENTS):
+            raise ImportError("cannot import name 'x' from 'nnunetv2.y'", name="nnunetv2.y")
+
+
+@pytest.mark.parametrize("experiments", [True, False])
+@pytest.mark.usefixtures("registered")
+def test_info_goes_on_without_the_experiments(
+    experiments: bool, nnunet: NnUNet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(info_command, "find_nnunet", lambda: nnunet)
+    monkeypatch.delitem(sys.modules, f"nnunetv2_e2enet.{EXPERIMENTS}", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Moved(), *sys.meta_path])
+    register(nnunet, experiments)
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert output.count(f"  not {EXPERIMENTS}: cannot import name 'x' from 'nnunetv2.y': nnunetv2-e2enet was made for") == 1
+    assert "  nnUNetTrainerE2ENet_S90\n" in output
 
 
 def test_classes_are_imported_by_name() -> None:

@@ -24,7 +24,6 @@ from nnunetv2_e2enet.registration import (
     REGISTER_EXPERIMENTS,
     TRAINER_MODULE,
     NnUNet,
-    class_names,
     find_in_nnunet,
     find_nnunet,
     has_experiments,
@@ -63,8 +62,10 @@ def run(args: argparse.Namespace) -> int:
     for kind, search in report.classes.items():
         _print_search(console, kind, search, args.all)
     if not report.experiments_registered:
-        names = class_names(EXPERIMENTS)
-        _print_heading(console, f"{len(names)} experiment trainers are not registered", f": {REGISTER_EXPERIMENTS}")
+        experiments = load_classes([EXPERIMENTS])
+        count = len(experiments.found)
+        _print_heading(console, f"{count} experiment trainers are not registered", f": {REGISTER_EXPERIMENTS}")
+        _print_missing(console, experiments.missing)
     return 0
 
 
@@ -190,12 +191,16 @@ def _print_search(console: Console, kind: str, search: Search, everything: bool)
         console.print(f"  {name}")
     if len(shown) < len(search.found):
         console.print(f"  and {len(search.found) - len(shown)} more: e2enet info --all")
-    for name, reason in search.missing.items():
+    _print_missing(console, search.missing)
+
+
+def _print_missing(console: Console, missing: dict[str, str]) -> None:
+    for name, reason in missing.items():
         console.print(f"  not {name}: {reason}")
 
 
 def _main(names: list[str]) -> list[str]:
-    experiments = class_names(EXPERIMENTS)
+    experiments = load_classes([EXPERIMENTS]).found
     return [name for name in names if name not in experiments and not _NOT_MAIN.search(name)]
 
 
