@@ -151,9 +151,8 @@ def _bootstrap(values: Array, statistic: Callable[[Array], Array], seed: int) ->
         method="percentile",
         random_state=np.random.default_rng(seed),
     )
-    drawn = result.bootstrap_distribution
-    low, high = np.percentile(drawn, [100 * ALPHA / 2, 100 * (1 - ALPHA / 2)])
-    return Interval(estimate, float(low), float(high), n)
+    limits = result.confidence_interval
+    return Interval(estimate, float(limits.low), float(limits.high), n)
 
 
 def paired_tests(values: Array, classes: Sequence[str], seed: int = 0) -> list[PairedTest]:
