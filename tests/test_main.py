@@ -1,12 +1,13 @@
 """``e2enet`` as a shell starts it: completion, and a pipe that nobody reads to its end."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support import program
+from support import program, run_python
 
 from nnunetv2_e2enet.cli import main as entry
 from nnunetv2_e2enet.cli.main import main
@@ -119,6 +120,21 @@ def test_console_commands_are_those_of_the_installed_package(tmp_path: Path) -> 
     )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.startswith("nnunetv2-e2enet ")
+
+
+def test_json_takes_no_library_of_the_evaluation() -> None:
+    """Commands that compare nothing write JSON too."""
+    code = (
+        "import sys\n"
+        "from argparse import Namespace\n"
+        "import numpy as np\n"
+        "from nnunetv2_e2enet.cli.output import write_json\n"
+        "write_json(Namespace(json='-'), {'a': (np.float32(0.5), float('nan'))})\n"
+        "assert not {'torch', 'pandas', 'scipy', 'nnunetv2'} & set(sys.modules)\n"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {"a": [0.5, None]}
 
 
 def test_an_error_that_ends_a_program_is_its_message_alone() -> None:

@@ -72,7 +72,7 @@ def _check_is_output(file: Path) -> None:
 
 def write_json(args: argparse.Namespace, content: Mapping[str, Any]) -> list[Path]:
     """Print or write a result; returns the file that was written, if any."""
-    from nnunetv2_e2enet.evaluation.export import plain
+    from nnunetv2_e2enet.evaluation.plain import plain
 
     if args.json is None:
         return []

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from nnunetv2_e2enet.evaluation.comparison import Comparison, ModelFacts
@@ -69,16 +67,3 @@ def _model(facts: ModelFacts) -> dict[str, Any]:
         "trainings": [asdict(training) for training in facts.trainings],
         "note": facts.note,
     }
-
-
-def plain(value: Any) -> Any:
-    """Without numpy's types, tuples, and numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

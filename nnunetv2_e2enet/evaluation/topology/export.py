@@ -21,7 +21,7 @@ _LOGGED = ("train_losses", "val_losses", "dsff_sparsity", "dsff_prune_fraction",
 
 
 def as_json(folds: Sequence[Fold], provenance: dict[str, Any]) -> dict[str, Any]:
-    """Plain data; NaN is for ``evaluation.export.plain`` to replace."""
+    """Plain data; NaN is for ``evaluation.plain`` to replace."""
     return {
         "format": FORMAT,
         "provenance": provenance,
