@@ -1,4 +1,4 @@
-"""For the tests of the engine: E2ENets of random weights, of given or drawn shapes, and their logits both ways."""
+"""E2ENets of random weights, of given or drawn shapes, for the tests of the engine: their logits both ways, their layers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
-from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.network import E2ENet, maskable_layers
+from nnunetv2_e2enet.network.connections import MaskableLayer
 
 KERNELS = [name for name in engine.KERNELS if not isinstance(engine.load_core(name), str)]
 needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core was not built")
+
+
+def layers_of(network: nn.Module) -> list[MaskableLayer]:
+    return [layer for _, layer in maskable_layers(network)]
+
+
+def change_eps(network: E2ENet) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.InstanceNorm3d):
+            module.eps = 0.5
 
 
 def random_network(

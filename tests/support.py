@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +104,27 @@ def run_python(code: str, env: dict[str, str] | None = None) -> subprocess.Compl
     folder = Path(sys.prefix)
     environment = {**os.environ, **(env or {})}
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """A limit on the size of a file stands for the disk: writing fails after ``size`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Hostile:
+    """Makes a file, at ``path``, when it is unpickled by a reader that executes what it reads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
 
 
 def nnunet_environment(folder: Path) -> dict[str, str]:

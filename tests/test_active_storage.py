@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import layers_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
@@ -34,10 +35,6 @@ from nnunetv2_e2enet.network.connections import (
 )
 
 Network = TypeVar("Network", bound=nn.Module)
-
-
-def layers_of(network: nn.Module) -> list[MaskableLayer]:
-    return [layer for _, layer in maskable_layers(network)]
 
 
 def equal_blocks_network(dimension: int) -> nn.Sequential:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import layers_of
 from torch import nn
 
 from nnunetv2_e2enet.dsff import CosineSchedule, ErdosRenyiKernel, GradientGrowth, RandomGrowth, TopologyUpdater, Uniform
@@ -17,12 +18,7 @@ from nnunetv2_e2enet.network.connections import (
     MaskedConv3d,
     MaskedConvTranspose2d,
     MaskedConvTranspose3d,
-    maskable_layers,
 )
-
-
-def layers_of(network: nn.Module) -> list[MaskableLayer]:
-    return [layer for _, layer in maskable_layers(network)]
 
 
 def blocks(layer: MaskableLayer) -> list[list[list[bool]]]:

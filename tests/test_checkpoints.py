@@ -1,7 +1,6 @@
 """Checkpoints that are damaged, foreign or hostile, and disks that are full."""
 
 import gzip
-import resource
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.run.run_training import get_trainer_from_args
-from support import Project, architecture, make, train_epochs
+from support import Hostile, Project, architecture, full_disk, make, train_epochs
 from torch import nn
 
 from nnunetv2_e2enet.cli.main import main
@@ -120,14 +119,6 @@ def test_checkpoints_of_several_gpus_are_resumed(in_process: Project, checkpoint
     resumed = trainer.network.state_dict()
     assert resumed.keys() == weights.keys()
     assert all(torch.equal(resumed[key], weights[key]) for key in weights)
-
-
-class Hostile:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 NO_CHECKPOINTS = {
@@ -266,19 +257,15 @@ def test_weights_of_another_shift_size_are_refused() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_full_disk_leaves_the_former_checkpoint(in_process: Project, share: float) -> None:
-    """The limit on the size of a file stands for the disk: the write fails half-way, or with the last kilobyte."""
+    """The write fails half-way, or with the last kilobyte."""
     trainer = make(variant(nnUNetTrainerE2ENet_smoke, "full_disk", save_every=1), in_process)
     trainer.initialize()
     train_epochs(trainer, 1)
     path = Path(trainer.output_folder) / "checkpoint_latest.pth"
     former = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(former)) - 1000, hard))
-    try:
-        with pytest.raises(SystemExit, match=r"checkpoint_latest\.pth could not be written .* GB are free"):
-            trainer.save_checkpoint(str(path))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    unwritten = pytest.raises(SystemExit, match=r"checkpoint_latest\.pth could not be written .* GB are free")
+    with unwritten, full_disk(int(share * len(former)) - 1000):
+        trainer.save_checkpoint(str(path))
     assert path.read_bytes() == former
     assert not list(path.parent.glob("*.tmp"))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import resource
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +21,7 @@ from matplotlib.image import imread
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from scans import make_scan, write_dicom
-from support import Project, copy_with_random_heads, run_command, untrained_model
+from support import Project, copy_with_random_heads, full_disk, run_command, untrained_model
 
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.deployment import PackedModel, Segmenter, pack_model, preview, read_packed, write_packed
@@ -384,13 +383,8 @@ def test_the_end_of_nnunets_processes_is_one_line() -> None:
 def test_full_disk_leaves_the_former_file(packed: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(packed, tmp_path / "model.e2enet"))
     model, former = read_packed(path), path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(former) // 2, hard))
-    try:
-        with pytest.raises(E2ENetError, match="cannot write"):
-            write_packed(path, model)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(len(former) // 2), pytest.raises(E2ENetError, match="cannot write"):
+        write_packed(path, model)
     assert path.read_bytes() == former
     assert list(tmp_path.iterdir()) == [path]
 
@@ -587,12 +581,8 @@ def test_a_full_disk_leaves_what_was_postprocessed_before(
     command = ["predict", *files, *SEQUENTIAL, "--continue_prediction", "--postprocess", "--disable_progress_bar"]
     assert main(command) == 0
     former = (post / segmentation.name).read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(former) // 2, hard))
-    try:
+    with full_disk(len(former) // 2):
         assert main(command) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert f"cannot write {post / segmentation.name} (" in single_line(capsys)
     assert [path.read_bytes() for path in post.iterdir()] == [former]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import layers_of
 from torch import Tensor, nn
 
 from nnunetv2_e2enet.dsff import (
@@ -41,10 +42,6 @@ SPARSITIES = st.floats(0.0, 0.97)
 
 def tiny(a: int, b: int, c: int) -> nn.Sequential:
     return nn.Sequential(MaskedConv3d(a, b, (1, 3, 3), padding=(0, 1, 1)), MaskedConvTranspose3d(b, c, 2, 2, bias=False))
-
-
-def layers_of(network: nn.Module) -> list[MaskableLayer]:
-    return [layer for _, layer in maskable_layers(network)]
 
 
 def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:

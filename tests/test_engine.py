@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import KERNELS, assert_same_logits, both_ways, drawn_network, make_network, needs_core, uses_engine
+from networks import KERNELS, assert_same_logits, both_ways, change_eps, drawn_network, make_network, needs_core, uses_engine
 from torch import Tensor, nn
 
 from nnunetv2_e2enet import engine
@@ -416,12 +416,6 @@ def test_load_state_dict_is_followed() -> None:
         for fold, logits in zip(folds, expected, strict=True):
             network.load_state_dict(fold.state_dict())
             assert torch.equal(network(x), logits)
-
-
-def change_eps(network: E2ENet) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.InstanceNorm3d):
-            module.eps = 0.5
 
 
 def change_slope(network: E2ENet) -> None:

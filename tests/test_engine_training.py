@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import drawn_network, random_network
+from networks import KERNELS, change_eps, drawn_network, random_network
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -32,7 +32,6 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet, maskable_layers
 from nnunetv2_e2enet.settings import override
 
-KERNELS = [name for name in engine.KERNELS if not isinstance(engine.load_core(name), str)]
 pytestmark = pytest.mark.skipif(not KERNELS, reason="the compiled core was not built")
 
 TOLERANCE = 1e-4  # of the largest gradient of a tensor
@@ -394,12 +393,6 @@ def test_kernels_may_change_from_one_iteration_to_the_next() -> None:
 def change_heads(network: E2ENet) -> None:
     head = network.decoder.seg_layers[-1]
     network.decoder.seg_layers[-1] = nn.Conv3d(head.in_channels, 7, 1, bias=False)
-
-
-def change_eps(network: E2ENet) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.InstanceNorm3d):
-            module.eps = 0.5
 
 
 def add_a_parameter(network: E2ENet) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from support import run_python
+from support import full_disk, run_python
 
 from nnunetv2_e2enet.engine.scan import ScanCore, load_scan_core
 from nnunetv2_e2enet.errors import E2ENetError
@@ -514,13 +513,9 @@ def test_a_full_disk_leaves_the_former_segmentation(tmp_path: Path, ending: str)
     scans.write(predictor, noise, str(tmp_path / "a"), spacing)
     (file,) = tmp_path.iterdir()
     former = file.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(former) // 2, hard))
-    try:
-        with pytest.raises(E2ENetError, match=rf"^cannot write {file} \(.*\): expected a folder with room"):
-            scans.write(predictor, noise[::-1], str(tmp_path / "a"), spacing)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    unwritten = pytest.raises(E2ENetError, match=rf"^cannot write {file} \(.*\): expected a folder with room")
+    with full_disk(len(former) // 2), unwritten:
+        scans.write(predictor, noise[::-1], str(tmp_path / "a"), spacing)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [former]
 
 

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from support import Project, make, train_epochs
+from support import Hostile, Project, make, train_epochs
 
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.dsff import HISTORY_FILE
@@ -257,14 +257,6 @@ def test_nothing_that_can_be_looked_at(trained: Path, tmp_path: Path, capsys: py
         assert error.startswith("e2enet topology: ")
         assert message in error
         assert error.count("\n") == 1
-
-
-class Hostile:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
 
 
 def test_nothing_of_a_checkpoint_is_executed_or_imported(trained: Path, tmp_path: Path) -> None:
