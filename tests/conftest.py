@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
+import hypothesis
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
@@ -29,6 +30,11 @@ ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ  # processes that run tests
 REGISTRATION = pytest.StashKey[ExitStack]()
 setting = setting_fixture.setting
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# Where hypothesis finds that it runs in a CI system, it draws the same examples each time
+hypothesis.settings.register_profile("new-examples", derandomize=False, print_blob=True)
+if "HYPOTHESIS_PROFILE" in os.environ:
+    hypothesis.settings.load_profile(os.environ["HYPOTHESIS_PROFILE"])  # before the tests are imported
 
 
 @pytest.fixture
@@ -68,12 +74,14 @@ def all_classes_registered() -> Iterator[None]:
     """nnU-Net finds all our classes, and afterwards those that it found before."""
     nnunet = find_nnunet()
     before, experiments = is_registered(nnunet), has_experiments(nnunet)
-    register(nnunet, experiments=True)
-    yield
-    if before:
-        register(nnunet, experiments)
-    else:
-        unregister(nnunet)
+    try:
+        register(nnunet, experiments=True)
+        yield
+    finally:
+        if before:
+            register(nnunet, experiments)
+        else:
+            unregister(nnunet)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -58,9 +58,9 @@ def run_clean(folder: Path, files: tuple[str, ...], chosen: str, settings: dict[
 
 
 def test_networks_of_all_kinds_run_clean(sanitized: Path, settings: dict[str, str]) -> None:
-    """All tests of the engine, the property tests over topologies, strides and shapes among them.
+    """Tests of the engine, the property tests over topologies, strides and shapes among them.
 
-    Memory and speed are not measured.
+    Slow ones are left out, and those of memory, processes and speed.
     """
     run_clean(sanitized, ENGINE_TESTS, "not leak and not two_processes and not peak", settings)
 
