@@ -173,7 +173,15 @@ def predict_fold_all(cell: Cell) -> None:
 
 
 def predict_with_best_checkpoint(cell: Cell) -> None:
-    expect_predictions(cell, cell.predict("best checkpoint", "-chk", "checkpoint_best.pth"))
+    """As from results in which that checkpoint is the only one, under the usual name."""
+    folder = cell.predict("best checkpoint", "--save_probabilities", "-chk", "checkpoint_best.pth")
+    expect_predictions(cell, folder)
+    renamed = cell.predictions("results of the best checkpoint")
+    model = cell.model(E2ENET, renamed)
+    shutil.copytree(cell.model(E2ENET), model, ignore=shutil.ignore_patterns("fold_*", "crossval*"))
+    (model / "fold_0").mkdir()
+    shutil.copy(cell.fold(0) / "checkpoint_best.pth", model / "fold_0" / "checkpoint_final.pth")
+    expect_same(folder, cell.predict("renamed checkpoint", "--save_probabilities", results=renamed))
 
 
 def predict_without_mirroring(cell: Cell) -> None:
