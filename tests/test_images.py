@@ -18,7 +18,7 @@ import SimpleITK
 import tifffile
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from scans import DIRECTION, assert_same_place, make_scan, write_dicom
-from support import Project, copy_with_random_heads, untrained_model
+from support import Project, copy_with_random_heads, full_disk, untrained_model
 
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.deployment import PackedModel, Segmenter
@@ -429,13 +429,8 @@ def test_a_folder_without_room_is_not_the_fault_of_the_image(tmp_path: Path, mod
         SimpleITK.WriteImage(make_scan((20, 64, 64)), tmp_path / f"scan{ending}")
     for file, ending in ((tmp_path / "scan.mha", ".nii.gz"), (tmp_path / "scan.nii.gz", ".mha")):
         other = read_by(model, "SimpleITKIO", ending)
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-        try:
-            with pytest.raises(E2ENetError) as error, folder_of_images([file], other):
-                pass
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        with full_disk(20_000), pytest.raises(E2ENetError) as error, folder_of_images([file], other):
+            pass
         assert str(error.value).startswith(f"{file} cannot be copied into ")
         assert "make room there, or name another one with the variable TMPDIR" in str(error.value)
 
