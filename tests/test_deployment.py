@@ -302,7 +302,8 @@ def test_export_by_nnunets_names(
     (state,) = model.states()
     assert state
     for name, value in state.items():
-        assert torch.equal(value, content["network_weights"][name]), name
+        if not name.endswith(".explored"):  # which the file does not hold
+            assert torch.equal(value, content["network_weights"][name]), name
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
