@@ -24,7 +24,10 @@ static void store_phase(const float* m, int outputs, const e2e::Grid& grid, int6
         const uint32_t bits = lanes.row[phase / 4] & lanes.column[phase % 4] & bits_between(first + i * kLanes, 0, grid.tiles);
         masks[i] = mask_of(bits);
         count += __builtin_popcount(bits);
-        if (!count_of_one) one = i, count_of_one = count;
+        if (!count_of_one) {
+            one = i;
+            count_of_one = count;
+        }
     }
     for (int o = 0; o < outputs; ++o) {
         e2e::Statistics& s = statistics[o];
