@@ -216,14 +216,14 @@ def train_on_noise(trainer: Any, n_epochs: int) -> list[torch.Tensor]:
 
 
 def test_active_weights_alone_are_trained_stored_and_resumed(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exactly."""
+    """Exactly; also from checkpoints of before, which hold optimizer state of all connections."""
     in_this_process(monkeypatch)
 
     def start() -> Any:
         return small(in_process, "nnUNetTrainerE2ENet_B16active", num_epochs=6)
 
-    whole, interrupted, resumed = (start() for _ in range(3))
-    for trainer in (interrupted, resumed):
+    whole, interrupted, resumed, updated = (start() for _ in range(4))
+    for trainer in (interrupted, resumed, updated):
         trainer.network.load_state_dict(whole.network.state_dict())
     expected = train_on_noise(whole, 3)
     train_on_noise(interrupted, 2)
@@ -238,8 +238,16 @@ def test_active_weights_alone_are_trained_stored_and_resumed(in_process: Project
     assert all(checkpoint["network_weights"][f"{name}.weight"].shape == layer.shape for name, layer in layers.items())
 
     resumed.load_checkpoint(str(path))
-    assert resumed.current_epoch == 2
-    assert all(torch.equal(a, b) for a, b in zip(train_on_noise(resumed, 1), expected, strict=True))
+    parameters = [p for group in interrupted.optimizer.param_groups for p in group["params"]]
+    places = {p: place for place, p in enumerate(parameters)}
+    for layer in layers.values():
+        state = checkpoint["optimizer_state"]["state"][places[layer.weight]]
+        state["momentum_buffer"] = layer.spread(state["momentum_buffer"])
+    torch.save(checkpoint, path)
+    updated.load_checkpoint(str(path))
+    for trainer in (resumed, updated):
+        assert trainer.current_epoch == 2
+        assert all(torch.equal(a, b) for a, b in zip(train_on_noise(trainer, 1), expected, strict=True))
 
 
 @pytest.mark.parametrize("active_only", [False, True])

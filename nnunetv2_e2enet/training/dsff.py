@@ -117,6 +117,15 @@ class DSFFMixin(NetworkMixin):
             if self.compute_active_only and not self.topology_updater.observes["dense_gradients"]:
                 store_active_only(layer)
 
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+        """As nnU-Net does; of an older checkpoint's optimizer state, that of the stored connections is kept."""
+        super().load_checkpoint(filename_or_checkpoint)
+        for layer in self.topology_updater.layers.values():
+            state = self.optimizer.state.get(layer.weight, {})
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == layer.shape:
+                    state[key] = layer.gather(value)
+
     def save_checkpoint(self, filename: str) -> None:
         """As nnU-Net does; with the first checkpoint, the history takes the place of a former training's."""
         with one_line_errors(), self.topology_history.begun():  # before the checkpoint, which is of no use without it
