@@ -10,6 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from timeit import Timer
 
 import numpy as np
 import pytest
@@ -669,8 +670,22 @@ def test_networks_can_be_copied_and_pickled_after_a_prediction(copied: Callable[
 
 @needs_core
 def test_peak_is_that_of_a_cpu() -> None:
-    """No core does two multiply-adds of 16 floats at more than 8 GHz. How fast other programs are depends on their load."""
-    assert 0 < engine.peak_flops(1) < 2 * 2 * 16 * 8e9
+    """Matrix products, measured in turn, stay below it; no core does two multiply-adds of 16 floats at more than 8 GHz.
+
+    The margin is for other work on the machine, which stops either of them.
+    """
+    n, threads = 512, torch.get_num_threads()
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    timer = Timer("a @ b", globals={"a": a, "b": b})
+    products, peak = 0.0, 0.0
+    torch.set_num_threads(1)
+    try:
+        for _ in range(4):
+            products = max(products, 2 * n**3 / min(timer.repeat(repeat=5, number=1)))
+            peak = max(peak, engine.peak_flops(1))
+    finally:
+        torch.set_num_threads(threads)
+    assert 0.4 * products < peak < 2 * 2 * 16 * 8e9
 
 
 @needs_core

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.connections import MaskableLayer
 
 
@@ -22,10 +23,18 @@ def observed(layers: Sequence[MaskableLayer], *, dense_gradients: bool, input_de
         layers: of the network, which is not wrapped.
         dense_gradients: let ``weight.grad`` hold the gradient of inactive connections too.
         input_deviations: set ``input_deviation`` of each layer.
+
+    Raises:
+        E2ENetError: gradients of all connections are wanted of a layer that stores active weights alone.
     """
     with ExitStack() as stack:
         for layer in layers:
             if dense_gradients:
+                if layer.stores_active_only:
+                    raise E2ENetError(
+                        "a layer that stores its active weights alone has no gradients of all connections: use RandomGrowth, "
+                        "or leave out store_active_only"
+                    )
                 layer.dense_gradients = True
                 stack.callback(setattr, layer, "dense_gradients", False)
             if input_deviations:

@@ -110,12 +110,17 @@ def _core_for(network: E2ENet, x: Tensor) -> Core:
         if isinstance(module, ShiftBlock) and module.dropout is not None and getattr(module.dropout, "p", 1) > 0:
             raise NotSupportedError(f"{name} has dropout")
     core = loaded()
+    if core.storage == "float16":
+        _check_shared_weights(network)
+    return loaded("avx512", core.storage) if core.has_amx else core
+
+
+def _check_shared_weights(network: E2ENet) -> None:
     modules = [module for _, module in network.named_modules(remove_duplicate=False)]
     weights = [module.conv.weight for module in modules if isinstance(module, ShiftBlock)]
     weights += [module.upsample.weight for module in modules if isinstance(module, FusionNode) and module.upsample is not None]
-    if core.storage == "float16" and len(set(map(id, weights))) < len(weights):
+    if len(set(map(id, weights))) < len(weights):
         raise NotSupportedError("layers share a weight, and the outputs of each would be in another unit")
-    return loaded("avx512", core.storage) if core.has_amx else core
 
 
 def train(network: E2ENet, x: Tensor) -> Tensor | list[Tensor] | None:

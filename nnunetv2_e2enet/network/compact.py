@@ -185,9 +185,13 @@ def store_active_only(layer: MaskableLayer) -> None:
     To be called before there is optimizer state and before DistributedDataParallel. A compact layer stays as it is.
 
     Raises:
-        E2ENetError: the blocks do not have equally many inputs, or ``layer`` is of another class than the four of
-            ``connections.py``.
+        E2ENetError: the blocks do not have equally many inputs, gradients of all connections are wanted, or ``layer`` is of
+            another class than the four of ``connections.py``.
     """
+    if layer.dense_gradients:
+        raise E2ENetError(
+            "dense_gradients, which growth by gradient needs, are those of all connections: store the weights of all"
+        )
     if layer.stores_active_only:
         return
     if type(layer) not in COMPACT:
