@@ -45,7 +45,7 @@ class Convolution {
           schedule_(kernels, job, flows_.slices(), threads), threads_(threads) {
         const Grid& grid = job.out.grid;
         halved_ = {job.halved, job.norm.gamma, kHalvedChannel * job.out.channels};
-        stream_ = job.out.channels * kPhases * grid.tiles * kernels.pixel_bytes > kStreamBytes;
+        stream_ = job.out.channels * kPhases * grid.tiles * kernels.pixel_bytes > stream_bytes();
     }
 
     int64_t reserve(float* base) {

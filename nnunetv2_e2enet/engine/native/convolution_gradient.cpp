@@ -24,6 +24,18 @@ constexpr double kG[6][3] = {{1 / (kNear2 * kFar2), 0, 0},
                              {1 / kOfFar, -kFar / kOfFar, kFar2 / kOfFar},
                              {0, 0, 1}};
 
+using Together = double[kTogether];
+
+// G^T s of columns of six numbers, `pitch` apart. Rows of G but the first and last come in pairs: x has another sign.
+void transform_back(const Together* s, int pitch, Together* to) {
+    for (int e = 0; e < kTogether; ++e) {
+        const double near = s[pitch][e] + s[2 * pitch][e], far = s[3 * pitch][e] + s[4 * pitch][e];
+        to[0][e] = kG[0][0] * s[0][e] + kG[1][0] * near + kG[3][0] * far;
+        to[1][e] = kG[1][1] * (s[pitch][e] - s[2 * pitch][e]) + kG[3][1] * (s[3 * pitch][e] - s[4 * pitch][e]);
+        to[2][e] = kG[1][2] * near + kG[3][2] * far + kG[5][2] * s[5 * pitch][e];
+    }
+}
+
 // Sums over tiles of one point: one a connection, or of all connections in the blocks of dense_dots.
 int64_t count_sums(const Kernels& kernels, const WinogradWeights& w) {
     const int64_t sums = w.dense ? divide_up(w.outputs, kernels.dot_rows) * divide_up(w.inputs, kernels.dot_columns) * kernels.lanes
@@ -140,7 +152,7 @@ class ConvolutionGradient {
                 target.lo = std::max<int64_t>(0, moved) * slice;
                 target.hi = std::min<int64_t>(depth, depth + moved) * slice;
                 target.add = job_.add[flow];
-                target.bypass = !target.add && into.channels * kPhases * into.grid.tiles * int64_t{sizeof(float)} > kStreamBytes;
+                target.bypass = !target.add && into.channels * kPhases * into.grid.tiles * int64_t{sizeof(float)} > stream_bytes();
                 targets.push_back(target);
             }
         }
@@ -212,13 +224,15 @@ class ConvolutionGradient {
         const int32_t inputs = forward_.weights.inputs, outputs = forward_.weights.outputs;
         const int64_t wide = schedule_.wide, narrow = schedule_.narrow;
         const int64_t begin = first * grid.slice / kernels_.lanes, end = divide_up(last * grid.slice, kernels_.lanes);
-        const Share share(divide_up(end - begin, schedule_.vectors), thread, team);
+        const Blocks blocks(kernels_, begin, end, schedule_.vectors);
+        const Share share(blocks.count, thread, team);
         float* own = flows_input_ + thread * (kPoints + 1) * wide;
         float* output = output_ + thread * kPoints * narrow;
         float* totals = totals_ + thread * kPoints * sums_;
         for (int64_t block = share.first; block < share.last; ++block) {
-            const int64_t vector = begin + block * schedule_.vectors, tile = vector * kernels_.lanes;
-            const int n = vectors_at(vector, end);
+            const Share its = blocks.of(block);
+            const int64_t tile = its.first * kernels_.lanes;
+            const int n = static_cast<int>(its.last - its.first);
             kernels_.gradient_transform(gradient, outputs, grid, tile, n, wanted_ ? own + wide : nullptr, wide, output, narrow);
             watch.lap(kGradientInput);
             if (wanted_) {
@@ -291,27 +305,23 @@ class ConvolutionGradient {
         const Share blocks(divide_up(sums, kTogether), thread, team);
         for (int64_t block = blocks.first; block < blocks.last; ++block) {
             const int64_t first = block * kTogether;
-            const int count = static_cast<int>(std::min<int64_t>(kTogether, sums - first));
-            double half[3][6][kTogether] = {};
-            for (int i = 0; i < 6; ++i) {
-                for (int j = 0; j < 6; ++j) {
-                    double s[kTogether] = {};
-                    for (int t = 0; t < copies; ++t)
-                        for (int e = 0; e < count; ++e) s[e] += totals_[(t * kPoints + 6 * i + j) * sums_ + first + e];
-                    for (int k = 0; k < 3; ++k)
-                        for (int e = 0; e < kTogether; ++e) half[k][j][e] += kG[i][k] * s[e];
+            Together half[6][3], taps[3][3];
+            for (int j = 0; j < 6; ++j) {
+                Together column[6];
+                for (int i = 0; i < 6; ++i) {
+                    const float* from = totals_ + (6 * i + j) * sums_ + first;
+                    for (int e = 0; e < kTogether; ++e) column[i][e] = static_cast<double>(from[e]);
+                    for (int t = 1; t < copies; ++t)
+                        for (int e = 0; e < kTogether; ++e) column[i][e] += from[t * kPoints * sums_ + e];
                 }
+                transform_back(&column[0], 1, half[j]);
             }
-            for (int k = 0; k < 3; ++k) {
-                for (int l = 0; l < 3; ++l) {
-                    double tap[kTogether] = {};
-                    for (int j = 0; j < 6; ++j)
-                        for (int e = 0; e < kTogether; ++e) tap[e] += half[k][j][e] * kG[j][l];
-                    for (int e = 0; e < count; ++e) {
-                        const int64_t place = job_.places[first + e];
-                        if (place >= 0) job_.weight_gradient[place * kTaps + 3 * k + l] += static_cast<float>(tap[e]);
-                    }
-                }
+            for (int k = 0; k < 3; ++k) transform_back(&half[0][k], 3, taps[k]);
+            const int64_t end = std::min(first + kTogether, sums);
+            for (int64_t e = first; e < end; ++e) {
+                if (job_.places[e] < 0) continue;
+                float* to = job_.weight_gradient + int64_t{job_.places[e]} * kTaps;
+                for (int k = 0; k < kTaps; ++k) to[k] += static_cast<float>(taps[k / 3][k % 3][e - first]);
             }
         }
     }

@@ -20,9 +20,10 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
     const int64_t total = divide_up(grid.tiles, kernels.lanes);
     const int64_t per_vector = shape.rows * shape.columns * inputs * kernels.lanes;
     const int64_t vectors = std::min(total, std::max<int64_t>(2, std::min<int64_t>(4, kWindowFloats / per_vector)));
-    const int64_t blocks = divide_up(total, vectors), tiles = vectors * kernels.lanes;
-    const bool shared = blocks < 4 * threads;  // then the threads share the phases of each block
-    std::vector<int> phases;                   // that lie in the plane, of a tile or more
+    const Blocks blocks(kernels, 0, total, vectors);
+    const int64_t tiles = vectors * kernels.lanes;
+    const bool shared = blocks.count < 4 * threads;  // then the threads share the phases of each block
+    std::vector<int> phases;                         // that lie in the plane, of a tile or more
     for (int q = 0; q < kPhases; ++q)
         if (q / kTile < grid.height && q % kTile < grid.width) phases.push_back(q);
     const int64_t n_phases = static_cast<int64_t>(phases.size());
@@ -31,7 +32,7 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
     float* windows = memory.take(window_floats * (shared ? 1 : threads));
     float* products = memory.take(round_up(product_floats, kCacheLine) * threads);
     if (!scratch) return memory.used();
-    const Units units(blocks);
+    const Units units(blocks.count);
     Failure failure;
     std::vector<Statistics> statistics(static_cast<size_t>(units.count * kPhases * outputs), Statistics{});
     #pragma omp parallel num_threads(threads)
@@ -41,10 +42,11 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
         Window window(kernels, job.in, job.shift, job.stride);
         float* own = windows + (shared ? 0 : thread * window_floats);
         float* m = products + thread * round_up(product_floats, kCacheLine);
-        const Share share = shared ? Share(blocks, 0, 1) : units.share(thread, team);
+        const Share share = shared ? Share(blocks.count, 0, 1) : units.share(thread, team);
         for (int64_t block = share.first; block < share.last; ++block) {
-            const int64_t first = block * tiles;
-            const int n = static_cast<int>(std::min(vectors, total - block * vectors));
+            const Share vectors_of_block = blocks.of(block);
+            const int64_t first = vectors_of_block.first * kernels.lanes;
+            const int n = static_cast<int>(vectors_of_block.last - vectors_of_block.first);
             const Share channels = shared ? Share(inputs, thread, team) : Share(inputs, 0, 1);
             const Share its = shared ? Share(n_phases, thread, team) : Share(n_phases, 0, 1);
             failure.guard([&] {
@@ -96,9 +98,12 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
                 Span spans[kPhases];
                 for (int64_t q = 0; q < kPhases; ++q)
                     spans[q] = {place(first, grid.chunk) + q * kChunk, q * in_pitch, static_cast<int32_t>(count)};
-                for (int64_t c = 0; c < inputs; ++c)
+                for (int64_t c = 0; c < inputs; ++c) {
+                    if (c + 1 < inputs)
+                        prefetch_block(kernels, at(kernels, job.in.data, (c + 1) * kChannel + place(first, grid.chunk)), tiles);
                     kernels.gather(channel_of(kernels, job.in, c), spans, kPhases, 1, scale_of(job.in, c), offset_of(job.in, c),
                                    slope_of(job.in), in + c * tiles);
+                }
                 for (int q = 0; q < kPhases; ++q) {
                     const float* bases[1] = {in + q * in_pitch};
                     kernels.dense_product(bases, 1, static_cast<int>(inputs), job.weight, job.classes, out + q * out_pitch,

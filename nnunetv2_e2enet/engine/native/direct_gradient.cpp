@@ -29,10 +29,10 @@ int64_t count_dots(const Kernels& kernels, int64_t rows, int64_t columns) {
 // in the order of taps_of, rows before columns.
 class StridedGradient {
   public:
-    StridedGradient(const Kernels& kernels, const StridedGradientJob& job)
+    StridedGradient(const Kernels& kernels, const StridedGradientJob& job, int threads)
         : kernels_(kernels), job_(job), sh_(job.stride[1]), sw_(job.stride[2]), inputs_(job.in.channels),
           outputs_(job.gradient.channels),
-          vectors_(static_cast<int>(std::min<int64_t>(vectors_of_32_tiles(kernels), divide_up(job.gradient.grid.tiles, kernels.lanes)))),
+          vectors_(vectors_of_block(kernels, job.gradient.grid, 32, threads)),
           dots_(count_dots(kernels, outputs_, inputs_)), still_(static_cast<size_t>(outputs_), 0),
           window_(kernels, job.in, job.shift, job.stride), around_(*kernels.floats(), job.gradient, still_.data(), kOnce),
           groups_(cut_groups(job.shift, inputs_)), pieces_(groups_.size() * static_cast<size_t>(sh_)) {}
@@ -147,9 +147,9 @@ constexpr int32_t StridedGradient::kOnce[3];
 // A thread's part of a head.
 class HeadGradient {
   public:
-    HeadGradient(const Kernels& kernels, const HeadGradientJob& job)
+    HeadGradient(const Kernels& kernels, const HeadGradientJob& job, int threads)
         : kernels_(kernels), job_(job), inputs_(job.in.channels),
-          vectors_(static_cast<int>(std::min<int64_t>(4, divide_up(job.in.grid.tiles, kernels.lanes)))),
+          vectors_(vectors_of_block(kernels, job.in.grid, kChunk, threads)),
           pixels_pitch_(odd_lines(inputs_ * tiles())), logits_pitch_(odd_lines(job.classes * tiles())),
           dots_(count_dots(kernels, job.classes, inputs_)), biases_(static_cast<size_t>(job.classes), 0.0) {}
 
@@ -175,9 +175,12 @@ class HeadGradient {
         std::vector<Span> spans;
         for (const Segment& s : rows)
             for (int64_t q = 0; q < kPhases; ++q) load_row(s, q, spans);
-        for (int64_t c = 0; c < inputs_; ++c)
+        const int64_t there = place(first, grid.chunk);
+        for (int64_t c = 0; c < inputs_; ++c) {
+            if (c + 1 < inputs_) prefetch_block(kernels_, at(kernels_, job_.in.data, (c + 1) * kChannel + there), all);
             kernels_.gather(channel_of(kernels_, job_.in, c), spans.data(), static_cast<int64_t>(spans.size()), 1,
                             scale_of(job_.in, c), offset_of(job_.in, c), slope_of(job_.in), pixels_ + c * all);
+        }
         const float *in[kPhases], *out[kPhases];
         for (int64_t q = 0; q < kPhases; ++q) {
             in[q] = pixels_ + q * pixels_pitch_;

@@ -13,6 +13,7 @@
 #include <exception>
 #include <vector>
 
+#include "cpu.h"
 #include "half.h"
 #include "jobs.h"
 
@@ -21,7 +22,12 @@ namespace e2e {
 constexpr int64_t kCacheLine = 16;  // floats
 constexpr int kTaps = 9;  // of a 3 x 3 kernel
 constexpr int64_t kSharedFloats = 3 << 20;  // of transformed tiles that threads hold together where they share blocks
-constexpr int64_t kStreamBytes = 32 << 20;  // a map that will not stay in any cache is written past them
+
+// A map of more bytes will not stay in any cache, and is written past them.
+inline int64_t stream_bytes() {
+    static const int64_t bytes = std::min<int64_t>(32 << 20, third_level_bytes() / 2);
+    return bytes;
+}
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -53,13 +59,64 @@ inline int64_t odd_lines(int64_t floats) {
     return (lines | 1) * kCacheLine;
 }
 
-// Vectors of a block of about 32 tiles, but not so many that the sums of a product leave the registers.
-inline int vectors_of_32_tiles(const Kernels& kernels) { return std::min(4, 32 / kernels.lanes); }
-
 // Contiguous share of `n` items for one thread of a team; the same for every run, so results are too.
 struct Share {
     int64_t first, last;
-    Share(int64_t n, int thread, int threads) : first(n * thread / threads), last(n * (thread + 1) / threads) {}
+    Share(int64_t n, int64_t thread, int64_t threads) : first(n * thread / threads), last(n * (thread + 1) / threads) {}
+};
+
+// Vectors of tiles in blocks of at most `most`, of which there are a multiple of four if there are some, so that threads have
+// equally many. Where it is possible, blocks begin where a cache line of pixels does.
+class Blocks {
+  public:
+    const int64_t count;
+
+    Blocks(const Kernels& kernels, int64_t first, int64_t last, int64_t most)
+        : count(count_of(divide_up(last - first, unit_of(kernels, most)), most / unit_of(kernels, most))), first_(first),
+          last_(last), unit_(unit_of(kernels, most)) {}
+
+    Share of(int64_t block) const {
+        Share its(divide_up(last_ - first_, unit_), block, count);
+        its.first = first_ + its.first * unit_;
+        its.last = std::min(last_, first_ + its.last * unit_);
+        return its;
+    }
+
+  private:
+    static int64_t unit_of(const Kernels& kernels, int64_t most) {
+        const int64_t line = kCacheLine / kernels.lanes;
+        return most % line ? 1 : line;
+    }
+    static int64_t count_of(int64_t units, int64_t most) {
+        const int64_t least = divide_up(units, most);
+        return least < 8 ? least : std::min(units, round_up(least, 4));
+    }
+
+    int64_t first_, last_, unit_;
+};
+
+// One thread's share of the channels of all chunks of a map: chunks first ... last - 1, and of the outermost of them the channels
+// from and up to which they are its own.
+class ChunkShare {
+  public:
+    int64_t first, last;
+
+    ChunkShare(const Grid& grid, int64_t channels, int thread, int team) : channels_(channels) {
+        const Share all(divide_up(grid.tiles, kChunk) * channels, thread, team);
+        begin_ = all.first;
+        end_ = all.last;
+        first = begin_ / channels;
+        last = divide_up(end_, channels);
+    }
+    Share channels(int64_t chunk) const {
+        Share its(channels_, 0, 1);
+        its.first = std::max<int64_t>(0, begin_ - chunk * channels_);
+        its.last = std::min(channels_, end_ - chunk * channels_);
+        return its;
+    }
+
+  private:
+    int64_t channels_, begin_, end_;
 };
 
 // Blocks in units, each of which is one thread's and has statistics of its own: results are the same for any number of threads.

@@ -16,36 +16,53 @@ static void gradient_transform(const e2e::Channel* channels, int n, const e2e::G
 
 // ---- sums over tiles --------------------------------------------------------------------------------------------------
 
-#if E2E_ISA == 256
+// sums_of(v): the sum over the lanes of each of kLanes vectors, in their order.
 
-// Of two vectors, lanes 0, 1, 0, 1 of either half; and lanes 2, 3, 2, 3.
-static inline Vec first_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0x44); }
-static inline Vec second_pairs(Vec a, Vec b) { return _mm256_shuffle_ps(a, b, 0xee); }
-
-// The sum over the lanes of each of kLanes vectors, in their order. Crosses the halves of a vector once, which takes longest.
-static inline Vec sums_of(const Vec* v) {
-    Vec pair[4], four[2];
-    #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) pair[i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
-    for (int i = 0; i < 2; ++i) four[i] = first_pairs(pair[2 * i], pair[2 * i + 1]) + second_pairs(pair[2 * i], pair[2 * i + 1]);
-    return _mm256_permute2f128_ps(four[0], four[1], 0x20) + _mm256_permute2f128_ps(four[0], four[1], 0x31);
-}
-
-#else
+#if E2E_ISA == 128
 
 template <int N>
 static inline void halve(Vec* v) {
-    #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) v[i] = interleave_low(v[i], v[i + N]) + interleave_high(v[i], v[i + N]);
     if constexpr (N > 1) halve<N / 2>(v);
 }
 
-// The sum over the lanes of each of kLanes vectors, which are overwritten, in their order.
 static inline Vec sums_of(Vec* v) {
     halve<kLanes / 2>(v);
     return v[0];
 }
 
+#else  // within each 128 bits first, as crossing them takes longest
+
+#if E2E_ISA == 512
+#define E2E_VECTOR(name) _mm512_##name
+#else
+#define E2E_VECTOR(name) _mm256_##name
+#endif
+
+// 128 bits hold a part of the sums of four vectors then.
+static inline Vec sums_of_four(const Vec* v) {
+    const Vec a = E2E_VECTOR(unpacklo_ps)(v[0], v[1]) + E2E_VECTOR(unpackhi_ps)(v[0], v[1]);
+    const Vec b = E2E_VECTOR(unpacklo_ps)(v[2], v[3]) + E2E_VECTOR(unpackhi_ps)(v[2], v[3]);
+    return E2E_VECTOR(shuffle_ps)(a, b, 0x44) + E2E_VECTOR(shuffle_ps)(a, b, 0xee);
+}
+
+#if E2E_ISA == 512
+
+static inline Vec pairs_of_both(Vec a, Vec b) { return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd); }
+
+static inline Vec sums_of(const Vec* v) {
+    const Vec first = pairs_of_both(sums_of_four(v), sums_of_four(v + 4));
+    return pairs_of_both(first, pairs_of_both(sums_of_four(v + 8), sums_of_four(v + 12)));
+}
+
+#else
+
+static inline Vec sums_of(const Vec* v) {
+    const Vec a = sums_of_four(v), b = sums_of_four(v + 4);
+    return _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31);
+}
+
+#endif
 #endif
 
 constexpr int kHeld = E2E_ISA == 512 ? 8 : 4;  // vectors of an output map that registers hold beside the sums

@@ -1,11 +1,20 @@
 // Gradients that are sums over blocks of tiles.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "driver.h"
 
 namespace e2e {
+
+// Vectors of a block of at most so many tiles, fewer if threads would have no block otherwise. A block lies in one chunk, and the
+// sums of a product stay in registers.
+inline int vectors_of_block(const Kernels& kernels, const Grid& grid, int tiles, int threads) {
+    int vectors = std::min(4, tiles / kernels.lanes);
+    while (vectors > 1 && divide_up(grid.tiles, vectors / 2 * kernels.lanes) <= threads) vectors /= 2;
+    return vectors;
+}
 
 // Blocks of tiles in turn, each thread's sums in memory of its own.
 template <typename Gradient, typename Job>
@@ -14,7 +23,7 @@ int64_t run_blocks(const Kernels& kernels, const Job& job, const Grid& grid, Tim
     all.reserve(static_cast<size_t>(threads));
     int64_t floats = 0;
     for (int t = 0; t < threads; ++t) {
-        all.emplace_back(kernels, job);
+        all.emplace_back(kernels, job, threads);
         floats += all.back().reserve(scratch ? scratch + floats : nullptr);
     }
     if (!scratch) return floats;

@@ -147,11 +147,11 @@ class Pooling {
         : kernels_(kernels), job_(job), sd_(job.stride[0]), sh_(job.stride[1]), sw_(job.stride[2]),
           further_(job.halved ? sd_ - 1 : sd_ * sh_ * sw_ - 1), channel_(job.halved ? kHalvedChannel : kChannel) {}
 
-    // All channels of one chunk of coarse tiles.
-    void chunk(int64_t index) {
+    // Some channels of one chunk of coarse tiles.
+    void chunk(int64_t index, const Share& channels) {
         plan(index * kChunk);
-        for (int64_t c = 0; c < job_.in.channels; ++c) {
-            if (c + 1 < job_.in.channels) prefetch_channel(c + 1);
+        for (int64_t c = channels.first; c < channels.last; ++c) {
+            if (c + 1 < channels.last) prefetch_channel(c + 1);
             kernels_.pool(at(kernels_, job_.in.data, c * channel_), spans_.data(), static_cast<int64_t>(spans_.size()),
                           places_.data(), further_, sw_, job_.gamma[c] >= 0,
                           at(kernels_, job_.out.data, c * kChannel + index * job_.out.grid.chunk));
@@ -220,15 +220,14 @@ class Pooling {
 }  // namespace
 
 void run_pool(const Kernels& kernels, const PoolJob& job, int threads) {
-    const Grid& coarse = job.out.grid;
     Failure failure;
     #pragma omp parallel num_threads(threads)
     {
         StopWatch watch(job.seconds, omp_get_thread_num());
         failure.guard([&] {
             Pooling pooling(kernels, job);
-            const Share share(divide_up(coarse.tiles, kChunk), omp_get_thread_num(), omp_get_num_threads());
-            for (int64_t chunk = share.first; chunk < share.last; ++chunk) pooling.chunk(chunk);
+            const ChunkShare share(job.out.grid, job.out.channels, omp_get_thread_num(), omp_get_num_threads());
+            for (int64_t chunk = share.first; chunk < share.last; ++chunk) pooling.chunk(chunk, share.channels(chunk));
         });
         watch.lap(kPool);
     }

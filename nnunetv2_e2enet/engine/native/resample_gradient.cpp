@@ -15,14 +15,15 @@ class UnpoolingPlan {
         : job_(job), rows_(job.pooled.data ? kTile / job.stride[1] : 0), columns_(job.pooled.data ? kTile / job.stride[2] : 0),
           places_(static_cast<size_t>(rows_ * columns_ * kChunk)), lines_(places_.size()) {}
 
-    Unpooled chunk(int lanes, int64_t first) {
+    // For the maps from a channel on.
+    Unpooled chunk(const Kernels& kernels, int64_t first, int64_t channel) {
         const Grid &fine = job_.raw.grid, &coarse = job_.pooled.grid;
         std::fill(later_, later_ + kChunk, 0);
         int64_t* end = lines_.data();
         for (int64_t lane = 0; lane < kChunk; ++lane) {
             const int64_t tile = std::min(first + lane, fine.tiles - 1), slice = tile / fine.slice;
             const int64_t ty = tile % fine.slice / fine.tiles_x, tx = tile % fine.slice % fine.tiles_x;
-            if (slice % job_.stride[0]) later_[lane / lanes] |= 1u << lane % lanes;
+            if (slice % job_.stride[0]) later_[lane / kernels.lanes] |= 1u << lane % kernels.lanes;
             for (int w = 0; w < rows_ * columns_; ++w) {
                 const int64_t y = std::min<int64_t>(ty * rows_ + w / columns_, coarse.height - 1);
                 const int64_t x = std::min<int64_t>(tx * columns_ + w % columns_, coarse.width - 1);
@@ -33,8 +34,8 @@ class UnpoolingPlan {
                 if (std::find(lines_.data(), end, line) == end) *end++ = line;
             }
         }
-        return {job_.pooled.data, job_.pooled_gradient, places_.data(), lines_.data(), end - lines_.data(), later_,
-                job_.stride[1], job_.stride[2]};
+        return {channel_of(kernels, job_.pooled, channel), job_.pooled_gradient + channel * kChannel, places_.data(), lines_.data(),
+                end - lines_.data(), later_, job_.stride[1], job_.stride[2]};
     }
 
   private:
@@ -62,28 +63,30 @@ void finish_norm_gradient(const NormGradientJob& job, const std::vector<double>&
     }
 }
 
-void apply_norm_gradient(const Kernels& kernels, const NormGradientJob& job, const Share& chunks) {
-    for (int64_t chunk = chunks.first; chunk < chunks.last; ++chunk) {
-        for (int64_t c = 0; c < job.raw.channels; ++c) {
-            const int64_t there = chunk * job.raw.grid.chunk + c * kChannel;
-            Channel channel{};
-            channel.raw = at(kernels, job.raw.data, there);
-            channel.scale = job.raw.scale[c];
-            channel.offset = job.raw.offset[c];
-            channel.slope = job.raw.slope;
-            channel.mean = job.mean[c];
-            channel.by_raw = job.by_raw[c];
-            channel.constant = job.constant[c];
-            kernels.norm_gradient(channel, kChannel, job.gradient + there);
-        }
+void apply_norm_gradient(const Kernels& kernels, const NormGradientJob& job, int64_t chunk, const Share& channels) {
+    for (int64_t c = channels.first; c < channels.last; ++c) {
+        const int64_t there = chunk * job.raw.grid.chunk + c * kChannel;
+        Channel channel{};
+        channel.raw = at(kernels, job.raw.data, there);
+        channel.scale = job.raw.scale[c];
+        channel.offset = job.raw.offset[c];
+        channel.slope = job.raw.slope;
+        channel.mean = job.mean[c];
+        channel.by_raw = job.by_raw[c];
+        channel.constant = job.constant[c];
+        kernels.norm_gradient(channel, kChannel, job.gradient + there);
     }
+}
+
+// What norm_sums needs, from a channel on.
+NormChannels channels_from(const NormGradientJob& job, int64_t c) {
+    return {job.raw.scale + c, job.raw.offset + c, job.mean + c, job.raw.slope};
 }
 
 }  // namespace
 
 void run_norm_gradient(const Kernels& kernels, const NormGradientJob& job, int threads) {
     const Grid& grid = job.raw.grid;
-    const NormChannels norm{job.raw.scale, job.raw.offset, job.mean, job.raw.slope};
     std::vector<double> sums(static_cast<size_t>(2 * threads * job.raw.channels), 0.0);
     std::vector<UnpoolingPlan> plans(static_cast<size_t>(threads), UnpoolingPlan(job));
     #pragma omp parallel num_threads(threads)
@@ -91,18 +94,22 @@ void run_norm_gradient(const Kernels& kernels, const NormGradientJob& job, int t
         const int thread = omp_get_thread_num(), team = omp_get_num_threads();
         StopWatch watch(job.seconds, thread);
         UnpoolingPlan& plan = plans[static_cast<size_t>(thread)];
-        const Share share(divide_up(grid.tiles, kChunk), thread, team);
+        const ChunkShare share(grid, job.raw.channels, thread, team);
         double* own = sums.data() + 2 * thread * job.raw.channels;
         for (int64_t chunk = share.first; chunk < share.last; ++chunk) {
+            const int64_t first = chunk * kChunk;
+            const Share channels = share.channels(chunk);
             Unpooled unpooled{};
-            if (job.pooled.data) unpooled = plan.chunk(kernels.lanes, chunk * kChunk);
-            kernels.norm_sums(job.gradient, job.raw.data, static_cast<int>(job.raw.channels), norm, grid, chunk * kChunk,
-                              job.pooled.data ? &unpooled : nullptr, own);
+            if (job.pooled.data) unpooled = plan.chunk(kernels, first, channels.first);
+            kernels.norm_sums(job.gradient + channels.first * kChannel, at(kernels, job.raw.data, channels.first * kChannel),
+                              static_cast<int>(channels.last - channels.first), channels_from(job, channels.first), grid, first,
+                              job.pooled.data ? &unpooled : nullptr, own + 2 * channels.first);
         }
         #pragma omp barrier
         #pragma omp single
         finish_norm_gradient(job, sums, team);
-        if (job.apply) apply_norm_gradient(kernels, job, share);
+        for (int64_t chunk = share.first; job.apply && chunk < share.last; ++chunk)
+            apply_norm_gradient(kernels, job, chunk, share.channels(chunk));
         watch.lap(kNormGradient);
     }
 }
@@ -112,9 +119,9 @@ namespace {
 // Strides of 1 or 2 in the plane. Vectors run over coarse tiles, as in the forward pass; fine pixels are gathered.
 class UpsampleGradient {
   public:
-    UpsampleGradient(const Kernels& kernels, const UpsampleGradientJob& job)
+    UpsampleGradient(const Kernels& kernels, const UpsampleGradientJob& job, int threads)
         : kernels_(kernels), job_(job), coarse_(job.upsample.coarse), sh_(job.upsample.stride[1]), sw_(job.upsample.stride[2]),
-          subs_(sh_ * sw_), vectors_(vectors_of_32_tiles(kernels)), tiles_(vectors_ * kernels.lanes),
+          subs_(sh_ * sw_), vectors_(vectors_of_block(kernels, coarse_.grid, 32, threads)), tiles_(vectors_ * kernels.lanes),
           inputs_(coarse_.channels), outputs_(job.upsample.outputs), coarse_pitch_(odd_lines(inputs_ * tiles_)),
           fine_pitch_(odd_lines(outputs_ * tiles_)), sums_pitch_(round_up(job.upsample.connections, kCacheLine)) {}
 
