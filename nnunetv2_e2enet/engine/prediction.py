@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from nnunetv2_e2enet.engine.core import Core
 from nnunetv2_e2enet.engine.description import NotSupportedError, check_hooks, describe, form
 from nnunetv2_e2enet.engine.fingerprint import Fingerprint, state
-from nnunetv2_e2enet.engine.program import Program, empty_tensor
+from nnunetv2_e2enet.engine.layout import pages
+from nnunetv2_e2enet.engine.program import Program
 from nnunetv2_e2enet.engine.sessions import OfEachNetwork, Session, disabled, is_disabled
 from nnunetv2_e2enet.engine.support import ENGINE_VARIABLE, check_support, loaded, why_not
 from nnunetv2_e2enet.engine.units import in_units
@@ -20,6 +22,7 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network.e2enet import E2ENet
 from nnunetv2_e2enet.settings import settings
 
+KEPT_BY_MALLOC = 32 << 20  # bytes, in glibc
 TOLERANCES = {"float32": 1e-3, "float16": 2e-2}  # of the largest logit, in mode "check", by how maps are stored
 IDLE_PROGRAMS = 2  # kept for the next patch; more are made while more threads predict at once
 IDLE_BYTES = 1 << 30  # of all that are kept but the last used one
@@ -179,13 +182,20 @@ def _run(session: PredictionSession, plan: Plan, network: E2ENet, x: Tensor) -> 
     logits = []
     for (_, _, classes), stride in zip(heads, network.encoder.strides, strict=False):
         size = [s // t for s, t in zip(size, stride, strict=True)]
-        logits.append(empty_tensor((x.shape[0], classes, *size)))
+        logits.append(_empty((x.shape[0], classes, *size)))
     program = session.take_program(plan, tuple(x.shape[2:]))
     samples = x.contiguous()
     for n in range(x.shape[0]):
         program.run(samples[n], [level[n] for level in logits], torch.get_num_threads())
     session.give_back(plan, program)
     return logits
+
+
+def _empty(shape: Sequence[int]) -> Tensor:
+    """Room for logits. Malloc gives large ones back to the system each time, and the first touch of small pages takes long."""
+    if 4 * prod(shape) <= KEPT_BY_MALLOC:
+        return torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
+    return torch.from_numpy(pages(prod(shape))).view(tuple(shape))
 
 
 def _check(network: E2ENet, x: Tensor, logits: list[Tensor], tolerance: float) -> None:

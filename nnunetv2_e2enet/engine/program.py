@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 from ctypes import c_int32
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nnunetv2_e2enet.engine import jobs as abi
@@ -20,16 +18,7 @@ from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, StoredNorm,
 from nnunetv2_e2enet.engine.units import image_factor
 from nnunetv2_e2enet.engine.weights import ConvWeights, NormWeights, PackedBlock, PackedNode, PackedWeights
 
-KEPT_BY_MALLOC = 32 << 20  # bytes, in glibc
-
 Make = Callable[[], LayerJob | tuple[int, HeadJob]]
-
-
-def empty_tensor(shape: Sequence[int]) -> Tensor:
-    """Room for logits. Malloc gives large ones back to the system each time, and the first touch of small pages takes long."""
-    if 4 * prod(shape) <= KEPT_BY_MALLOC:
-        return torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
-    return torch.from_numpy(pages(prod(shape))).view(tuple(shape))
 
 
 @dataclass(frozen=True)

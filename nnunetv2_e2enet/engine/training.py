@@ -12,7 +12,6 @@ from torch.nn.modules import module as torch_modules
 
 from nnunetv2_e2enet.engine.core import Core
 from nnunetv2_e2enet.engine.description import NotSupportedError, check_modules
-from nnunetv2_e2enet.engine.program import empty_tensor
 from nnunetv2_e2enet.engine.sessions import OfEachNetwork, Session, is_disabled
 from nnunetv2_e2enet.engine.support import check_support, loaded, why_not
 from nnunetv2_e2enet.engine.training_program import TrainingProgram
@@ -176,7 +175,7 @@ class _Network(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         threads = torch.get_num_threads()
         shapes = _logit_shapes(weights, x)
-        logits = [empty_tensor(shape) for shape in shapes[:heads]]
+        logits = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes[:heads]]
         programs = session.take_programs(weights, tuple(x.shape[2:]), x.shape[0])
         samples = x.detach().contiguous()
         with weights.lock:

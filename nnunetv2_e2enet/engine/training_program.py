@@ -78,12 +78,9 @@ class TrainingProgram(Program):
             setattr(bound, field, gradients[parameter].data_ptr())
         for level, head in self._head_jobs:
             head.logits = logits[level].data_ptr()
-        for step, job in enumerate(self._backward_jobs, self._n_forward):
+        for job in self._backward_jobs:
             assert not isinstance(job, tuple)
             self._core.run(job, self._scratch.ctypes.data, threads)
-            if step == self._done_at:
-                for first, last in self._done:
-                    empty(self._transient, first, last)
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
@@ -113,26 +110,12 @@ class TrainingProgram(Program):
         for buffer, offset in offsets.items():
             buffer.place_at(self._transient.ctypes.data + offset)
         self._between = self._idle((offsets[b], offsets[b] + b.n_bytes) for b in kept if b in offsets)
-        self._done_at, self._done = 0, list[Piece]()
-        if self.samples == 1:  # the next sample would take the same memory again
-            self._plan_release([(lifetimes[b].last, (offset, offset + b.n_bytes)) for b, offset in offsets.items()])
         memory = pages(sum(b.n_bytes for b in apart) // np.float32().itemsize)
         address = memory.ctypes.data
         for buffer in apart:
             buffer.place_at(address)
             address += buffer.n_bytes
         return memory
-
-    def _plan_release(self, stored: Sequence[tuple[int, Piece]]) -> None:
-        """The first step of the backward pass after which enough memory is never needed again.
-
-        All of it is in use soon after the backward pass has begun, and the gradients of parameters are still to come.
-        """
-        for step in range(self._n_forward, len(self._steps)):
-            done = self._idle(piece for last, piece in stored if last > step)
-            if done:
-                self._done_at, self._done = step, done
-                return
 
     def _idle(self, held: Iterable[Piece]) -> list[Piece]:
         """The memory around these pieces, if there is enough of it."""
