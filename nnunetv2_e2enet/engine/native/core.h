@@ -68,8 +68,8 @@ struct Target {
 
 // Maps of a coarser level that were pooled from a finer one: the pixels of the window of each tile of a chunk of the finer.
 struct Unpooled {
-    const Pixels* pooled;    // largest (or smallest) raw values, channel 0
-    const float* gradient;   // of the pooled map, channel 0
+    const Pixels* pooled;    // largest (or smallest) raw values, the first channel
+    const float* gradient;   // of the pooled map, the first channel
     const int64_t* places;   // [window of the tile][kChunk]: of each tile in a coarse map
     const int64_t* lines;    // of the cache: a place in each that `places` are in
     int64_t n_lines;
@@ -184,7 +184,7 @@ struct Kernels {
     // sums[row block][column block][row][column] += sum over tiles of all segments of a[row][tile] * b[column][tile]
     void (*dense_dots)(const float* const* a, int rows, const float* const* b, int columns, int segments, float* sums,
                        int vectors);
-    // Adds what was pooled, if unpooled is not null, to the gradient of a chunk of all channels; then adds to sums[channel][2] the
+    // Adds what was pooled, if unpooled is not null, to the gradient of a chunk of these channels; then adds to sums[channel][2] the
     // gradient past the activation, and its product with raw - mean.
     void (*norm_sums)(float* gradient, const Pixels* raw, int channels, const NormChannels& norm, const Grid& grid,
                       int64_t first, const Unpooled* unpooled, double* sums);

@@ -25,7 +25,7 @@ constexpr int64_t kSharedFloats = 3 << 20;  // of transformed tiles that threads
 
 // A map of more bytes will not stay in any cache, and is written past them.
 inline int64_t stream_bytes() {
-    static const int64_t bytes = std::min<int64_t>(32 << 20, third_level_bytes() / 2);
+    static const int64_t bytes = std::min<int64_t>(32 << 20, std::max<int64_t>(8 << 20, third_level_bytes() / 2));
     return bytes;
 }
 
@@ -65,8 +65,8 @@ struct Share {
     Share(int64_t n, int64_t thread, int64_t threads) : first(n * thread / threads), last(n * (thread + 1) / threads) {}
 };
 
-// Vectors of tiles in blocks of at most `most`, of which there are a multiple of four if there are some, so that threads have
-// equally many. Where it is possible, blocks begin where a cache line of pixels does.
+// Vectors of tiles in blocks of at most `most`. From eight blocks on, their number is a multiple of four if there are as many
+// vectors, so that two or four threads have equally many. Where it is possible, blocks begin where a cache line of pixels does.
 class Blocks {
   public:
     const int64_t count;

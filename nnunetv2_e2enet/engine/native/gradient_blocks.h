@@ -8,7 +8,7 @@
 
 namespace e2e {
 
-// Vectors of a block of at most so many tiles, fewer if threads would have no block otherwise. A block lies in one chunk, and the
+// Vectors of a block of at most so many tiles, fewer if that gives each block a thread of its own. A block lies in one chunk, and the
 // sums of a product stay in registers.
 inline int vectors_of_block(const Kernels& kernels, const Grid& grid, int tiles, int threads) {
     int vectors = std::min(4, tiles / kernels.lanes);
