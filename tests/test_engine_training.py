@@ -225,7 +225,7 @@ def test_inactive_connections_have_no_gradient() -> None:
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("patch", [(8, 32, 48), (10, 40, 24), (6, 24, 88)])
 def test_threads_change_rounding_alone_and_results_repeat(kernels: str, patch: tuple[int, ...]) -> None:
-    """On coarse levels there are blocks of fewer tiles then, down to none for some threads."""
+    """With more threads the blocks of coarse levels have fewer tiles, and some threads have none."""
     network = make_network(features=[12, 24, 40])
     x = image(network, *patch)
     before = torch.get_num_threads()
