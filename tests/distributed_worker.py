@@ -1,7 +1,6 @@
 """One of two processes that train the same networks: ``distributed_worker.py RANK PROJECT FOLDER``."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from support import Project, batch, make
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import run_rank
 
 from nnunetv2_e2enet.dsff import GradientGrowth
 from nnunetv2_e2enet.network import MaskableLayer, maskable_layers
@@ -76,4 +76,4 @@ def train(trainer: Any, rank: int, compiled: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    run_rank(main)

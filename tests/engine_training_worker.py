@@ -1,12 +1,12 @@
 """One of two processes that compute gradients of the same network: ``engine_training_worker.py RANK FOLDER``."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import run_rank
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.network import E2ENet
@@ -34,4 +34,4 @@ def gradients(network: E2ENet, wrapped: nn.Module, x: Tensor) -> dict[str, Tenso
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    run_rank(main)

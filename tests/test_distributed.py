@@ -1,24 +1,17 @@
 """DSFF under DistributedDataParallel, as nnU-Net wraps it, with two processes on the CPU."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from support import Project
+from two_processes import run_both
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
 def test_all_ranks_have_the_same_topology(project: Project, tmp_path: Path) -> None:
     """Even though each rank starts with weights, data and random numbers of its own."""
-    commands = [[sys.executable, str(WORKER), str(rank), str(project.folder), str(tmp_path)] for rank in range(2)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    workers = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    run_both(WORKER, project.folder, tmp_path)
     for trainer in ("connections", "active", "gradient"):
         first, second = (torch.load(tmp_path / f"{trainer}{rank}.pt", weights_only=False) for rank in range(2))
         for name, (mask, explored) in first["layers"].items():

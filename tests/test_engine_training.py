@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -21,6 +18,7 @@ from hypothesis import strategies as st
 from networks import KERNELS, change_eps, drawn_network, random_network
 from torch import Tensor, nn
 from torch.func import functional_call
+from two_processes import run_both
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.engine import training_program
@@ -337,11 +335,7 @@ def test_fifty_steps_with_updates_of_the_topology_have_pytorchs_losses() -> None
 
 def test_two_processes(tmp_path: Path) -> None:
     """DistributedDataParallel averages what two processes found with their halves of a batch."""
-    commands = [[sys.executable, str(WORKER), str(rank), str(tmp_path)] for rank in range(2)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    workers = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
-    outputs = [worker.communicate(timeout=120)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    run_both(WORKER, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, (_, averaged) in first.items():
         assert torch.equal(averaged, second[name][1])
