@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,36 @@ def test_finished_folds_are_skipped_and_accumulated(project: Project, model: Pat
     summary = load_json(str(model / "crossval_results_folds_0_1" / "summary.json"))
     assert len(summary["metric_per_case"]) == 3  # of 6 cases in 5 folds
     assert f"{summary['foreground_mean']['Dice']:.4f}" in output
+
+
+@pytest.mark.usefixtures("in_process", "registered")
+def test_what_was_found_on_accumulated_folds_stays(
+    project: Project, model: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """nnU-Net's accumulation empties its folder, where nnUNetv2_find_best_configuration leaves the postprocessing."""
+    for name, value in folders(project, model).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        jobs, "_run_logged", lambda command, log, given, *_: runner.exit_code(log, *command, environment=given)
+    )
+    command = [*COMMAND, "--folds", "0", "1"]
+    summary = jobs.summary(model, [0, 1])
+    found = summary.with_name("postprocessing.pkl")
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    for kept in (True, False):
+        found.touch()
+        assert main(command) == 0
+        assert capsys.readouterr().out == shown
+        assert found.exists() == kept
+        validated = model / "fold_1" / "validation" / "summary.json"
+        os.utime(validated, (time.time() + 10,) * 2)  # fold 1 is validated once more
+    found.touch()
+    os.utime(summary, (time.time() + 20,) * 2)
+    summary.write_text(summary.read_text()[:50])  # by a kill
+    os.utime(summary, (time.time() + 20,) * 2)
+    assert main(command) == 0
+    assert capsys.readouterr().out == shown
 
 
 def test_unfinished_folds_go_on_from_where_they_are(
@@ -119,6 +150,7 @@ def test_a_failing_fold_is_named(project: Project, model: Path) -> None:
         (["4", "3d_fullres"], "no data set 4 in nnUNet_raw="),
         (["993", "3d_fullres", "0"], "0 is a fold as in nnUNetv2_train: choose folds with --folds"),
         (["993", "3d_fullres"], "PyTorch finds no CUDA device here: use -device cpu"),
+        (["993", "3d_fullres", "--folds", "3"], "1 of 1 folds are not done, first fold 3 of nnUNetTrainerE2ENet"),
         (["993", "3d_fullres", "-tr", "nnUNetTrainerE2ENet_nosuch", "--status"], "nnU-Net finds no trainer"),
         (["993", "3d_fullres", "-device", "cpu", "--gpus", "0"], "--gpus 0 with -device cpu: leave one of them out"),
         (["993", "3d_fullres", "--gpus", "0", "1", "--slurm"], "--gpus 0 1 with --slurm: leave one of them out"),
@@ -382,10 +414,10 @@ def test_jobs_are_submitted_for_what_is_not_done(
     project: Project, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """submitit's local executor stands for the cluster. The test waits for the job to end, well or not."""
-    submitted: list[submitit.Job[int]] = []
+    submitted: list[submitit.Job[None]] = []
     submit = submitit.AutoExecutor.submit
 
-    def recorded(executor: submitit.AutoExecutor, *task: Any) -> submitit.Job[int]:
+    def recorded(executor: submitit.AutoExecutor, *task: Any) -> submitit.Job[None]:
         submitted.append(submit(executor, *task))
         return submitted[-1]
 
@@ -396,11 +428,46 @@ def test_jobs_are_submitted_for_what_is_not_done(
     assert main([*command, "timeout_min=10"]) == 0
     (job,) = submitted
     assert f"fold 2: job {job.job_id}, submitted" in capsys.readouterr().out
-    assert job.result() == 0, fold(model, 2).log.read_text()[-4000:]
+    job.result()
     assert fold(model, 2).state() is FoldState.DONE
     assert main(command) == 0
     assert "all folds are done" in capsys.readouterr().out
     assert submitted == [job]
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_job_whose_training_fails_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool) -> None:
+    """A cluster sees a job fail by an exception alone."""
+    third = fold(tmp_path / "T__P__3d_fullres", 2)
+    if done:
+        end_well(third)
+    monkeypatch.setattr(jobs, "_run_logged", lambda *_: 1)
+    with nullcontext() if done else pytest.raises(E2ENetError, match=f"fold 2 of T did not finish: see {third.log}"):
+        third.finish()
+
+
+@pytest.mark.usefixtures("registered")
+def test_folds_that_start_at_once_find_their_splits(
+    in_process: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each would write the same file otherwise, and another one read half of it."""
+    preprocessed = tmp_path / "preprocessed" / in_process.dataset
+    shutil.copytree(in_process.preprocessed, preprocessed)
+    file = preprocessed / "splits_final.json"
+    nnunets = file.read_bytes()
+    file.unlink()
+    monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed.parent))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    read: list[bytes] = []
+
+    def run_logged(*_: Any) -> int:
+        read.append(file.read_bytes())
+        return 1
+
+    monkeypatch.setattr(jobs, "_run_logged", run_logged)
+    assert main(["crossval", "993", "3d_fullres", "-tr", "nnUNetTrainer"]) == 1
+    assert len(read) == 5
+    assert [json.loads(splits) for splits in read] == [json.loads(nnunets)] * 5
 
 
 @pytest.mark.parametrize(

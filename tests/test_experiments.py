@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from support import AMOS_STRIDES, Project, architecture, make, run_command, trai
 from torch import nn
 
 from nnunetv2_e2enet.dsff import random_topology
-from nnunetv2_e2enet.network import accounts, maskable_layers
+from nnunetv2_e2enet.network import MaskableLayer, accounts, maskable_layers
 from nnunetv2_e2enet.network.learned_shift import learned_shifts
 from nnunetv2_e2enet.trainers import e2enet_experiment_trainers, e2enet_trainers
 from nnunetv2_e2enet.training.trainer import E2ENetMixin
@@ -325,6 +326,36 @@ def test_an_optimizer_that_is_configured_again_leaves_the_topology(in_process: P
     trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers("train")
     assert all(torch.equal(value, before[key]) for key, value in trainer.network.state_dict().items())
     train_epochs(trainer, 1)
+
+
+def test_nnunets_warm_up_goes_on_from_its_checkpoint(in_process: Project) -> None:
+    """Although it asks torch.load for weights alone, and nnU-Net logs numpy numbers."""
+
+    class WarmUp(E2ENetMixin, nnUNetTrainer_warmup):
+        pass
+
+    trainer, resumed = (
+        make(variant(WarmUp, "small", base_num_features=8, max_num_features=16, topology_update_period=1), in_process)
+        for _ in range(2)
+    )
+    trainer.initialize()
+    train_epochs(trainer, 2)
+    checkpoint = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(checkpoint))
+    resumed.load_checkpoint(str(checkpoint))
+    assert resumed.current_epoch == trainer.current_epoch + 1  # as nnU-Net counts
+    weights = resumed.network.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in trainer.network.state_dict().items())
+
+
+def test_a_distribution_that_a_layer_cannot_have_is_named(in_process: Project) -> None:
+    class Rounded:
+        def active(self, sparsity: float, layers: Mapping[str, MaskableLayer]) -> dict[str, int]:
+            return {name: round((1 - sparsity) * layer.n_connections) for name, layer in layers.items()}
+
+    in_blocks = variant(our_trainers.nnUNetTrainerE2ENet, "blocks", distribution=Rounded(), block_size=8)
+    with pytest.raises(SystemExit, match=r"Rounded gives \S+ \d+ active connections, but it can have \d+"):
+        make(in_blocks, in_process).initialize()
 
 
 def test_stock_plans_of_e2enet_are_no_place_for_dsff(in_process: Project) -> None:

@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     open_folds = [fold for fold in folds if fold.state() is not FoldState.DONE]
     if args.slurm is not None:
         return _submit(console, open_folds, _parameters(args.slurm))
-    gpus = _gpus(args) if open_folds else []
-    _make_folders(open_folds)
+    gpus = _gpus(args, folds, open_folds) if open_folds else []
+    _make_folders(open_folds, at_once=len(gpus) > 1)
     with Live(_table(folds), console=console, refresh_per_second=1) as live:
         codes = crossval.run_locally(open_folds, gpus, lambda: live.update(_table(folds, running=open_folds)))
         live.update(_table(folds))
@@ -134,12 +134,15 @@ def _splits(file: Path) -> int:
         raise E2ENetError(f"cannot read {file} as JSON ({error}): write it again, or remove it for nnU-Net's folds") from error
 
 
-def _make_folders(folds: Sequence[Fold]) -> None:
+def _make_folders(folds: Sequence[Fold], at_once: bool) -> None:
+    """Of the models, and what folds that start at once must not all write."""
     for model in {fold.model for fold in folds}:
         make_writable(model)
+        if at_once:
+            crossval.make_splits(model, nnunet_folder(PREPROCESSED) / model.parent.name)
 
 
-def _gpus(args: argparse.Namespace) -> list[int]:
+def _gpus(args: argparse.Namespace, folds: Sequence[Fold], open_folds: Sequence[Fold]) -> list[int]:
     import torch
 
     if args.device != "cuda":
@@ -150,7 +153,12 @@ def _gpus(args: argparse.Namespace) -> list[int]:
     present = torch.cuda.device_count()
     gpus = list(range(present)) if args.gpus is None else args.gpus
     if not present:
-        raise E2ENetError("PyTorch finds no CUDA device here: use -device cpu")
+        first = open_folds[0]
+        log = f" (see {first.log})" if first.log.is_file() else ""
+        raise E2ENetError(
+            f"{len(open_folds)} of {len(folds)} folds are not done, first fold {first.number} of {first.trainer}{log}, and "
+            "PyTorch finds no CUDA device here: use -device cpu, --slurm, or a machine with a GPU"
+        )
     if len(set(gpus)) < len(gpus) or not set(gpus) <= set(range(present)):
         given = " ".join(map(str, gpus))
         raise E2ENetError(f"--gpus {given}: expected different numbers from 0 to {present - 1}, of the GPUs here")
@@ -194,14 +202,14 @@ def _submit(console: Console, open_folds: Sequence[Fold], parameters: Mapping[st
     check_extra("--slurm", "cluster", "submitit")
     import submitit
 
-    _make_folders(open_folds)
+    _make_folders(open_folds, at_once=True)
     cluster = parameters.get("cluster", "slurm")
     settings = {key: value for key, value in parameters.items() if key != "cluster"}
     for fold in open_folds:
         try:
             executor = submitit.AutoExecutor(folder=fold.model / "submitit", cluster=cluster)
             executor.update_parameters(**{"name": f"{fold.trainer}_{fold.number}", **settings})
-            job = executor.submit(fold.run)
+            job = executor.submit(fold.finish)
         except (RuntimeError, ValueError, NameError, AssertionError) as error:  # no cluster, or parameters that it has not
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise E2ENetError(

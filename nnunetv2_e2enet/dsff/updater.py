@@ -214,11 +214,21 @@ def _replace(layer: MaskableLayer, pruned: Tensor, grown: Tensor, optimizer: tor
 
 
 def random_topology(network: nn.Module, sparsity: float, distribution: Distribution, seed: int | str) -> None:
-    """Give every maskable layer a uniform random set of active connections, the same for the same seed."""
+    """Give every maskable layer a uniform random set of active connections, the same for the same seed.
+
+    Raises:
+        E2ENetError: a layer cannot have as many active connections as the distribution gives it.
+    """
     layers = dict(maskable_layers(network))
     for name, n_active in distribution.active(sparsity, layers).items():
         generator = torch.Generator().manual_seed(random.Random(f"{seed}/start/{name}").getrandbits(63))
-        layers[name].set_random_topology(n_active, generator)
+        layer = layers[name]
+        layer.set_random_topology(n_active, generator)
+        if not layer.weight.is_meta and layer.n_active != n_active:  # in whole blocks, or not more than there are
+            raise E2ENetError(
+                f"{type(distribution).__name__} gives {name} {n_active} active connections, but it can have {layer.n_active}: "
+                "let the distribution return layer.connections_at(density)"
+            )
 
 
 def sparsity(layers: Mapping[str, MaskableLayer]) -> float:

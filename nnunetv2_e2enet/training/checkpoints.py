@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -103,6 +104,13 @@ def _is_write_failure(error: BaseException) -> bool:
     return isinstance(error, OSError) or (isinstance(error, RuntimeError) and any(name in str(error) for name in _ZIP_WRITER))
 
 
+@contextmanager
+def contents_of_checkpoints() -> Iterator[None]:
+    """Within it, torch loads what nnU-Net writes into checkpoints even where weights alone are asked for."""
+    with _reading, safe_globals(_ALLOWED):
+        yield
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint in a fold's folder from which nnU-Net would go on; None where there is none."""
     return next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
@@ -126,7 +134,7 @@ def read_checkpoint(path: Path, remedy: str = _NAME_ANOTHER, lazily: bool = Fals
         E2ENetError: the file is missing, truncated, not nnU-Net's, or holds something that a checkpoint does not.
     """
     try:
-        with _reading, safe_globals(_ALLOWED):
+        with contents_of_checkpoints():
             checkpoint: dict[str, Any] = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=lazily and is_zipfile(path)
             )

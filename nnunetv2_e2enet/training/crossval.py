@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from filelock import BaseFileLock, FileLock, Timeout
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.files import make_writable
+from nnunetv2_e2enet.files import make_writable, read_json, write
 from nnunetv2_e2enet.registration import console_command
 
 
@@ -112,6 +112,17 @@ class Fold:
             held = lock._context.lock_file_fd  # by the training too, where this process is killed
             return _run_logged(self.command(), self.log, _environment(gpu), held)
 
+    def finish(self) -> None:
+        """``run``, for a job of a cluster, which an exception alone marks as failed.
+
+        Raises:
+            E2ENetError: the fold is not done; or as ``run``.
+        """
+        if self.run() or self.state() is not FoldState.DONE:
+            raise E2ENetError(
+                f"fold {self.number} of {self.trainer} did not finish: see {self.log}, then repeat the command to go on"
+            )
+
     def _locked(self) -> AbstractContextManager[BaseFileLock]:
         """The lock of the fold, released at the end of its context."""
         lock = FileLock(self.model / f"crossval_fold_{self.number}.lock", timeout=0)
@@ -132,13 +143,56 @@ class Fold:
 def accumulate(model: Path, dataset: str, folds: Sequence[int]) -> int:
     """nnU-Net's own accumulation over the folds of a model; its output goes to ``crossval_accumulate.log``.
 
+    Folds that have been accumulated since their validation are left alone. nnU-Net empties the folder of its accumulation,
+    where ``nnUNetv2_find_best_configuration`` leaves the postprocessing.
+
     Returns:
         Its exit code.
     """
+    if _is_accumulated(model, folds):
+        return 0
     trainer, plans, configuration = model.name.split("__")
     of_model = ["-c", configuration, "-p", plans, "-tr", trainer, "-f", *map(str, folds)]
     command = ["nnUNetv2_accumulate_crossval_results", dataset, *of_model]
     return _run_logged(command, model / "crossval_accumulate.log", dict(os.environ))
+
+
+def _is_accumulated(model: Path, folds: Sequence[int]) -> bool:
+    merged = summary(model, folds)
+    try:
+        _ = json.loads(merged.read_text())["foreground_mean"]
+    except (FileNotFoundError, ValueError, KeyError):  # never accumulated, or a kill while nnU-Net wrote it
+        return False
+    validated = (model / f"fold_{number}" / "validation" / "summary.json" for number in folds)
+    return all(file.stat().st_mtime <= merged.stat().st_mtime for file in validated)
+
+
+def make_splits(model: Path, preprocessed: Path) -> None:
+    """Write nnU-Net's own folds of a data set, unless it has some.
+
+    Of folds that start at the same time, each would write the file, and another one could read half of it.
+
+    Args:
+        model: folder of a model, which names plans and configuration.
+        preprocessed: nnU-Net's folder of the preprocessed data set.
+
+    Raises:
+        E2ENetError: plans or data are missing, or the file cannot be written.
+    """
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    file = preprocessed / "splits_final.json"
+    if file.is_file():
+        return
+    _, plans, configuration = model.name.split("__")
+    identifier = PlansManager(read_json(preprocessed / f"{plans}.json")).get_configuration(configuration).data_identifier
+    data = preprocessed / identifier
+    if not data.is_dir():
+        raise E2ENetError(f"{data} is missing: run nnUNetv2_preprocess for the data set, with -plans_name {plans}")
+    cases = sorted(infer_dataset_class(str(data)).get_identifiers(str(data)))
+    write(file, json.dumps(generate_crossval_split(cases, seed=12345, n_splits=5), indent=4))
 
 
 def _environment(gpu: int | None) -> dict[str, str]:

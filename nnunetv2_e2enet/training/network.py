@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_e2enet.dsff import HISTORY_FILE
 from nnunetv2_e2enet.errors import E2ENetError, show_message_alone
-from nnunetv2_e2enet.training.checkpoints import check_checkpoint, why_not_written
+from nnunetv2_e2enet.training.checkpoints import check_checkpoint, contents_of_checkpoints, why_not_written
 from nnunetv2_e2enet.training.interface import TRAINER_ATTRIBUTES, Overrides, check_attributes
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class NetworkMixin(Overrides, TrainerBase):
             resumes = getattr(self.logger, "resume", True)  # False: to be validated
             with one_line_errors():
                 check_checkpoint(Path(filename_or_checkpoint), architecture, self.unwrapped_network.state_dict(), resumes)
-        with one_line_errors():
+        with one_line_errors(), contents_of_checkpoints():  # nnUNetTrainer_warmup asks torch for weights alone
             super().load_checkpoint(filename_or_checkpoint)
 
     def on_train_start(self) -> None:
