@@ -44,10 +44,16 @@ def brute_force(
 
 
 def _surface(mask: set[Voxel], known: set[Voxel], shape: Sequence[int]) -> list[Voxel]:
-    """Voxels of the mask with a face towards the edge of the image or towards what is known not to be in the mask."""
+    """Voxels of the mask with a face towards the edge of the image or towards what is known not to be in the mask.
+
+    A slice that is stored in 3D is a 2D image.
+    """
+    axes = [axis for axis, size in enumerate(shape) if size > 1]
+    while len(axes) < 2:
+        axes.append(next(axis for axis in reversed(range(len(shape))) if axis not in axes))
     found = []
     for voxel in mask:
-        for axis, step in itertools.product(range(len(shape)), (-1, 1)):
+        for axis, step in itertools.product(axes, (-1, 1)):
             other = tuple(n + step * (i == axis) for i, n in enumerate(voxel))
             inside = all(0 <= n < size for n, size in zip(other, shape, strict=True))
             if not inside or (other in known and other not in mask):

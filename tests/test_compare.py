@@ -21,6 +21,7 @@ import joblib
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+import torch
 from support import Project, program
 
 from nnunetv2_e2enet.cli import compare
@@ -533,6 +534,66 @@ def test_unchanged_cases_come_from_the_cache(study: Study) -> None:
     repaired = run(workers=2)
     for name, values in changed.values.items():
         np.testing.assert_array_equal(values, repaired.values[name])
+
+
+def test_the_cache_knows_the_order_of_regions(tmp_path: Path) -> None:
+    """nnU-Net draws regions in the order of dataset.json, and another file may have another order."""
+    study = Study(tmp_path, labels=REGIONS)
+    reordered = dict(reversed(REGIONS.items()))
+    (study.models[1] / "dataset.json").write_text(json.dumps({"labels": reordered, "file_ending": ".nii.gz"}))
+    first = study.json()["means"]["dice"]
+    study.models.reverse()
+    second = study.json()
+    assert [c["name"] for c in second["classes"]] == ["inner", "core", "whole"]
+    for model, means in first.items():
+        assert {name: mean["mean"] for name, mean in means.items()} == pytest.approx(
+            {name: mean["mean"] for name, mean in second["means"]["dice"][model].items()}
+        )
+
+
+def test_results_without_a_common_case_are_called_that(
+    study: Study, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although their references are found by themselves."""
+    monkeypatch.setenv("nnUNet_raw", str(study.folder))
+    monkeypatch.delenv("nnUNet_preprocessed", raising=False)
+    dataset = study.folder / "Dataset001_x"
+    dataset.mkdir()
+    study.reference.rename(dataset / "labelsTr")
+    for model in study.models:
+        (model / "plans.json").write_text('{"dataset_name": "Dataset001_x"}')
+    for file in study.models[1].glob("case_*"):
+        file.rename(file.with_name(f"other_{file.name}"))
+    assert main(["compare", *map(str, study.models), "--no-cache"]) == 1
+    assert "only some have case_0" in capsys.readouterr().err
+
+
+def test_folds_are_known_whichever_result_comes_first(study: Study) -> None:
+    sources = read_sources([str(model) for model in study.models])
+    folds = dict.fromkeys(sources[1].predictions, "3")
+    for order in (1, -1):
+        given = [sources[0], replace(sources[1], folds=folds)][::order]
+        assert {case.fold for case in match_cases(given, study.reference)} == {"3"}
+
+
+def test_records_that_cannot_be_read_leave_the_accuracy(study: Study, trained: Path, tmp_path: Path) -> None:
+    from nnunetv2_e2enet.evaluation import comparison
+
+    model = tmp_path / trained.name
+    shutil.copytree(trained, model)
+    source, _ = read_sources([str(m) for m in study.models])
+    (model / "plans.json").write_text("{}")
+    facts = comparison.model_facts(replace(source, model=model))
+    assert facts.costs is None
+    assert facts.note.startswith(f"{model} cannot be described (KeyError")
+    file = model / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=False)
+    for logging in (None, {**checkpoint["logging"], "val_losses": [None, 0.5]}):
+        torch.save({**checkpoint, "logging": logging}, file)
+        shutil.copy(trained / "plans.json", model / "plans.json")
+        facts = comparison.model_facts(replace(source, model=model))
+        assert facts.costs is not None
+        assert len(facts.trainings) == 2
 
 
 def test_workers_are_no_more_than_the_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

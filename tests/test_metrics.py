@@ -112,6 +112,18 @@ def test_single_voxels_on_an_anisotropic_grid() -> None:
     assert one_class(reference, prediction, (1.0, 1.0, 1.0), tolerance=1.0).hd95 == 1.0
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_slice_that_is_stored_in_3d_is_a_2d_image(axis: int) -> None:
+    rows, columns = np.indices((64, 64))
+    spacing = (0.5, 0.8)
+    discs = [((rows - 30 - moved) ** 2 + (columns - 30) ** 2 <= 400).astype(np.uint8) for moved in (0, 4)]
+    flat = one_class(*discs, spacing, tolerance=0.5)
+    assert flat.nsd < 0.5
+    in_3d = [np.expand_dims(disc, axis) for disc in discs]
+    stored = one_class(*in_3d, tuple(np.insert(spacing, axis, 3.0)), tolerance=0.5)
+    assert (stored.dice, stored.nsd, stored.hd95) == (flat.dice, flat.nsd, flat.hd95)
+
+
 def test_a_cube_moved_by_one_voxel() -> None:
     reference, prediction = np.zeros((10, 10, 10), np.uint8), np.zeros((10, 10, 10), np.uint8)
     reference[2:6, 2:6, 2:6] = 1
@@ -205,3 +217,14 @@ def test_labels_are_understood_as_nnunet_does() -> None:
     for content in ({"labels": {"a": 1}}, {}, {"labels": {"background": 0}}):
         with pytest.raises(E2ENetError, match="label"):
             read_labels(content, "x.json")
+
+
+@pytest.mark.parametrize("value", ["x", None, 1.5, True, [1, [2]], [], {"a": 1}])
+def test_values_of_labels_are_whole_numbers(value: Any) -> None:
+    with pytest.raises(E2ENetError, match=r"x.json has the label a with the value .*: expected a whole number"):
+        read_labels({"labels": {"background": 0, "a": value}}, "x.json")
+
+
+def test_a_class_with_the_name_of_the_mean() -> None:
+    with pytest.raises(E2ENetError, match=r"x.json has a label mean, .*: rename it"):
+        read_labels({"labels": {"background": 0, "mean": 1}}, "x.json")

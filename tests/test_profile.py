@@ -366,6 +366,34 @@ def test_what_a_model_folder_does_not_tell(trained: Path, capsys: pytest.Capture
     assert "--beside: expected at least one argument" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda plans, _: plans["configurations"]["3d_fullres"].update(patch_size=[8, 18, 16]), "nnU-Net cannot be built"),
+        (lambda plans, _: plans["configurations"]["3d_fullres"].pop("patch_size"), "nnU-Net cannot be built"),
+        (lambda plans, _: plans["configurations"]["3d_fullres"].update(inherits_from="none"), "plans cannot be described"),
+        (lambda _, dataset: dataset.pop("labels"), "nnU-Net cannot be built"),
+        (lambda _, dataset: dataset.pop("channel_names"), "nnU-Net cannot be built"),
+        (
+            lambda plans, _: plans["configurations"]["3d_fullres"]["architecture"].update(network_class_name="none.Such"),
+            "nnU-Net cannot be built",
+        ),
+    ],
+)
+def test_networks_that_cannot_be_built_are_one_line(
+    edit: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans, dataset = plans_of(AMOS_STRIDES[1:4], [8, 16, 16], base=8), dataset_of(3)
+    edit(plans, dataset)
+    file = tmp_path / "nnUNetPlans.json"
+    file.write_text(json.dumps(plans))
+    (tmp_path / "dataset.json").write_text(json.dumps(dataset))
+    assert main(["profile", str(file), "--beside", "nnunet", "--no-memory", "--no-time"]) == 1
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+
+
 def test_a_packed_model_is_called_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "m.e2enet"
     file.write_bytes(serialized({}, {}))

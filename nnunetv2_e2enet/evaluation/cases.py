@@ -51,7 +51,7 @@ def match_cases(sources: Sequence[Source], reference: Path, common: bool = False
     cases = [
         Case(
             name,
-            None if len(_folds_of(name, sources)) > 1 else first.folds.get(name),
+            _fold_of(name, sources),
             reference / f"{name}{first.file_ending}",
             tuple(s.predictions[name] for s in sources),
         )
@@ -101,6 +101,11 @@ def _case_problems(sources: Sequence[Source], shared: set[str]) -> list[str]:
             "(--common compares them all the same)"
         )
     return problems
+
+
+def _fold_of(case: str, sources: Sequence[Source]) -> str | None:
+    folds = _folds_of(case, sources)
+    return folds.pop() if len(folds) == 1 else None
 
 
 def _folds_of(case: str, sources: Sequence[Source]) -> set[str]:

@@ -15,7 +15,7 @@ from nnunetv2_e2enet.evaluation.costs import Costs, count_costs
 from nnunetv2_e2enet.evaluation.labels import Labels
 from nnunetv2_e2enet.evaluation.measure import Results
 from nnunetv2_e2enet.evaluation.metrics import METRICS
-from nnunetv2_e2enet.evaluation.networks import Design, Training, model_design, read_trainings
+from nnunetv2_e2enet.evaluation.networks import Design, Training, model_design, of_others, read_trainings
 from nnunetv2_e2enet.evaluation.profile import Profile, ProfileSettings
 from nnunetv2_e2enet.evaluation.sources import Source
 from nnunetv2_e2enet.evaluation.statistics import (
@@ -163,8 +163,9 @@ def model_facts(source: Source) -> ModelFacts:
         return ModelFacts(source, None, (), "", "", [], "name the model folder with --model")
     try:
         compared = set(source.folds.values())
-        trainings = [t for t in read_trainings(source.model) if not compared or t.fold in compared]
-        design = model_design(source.model, source.name)
+        with of_others(f"{source.model} cannot be described"):
+            trainings = [t for t in read_trainings(source.model) if not compared or t.fold in compared]
+            design = model_design(source.model, source.name)
     except E2ENetError as error:
         return ModelFacts(source, None, (), "", "", [], str(error))
     plans = str(design.plans.get("plans_name", ""))
@@ -176,14 +177,10 @@ def model_facts(source: Source) -> ModelFacts:
 
 
 def _counted(design: Design) -> tuple[str, Costs]:
-    """Class and costs of a network; any error of a network of others is an E2ENetError."""
-    try:
+    """Class and costs of a network."""
+    with of_others("the network cannot be built and counted"):
         network = design.build()
         return type(network).__name__, count_costs(network, design.input_shape())
-    except Exception as error:
-        if isinstance(error, E2ENetError):
-            raise
-        raise E2ENetError(f"the network cannot be built and counted ({type(error).__name__}: {error})") from error
 
 
 def _fold_means(results: Results) -> dict[str, pd.DataFrame]:

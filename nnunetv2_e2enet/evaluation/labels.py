@@ -40,6 +40,15 @@ def read_labels(content: Mapping[str, Any], where: str) -> Labels:
     given = content.get("labels")
     if not isinstance(given, dict) or "background" not in given:
         raise E2ENetError(f"{where} has no `labels` with a `background`: expected nnU-Net's dataset.json")
+    for name, entry in given.items():
+        if not _is_whole(entry):
+            raise E2ENetError(
+                f"{where} has the label {name} with the value {entry!r}: expected a whole number, or a list of them"
+            )
+    if "mean" in given:
+        raise E2ENetError(
+            f"{where} has a label mean, which is the name of the mean over labels in tables and files: rename it"
+        )
     named = {_values(entry): name for name, entry in given.items() if name != "ignore" and set(_values(entry)) != {0}}
     if not named:
         raise E2ENetError(f"{where} names no foreground label: at least one is needed to compare")
@@ -52,6 +61,11 @@ def read_labels(content: Mapping[str, Any], where: str) -> Labels:
     wanted = manager.foreground_regions if manager.has_regions else manager.foreground_labels
     classes = {named[_values(entry)]: _values(entry) for entry in wanted}
     return Labels(classes, manager.ignore_label, tuple(int(value) for value in manager.all_labels))
+
+
+def _is_whole(entry: Any) -> bool:
+    values = entry if isinstance(entry, (list, tuple)) else [entry]
+    return bool(values) and all(isinstance(value, int) and not isinstance(value, bool) for value in values)
 
 
 def _values(entry: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:

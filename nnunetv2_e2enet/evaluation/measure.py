@@ -25,7 +25,7 @@ from nnunetv2_e2enet.evaluation.statistics import nan_mean
 from nnunetv2_e2enet.imaging import read_grid, read_image
 
 Progress = Callable[[int, int], None]
-VERSION = 5
+VERSION = 6
 """Of what the metrics mean: to be raised when a number would come out otherwise, so that kept numbers are not used again."""
 
 
@@ -114,8 +114,9 @@ def measure(
     except OSError as error:
         raise E2ENetError(f"cannot keep results in {cache} ({error.strerror}): use --cache or --no-cache") from error
     spacings = {case.reference: read_grid(case.reference).spacing[::-1] for case in cases}
+    by_class = tuple(zip(labels.names, tolerances, strict=True))
     tasks = [
-        (FileState.of(case.reference), FileState.of(file), spacings[case.reference], labels, tuple(tolerances), VERSION)
+        (FileState.of(case.reference), FileState.of(file), spacings[case.reference], labels, by_class, VERSION)
         for case in cases
         for file in case.predictions
     ]
@@ -151,14 +152,14 @@ def prediction_metrics(
     prediction: FileState,
     spacing: tuple[float, ...],
     labels: Labels,
-    tolerances: tuple[float, ...],
+    tolerances: tuple[tuple[str, float], ...],  # by class; their order is in the key, that of a dictionary is not
     version: int,  # noqa: ARG001 (joblib's cache distinguishes the arguments)
 ) -> NDArray[np.float64]:
     """Metrics of one prediction, an array (classes, fields of ``ClassMetrics``). Its arguments are the key of the cache."""
     expected, found = _read_reference(reference), read_label_map(Path(prediction.path))
     for voxels, file in ((expected, reference.path), (found, prediction.path)):
         _check_values(voxels, labels, file)
-    return np.array(case_metrics(expected, found, spacing, labels, tolerances), dtype=float)
+    return np.array(case_metrics(expected, found, spacing, labels, [mm for _, mm in tolerances]), dtype=float)
 
 
 def _check_values(voxels: NDArray[np.integer], labels: Labels, file: str) -> None:

@@ -144,12 +144,15 @@ def _surface_metrics(
 ) -> tuple[float, float]:
     """NSD and HD95 of a class that the reference has, from the masks.
 
-    A voxel whose neighbours are all in the mask or not valid is not on the surface. NaN where the reference has no surface.
+    A voxel whose neighbours are all in the mask or not valid is not on the surface. A slice that is stored in 3D has no
+    surface along its third axis. NaN where the reference has no surface.
     """
     import torch
 
-    p, r, known = (torch.from_numpy(mask) for mask in (prediction | ~valid, reference | ~valid, valid))
-    both = _surface_distances(p, r, known, spacing)
+    flat = tuple(axis for axis, size in enumerate(reference.shape) if size == 1)[: reference.ndim - 2]
+    masks = (np.squeeze(mask, flat) for mask in (prediction | ~valid, reference | ~valid, valid))
+    p, r, known = (torch.from_numpy(mask) for mask in masks)
+    both = _surface_distances(p, r, known, np.delete(spacing, flat).tolist())
     of_prediction, of_reference = (d.size > 0 for d in both)
     if not of_reference:
         return nan, nan

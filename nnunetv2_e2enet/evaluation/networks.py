@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -25,6 +25,17 @@ if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 LOGGED = ("train_losses", "val_losses", "ema_fg_dice")
+
+
+@contextmanager
+def of_others(what: str) -> Iterator[None]:
+    """Any error that plans, checkpoints or networks of others bring about is an E2ENetError, which says ``what`` failed."""
+    try:
+        yield
+    except E2ENetError:
+        raise
+    except Exception as error:
+        raise E2ENetError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())})") from error
 
 
 @dataclass(frozen=True)
@@ -153,8 +164,8 @@ def read_trainings(model: Path) -> list[Training]:
     trainings = []
     for fold, file in fold_checkpoints(model).items():
         checkpoint = read_checkpoint(file, lazily=True)
-        logged = checkpoint.get("logging", {})
-        curves = {name: [float(value) for value in logged.get(name, [])] for name in LOGGED}
+        logged = checkpoint.get("logging") or {}
+        curves = {name: [math.nan if value is None else float(value) for value in logged.get(name, [])] for name in LOGGED}
         starts, ends = (logged.get(f"epoch_{edge}_timestamps", []) for edge in ("start", "end"))
         seconds = [end - start for start, end in zip(starts, ends, strict=False)]
         trainings.append(

@@ -16,7 +16,7 @@ from torch import nn
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.evaluation import memory
 from nnunetv2_e2enet.evaluation.costs import Costs, breakdown, count_costs
-from nnunetv2_e2enet.evaluation.networks import Design
+from nnunetv2_e2enet.evaluation.networks import Design, of_others
 from nnunetv2_e2enet.machine import free_bytes, is_out_of_memory
 from nnunetv2_e2enet.network import E2ENet, accounts
 
@@ -114,8 +114,9 @@ def profile(designs: Sequence[Design], settings: ProfileSettings, progress: Prog
     networks: dict[str, nn.Module] = {}
     for design in designs:
         progress(f"Counting {design.name}")
-        network = design.build()
-        profiles.append(_count(design, network, settings))
+        with of_others(f"{design.name} cannot be built and counted"):
+            network = design.build()
+            profiles.append(_count(design, network, settings))
         if settings.with_time:
             networks[design.name] = network.eval()
     if settings.with_memory:

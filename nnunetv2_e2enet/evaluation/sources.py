@@ -200,7 +200,8 @@ def find_reference(sources: Sequence[Source], given: Path | None) -> Path:
         for variable, folder in (("nnUNet_preprocessed", "gt_segmentations"), ("nnUNet_raw", "labelsTr"))
         if os.environ.get(variable)
     ]
-    wanted = set.intersection(*(set(s.predictions) for s in sources))
+    all_cases = [set(source.predictions) for source in sources]
+    wanted = set.intersection(*all_cases) or set.union(*all_cases)
     for folder in candidates:
         if folder.is_dir() and any((folder / f"{case}{sources[0].file_ending}").is_file() for case in wanted):
             return folder

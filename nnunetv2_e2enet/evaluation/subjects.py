@@ -19,6 +19,7 @@ from nnunetv2_e2enet.evaluation.networks import (
     dataset_folder,
     e2enet_variant,
     model_design,
+    of_others,
     residual_encoder_variant,
 )
 from nnunetv2_e2enet.evaluation.sources import default_names, is_model_folder, short_trainer_name
@@ -28,6 +29,7 @@ from nnunetv2_e2enet.training.architecture import is_e2enet
 PRESETS = {"ResEnc M": "nnUNetPlannerResEncM", "ResEnc L": "nnUNetPlannerResEncL"}
 
 
+@of_others("the plans cannot be described")
 def designs(
     subjects: Sequence[str],
     configuration: str | None = None,
