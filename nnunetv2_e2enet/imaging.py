@@ -57,9 +57,9 @@ class Geometry:
             spacing: relative difference of spacings that counts as none.
         """
         if self.size != other.size:
-            return f"{_times(self.size)} voxels, {called} has {_times(other.size)}"
+            return f"{times(self.size)} voxels, {called} has {times(other.size)}"
         if not np.allclose(self.spacing, other.spacing, rtol=spacing):
-            return f"spacing {_times(self.spacing)} mm, {called} has {_times(other.spacing)}"
+            return f"spacing {times(self.spacing)} mm, {called} has {times(other.spacing)}"
         if not np.allclose(self.direction, other.direction, atol=1e-3):
             return f"axes that point elsewhere than those of {called}"
         if not np.allclose(self.origin, other.origin, atol=SAME_PLACE * min(self.spacing)):
@@ -67,7 +67,8 @@ class Geometry:
         return None
 
 
-def _times(values: Iterable[float]) -> str:
+def times(values: Iterable[float]) -> str:
+    """Sizes along axes in words, such as ``20 x 30 x 31``."""
     return " x ".join(f"{value:g}" for value in values)
 
 

@@ -25,11 +25,12 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from support import full_disk, run_python
 
-from nnunetv2_e2enet.engine.scan import ScanCore, load_scan_core
+from nnunetv2_e2enet.engine.scan import Rule, ScanCore, load_scan_core
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.imaging import times
 from nnunetv2_e2enet.machine import free_bytes
 from nnunetv2_e2enet.network import E2ENet
-from nnunetv2_e2enet.prediction import install, known, scans, takeover, why_never, why_nnunet
+from nnunetv2_e2enet.prediction import export, install, known, scans, takeover, why_never, why_nnunet
 from nnunetv2_e2enet.prediction.export import Export
 from nnunetv2_e2enet.prediction.takeover import REPLACEMENTS
 from nnunetv2_e2enet.prediction.windows import predict_mirrored
@@ -485,6 +486,44 @@ def test_a_scan_larger_than_memory_is_one_line() -> None:
     with pytest.raises(E2ENetError) as error:
         predictor.predict_from_data_iterator([case])
     assert re.fullmatch(rf"4 classes of 16 x {side} x {side} voxels need .* GB of memory, .* close .*", str(error.value))
+
+
+# name -> target spacing, folds, image without its margin of zeros, spacing, size at the target spacing
+TOO_THIN: dict[str, tuple[list[float], int, np.ndarray, list[float], str]] = {
+    "one slice": ([2.5, 0.8, 0.8], 1, image((1, 30, 31), 0), [1, 0.9, 0.7], "0 x 34 x 27"),
+    "one slice, two folds": ([2.5, 0.8, 0.8], 2, image((1, 30, 31), 0), [1, 0.9, 0.7], "0 x 34 x 27"),
+    "one row": ([1, 0.8, 0.8], 1, image((20, 1, 31), 0), [1, 0.3, 0.7], "20 x 0 x 27"),
+    "one column": ([1, 0.8, 0.8], 1, image((20, 31, 1), 0), [1, 0.7, 0.3], "20 x 27 x 0"),
+    "one slice that is not zero": ([2.5, 0.8, 0.8], 1, image((20, 30, 31), 19), [1, 0.9, 0.7], "0 x 12 x 27"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_THIN)
+def test_an_image_too_thin_for_the_models_voxels(name: str, tmp_path: Path, setting: Callable[..., None]) -> None:
+    """Nothing is left of it when it is resampled, where nnU-Net stops with a ValueError."""
+    target, folds, voxels, spacing, size = TOO_THIN[name]
+    predictor = make_predictor(make_plans(spacing=target), folds=folds)
+    setting(predictor="off")
+    with pytest.raises(ValueError, match="zero-size array"):
+        predictor.predict_single_npy_array(voxels, {"spacing": spacing})
+    setting(predictor="on")
+    message = f"has .* voxels .* which are {size} at the model's spacing of {times(target)} mm: expected at least one"
+    with pytest.raises(E2ENetError, match=f"^the image {message}"):
+        predictor.predict_single_npy_array(voxels, {"spacing": spacing})
+    file = tmp_path / "a_0000.nii.gz"
+    scan = SimpleITK.GetImageFromArray(voxels[0])
+    scan.SetSpacing(spacing[::-1])
+    SimpleITK.WriteImage(scan, file)
+    with pytest.raises(E2ENetError, match=f"^the case of {file} {message}"):
+        predictor.predict_from_files([[str(file)]], [str(tmp_path / "a")])
+    assert not (tmp_path / "a.nii.gz").exists()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_logits_without_voxels_are_never_read(shape: tuple[int, ...]) -> None:
+    axes = export.resampled_axes(shape, (2, 3, 4), [1, 1, 1], [1, 1, 1])
+    with pytest.raises(AssertionError):
+        scan_core().labeler(axes, Rule(np.arange(4, dtype=np.uint16)), (12, 4), 4, np.zeros((2, 3, 4), np.uint8))
 
 
 def test_files_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,7 @@ class Labeler:
         out: NDArray[np.generic],
     ) -> None:
         assert out.shape == tuple(map(len, axes))
+        assert all(min(axis.lower.min(initial=0), axis.upper.min(initial=0)) >= 0 for axis in axes)  # -1: of no voxels
         assert out.dtype in (np.uint8, np.uint16)
         assert out.strides[2] == out.itemsize
         self._library = library

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from nnunetv2_e2enet.engine import bytes_to_take
 from nnunetv2_e2enet.engine.scan import ScanCore
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import check_finite, check_whole, readable
+from nnunetv2_e2enet.imaging import check_finite, check_whole, readable, times
 from nnunetv2_e2enet.machine import free_bytes
 from nnunetv2_e2enet.prediction.export import Export, label_dtype
 from nnunetv2_e2enet.prediction.windows import Slicer, SlidingSums, as_window, predict_mirrored, slide
@@ -85,6 +85,7 @@ def preprocessed_ahead(
             )
         if len(data) != len(channels):
             raise wrong_channels(files, len(data))
+        _check_size(predictor, data.shape[1:], properties, f"the case of {files[0]}")
         check_finite(data, f"the preprocessed case of {files[0]}")
         tensor = torch.from_numpy(data).to(dtype=torch.float32, memory_format=torch.contiguous_format)
         return {"data": tensor, "data_properties": properties, "ofile": output}
@@ -114,9 +115,10 @@ def segment(predictor: nnUNetPredictor, core: ScanCore, data: Tensor, properties
         properties: of the preprocessed image, as nnU-Net's preprocessor gives them.
 
     Raises:
-        E2ENetError: there is too little memory.
+        E2ENetError: nothing is left of the image at the model's spacing, or there is too little memory.
         RuntimeError: logits are too large for float16.
     """
+    _check_size(predictor, data.shape[1:], properties, "the image")
     configuration, labels = predictor.configuration_manager, predictor.label_manager
     padded, inside = pad_nd_image(data, tuple(configuration.patch_size), "constant", {"value": 0}, True, None)
     _, depths, rows, columns = inside
@@ -191,6 +193,22 @@ def _threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _check_size(predictor: nnUNetPredictor, size: Sequence[int], properties: Mapping[str, Any], called: str) -> None:
+    """Raises E2ENetError where an axis of a preprocessed image has no voxels: it was too thin for one of the model's.
+
+    nnU-Net, which resamples a segmentation as well, stops at an empty one.
+    """
+    if 0 in size:
+        before = properties["shape_after_cropping_and_before_resampling"]
+        spacing = [properties["spacing"][i] for i in predictor.plans_manager.transpose_forward]
+        wanted = predictor.configuration_manager.spacing
+        raise E2ENetError(
+            f"{called} has {times(before)} voxels of {times(spacing)} mm within its margin of zeros, which are {times(size)} "
+            f"at the model's spacing of {times(wanted)} mm: expected at least one along each axis; check the spacing, or give "
+            "a thicker image"
+        )
 
 
 def _check_memory(
