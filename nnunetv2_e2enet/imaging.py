@@ -26,6 +26,9 @@ GZIP = b"\x1f\x8b"
 LONGEST_HEADER = 540
 """Bytes of the header of NIfTI-2; that of NIfTI-1 has 348."""
 
+SHEARED = "orthonormal direction cosines"
+"""Words of SimpleITK's error about a NIfTI file whose axes are not at right angles."""
+
 WITHOUT_SPACING = (".tif", ".tiff", ".png", ".bmp")
 """Formats whose own spacings nnU-Net's readers leave aside."""
 SAME_PLACE = 0.1
@@ -126,6 +129,11 @@ def readable(what: object) -> Iterator[None]:
         if isinstance(error, E2ENetError) or is_out_of_memory(error):
             raise
         text = " ".join(str(error).split())[-200:]
+        if SHEARED in text:
+            raise E2ENetError(
+                f"{what} has axes that are not at right angles (a sheared affine), which SimpleITK does not read: expected "
+                "axes at right angles; resample it to such a grid"
+            ) from error
         reason = f"{type(error).__name__}: {text}" if text else "its reader's reason is above"
         raise E2ENetError(
             f"{what} cannot be read as an image ({reason}): expected a whole image file; check the path"

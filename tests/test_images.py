@@ -387,6 +387,22 @@ def read_by(model: PackedModel, reader: str, ending: str = ".nii.gz") -> PackedM
     return PackedModel(replace(model.description, plans=plans, dataset=dataset), model.folds)
 
 
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
+def test_axes_that_are_not_at_right_angles(tmp_path: Path, model: PackedModel, reader: str) -> None:
+    """The file is whole, but SimpleITK reads none with a sheared affine."""
+    affine = np.diag([0.7, 0.8, 2.5, 1.0])
+    affine[1, 2] = 0.3
+    file, other = tmp_path / "a_0000.nii.gz", read_by(model, reader)
+    nibabel.save(nibabel.Nifti1Image(np.zeros((24, 20, 6), np.int16), affine), file)
+    message = rf"^{file} has axes that are not at right angles \(a sheared affine\).*: expected .*; resample it"
+    with pytest.raises(E2ENetError, match=message):
+        check_channels([file], other)
+    with pytest.raises(E2ENetError, match=message), folder_of_images([file], other):
+        pass
+    with pytest.raises(E2ENetError, match=message):
+        Segmenter(other)(file)
+
+
 def test_voxels_that_are_no_numbers(tmp_path: Path, model: PackedModel) -> None:
     """The mean of an image with one of them is none, and its segmentation would be empty."""
     voxels = np.random.default_rng(0).normal(size=(6, 20, 24)).astype(np.float32)
