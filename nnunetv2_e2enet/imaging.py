@@ -120,6 +120,19 @@ def check_one_grid(files: Sequence[Path], called: Sequence[Path] | None = None) 
             raise E2ENetError(f"{name} has {difference}: resample the channels to one grid")
 
 
+def check_name(path: Path) -> None:
+    """Raises E2ENetError where a path is no UTF-8, as names in an old archive; SimpleITK would end the process.
+
+    Args:
+        path: of a file or a folder, to be called before SimpleITK, or a reader that may use it, sees the path.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise E2ENetError(f"{shown} is no UTF-8, as SimpleITK expects names to be: rename the file, or its folder") from error
+
+
 @contextmanager
 def readable(what: object) -> Iterator[None]:
     """An error of SimpleITK, or of another reader of nnU-Net's, becomes an E2ENetError that says what could not be read."""
@@ -162,9 +175,10 @@ def is_nifti(file: Path) -> bool:
 def check_whole(file: Path) -> None:
     """Raises E2ENetError where a NIfTI file ends too early; SimpleITK reads what is missing as zeros, and says nothing.
 
-    Other formats have errors of their own. The last four bytes of a compressed file tell its size; where they do not fit, the
-    file is decompressed to its end.
+    Also where the name of a file of any format is no UTF-8. Other formats have errors of their own about their ends. The last
+    four bytes of a compressed file tell its size; where they do not fit, the file is decompressed to its end.
     """
+    check_name(file)
     if not is_nifti(file):
         return
     with readable(file):
@@ -233,6 +247,7 @@ def read_header(file: Path, called: Path | None = None) -> SimpleITK.ImageFileRe
     Raises:
         E2ENetError: it cannot be read.
     """
+    check_name(file)
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(file))
     with readable(called or file):

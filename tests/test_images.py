@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import resource
 import shutil
@@ -16,17 +17,19 @@ import numpy as np
 import pytest
 import SimpleITK
 import tifffile
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from scans import DIRECTION, assert_same_place, make_scan, write_dicom
 from support import Project, copy_with_random_heads, full_disk, untrained_model
 
 from nnunetv2_e2enet.cli.main import main
-from nnunetv2_e2enet.deployment import PackedModel, Segmenter
+from nnunetv2_e2enet.deployment import PackedModel, Segmenter, write_packed
 from nnunetv2_e2enet.deployment.dicom import Series, choose_series, read_series
 from nnunetv2_e2enet.deployment.images import case_name, check_channels, check_replaceable, folder_of_images
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import check_whole, read_image
+from nnunetv2_e2enet.imaging import check_whole, read_header, read_image
 from nnunetv2_e2enet.machine import out_of_memory_in_one_line
+from nnunetv2_e2enet.prediction.writing import write_segmentation
 
 
 @pytest.fixture
@@ -385,6 +388,32 @@ def read_by(model: PackedModel, reader: str, ending: str = ".nii.gz") -> PackedM
     plans = {**model.description.plans, "image_reader_writer": reader}
     dataset = {**model.description.dataset, "file_ending": ending}
     return PackedModel(replace(model.description, plans=plans, dataset=dataset), model.folds)
+
+
+def test_names_that_are_no_utf_8(tmp_path: Path, model: PackedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """As umlauts in an old archive; SimpleITK would end the process. Names in UTF-8 are read."""
+    write_packed(tmp_path / "model.e2enet", model)
+    file, folder = (tmp_path / os.fsdecode(name) for name in (b"M\xfcller_0000.nii.gz", b"M\xfcller"))
+    SimpleITK.WriteImage(make_scan(), tmp_path / "Müller_0000.nii.gz")
+    assert read_image(tmp_path / "Müller_0000.nii.gz").GetSize() == make_scan().GetSize()
+    (tmp_path / "Müller_0000.nii.gz").rename(file)
+    folder.mkdir()
+    message = r"M\\xfcller.* is no UTF-8, .*: rename"
+    for call in (choose_series, read_header, read_image, check_whole, Segmenter(model)):
+        with pytest.raises(E2ENetError, match=message):
+            call(file)
+    with pytest.raises(E2ENetError, match=message):
+        choose_series(folder)
+    with pytest.raises(E2ENetError, match=message):
+        write_segmentation(folder / "a.nii.gz", np.zeros((2, 3, 4), np.uint8), {}, SimpleITKIO())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a_0000.nii.gz").symlink_to(file)
+    command = ["predict", "-m", str(tmp_path / "model.e2enet"), "-device", "cpu"]
+    for images, out in ((tmp_path, tmp_path / "out"), (file, tmp_path / "out"), (tmp_path / "images", folder)):
+        assert main([*command, "-i", str(images), "-o", str(out)]) == 1
+        error = capsys.readouterr().err
+        assert re.fullmatch(f"e2enet predict: .*{message}.*\n", error)
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -611,6 +612,16 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             list_of_lists_or_source_folder=[[str(tmp_path / "a_0000.nii.gz")], [str(tmp_path / "b_0000.nii.gz")]],
             output_folder_or_list_of_truncated_output_files=[str(tmp_path / "a"), str(tmp_path / "b")],
         )
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd"])
+def test_a_name_that_is_no_utf_8(tmp_path: Path, ending: str) -> None:
+    """SimpleITK would end the process, here in a thread that reads ahead."""
+    predictor = make_predictor(make_plans())
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(image((8, 16, 16))[0]), tmp_path / f"a_0000{ending}")
+    file = (tmp_path / f"a_0000{ending}").rename(tmp_path / os.fsdecode(b"M\xfcller_0000" + ending.encode()))
+    with pytest.raises(E2ENetError, match=r"M\\xfcller_0000.* is no UTF-8, .*: rename"):
+        predictor.predict_from_files([[str(file)]], [str(tmp_path / "a")])
 
 
 @pytest.mark.parametrize("engine", ["off", "on"])

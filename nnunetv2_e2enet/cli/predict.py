@@ -162,7 +162,13 @@ def _segmentation(folder: Path, image: Path, model: PackedModel) -> Path:
 
 
 def _check_places(args: argparse.Namespace, cases: Sequence[Path], images: Path, model: PackedModel) -> None:
-    """Raises E2ENetError where a segmentation would take the place of an image, or would be taken for one the next time."""
+    """Raises E2ENetError where a segmentation would take the place of an image, or would be taken for one the next time.
+
+    Also where a segmentation could not be written, because of the folder's name.
+    """
+    from nnunetv2_e2enet.imaging import check_name
+
+    check_name(args.o)
     if args.o.resolve() == images.resolve():
         raise E2ENetError(
             f"{args.o} holds the images, and nnU-Net would take segmentations there for images: name another folder with -o"

@@ -14,7 +14,7 @@ import SimpleITK
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import read_header, read_image, readable
+from nnunetv2_e2enet.imaging import check_name, read_header, read_image, readable
 
 MODALITY, DESCRIPTION, SERIES = "0008|0060", "0008|103e", "0020|000e"
 EVEN = 0.05
@@ -47,12 +47,22 @@ def _value(tags: SimpleITK.ImageFileReader, tag: str) -> str:
 
 
 def is_dicom(file: Path) -> bool:
-    """Whether a file that exists is read as DICOM."""
+    """Whether a file that exists is read as DICOM.
+
+    Raises:
+        E2ENetError: its name is no UTF-8.
+    """
+    check_name(file)
     return bool(SimpleITK.ImageFileReader.GetImageIOFromFileName(str(file)) == "GDCMImageIO")
 
 
 def find_series(folder: Path) -> list[Series]:
-    """All series whose files lie in a folder, without those in folders below."""
+    """All series whose files lie in a folder, without those in folders below.
+
+    Raises:
+        E2ENetError: the folder's name is no UTF-8.
+    """
+    check_name(folder)
     with _no_warnings():  # of a folder without any
         uids = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     return [Series(files) for files in (_files(folder, uid) for uid in uids) if files]
@@ -68,7 +78,7 @@ def choose_series(path: Path) -> Series | None:
     """The only series of a folder, or that to which a DICOM file belongs; None where there is no DICOM.
 
     Raises:
-        E2ENetError: the folder holds several.
+        E2ENetError: the folder holds several, or a name is no UTF-8.
     """
     if path.is_dir():
         found = find_series(path)

@@ -19,6 +19,7 @@ from nnunetv2_e2enet.imaging import (
     WITHOUT_SPACING,
     Geometry,
     check_finite,
+    check_name,
     check_one_grid,
     check_whole,
     read_header,
@@ -225,6 +226,7 @@ def _put(path: Path, target: Path, ending: str) -> None:
         print(f"Reading {series}")
     image = read_image(path) if series is None else read_series(series)
     check_finite(SimpleITK.GetArrayViewFromImage(image), path)
+    check_name(target)
     try:
         SimpleITK.WriteImage(image, str(target), useCompression=False)
         check_whole(target)

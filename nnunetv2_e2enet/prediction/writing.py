@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import check_whole, is_nifti, readable
+from nnunetv2_e2enet.imaging import check_name, check_whole, is_nifti, readable
 from nnunetv2_e2enet.machine import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -30,8 +30,9 @@ def write_segmentation(
         writer: of nnU-Net's, for the format of the file.
 
     Raises:
-        E2ENetError: the file cannot be written; what was there before is left.
+        E2ENetError: the file cannot be written, or its name is no UTF-8; what was there before is left.
     """
+    check_name(file)
     try:
         with TemporaryDirectory(prefix=".writing_", dir=file.parent) as folder:  # not a hidden file, which commands would find
             written = Path(folder) / file.name
