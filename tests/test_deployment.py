@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ from scans import make_scan, write_dicom
 from support import Project, copy_with_random_heads, full_disk, run_command, untrained_model
 
 from nnunetv2_e2enet.cli.main import main
-from nnunetv2_e2enet.deployment import PackedModel, Segmenter, pack_model, preview, read_packed, write_packed
+from nnunetv2_e2enet.deployment import PackedModel, Segmenter, pack_model, preview, read_packed, volumes, write_packed
 from nnunetv2_e2enet.deployment.segmenter import failures_in_one_line
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import accounts, maskable_layers
@@ -915,6 +919,52 @@ def test_volumes_of_one_scan_after_the_other(packed: Path, project: Project, tmp
     assert main(["predict", *options, "-i", str(images(project)[second])]) == 0
     with (tmp_path / "volumes.csv").open(newline="") as file:
         assert {f"{row['case']}.nii.gz" for row in csv.DictReader(file)} == {second}
+
+
+def labelled(folder: Path, *cases: str) -> list[Path]:
+    """Segmentations of one voxel with label 1 each."""
+    labels = np.zeros((4, 5, 6), np.uint8)
+    labels[1, 2, 3] = 1
+    files = [folder / f"{case}.nii.gz" for case in cases]
+    for file in files:
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(labels), file)
+    return files
+
+
+def test_commands_that_end_at_once_keep_each_others_volumes(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They measure at the same time, and each takes a while between reading the table and writing it."""
+    model, _ = untrained_model(project)
+    both, count, write = threading.Barrier(2), volumes.count_values, volumes.write
+
+    def measured(segmentation: np.ndarray) -> np.ndarray:
+        both.wait(60)
+        return count(segmentation)
+
+    def written_late(path: Path, content: str) -> None:
+        time.sleep(0.3)
+        write(path, content)
+
+    monkeypatch.setattr(volumes, "count_values", measured)
+    monkeypatch.setattr(volumes, "write", written_late)
+    table, files = tmp_path / "volumes.csv", labelled(tmp_path, "a", "b")
+    with ThreadPoolExecutor(2) as pool:
+        for ended in [pool.submit(volumes.write_volumes, table, [file], model) for file in files]:
+            ended.result()
+    with table.open(newline="") as rows:
+        assert {row["case"] for row in csv.DictReader(rows)} == {"a", "b"}
+
+
+def test_volumes_on_a_file_system_without_locks(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of another command could be lost."""
+
+    def no_locks(_: Any) -> None:  # as filelock raises it in new versions
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    with pytest.raises(E2ENetError, match=r"cannot lock .*volumes\.csv\.lock .*No locks available"):
+        volumes.write_volumes(tmp_path / "volumes.csv", labelled(tmp_path, "a"), untrained_model(project)[0])
 
 
 def test_a_converted_scan_beside_its_slices_is_not_replaced(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from io import StringIO
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import BaseFileLock, FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -36,7 +38,8 @@ def check_volumes(images: Sequence[Path], model: PackedModel) -> None:
 def write_volumes(file: Path, segmentations: Sequence[Path], model: PackedModel, progress: bool = False) -> None:
     """Writes a CSV file: a row for each segmentation and each label or region but the background.
 
-    Rows of other cases that the file had stay where their segmentations lie beside it still.
+    Rows of other cases that the file had stay where their segmentations lie beside it still. A lock, the hidden file
+    ``.NAME.lock`` beside it, makes commands that end at the same time wait for each other.
 
     Args:
         file: to write.
@@ -45,22 +48,36 @@ def write_volumes(file: Path, segmentations: Sequence[Path], model: PackedModel,
         progress: show a bar.
 
     Raises:
-        E2ENetError: the file cannot be written, or a segmentation ends too early.
+        E2ENetError: the file cannot be locked or written, or a segmentation ends too early.
     """
     reader = model.description.managers()[0].image_reader_writer_class()
     ending = model.description.dataset["file_ending"]
-    cases = {path.name.removesuffix(ending) for path in segmentations}
-    rows = [row for row in _rows_of(file) if row[0] not in cases and (file.parent / f"{row[0]}{ending}").is_file()]
+    measured: list[list[str]] = []
     for path in tqdm(segmentations, desc="Volumes", disable=not progress):
         check_whole(path)
         segmentation, properties = reader.read_seg(str(path))
         counts = count_values(segmentation[0])
         for name, values in model.foreground.items():
             volume = millilitres(counts, values, properties["spacing"])
-            rows.append([path.name.removesuffix(ending), name, f"{volume:.3f}"])
-    text = StringIO()
-    csv.writer(text, lineterminator="\n").writerows([HEADER, *sorted(rows, key=lambda row: row[0])])
-    write(file, text.getvalue())
+            measured.append([path.name.removesuffix(ending), name, f"{volume:.3f}"])
+    cases = {path.name.removesuffix(ending) for path in segmentations}
+    with _locked(file):
+        others = [row for row in _rows_of(file) if row[0] not in cases and (file.parent / f"{row[0]}{ending}").is_file()]
+        text = StringIO()
+        csv.writer(text, lineterminator="\n").writerows([HEADER, *sorted(others + measured, key=lambda row: row[0])])
+        write(file, text.getvalue())
+
+
+def _locked(file: Path) -> AbstractContextManager[BaseFileLock]:
+    """The lock of a table, released at the end of its context."""
+    lock = FileLock(file.with_name(f".{file.name}.lock"))
+    try:
+        return lock.acquire()
+    except (OSError, NotImplementedError) as error:  # of a network's file system
+        raise E2ENetError(
+            f"cannot lock {lock.lock_file} ({error}): expected a file that you may write, on a file system with locks, so "
+            "that commands keep each other's rows; name another folder with -o, or leave out --volumes"
+        ) from error
 
 
 def count_values(segmentation: NDArray[Any]) -> NDArray[np.int64]:
