@@ -7,6 +7,7 @@ import os
 import secrets
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISDIR
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -63,6 +64,22 @@ def make_writable(folder: Path) -> None:
     except OSError as error:
         raise E2ENetError(
             f"cannot write into {folder} ({error.strerror}): expected a folder with room and write permission, or a new one"
+        ) from error
+
+
+def check_readable(path: Path) -> None:
+    """Raises E2ENetError where nobody can tell what lies at a path, or in the folder there; globs find nothing then.
+
+    A path where nothing lies passes, and so does a file, whatever it holds.
+    """
+    try:
+        if S_ISDIR(path.stat().st_mode):
+            next(path.iterdir(), None)
+    except (FileNotFoundError, NotADirectoryError):
+        return  # nothing lies there, which callers say in their own words
+    except OSError as error:
+        raise E2ENetError(
+            f"cannot read {path} ({error.strerror}): expected a file or a folder that you may read; change its permissions"
         ) from error
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
 import re
 import resource
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +328,37 @@ def test_what_is_no_image(tmp_path: Path, model: PackedModel) -> None:
     )
     with pytest.raises(E2ENetError, match=r"is no \*\.png"), folder_of_images([tmp_path / "scan.nrrd"], pictures):
         pass
+
+
+def forbid(path: Path, monkeypatch: pytest.MonkeyPatch, *functions: str) -> None:
+    """These functions of ``os`` fail for a path as they do without permission, whoever runs the tests."""
+
+    def denied(call: Callable[..., Any], given: Any, *others: Any, **named: Any) -> Any:
+        if given in (path, str(path)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return call(given, *others, **named)
+
+    for name in functions:
+        monkeypatch.setattr(os, name, partial(denied, getattr(os, name)))
+
+
+@pytest.mark.parametrize("functions", [("listdir", "scandir"), ("stat",)], ids=["not listed", "not entered"])
+def test_a_folder_that_may_not_be_read(
+    tmp_path: Path, model: PackedModel, monkeypatch: pytest.MonkeyPatch, functions: tuple[str, ...]
+) -> None:
+    """It is not empty: nobody can tell. Of a path in a folder that may not be entered nothing is known."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    SimpleITK.WriteImage(make_scan(), folder / "a_0000.nii.gz")
+    segmenter = Segmenter(model)
+    forbid(folder, monkeypatch, *functions)
+    message = rf"^cannot read {folder} \(Permission denied\): expected .* that you may read"
+    for given in (model, with_channels(model, "T1", "T2")):
+        with pytest.raises(E2ENetError, match=message), folder_of_images([folder], given):
+            pass
+    for call in (choose_series, segmenter):
+        with pytest.raises(E2ENetError, match=message):
+            call(folder)
 
 
 def test_one_file_may_hold_all_channels(tmp_path: Path, model: PackedModel) -> None:

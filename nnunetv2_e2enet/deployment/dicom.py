@@ -14,6 +14,7 @@ import SimpleITK
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import check_readable
 from nnunetv2_e2enet.imaging import check_name, read_header, read_image, readable
 
 MODALITY, DESCRIPTION, SERIES = "0008|0060", "0008|103e", "0020|000e"
@@ -78,8 +79,9 @@ def choose_series(path: Path) -> Series | None:
     """The only series of a folder, or that to which a DICOM file belongs; None where there is no DICOM.
 
     Raises:
-        E2ENetError: the folder holds several, or a name is no UTF-8.
+        E2ENetError: the folder holds several, or may not be read, or a name is no UTF-8.
     """
+    check_readable(path)
     if path.is_dir():
         found = find_series(path)
         if len(found) > 1:

@@ -15,6 +15,7 @@ import SimpleITK
 from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
 from nnunetv2_e2enet.deployment.packed import PackedModel
 from nnunetv2_e2enet.errors import E2ENetError
+from nnunetv2_e2enet.files import check_readable
 from nnunetv2_e2enet.imaging import (
     WITHOUT_SPACING,
     Geometry,
@@ -50,6 +51,7 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
     """
     ending = model.description.dataset["file_ending"]
     for path in paths:
+        check_readable(path)
         if not path.exists():
             raise E2ENetError(f"{path} does not exist: expected a folder of images, a DICOM series, or an image")
     if len(paths) == 1 and any(paths[0].glob(f"*_0000{ending}")):
