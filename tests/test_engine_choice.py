@@ -10,6 +10,7 @@ from typing import cast
 import pytest
 import torch
 from networks import assert_same_logits, make_network, needs_core, uses_engine
+from support import run_python
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -127,6 +128,33 @@ def test_hooks_and_double_precision_stay_with_pytorch() -> None:
     assert not uses_engine(network, x)
     handle.remove()
     assert not uses_engine(network.double(), x.double())
+
+
+ON_TWO_DEVICES = """
+import torch
+from torch import nn
+from nnunetv2_e2enet import engine
+from nnunetv2_e2enet.network import E2ENet
+
+x = torch.randn(1, 1, 4, 16, 16)
+for predicts_before in (False, True):
+    network = E2ENet(1, 3, 2, [8, 12], nn.Conv3d, [[1, 1, 1], [1, 2, 2]]).eval()
+    with torch.inference_mode():
+        if predicts_before:
+            network(x)
+        try:
+            network.to("meta")(x)
+        except RuntimeError as error:
+            print("meta" in str(error), engine.why_pytorch(network))
+"""
+
+
+@needs_core
+def test_a_network_on_another_device_than_its_input_is_an_error_as_in_pytorch() -> None:
+    """In a process of its own, which would end if the engine read at an address of the other device."""
+    found = run_python(ON_TWO_DEVICES, {engine.ENGINE_VARIABLE: "on"})
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == 2 * "True encoder.stages.0.0.conv.weight is not an ordinary tensor on the CPU\n"
 
 
 def test_one_voxel_is_an_error_as_in_pytorch() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_e2enet.engine.core import Core
-from nnunetv2_e2enet.engine.description import NotSupportedError, check_hooks, describe, form
+from nnunetv2_e2enet.engine.description import NotSupportedError, check_hooks, check_modules, describe, form
 from nnunetv2_e2enet.engine.fingerprint import Fingerprint, state
 from nnunetv2_e2enet.engine.layout import pages
 from nnunetv2_e2enet.engine.program import Program
@@ -66,6 +66,7 @@ class PredictionSession(Session):
             plan = self._plan if self._plan is not None and (self._plan.core, self._plan.form) == (core, present) else None
             if plan is not None and plan.fingerprint.holds(tensors, core):
                 return plan
+            check_modules(network)  # before the core reads at the addresses of its tensors
             fingerprint = Fingerprint.take(tensors, core)
             if plan is not None and plan.fingerprint.same_content(fingerprint):
                 plan.fingerprint = fingerprint
