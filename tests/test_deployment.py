@@ -979,6 +979,28 @@ def test_a_converted_scan_beside_its_slices_is_not_replaced(
     assert (tmp_path / "CT.nii.gz").read_bytes() == before
 
 
+def test_the_first_stage_is_not_replaced(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it is named through a link, or lies where postprocessing writes; and it is no segmentation to go on from."""
+    model, _ = untrained_model(project, previous_stage="3d_lowres")
+    write_packed(tmp_path / "model.e2enet", replace(model, description=replace(model.description, postprocessing=[[1]])))
+    case, *_ = segmented_by_hand(project, tmp_path)
+    out = tmp_path / "out"
+    (tmp_path / "link").symlink_to(out)
+    shutil.copytree(out, tmp_path / "all" / "postprocessed")
+    files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path / "images"), *SEQUENTIAL]
+    for first, target, *options in (
+        (out, out),
+        (tmp_path / "link", out),
+        (out, out, "--continue_prediction"),
+        (tmp_path / "all" / "postprocessed", tmp_path / "all", "--postprocess"),
+    ):
+        before = (first / f"{case}.nii.gz").read_bytes()
+        assert main(["predict", *files, "-o", str(target), "-prev_stage_predictions", str(first), *map(str, options)]) == 1
+        message = f"{case}.nii.gz would replace the first stage's (-prev_stage_predictions): name another folder with -o"
+        assert message in single_line(capsys)
+        assert (first / f"{case}.nii.gz").read_bytes() == before
+
+
 def test_cascades_need_the_first_stage(packed: Path) -> None:
     model = read_packed(packed)
     plans = json.loads(json.dumps(model.description.plans))

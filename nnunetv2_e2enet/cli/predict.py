@@ -164,7 +164,7 @@ def _segmentation(folder: Path, image: Path, model: PackedModel) -> Path:
 def _check_places(args: argparse.Namespace, cases: Sequence[Path], images: Path, model: PackedModel) -> None:
     """Raises E2ENetError where a segmentation would take the place of an image, or would be taken for one the next time.
 
-    Also where a segmentation could not be written, because of the folder's name.
+    Also where it would take the place of the first stage's, or could not be written because of the folder's name.
     """
     from nnunetv2_e2enet.imaging import check_name
 
@@ -174,11 +174,18 @@ def _check_places(args: argparse.Namespace, cases: Sequence[Path], images: Path,
             f"{args.o} holds the images, and nnU-Net would take segmentations there for images: name another folder with -o"
         )
     given = {path.resolve() for path in (*args.i, *images.iterdir())}
+    previous = args.prev_stage_predictions
+    first_stage = set() if previous is None else {_segmentation(Path(previous), image, model).resolve() for image in cases}
     for folder in (args.o, args.o / POSTPROCESSED) if args.postprocess else (args.o,):
         for target in (_segmentation(folder, image, model) for image in cases):
             if target.resolve() in given:
                 raise E2ENetError(
                     f"the segmentation {target} would replace an image of that name: name another folder with -o"
+                )
+            if target.resolve() in first_stage:
+                raise E2ENetError(
+                    f"the segmentation {target} would replace the first stage's (-prev_stage_predictions): name another "
+                    "folder with -o"
                 )
 
 
