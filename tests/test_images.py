@@ -514,6 +514,34 @@ def test_a_folder_without_room_is_not_the_fault_of_the_image(tmp_path: Path, mod
         assert "make room there, or name another one with the variable TMPDIR" in str(error.value)
 
 
+def test_no_temporary_folder_is_one_line(tmp_path: Path, model: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None that may be written to, one that is gone, and one on a full disk of a system without links."""
+    file, other = tmp_path / "scan.nii.gz", tmp_path / "scan.nrrd"
+    for path in (file, other):
+        SimpleITK.WriteImage(make_scan(), path)
+
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    def no_links(*_: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    named = r"expected a folder with room.*; .*with the variable TMPDIR"
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.gettempdir", none)
+        message = rf"^no temporary folder can be made \(.*No usable temporary directory found.*\): {named}"
+        with pytest.raises(E2ENetError, match=message), folder_of_images([file], model):
+            pass
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(E2ENetError, match=rf"^no temporary folder .*{tmp_path / 'gone'}.*: {named}"):
+        Segmenter(model)(other)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(Path, "symlink_to", no_links)
+    message = rf"^{file} cannot be copied into {tmp_path}/e2enet_.*: {named}"
+    with full_disk(1000), pytest.raises(E2ENetError, match=message), folder_of_images([file], model):
+        pass
+
+
 def test_a_scan_that_memory_cannot_hold_is_no_broken_file(tmp_path: Path) -> None:
     """A whole file of 4 GB, most of which is not on the disk, in a process with less memory."""
     file = tmp_path / "large.nii"

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -47,7 +47,8 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
         model: says which channels and which file ending are expected.
 
     Raises:
-        E2ENetError: there is no such image, it cannot be read, or not as many channels are given as the model has.
+        E2ENetError: there is no such image, it cannot be read, not as many channels are given as the model has, or there is
+            no temporary folder with room.
     """
     ending = model.description.dataset["file_ending"]
     for path in paths:
@@ -62,7 +63,7 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
             f"{len(paths)} images are given with -i, but the model has the channels {', '.join(model.channels)}: expected an "
             f"image for each, in this order, or a folder of images named as nnU-Net wants them (*_0000{ending})"
         )
-    with TemporaryDirectory(prefix="e2enet_") as temporary:
+    with _temporary_folder() as temporary:
         folder, case = Path(temporary), case_name(paths[0])
         files = [folder / f"{case}_{i:04d}{ending}" for i in range(len(paths))]
         for path, file in zip(paths, files, strict=True):
@@ -73,6 +74,17 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
         if ending in WRITTEN:
             check_one_grid(files, paths)
         yield folder
+
+
+def _temporary_folder() -> TemporaryDirectory[str]:
+    """Raises E2ENetError where none can be made."""
+    try:
+        return TemporaryDirectory(prefix="e2enet_")
+    except OSError as error:
+        raise E2ENetError(
+            f"no temporary folder can be made ({error}): expected a folder with room and write permission; make room there, "
+            "or name another one with the variable TMPDIR"
+        ) from error
 
 
 def check_channels(images: Sequence[Path], model: PackedModel) -> None:
@@ -235,17 +247,24 @@ def _put(path: Path, target: Path, ending: str) -> None:
     except (E2ENetError, RuntimeError) as error:  # the latter from SimpleITK, which on a full disk may say nothing
         if is_out_of_memory(error):
             raise
-        raise E2ENetError(
-            f"{path} cannot be copied into {target.parent} ({' '.join(str(error).split())}): expected a folder with room; "
-            "make room there, or name another one with the variable TMPDIR"
-        ) from error
+        raise _not_copied(path, target, error) from error
 
 
 def _link(path: Path, target: Path) -> None:
-    try:
+    with suppress(OSError):  # of a system without links
         target.symlink_to(path.resolve())
-    except OSError:  # a system without links
+        return
+    try:
         shutil.copyfile(path, target)
+    except OSError as error:
+        raise _not_copied(path, target, error) from error
+
+
+def _not_copied(path: Path, target: Path, error: Exception) -> E2ENetError:
+    return E2ENetError(
+        f"{path} cannot be copied into {target.parent} ({' '.join(str(error).split())}): expected a folder with room; "
+        "make room there, or name another one with the variable TMPDIR"
+    )
 
 
 def _misnamed(folder: Path, ending: str) -> str:
