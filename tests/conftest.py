@@ -31,10 +31,10 @@ REGISTRATION = pytest.StashKey[ExitStack]()
 setting = setting_fixture.setting
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-# Where hypothesis finds that it runs in a CI system, it draws the same examples each time
-hypothesis.settings.register_profile("new-examples", derandomize=False, print_blob=True)
-if "HYPOTHESIS_PROFILE" in os.environ:
-    hypothesis.settings.load_profile(os.environ["HYPOTHESIS_PROFILE"])  # before the tests are imported
+# A busy machine makes single examples slow, so there is no deadline
+hypothesis.settings.register_profile("same-examples", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("new-examples", derandomize=False, deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same-examples"))  # before the tests are imported
 
 
 @pytest.fixture

@@ -40,10 +40,10 @@ def test_a_ct_is_measured_with_stock_nnunet_and_both_kinds_of_maps() -> None:
 
 def test_memory_counts_processes_below() -> None:
     before = memory_of_tree(os.getpid())
-    code = "import sys; held = b'x' * (64 << 20); print(len(held), flush=True); sys.stdin.read()"
+    code = "import sys; held = b'x' * (256 << 20); print(len(held), flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        assert int(process.stdout.readline()) == 64 << 20
-        assert memory_of_tree(os.getpid()) - before > 60 << 20
+        assert int(process.stdout.readline()) == 256 << 20
+        assert memory_of_tree(os.getpid()) - before > 240 << 20
         process.communicate()
     np.testing.assert_allclose(memory_of_tree(os.getpid()), before, rtol=0.2)
