@@ -21,6 +21,7 @@ from nnunetv2_e2enet.engine.prediction import TOLERANCES
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.network.blocks import BlockStyle
+from nnunetv2_e2enet.network.connections import MaskedConv3d, MaskedConvTranspose3d
 from nnunetv2_e2enet.network.fusion import FusionNode
 from nnunetv2_e2enet.settings import Settings, override, variable
 from nnunetv2_e2enet.settings import settings as current_settings
@@ -177,6 +178,88 @@ def test_a_node_of_other_flows_stays_with_pytorch(training: bool) -> None:
         assert "a fusion node of level 1 fuses the flows forward, upward alone" in str(engine.why_pytorch(network))
         with engine.disabled():
             assert torch.equal(logits, network(x))
+
+
+def conv_of(inputs: int, outputs: int) -> MaskedConv3d:
+    return MaskedConv3d(inputs, outputs, (1, 3, 3), padding=(0, 1, 1))
+
+
+def upsample_of(inputs: int, outputs: int, *stride: int, **settings: object) -> MaskedConvTranspose3d:
+    return MaskedConvTranspose3d(inputs, outputs, stride, stride, bias=False, **settings)
+
+
+def outcome(network: E2ENet, x: Tensor) -> object:
+    """The logits, or the error."""
+    try:
+        logits = network(x)
+        return [level.tolist() for level in (logits if isinstance(logits, list) else [logits])]
+    except (IndexError, RuntimeError, ValueError) as error:
+        return repr(error)
+
+
+@needs_core
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        ("encoder.stages.0.0", "conv", conv_of(400, 5)),
+        ("encoder.stages.0.1", "conv", conv_of(4, 5)),
+        ("encoder.stages.0.1", "conv", conv_of(5, 4)),
+        ("encoder.stages.0.1.conv", "in_channels", 4),
+        ("encoder.stages.0.0", "norm", nn.InstanceNorm3d(2, affine=True)),
+        ("encoder.stages.0.0.norm", "bias", nn.Parameter(torch.ones(2))),
+        ("encoder.stages.1.0.conv", "stride", (1, 1, 1)),
+        ("encoder.stages.1.1.conv", "stride", (1, 2, 2)),
+        ("encoder", "strides", [[1, 1, 1], [1, 1, 1], [2, 2, 2]]),
+        ("encoder", "strides", [[1, 1, 1], [1, 2, 2]]),
+        ("encoder.stages", "1", nn.Sequential()),
+        ("decoder.stages.0.0", "upsample", upsample_of(9, 5, 1, 2, 2)),
+        ("decoder.stages.0.0", "upsample", upsample_of(8, 4, 1, 2, 2)),
+        ("decoder.stages.0.0", "upsample", upsample_of(8, 5, 2, 2, 2)),
+        ("decoder.stages.0.0", "upsample", upsample_of(8, 5, 1, 2, 2, output_padding=(0, 1, 1))),
+        ("decoder.stages.0.0", "upsample", upsample_of(8, 5, 1, 2, 2, dilation=(1, 2, 2))),
+        ("decoder.stages.0.0", "upsample", upsample_of(8, 10, 1, 2, 2, groups=2)),
+        ("decoder.stages.0.1", "downsample", nn.MaxPool3d((2, 2, 1))),
+        ("decoder.stages.0.1", "downsample", None),
+        ("decoder.stages.0.1.blocks.0", "conv", conv_of(20, 8)),
+        ("decoder.stages.0.1.blocks.0.conv", "stride", (1, 2, 2)),
+        ("decoder.stages.0.1.blocks.0.conv", "mask", torch.ones(8, 1, dtype=torch.bool)),
+        ("decoder.stages.0.0.upsample", "mask", torch.ones(1, 5, dtype=torch.bool)),
+        ("decoder.stages", "1", nn.ModuleList()),
+        ("decoder.seg_layers", "0", nn.Conv3d(9, 3, 1)),
+        ("decoder.seg_layers.0", "bias", nn.Parameter(torch.ones(2))),
+    ],
+)
+def test_layers_that_do_not_fit_each_other_stay_with_pytorch(where: str, name: str, value: object, training: bool) -> None:
+    network, x = make_network().train(training), torch.randn(1, 1, 4, 16, 16)
+    setattr(network.get_submodule(where), name, value)
+    reason = (engine.why_not_trained if training else engine.why_not_predicted)(network, x.shape)
+    assert reason is not None
+    with torch.set_grad_enabled(training):
+        found = outcome(network, x)
+        assert engine.why_pytorch(network) == reason
+        with engine.disabled():
+            assert found == outcome(network, x)
+
+
+@needs_core
+@pytest.mark.parametrize("training", [False, True])
+def test_strides_and_channels_that_change_between_passes_are_noticed(training: bool) -> None:
+    network = make_network([[1, 1, 1], *[[1, 2, 2]] * 3], deep_supervision=True).train(training)
+    x = torch.randn(1, 1, 4, 32, 32)
+    with torch.set_grad_enabled(training):
+        network(x)
+        assert engine.why_pytorch(network) is None
+        network.encoder.strides[1][1] = 1
+        found = outcome(network, x)
+        assert "does not fit" in str(engine.why_pytorch(network))
+        with engine.disabled():
+            assert found == outcome(network, x)
+        network.encoder.strides[1][1] = 2
+        network(x)
+        assert engine.why_pytorch(network) is None
+        network.input_channels = 2
+        assert "expected input[1, 2, 4, 32, 32] to have 1 channels" in str(outcome(network, torch.cat([x, x], 1)))
 
 
 @needs_core

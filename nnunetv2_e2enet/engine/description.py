@@ -95,18 +95,19 @@ def describe(network: E2ENet) -> NetworkDescription:
     """
     check_modules(network)
     encoder, decoder = network.encoder, network.decoder
-    strides = [_stride3(s) for s in encoder.strides]
-    return NetworkDescription(
+    description = NetworkDescription(
         input_channels=network.input_channels,
-        strides=strides,
+        strides=[_stride3(s) for s in encoder.strides],
         encoder=[[_block(block) for block in level.children()] for level in encoder.stages],
         stages=[[_node(node, level) for level, node in enumerate(stage.children())] for stage in decoder.stages],
         heads=[_head(head) for head in reversed(decoder.seg_layers)],
     )
+    _check_fit(description)
+    return description
 
 
 FORM = (
-    *("kernel_size", "stride", "strides", "padding", "output_padding", "padding_mode", "dilation", "groups", "ceil_mode"),
+    *("kernel_size", "stride", "padding", "output_padding", "padding_mode", "dilation", "groups", "ceil_mode"),
     *("eps", "track_running_stats", "negative_slope", "shift_size"),
 )
 """Attributes of modules on which the logits depend."""
@@ -114,7 +115,8 @@ FORM = (
 
 def form(network: E2ENet) -> list[object]:
     """All that a description has from a network besides weights and masks: classes and geometry of its modules, in order."""
-    return [(type(module), *map(vars(module).get, FORM)) for module in network.modules()]
+    strides = [tuple(stride) for stride in network.encoder.strides]  # lists, which may be changed in place
+    return [network.input_channels, strides, *((type(module), *map(vars(module).get, FORM)) for module in network.modules())]
 
 
 def check_classes(network: nn.Module) -> None:
@@ -163,6 +165,39 @@ def tensors(network: nn.Module) -> list[tuple[str, Tensor]]:
     """All that the logits depend on: parameters and masks."""
     masks = [(f"{name}.mask", layer.mask) for name, layer in maskable_layers(network)]
     return [*network.named_parameters(), *masks]
+
+
+def _check_fit(network: NetworkDescription) -> None:
+    """Check that each layer has the channels and strides of the layers around it, which the kernels take for granted.
+
+    Raises:
+        NotSupportedError: PyTorch says what is wrong, or computes something else.
+    """
+    strides, encoder, levels = network.strides, network.encoder, len(network.strides)
+    nodes = [len(stage) for stage in network.stages]
+    if len(encoder) != levels or not all(encoder) or nodes != [*range(levels - 1, 0, -1)] or len(network.heads) >= levels:
+        raise NotSupportedError(f"the blocks, fusion nodes and heads are not those of {levels} levels")
+    features = [blocks[0].mask.shape[0] for blocks in encoder]
+    chains = [*zip(range(levels), encoder, [network.input_channels, *features[:-1]], strides, strict=True)]
+    for level, node in [pair for stage in network.stages for pair in enumerate(stage)]:
+        finer, pool_stride = (features[level - 1], strides[level]) if level else (0, None)
+        up_shapes = {node.up_weight.shape[:2], node.up_mask.shape}
+        if up_shapes != {(features[level + 1], features[level])} or node.up_stride != strides[level + 1]:
+            raise NotSupportedError(f"an upward flow to level {level} does not fit the levels")
+        if node.pool_stride != pool_stride:
+            raise NotSupportedError(f"a downward flow to level {level} does not fit the levels")
+        chains.append((level, node.blocks, 2 * features[level] + finer, (1, 1, 1)))
+    for level, blocks, inputs, stride in chains:
+        for block in blocks:
+            shapes = {block.weight.shape[:2], block.mask.shape}
+            if shapes != {(features[level], inputs)} or len(block.shift) != inputs or block.stride != stride:
+                raise NotSupportedError(f"a convolution of level {level} does not fit the layers before it")
+            if {len(block.gamma), len(block.beta)} != {features[level]}:
+                raise NotSupportedError(f"a norm of level {level} does not fit its convolution")
+            inputs, stride = features[level], (1, 1, 1)
+    for level, (weight, bias) in enumerate(network.heads):
+        if weight.shape[1] != features[level] or (bias is not None and len(bias) != len(weight)):
+            raise NotSupportedError(f"a head does not fit the maps of level {level}")
 
 
 def _stride3(stride: Sequence[int] | int) -> Stride:
@@ -228,8 +263,10 @@ def _node(node: nn.Module, level: int) -> Node:
     upsample, pool = node.upsample, node.downsample
     if not isinstance(upsample, (UpConv2d, UpConv3d)) or type(upsample) not in _UP_CONVS or upsample.bias is not None:
         raise NotSupportedError("the upward flow is not a transposed convolution without bias")
-    if tuple(upsample.kernel_size) != tuple(upsample.stride) or any(upsample.padding):
+    if tuple(upsample.kernel_size) != tuple(upsample.stride) or any((*upsample.padding, *upsample.output_padding)):
         raise NotSupportedError("the upward flow's kernel is not its stride")
+    if upsample.groups != 1 or set(upsample.dilation) != {1}:
+        raise NotSupportedError("the upward flow has dilation or groups of its own")
     pool_stride = None if pool is None else plain_stride(pool)
     if pool is not None and pool_stride is None:
         raise NotSupportedError(f"the downward flow is {pool}")
