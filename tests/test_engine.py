@@ -9,6 +9,7 @@ import pickle
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from timeit import Timer
 
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import KERNELS, assert_same_logits, both_ways, change_eps, drawn_network, make_network, needs_core, uses_engine
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from nnunetv2_e2enet import engine
 from nnunetv2_e2enet.engine import core
@@ -335,6 +337,35 @@ def test_any_byte_that_changes_unseen_is_noticed_within_a_few_patches() -> None:
     tensors[4][12345] = 0.0  # seen at once, although the content is the old one again
     assert not fingerprint.holds(tensors, core)
     assert fingerprint.same_content(Fingerprint.take(tensors, core))
+
+
+@needs_core
+def test_weights_that_lie_where_others_did_are_noticed() -> None:
+    """As memory that was freed is given out again. One value of a large weight differs, which a sample does not see."""
+    network, x = make_network(features=[40, 150, 300]), torch.randn(1, 1, 4, 16, 16)
+    name = "decoder.stages.1.0.blocks.0.conv"
+    layer = network.get_submodule(name)
+    memory = layer.weight.detach().numpy().copy()
+    logits = []
+    with torch.no_grad():
+        for place in layer.mask.nonzero()[100:104].tolist():
+            memory[(*place, 0, 1, 1)] += 100
+            weights = {f"{name}.weight": torch.from_numpy(memory)}
+            logits.append(functional_call(network, weights, x))
+            assert engine.why_pytorch(network) is None
+            with engine.disabled():
+                torch.testing.assert_close(logits[-1], functional_call(network, weights, x), atol=1e-3, rtol=1e-3)
+    assert not any(torch.equal(a, b) for a, b in pairwise(logits))
+
+
+@needs_core
+def test_a_weight_of_the_same_bytes_and_another_shape_is_pytorchs_error() -> None:
+    network, x = make_network(), torch.randn(1, 1, 4, 16, 16)
+    assert uses_engine(network, x)
+    head = network.decoder.seg_layers[-1]
+    head.weight = nn.Parameter(head.weight.detach().reshape(5, 3, 1, 1, 1))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="to have 3 channels"):
+        network(x)
 
 
 @needs_core

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from nnunetv2_e2enet.engine.core import Core
 from nnunetv2_e2enet.network import MaskableLayer
@@ -28,22 +29,25 @@ class Fingerprint:
     """The state of weights at one moment.
 
     Attributes:
-        identity: of each tensor where it lies, its size and how often it was written. Writes through ``.data`` are not
-            counted, nor any to tensors that were made in inference mode.
+        storages: of the tensors. As long as they are referred to, even weakly, no other has the number of one of them.
+        identity: of each tensor the number of its storage, where it lies, its size and how often it was written. Writes
+            through ``.data`` are not counted, nor any to tensors that were made in inference mode.
         sample: of a few words of each tensor, which sees such writes unless they leave most of a tensor alone.
-        sums: of all bytes of each tensor.
+        sums: of each tensor its shape and a sum of all its bytes.
         turn: the next tensor to check in full.
     """
 
-    identity: list[tuple[int, int, int]]
+    storages: list[StorageWeakRef]
+    identity: list[tuple[int, int, int, int]]
     sample: int
-    sums: list[int]
+    sums: list[tuple[torch.Size, int]]
     turn: int = 0
 
     @classmethod
     def take(cls, tensors: list[Tensor], core: Core) -> Fingerprint:
         """The fingerprint of the tensors as they are now."""
-        return cls(_identity(tensors), _sample(tensors, core), [_sum(tensor, core) for tensor in tensors])
+        storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        return cls(storages, _identity(tensors), _sample(tensors, core), [_sum(tensor, core) for tensor in tensors])
 
     def holds(self, tensors: list[Tensor], core: Core) -> bool:
         """Whether the tensors appear unchanged: compares identity and sample of all, and some of them in full."""
@@ -61,12 +65,12 @@ class Fingerprint:
         return True
 
     def same_content(self, other: Fingerprint) -> bool:
-        """Whether two fingerprints are of tensors with the same bytes."""
+        """Whether two fingerprints are of tensors with the same shapes and bytes."""
         return self.sums == other.sums
 
 
-def _identity(tensors: list[Tensor]) -> list[tuple[int, int, int]]:
-    return [(t.data_ptr(), t.nbytes, -1 if t.is_inference() else t._version) for t in tensors]
+def _identity(tensors: list[Tensor]) -> list[tuple[int, int, int, int]]:
+    return [(t.untyped_storage()._cdata, t.data_ptr(), t.nbytes, -1 if t.is_inference() else t._version) for t in tensors]
 
 
 def _sample(tensors: list[Tensor], core: Core) -> int:
@@ -74,6 +78,6 @@ def _sample(tensors: list[Tensor], core: Core) -> int:
     return core.sample([t.data_ptr() for t in flat], [t.nbytes for t in flat])
 
 
-def _sum(tensor: Tensor, core: Core) -> int:
+def _sum(tensor: Tensor, core: Core) -> tuple[torch.Size, int]:
     flat = tensor.detach().contiguous()
-    return core.checksum(flat.data_ptr(), flat.nbytes, torch.get_num_threads())
+    return flat.shape, core.checksum(flat.data_ptr(), flat.nbytes, torch.get_num_threads())
