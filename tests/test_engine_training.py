@@ -407,6 +407,10 @@ def test_networks_may_change_from_one_iteration_to_the_next(change: Callable[[E2
     gradients(network, x)
     torch.manual_seed(1)
     change(network)
+    assert_same_iteration(network, x)
+
+
+def assert_same_iteration(network: E2ENet, x: Tensor) -> None:
     logits, ours = gradients(network, x)
     assert engine.why_pytorch(network) is None
     with engine.disabled():
@@ -416,6 +420,21 @@ def test_networks_may_change_from_one_iteration_to_the_next(change: Callable[[E2
     for name, gradient in theirs.items():
         if not name.endswith("conv.bias"):
             assert (ours[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
+
+
+def test_parameters_may_change_their_places_from_one_iteration_to_the_next() -> None:
+    """The order of those of a module, and which layers share one."""
+    network = away_from_kinks(make_network())
+    x = image(network, 4, 16, 16)
+    first, second = network.encoder.stages[0][0].norm, network.encoder.stages[0][1].norm
+    gradients(network, x)
+    weight = first.weight
+    del first.weight
+    first.weight = weight  # behind the bias
+    assert_same_iteration(network, x)
+    for shared in (first.weight, first.bias):
+        second.weight = shared
+        assert_same_iteration(network, x)
 
 
 def test_a_module_that_is_put_in_later_is_not_left_out() -> None:

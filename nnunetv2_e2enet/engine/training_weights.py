@@ -110,6 +110,7 @@ class TrainingWeights:
         self._packings: list[Packing] = []
         self.used: set[int] = set()
         self._places = {id(parameter): k for k, parameter in enumerate(network.parameters())}
+        self._names = _places_by_name(network)
         self.shapes = [parameter.shape for parameter in network.parameters()]
         self._form = form(network)
         self._masks = [layer.mask.clone() for _, layer in maskable_layers(network)]
@@ -137,10 +138,12 @@ class TrainingWeights:
         )
 
     def fits(self, network: E2ENet, core: Core) -> bool:
-        """Whether the kernels and the topology are still those that the weights were packed for, and units are new enough."""
+        """Whether kernels, topology and places of parameters are still those that were packed, and units are new enough."""
         if core is not self.core or (self._factors and self._passes >= PASSES):
             return False
-        if self._form != form(network) or self.shapes != [parameter.shape for parameter in network.parameters()]:
+        if self._form != form(network) or self._names != _places_by_name(network):
+            return False
+        if self.shapes != [parameter.shape for parameter in network.parameters()]:
             return False
         layers = [layer for _, layer in maskable_layers(network)]
         return all(torch.equal(mask, layer.mask) for mask, layer in zip(self._masks, layers, strict=True))
@@ -328,6 +331,12 @@ class TrainingWeights:
         turned = self._array(parameter, grouped_places(places.T[:, None]))
         dots = self._dense_places(torch.ones(classes, inputs, dtype=torch.bool))
         return (weight, offset, classes), TrainedHead(turned, _lines(dots), parameter, bias)
+
+
+def _places_by_name(network: E2ENet) -> dict[str, int]:
+    """The place of each parameter among those of the network; one that layers share has several names."""
+    places = {id(parameter): k for k, parameter in enumerate(network.parameters())}
+    return {name: places[id(parameter)] for name, parameter in network.named_parameters(remove_duplicate=False)}
 
 
 def _turned_taps(taps: Tensor, stride: tuple[int, int, int]) -> Tensor:
