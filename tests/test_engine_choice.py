@@ -131,6 +131,36 @@ def test_hooks_and_double_precision_stay_with_pytorch() -> None:
     assert not uses_engine(network.double(), x.double())
 
 
+def doubled(module: nn.Module) -> None:
+    """Replace the forward of this one module, as accelerate's hooks do."""
+    forward = module.forward
+    module.forward = lambda x: 2 * forward(x)
+
+
+@needs_core
+@pytest.mark.parametrize("training", [False, True])
+def test_a_module_with_a_forward_of_its_own_stays_with_pytorch(training: bool) -> None:
+    network, x = make_network().train(training), torch.randn(1, 1, 4, 16, 16)
+    with torch.set_grad_enabled(training):
+        before = network(x)
+        assert engine.why_pytorch(network) is None
+        doubled(network.decoder.seg_layers[-1])
+        torch.testing.assert_close(network(x), 2 * before, atol=1e-3, rtol=1e-3)
+        assert engine.why_pytorch(network) == "decoder.seg_layers.0 has a forward of its own, which would not be called"
+
+
+@needs_core
+def test_a_network_whose_own_forward_is_wrapped_uses_the_engine(setting: Callable[..., None]) -> None:
+    setting(engine="check")
+    network, x = make_network(), torch.randn(1, 1, 4, 16, 16)
+    with torch.inference_mode():
+        before = network(x)
+        doubled(network)
+        engine.release(network)
+        assert torch.equal(network(x), 2 * before)
+    assert engine.why_pytorch(network) is None
+
+
 ON_TWO_DEVICES = """
 import torch
 from torch import nn

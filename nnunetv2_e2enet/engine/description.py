@@ -147,16 +147,19 @@ def check_modules(network: E2ENet) -> None:
 
 
 def check_hooks(network: nn.Module) -> None:
-    """Check for hooks, and for dropout that stays on in prediction: both come and go without a change of the weights.
+    """Check for hooks, and for dropout that stays on in prediction: they come and go without a change of the weights.
 
     Raises:
-        NotSupportedError: a module, or torch for all modules, has forward hooks; dropout is on in evaluation mode.
+        NotSupportedError: a module, or torch for all modules, has forward hooks; the forward of a module was replaced, not
+            that of its class; dropout is on in evaluation mode.
     """
     if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
         raise NotSupportedError("forward hooks are registered for all modules, and would not be called")
     for name, module in network.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise NotSupportedError(f"{name or 'the network'} has forward hooks, which would not be called")
+        if name and "forward" in vars(module):  # the network's own is what asks the engine
+            raise NotSupportedError(f"{name} has a forward of its own, which would not be called")
         if type(module) in _DROPOUTS and module.training and not network.training:
             raise NotSupportedError(f"{name} is in training mode, the network is not")
 
