@@ -269,6 +269,23 @@ def test_wide_layers_in_float16(sparsity: float, kernels: str, setting: Callable
 
 
 @needs_core
+def test_the_default_dtype_does_not_matter() -> None:
+    """Wide layers are computed in chunks of inputs, which 8 bits do not number."""
+    network, x = make_network(features=[40, 150, 300]), torch.randn(1, 1, 4, 16, 16)
+    with torch.inference_mode():
+        expected = network(x)
+        engine.release(network)
+        default = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            found = network(x)
+        finally:
+            torch.set_default_dtype(default)
+    assert engine.why_pytorch(network) is None
+    assert torch.equal(found, expected)
+
+
+@needs_core
 def test_large_mean_does_not_cancel() -> None:
     network = make_network()
     assert_same_logits(network, torch.randn(1, 1, 8, 32, 32) + 1000)

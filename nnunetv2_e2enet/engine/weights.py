@@ -194,7 +194,7 @@ def _lay_out_sparse(mask: Tensor) -> ConvLayout:
     outputs, inputs = mask.shape
     places = _places(mask)
     chunks = -(-inputs // CHUNK)
-    first = torch.linspace(0, inputs, chunks + 1).round().long()
+    first = torch.linspace(0, inputs, chunks + 1, dtype=torch.float64).round().long()
     starts, orders, indices, stored = [], [], [], []
     seen = 0
     for begin, end in zip(first[:-1].tolist(), first[1:].tolist(), strict=True):
