@@ -135,7 +135,7 @@ def _splits(file: Path) -> int:
 
 
 def _make_folders(folds: Sequence[Fold], at_once: bool) -> None:
-    """Of the models, and what folds that start at once must not all write."""
+    """The folders of models, and splits that folds which start at once must not all write."""
     for model in {fold.model for fold in folds}:
         make_writable(model)
         if at_once:

@@ -106,7 +106,7 @@ def _is_write_failure(error: BaseException) -> bool:
 
 @contextmanager
 def contents_of_checkpoints() -> Iterator[None]:
-    """Within it, torch loads what nnU-Net writes into checkpoints even where weights alone are asked for."""
+    """A context in which torch loads what nnU-Net writes into checkpoints, even where weights alone are asked for."""
     with _reading, safe_globals(_ALLOWED):
         yield
 
