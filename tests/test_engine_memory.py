@@ -124,6 +124,15 @@ def test_no_memory_in_a_parallel_region_is_a_memory_error(tmp_path: Path, defini
     assert int(done.stdout) > 10
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+def test_kernels_stay_within_the_room_of_their_maps() -> None:
+    """Over random networks, in prediction and in training, with every kind of kernel."""
+    command = [sys.executable, "-X", "faulthandler", str(Path(__file__).with_name("guarded_maps.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
 def test_programs_that_wait_for_their_patch_size_share_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     network = E2ENet(1, 3, 2, [8, 12], nn.Conv3d, [[1, 1, 1], [1, 2, 2]]).eval()
     patches = [(4, 16, 16), (4, 32, 32), (4, 24, 24)]
