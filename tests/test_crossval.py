@@ -50,6 +50,15 @@ def crossval(project: Project, model: Path, *options: str, check: bool = True) -
     return run_command("e2enet", *COMMAND, *options, env=folders(project, model), check=check).stdout
 
 
+def run_in_forks(project: Project, model: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on nnU-Net's commands run in forks of this process, for the sake of time."""
+    for name, value in folders(project, model).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        jobs, "_run_logged", lambda command, log, given, *_: runner.exit_code(log, *command, environment=given)
+    )
+
+
 def fold(model: Path, number: int) -> Fold:
     return Fold(model, "993", number)
 
@@ -68,11 +77,7 @@ def test_what_was_found_on_accumulated_folds_stays(
     project: Project, model: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """nnU-Net's accumulation empties its folder, where nnUNetv2_find_best_configuration leaves the postprocessing."""
-    for name, value in folders(project, model).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(
-        jobs, "_run_logged", lambda command, log, given, *_: runner.exit_code(log, *command, environment=given)
-    )
+    run_in_forks(project, model, runner, monkeypatch)
     command = [*COMMAND, "--folds", "0", "1"]
     summary = jobs.summary(model, [0, 1])
     found = summary.with_name("postprocessing.pkl")
@@ -96,12 +101,7 @@ def test_what_was_found_on_accumulated_folds_stays(
 def test_unfinished_folds_go_on_from_where_they_are(
     project: Project, model: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its trainings run in forks, for the sake of time."""
-    for name, value in folders(project, model).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(
-        jobs, "_run_logged", lambda command, log, given, *_: runner.exit_code(log, *command, environment=given)
-    )
+    run_in_forks(project, model, runner, monkeypatch)
     (model / "fold_0" / "validation" / "summary.json").unlink()
     final = model / "fold_1" / "checkpoint_final.pth"
     final.rename(final.with_name("checkpoint_latest.pth"))
