@@ -91,7 +91,6 @@ def test_what_hangs_is_stopped(session: gpu_stages.Session, monkeypatch: pytest.
     assert gpu_session.run_stage(1, short) == gpu_session.FAILED
     assert sorted(calls(session)) == (["hangs", "hangs too"] if at_once else ["hangs"])  # there is no time for the second
     assert json.loads((session.folder / "1-hangs.error.json").read_text())["error"] in (
-        "stopped after 6 s",  # the least that it begins with
         "stopped after 7 s",
         "stopped after 8 s",
     )

@@ -225,6 +225,11 @@ def test_values_of_labels_are_whole_numbers(value: Any) -> None:
         read_labels({"labels": {"background": 0, "a": value}}, "x.json")
 
 
+@pytest.mark.parametrize("value", ["1", 1.0, ["1"], [1.0]])
+def test_whole_numbers_may_be_written_as_nnunet_reads_them(value: Any) -> None:
+    assert read_labels({"labels": {"background": 0, "a": value}}, "x.json").classes == {"a": (1,)}
+
+
 def test_a_class_with_the_name_of_the_mean() -> None:
     with pytest.raises(E2ENetError, match=r"x.json has a label mean, .*: rename it"):
         read_labels({"labels": {"background": 0, "mean": 1}}, "x.json")

@@ -41,7 +41,8 @@ def read_labels(content: Mapping[str, Any], where: str) -> Labels:
     if not isinstance(given, dict) or "background" not in given:
         raise E2ENetError(f"{where} has no `labels` with a `background`: expected nnU-Net's dataset.json")
     for name, entry in given.items():
-        if not _is_whole(entry):
+        values = entry if isinstance(entry, (list, tuple)) else [entry]
+        if not values or not all(map(_is_whole, values)):
             raise E2ENetError(
                 f"{where} has the label {name} with the value {entry!r}: expected a whole number, or a list of them"
             )
@@ -63,9 +64,9 @@ def read_labels(content: Mapping[str, Any], where: str) -> Labels:
     return Labels(classes, manager.ignore_label, tuple(int(value) for value in manager.all_labels))
 
 
-def _is_whole(entry: Any) -> bool:
-    values = entry if isinstance(entry, (list, tuple)) else [entry]
-    return bool(values) and all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+def _is_whole(value: Any) -> bool:
+    """Whether nnU-Net, which converts values by ``int``, changes nothing: 1, "1" and 1.0."""
+    return str(value).isdecimal() or (isinstance(value, float) and value.is_integer())
 
 
 def _values(entry: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:

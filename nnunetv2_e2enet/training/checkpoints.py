@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 from zipfile import is_zipfile
 
@@ -60,7 +60,7 @@ _FINISH = f"remove it and finish the training with --c, which resumes from {_NEX
 
 _CONTINUE = "continue it with the trainer and the settings that it was trained with, or train in another folder"
 
-_reading = Lock()  # what is allowed holds for all threads, and ends with the first that has read
+_reading = RLock()  # what is allowed holds for all threads, and ends with the first that has read
 
 _ZIP_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 # torch's writer of checkpoints, whose errors are RuntimeErrors; the last one is of its end
