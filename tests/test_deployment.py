@@ -5,8 +5,12 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,16 +26,19 @@ import SimpleITK
 import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from scans import make_scan, write_dicom
-from support import Project, copy_with_random_heads, full_disk, run_command, untrained_model
+from support import Project, copy_with_random_heads, full_disk, program, run_command, untrained_model
 
+from nnunetv2_e2enet.cli import termination
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.deployment import PackedModel, Segmenter, pack_model, preview, read_packed, volumes, write_packed
 from nnunetv2_e2enet.deployment.segmenter import failures_in_one_line
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import accounts, maskable_layers
+from nnunetv2_e2enet.prediction.writing import write_segmentation
 from nnunetv2_e2enet.settings import STORAGE_16_BIT, override, settings
 
 SEQUENTIAL = ["-device", "cpu", "-npp", "0", "-nps", "0"]
@@ -1050,3 +1057,137 @@ def test_paths_that_cannot_be_segmented(packed: Path, project: Project, tmp_path
     for both in (images_of_both, [SimpleITK.ReadImage(file) for file in images_of_both]):
         with pytest.raises(E2ENetError, match=r"has origin \(50, 0, 0\) mm, .*: resample the channels to one grid"):
             Segmenter.load(packed)(both)
+
+
+# ---- SIGTERM: docker stop, a time limit of SLURM, timeout ----------------------------------------------------------------
+
+
+needs_signals = pytest.mark.skipif(os.name != "posix", reason="needs the signals of POSIX")
+
+
+@needs_signals
+def test_a_terminated_command_leaves_nothing_behind(project: Project, tmp_path: Path) -> None:
+    """Terminated twice, as by ``timeout``, while it predicts a scan that was copied into a temporary folder."""
+    write_packed(tmp_path / "model.e2enet", untrained_model(project)[0])
+    SimpleITK.WriteImage(make_scan((100, 200, 200)), tmp_path / "scan.nrrd")
+    (tmp_path / "temporary").mkdir()
+    files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path / "scan.nrrd"), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [program("e2enet"), "predict", *files, "-device", "cpu", "--disable_progress_bar"],
+        env={**os.environ, "TMPDIR": str(tmp_path / "temporary"), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert any("Predicting scan" in line for line in process.stdout)
+        assert len(list((tmp_path / "temporary").glob("e2enet_*"))) == 1
+        process.terminate()
+        process.terminate()
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "temporary").glob("e2enet_*"))
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json"}  # as nnU-Net writes them before the first scan
+
+
+@needs_signals
+def test_a_segmentation_is_not_left_half_written_when_the_command_is_terminated(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread, and where the process has a way of its own, SIGTERM stays as it is."""
+    write_packed(tmp_path / "model.e2enet", untrained_model(project)[0])
+    case, *_ = segmented_by_hand(project, tmp_path)
+    out = tmp_path / "out"
+    before = (out / f"{case}.nii.gz").read_bytes()
+    handlers: list[Any] = []
+
+    class Terminated(SimpleITKIO):
+        """A writer that SIGTERM meets when half of a file is written, and once more while that is cleaned up."""
+
+        def write_seg(self, _segmentation: np.ndarray, path: str, _properties: dict[str, Any]) -> None:
+            Path(path).write_bytes(before[:100])
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+
+    def write(*_: Any) -> None:
+        write_segmentation(out / f"{case}.nii.gz", np.zeros((2, 3, 4), np.uint8), {}, Terminated())
+
+    monkeypatch.setattr("nnunetv2_e2enet.cli.predict._predict", write)
+    files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path / "images"), "-o", str(out)]
+    with pytest.raises(SystemExit) as ended:
+        main(["predict", *files, *SEQUENTIAL])
+    assert ended.value.code == 143
+    assert [path.read_bytes() for path in out.iterdir()] == [before]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.setattr("nnunetv2_e2enet.cli.predict._predict", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(main, ["predict", *files, *SEQUENTIAL]).result() == 0
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert main(["predict", *files, *SEQUENTIAL]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert handlers == [signal.SIG_DFL, signal.SIG_IGN]
+
+
+@needs_signals
+@pytest.mark.parametrize("options", [SEQUENTIAL, ["-device", "cpu", "-num_parts", "2", "-part_id", "0"]])
+def test_no_pool_is_forked(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    """nnU-Net forks one to list a folder, and ends it by SIGTERM."""
+    write_packed(tmp_path / "model.e2enet", untrained_model(project)[0])
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was forked"))
+    files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(project.raw / "imagesTs"), "-o", str(tmp_path / "out")]
+    assert main(["predict", *files, *options, "--disable_tta"]) == 0
+    expected = [*images(project)][: 1 if "-num_parts" in options else None]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == expected
+
+
+@needs_signals
+def test_a_forked_process_ends_as_ever(tmp_path: Path) -> None:
+    """At once, without what its parent would clean up."""
+    code = """
+import os, signal, sys, time
+from nnunetv2_e2enet.cli.termination import cleaned_up_when_terminated
+with cleaned_up_when_terminated():
+    child = os.fork()
+    if child == 0:
+        try:
+            open(sys.argv[1], "w").close()
+            time.sleep(600)
+        finally:
+            os._exit(3)
+    while not os.path.exists(sys.argv[1]):
+        time.sleep(0.01)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "forked")], check=True, timeout=60)
+
+
+@needs_signals
+def test_a_terminated_command_waits_for_no_lock_of_a_dead_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a pool of nnU-Net's does where SIGTERM went to its processes as well."""
+    monkeypatch.setattr(termination, "PATIENCE", 1)
+    context = multiprocessing.get_context("spawn")
+    held = context.Lock()
+    held.acquire()
+    another = context.Process(target=time.sleep, args=(600,))
+    another.start()
+
+    def wait() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            held.acquire()
+
+    try:
+        with pytest.raises(SystemExit) as ended, termination.cleaned_up_when_terminated():
+            wait()
+    finally:
+        another.kill()
+        another.join()
+    assert ended.value.code == 143
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)] == [signal.SIG_DFL] * 2

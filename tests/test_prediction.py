@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -541,6 +542,28 @@ def test_files_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     case = {"data": torch.from_numpy(data), "data_properties": properties, "ofile": str(tmp_path / "gone" / "a")}
     with pytest.raises(E2ENetError, match=r"^cannot write .*gone/a\.nii\.gz \(.*\): expected a folder with room"):
         predictor.predict_from_data_iterator([case])
+
+
+def test_the_end_waits_for_no_scan_that_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a command that is terminated removes its temporary files at once."""
+    predictor, go_on = make_predictor(make_plans()), threading.Event()
+    files = [tmp_path / f"{case}_0000.nii.gz" for case in "ab"]
+    for file in files:
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(image((8, 16, 16))[0]), file)
+    read: list[Path] = []
+
+    def slowly(file: Path) -> None:
+        if file == files[1]:
+            go_on.wait(20)
+        read.append(file)
+
+    monkeypatch.setattr(scans, "check_whole", slowly)
+    cases = scans.preprocessed_ahead(predictor, [[str(file)] for file in files], [None, None])
+    assert isinstance(cases, Generator)
+    next(cases)
+    cases.close()
+    assert read == files[:1]
+    go_on.set()
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd"])

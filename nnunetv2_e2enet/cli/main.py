@@ -100,6 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 if all went well, 1 for bad input (said in one message on standard error), 130 after Ctrl-C. Also 1, without a
         message, where standard output is a pipe that nobody reads any more, as in ``e2enet info | head -1``.
+
+    Raises:
+        SystemExit: argparse ends the command (0 after help, else 2), or SIGTERM ends a prediction (143).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

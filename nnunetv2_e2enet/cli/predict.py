@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunetv2_e2enet.cli.termination import cleaned_up_when_terminated
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import make_writable
 from nnunetv2_e2enet.registration import find_nnunet
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     step_size = (FAST_STEP_SIZE if args.fast else STEP_SIZE) if args.step_size is None else args.step_size
     series = series_to_refer_to(args.i, args.o) if args.dicom_seg else None
     changes = {"engine_storage": STORAGE_16_BIT} if args.fast else {}
-    with override(**changes), failures_in_one_line(), folder_of_images(args.i, model) as images:
+    with cleaned_up_when_terminated(), override(**changes), failures_in_one_line(), folder_of_images(args.i, model) as images:
         predictor = make_predictor(
             model,
             torch.device(args.device),
@@ -208,16 +209,21 @@ def _check_first_stage(args: argparse.Namespace, cases: Sequence[Path], model: P
 
 
 def _predict(args: argparse.Namespace, predictor: nnUNetPredictor, images: Path) -> None:
+    """Files are listed here: nnU-Net would fork a pool for it, see ``cleaned_up_when_terminated``."""
+    from nnunetv2_e2enet.deployment.images import channels_by_case
+
+    cases = sorted(channels_by_case(images, predictor.dataset_json["file_ending"]).items())  # in nnU-Net's order
+    files = [[str(file) for file in channels] for _, channels in cases]
     options: dict[str, Any] = {
         "save_probabilities": args.save_probabilities,
         "overwrite": not args.continue_prediction,
         "folder_with_segs_from_prev_stage": args.prev_stage_predictions,
     }
     if args.npp == args.nps == 0:
-        predictor.predict_from_files_sequential(str(images), str(args.o), **options)
+        predictor.predict_from_files_sequential(files, str(args.o), **options)
     else:
         options |= {"num_processes_preprocessing": args.npp, "num_processes_segmentation_export": args.nps}
-        predictor.predict_from_files(str(images), str(args.o), num_parts=args.num_parts, part_id=args.part_id, **options)
+        predictor.predict_from_files(files, str(args.o), num_parts=args.num_parts, part_id=args.part_id, **options)
 
 
 def _finish(

@@ -98,7 +98,7 @@ def check_channels(images: Sequence[Path], model: PackedModel) -> None:
         model: says which channels are expected.
     """
     ending = model.description.dataset["file_ending"]
-    present = {folder: _by_case(folder, ending) for folder in {image.parent for image in images}}
+    present = {folder: channels_by_case(folder, ending) for folder in {image.parent for image in images}}
     for image in images:
         case = image.name.removesuffix(f"_0000{ending}")
         files = [image.with_name(f"{case}_{i:04d}{ending}") for i in range(len(model.channels))]
@@ -130,8 +130,12 @@ def check_images(channels: Sequence[Path]) -> None:
         check_one_grid(channels)
 
 
-def _by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
-    """The channels of each case. nnU-Net takes every file with the ending for one, whatever it is called."""
+def channels_by_case(folder: Path, ending: str) -> dict[str, list[Path]]:
+    """The channels of each case in a folder. nnU-Net takes every file with the ending for one, whatever it is called.
+
+    Raises:
+        E2ENetError: a file is named otherwise, or a case has no first channel.
+    """
     cases: dict[str, list[Path]] = {}
     for path in sorted(folder.glob(f"*{ending}")):
         named = re.fullmatch(rf"(.+)_\d{{4}}{re.escape(ending)}", path.name)

@@ -90,8 +90,9 @@ def preprocessed_ahead(
         tensor = torch.from_numpy(data).to(dtype=torch.float32, memory_format=torch.contiguous_format)
         return {"data": tensor, "data_properties": properties, "ofile": output}
 
-    with ThreadPoolExecutor(1) as reader:
-        ahead: Future[Preprocessed] | None = None
+    reader = ThreadPoolExecutor(1)
+    ahead: Future[Preprocessed] | None = None
+    try:
         for case in zip(images, outputs, strict=True):
             following = reader.submit(read, *case)
             if ahead is not None:
@@ -99,6 +100,8 @@ def preprocessed_ahead(
             ahead = following
         if ahead is not None:
             yield ahead.result()
+    finally:
+        reader.shutdown(wait=False, cancel_futures=True)  # where the command ends early, nobody wants the next one
 
 
 @torch.inference_mode()
