@@ -1,8 +1,9 @@
 # One environment for everything; `make demo` and `make test` need Python 3.10 or newer and make, nothing else.
 PYTHON ?= python3
-VENV ?= .venv
-DEMO ?= demo
-INTEGRATION ?= integration
+# Folders that are removed: on the command line alone, as in `make test VENV=...`, and not from variables that are exported
+VENV = .venv
+DEMO = demo
+INTEGRATION = integration
 # Processes that run tests, with a thread each; 0: one process with all threads
 PROCESSES ?= 2
 # How test-integration runs nnU-Net's commands: processes (estimated 2 hours), mixed (60) or forks (15)

@@ -46,7 +46,8 @@ def free_bytes() -> float:
     The limit of a container or of a batch job's control group (version 1 or 2, with all groups above it) counts where it is
     lower. Pages of files that its processes have read do not.
     """
-    free = bytes_in(MEMORY, "MemAvailable") if MEMORY.is_file() else math.inf
+    said = MEMORY.is_file() and "MemAvailable:" in MEMORY.read_text(encoding="utf-8")  # some systems say other things there
+    free = bytes_in(MEMORY, "MemAvailable") if said else math.inf
     return min(free, *(_free_in(group, accounts) for group, accounts in _control_groups()), math.inf)
 
 

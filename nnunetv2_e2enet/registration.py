@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
+import shlex
+import shutil
 import sys
 from collections.abc import Iterable
 from contextlib import redirect_stdout
@@ -49,10 +52,17 @@ REGISTER_EXPERIMENTS = "e2enet register --experiments"
 
 @dataclass(frozen=True)
 class NnUNet:
-    """An installed nnU-Net: the folder of its package, and its version."""
+    """An nnU-Net.
+
+    Attributes:
+        folder: that of its package.
+        version: as installed.
+        problem: why this package does not work with it, and what to do; empty if it does.
+    """
 
     folder: Path
     version: str
+    problem: str = ""
 
 
 def find_nnunet() -> NnUNet:
@@ -61,19 +71,38 @@ def find_nnunet() -> NnUNet:
     Raises:
         E2ENetError: nnU-Net is missing, or of a version that this package does not work with.
     """
+    nnunet = find_any_nnunet()
+    if nnunet.problem:
+        raise E2ENetError(nnunet.problem)
+    return nnunet
+
+
+def find_any_nnunet() -> NnUNet:
+    """The nnU-Net of this Python environment, of any version, or what is left of one.
+
+    pip leaves our modules behind when it removes nnU-Net. Python takes their folder for a package without ``__init__.py``, and
+    does not look for a checkout that is installed in editable mode.
+
+    Raises:
+        E2ENetError: there is none.
+    """
     spec = importlib.util.find_spec("nnunetv2")
     if spec is None or not spec.submodule_search_locations:
         raise E2ENetError(f"nnU-Net v2 is not installed in this Python environment: pip install '{REQUIREMENT}'")
+    folder = Path(next(iter(spec.submodule_search_locations)))
     try:
         found = version("nnunetv2")
     except PackageNotFoundError:
-        raise E2ENetError(
-            f"nnU-Net lies in {spec.submodule_search_locations[0]} but is not installed: pip install -e its checkout"
-        ) from None
+        found = "not installed"
     numbers = tuple(int(n) for n in re.findall(r"\d+", found)[:2])
-    if not OLDEST_NNUNET <= numbers < NEWEST_NNUNET:
-        raise E2ENetError(f"nnU-Net {found} is installed, but {REQUIREMENT} is needed: pip install '{REQUIREMENT}'")
-    return NnUNet(Path(spec.submodule_search_locations[0]), found)
+    problem = ""
+    if spec.origin is None:
+        problem = f"{folder} is what is left of an nnU-Net that was removed, and hides any other one: run e2enet unregister"
+    elif not numbers:
+        problem = f"nnU-Net lies in {folder} but is not installed: pip install -e its checkout"
+    elif not OLDEST_NNUNET <= numbers < NEWEST_NNUNET:
+        problem = f"nnU-Net {found} is installed, but {REQUIREMENT} is needed: pip install '{REQUIREMENT}'"
+    return NnUNet(folder, found, problem)
 
 
 def _content(modules: tuple[str, ...]) -> str:
@@ -81,8 +110,8 @@ def _content(modules: tuple[str, ...]) -> str:
         f"{FIRST_LINE}\n"
         "try:\n"
         "    from nnunetv2_e2enet.registration import classes_for_nnunet, unregistered\n"
-        "except ModuleNotFoundError:\n"
-        "    pass  # nnunetv2-e2enet was uninstalled: nnU-Net goes on without it.\n"
+        "except (ModuleNotFoundError, PermissionError):\n"
+        "    pass  # nnunetv2-e2enet was uninstalled, or lies where this user may not read: nnU-Net goes on without it.\n"
         "else:\n"
         f"    globals().update(classes_for_nnunet({', '.join(map(repr, modules))}))\n"
         "    __getattr__ = unregistered\n"
@@ -231,6 +260,7 @@ def register(nnunet: NnUNet, experiments: bool | None = None) -> list[Path]:
         for path in outdated:
             write_atomically(path, wanted[path])
             written.append(path)
+            path.chmod(path.parent.stat().st_mode & 0o666)  # all who use nnU-Net import it
     except OSError as error:
         for path in written:
             _restore(path, files[path])
@@ -239,7 +269,7 @@ def register(nnunet: NnUNet, experiments: bool | None = None) -> list[Path]:
 
 
 def unregister(nnunet: NnUNet) -> list[Path]:
-    """Remove the modules that ``register`` wrote.
+    """Remove the modules that ``register`` wrote, and the folders of an nnU-Net of which nothing else is left.
 
     Returns:
         The files that were removed.
@@ -253,6 +283,8 @@ def unregister(nnunet: NnUNet) -> list[Path]:
     try:
         for path in ours:
             path.unlink()
+        if not (nnunet.folder / "__init__.py").exists():
+            _remove_empty(nnunet.folder)
     except OSError as error:
         raise E2ENetError(f"{error.filename}: {error.strerror}: run as a user who may write there") from error
     return ours
@@ -276,6 +308,25 @@ def trainers_folder() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def line_that_serves_the_trainers() -> str:
+    """A line for the shell, with which nnU-Net finds our trainers without registration, and those of folders named before."""
+    folders = os.pathsep.join(filter(None, (os.environ.get("nnUNet_extTrainer"), str(trainers_folder()))))
+    if os.name == "nt":
+        return f'set "nnUNet_extTrainer={folders}"'
+    return f"export nnUNet_extTrainer={shlex.quote(folders)}"
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder in which there are nothing but folders, and what Python compiled of modules that were there."""
+    for path in folder.iterdir():
+        if path.name == "__pycache__":
+            shutil.rmtree(path)
+        elif path.is_dir():
+            _remove_empty(path)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _refuse_foreign(files: dict[Path, str | None]) -> None:
     for path, text in files.items():
         if text is not None and not is_ours(text):
@@ -285,7 +336,7 @@ def _refuse_foreign(files: dict[Path, str | None]) -> None:
 def _cannot_write(error: OSError) -> str:
     return (
         f"{error.filename}: {error.strerror}. Nothing was registered. Without registration, this line serves the trainers:\n"
-        f"export nnUNet_extTrainer={trainers_folder()}\n"
+        f"{line_that_serves_the_trainers()}\n"
         "and `e2enet plan` plans with nnUNetPlannerE2ENet."
     )
 

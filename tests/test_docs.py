@@ -31,6 +31,17 @@ SHELL = {"export", "cd", "mkdir", "ls", "jq", "pip", "#"}
 """First words of lines that are not the project's business."""
 
 
+def test_make_removes_no_folder_that_a_variable_happens_to_name() -> None:
+    """The environment of a user may have one of these names; the command line means what it says."""
+    named = {name: f"/home/ann/{name}" for name in ("VENV", "DEMO", "INTEGRATION")}
+    for given in ({}, named):
+        command = ["make", "-n", "clean", "demo", "test-integration", *(f"{name}={value}" for name, value in given.items())]
+        made = subprocess.run(command, cwd=ROOT, env={**os.environ, **named}, capture_output=True, text=True, check=True)
+        removed = [line for line in made.stdout.splitlines() if line.startswith("rm ")]
+        assert len(removed) == 3
+        assert all(("/home/ann" in line) == bool(given) for line in removed)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)

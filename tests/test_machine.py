@@ -32,6 +32,8 @@ def add_group(folder: Path, files: tuple[str, str, str], limit: str, used: int) 
 
 def test_a_system_without_groups(system: Path) -> None:
     assert free_bytes() == 1_024_000
+    (system / "meminfo").write_text("MemTotal: 4000 kB\nMemFree: 1000 kB\n")
+    assert free_bytes() == float("inf")
     (system / "meminfo").unlink()
     assert free_bytes() == float("inf")
 

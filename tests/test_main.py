@@ -36,6 +36,12 @@ def test_a_closed_pipe_ends_the_command_without_a_word(unbuffered: str) -> None:
     assert (result.returncode, result.stderr) == (1, "")
 
 
+def test_standard_output_that_was_closed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``e2enet completion bash >&-``: Python has no standard output then, and what would be printed is lost."""
+    monkeypatch.setattr("sys.stdout", None)
+    assert main([]) == 0
+
+
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "JSON"])
 def test_info_into_a_closed_pipe(

@@ -118,6 +118,37 @@ def test_preprocessed_data_are_shared_with_stock_plans(planned: Path) -> None:
     assert ours["configurations"]["3d_lowres"]["data_identifier"] == "nnUNetE2ENetPlans_3d_lowres"  # another spacing
 
 
+def test_data_of_stock_plans_at_another_spacing_are_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where nnUNetPlans were planned by hand, or before cases were added."""
+    folder = with_fingerprint(tmp_path, [32, 64, 64])
+    for name, value in nnunet_environment(folder).items():
+        monkeypatch.setenv(name, value)
+
+    def identifiers(name: str) -> dict[str, str]:
+        assert main(["plan", "-d", "991", "-overwrite_plans_name", name]) == 0
+        configurations = plans(folder, name)["configurations"]
+        return {key: configurations[key]["data_identifier"] for key in ("2d", "3d_fullres")}
+
+    shared = {"2d": "nnUNetPlans_2d", "3d_fullres": "nnUNetPlans_3d_fullres"}
+    assert identifiers("A") == shared
+    stock = folder / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
+    shutil.copyfile(stock.with_name("A.json"), stock)
+    assert identifiers("B") == shared
+    for at, key, value in (
+        (("configurations", "3d_fullres"), "spacing", [2.5, 1.0, 1.5]),
+        (("configurations", "2d"), "spacing", [2.0, 1.0]),
+        (("configurations", "2d"), "preprocessor_name", "Other"),
+        ((), "transpose_forward", [0, 2, 1]),
+    ):
+        others = plans(folder, "A")
+        place = others
+        for step in at:
+            place = place[step]
+        place[key] = value
+        stock.write_text(json.dumps(others))
+        assert identifiers("C") == {"2d": "C_2d", "3d_fullres": "C_3d_fullres"}, key
+
+
 @pytest.mark.parametrize(
     "options", [["-overwrite_target_spacing", "3", "2", "2"], ["-preprocessor_name", "Other"]], ids=["spacing", "preprocessor"]
 )

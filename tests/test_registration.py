@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import stat
+import subprocess
 import sys
 from importlib.metadata import distribution
 from pathlib import Path
@@ -19,6 +21,7 @@ from nnunetv2_e2enet.registration import (
     EXPERIMENTS,
     FIRST_LINE,
     NnUNet,
+    find_any_nnunet,
     find_nnunet,
     has_experiments,
     is_registered,
@@ -118,6 +121,34 @@ def test_a_failure_half_way_leaves_nothing_behind(nnunet: NnUNet, monkeypatch: p
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+@pytest.mark.parametrize(("folder_mode", "file_mode"), [(0o755, 0o644), (0o775, 0o664), (0o700, 0o600)])
+def test_all_who_may_use_nnunet_may_read_our_modules(nnunet: NnUNet, folder_mode: int, file_mode: int) -> None:
+    """Or nnU-Net's search for any of its classes would end there."""
+    for name in registration.MODULES:
+        (nnunet.folder / name).parent.chmod(folder_mode)
+    before = os.umask(0o077)
+    try:
+        written = register(nnunet)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in written] == [file_mode, file_mode]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.parametrize("before", [None, "/home/ann/my trainers"])
+def test_the_line_that_serves_instead_may_have_any_folder(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    """Folders that the variable has already stay in it."""
+    monkeypatch.setattr(registration, "trainers_folder", lambda: Path("/home/ann/it's a venv/trainers"))
+    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+    if before:
+        monkeypatch.setenv("nnUNet_extTrainer", before)
+    line = registration.line_that_serves_the_trainers()
+    shell = ["sh", "-c", f'{line}; printf %s "$nnUNet_extTrainer"']
+    found = subprocess.run(shell, capture_output=True, text=True, check=True, env={}).stdout
+    assert found == ":".join(filter(None, (before, "/home/ann/it's a venv/trainers")))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
 def test_read_only_folder_gives_the_line_that_serves_instead() -> None:
     """In a process without root's power to write anywhere."""
     code = (
@@ -145,6 +176,14 @@ def test_nnunet_goes_on_without_an_uninstalled_package(nnunet: NnUNet) -> None:
     text = path.read_text()
     gone = text.replace("nnunetv2_e2enet.registration", "nnunetv2_e2enet_gone.registration")
     assert run_python(gone).returncode == 0
+    not_readable = (
+        "import sys\n"
+        "class NotReadable:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'nnunetv2_e2enet': raise PermissionError(13, 'Permission denied', '/home/another')\n"
+        "sys.meta_path.insert(0, NotReadable)\n"
+    )
+    assert run_python(not_readable + text).returncode == 0
     broken = "import sys\nsys.modules['nnunetv2_e2enet.training.trainer'] = None\n" + text
     assert run_python(broken).returncode == 1
 
@@ -165,6 +204,80 @@ def test_other_versions_of_nnunet_are_refused(monkeypatch: pytest.MonkeyPatch, f
     monkeypatch.setattr(registration, "version", lambda _name: found)
     with pytest.raises(E2ENetError, match=f"{found} is installed"):
         find_nnunet()
+
+
+@pytest.mark.parametrize("found", ["2.7.0", "3.0.0"])
+def test_another_version_of_nnunet_is_described_and_can_be_left(
+    nnunet: NnUNet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: str
+) -> None:
+    """pip keeps our modules when it replaces nnU-Net."""
+    register(nnunet)
+    (nnunet.folder / "__init__.py").touch()
+    monkeypatch.setattr(registration, "version", lambda _name: found)
+    problem = find_any_nnunet().problem
+    assert problem == f"nnU-Net {found} is installed, but nnunetv2>=2.8,<3 is needed: pip install 'nnunetv2>=2.8,<3'"
+    assert main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["nnunetv2"] == found
+    assert report["nnunet_problem"] == problem
+    assert main(["info"]) == 0
+    assert problem in capsys.readouterr().out
+    monkeypatch.setattr(registration, "find_any_nnunet", lambda: NnUNet(nnunet.folder, found, problem))
+    assert main(["unregister"]) == 0
+    assert files(nnunet) == {"__init__.py"}
+    assert main(["register"]) == 1
+    assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_what_is_left_of_a_removed_nnunet(nnunet: NnUNet, others: bool) -> None:
+    """pip leaves our modules in folders that hide a checkout, which is found once they are gone."""
+    register(nnunet)
+    compiled = nnunet.folder / registration.TRAINER_FOLDER / "__pycache__"
+    compiled.mkdir()
+    (compiled / "nnUNetTrainerE2ENet.cpython-311.pyc").touch()
+    if others:
+        (nnunet.folder / "training" / "mine.py").touch()
+    checkout = nnunet.folder.parent / "checkout" / "nnunetv2"
+    checkout.mkdir(parents=True)
+    (checkout / "__init__.py").touch()
+    places = [str(nnunet.folder.parent), str(checkout.parent)]
+
+    def e2enet(command: str) -> tuple[int, str, str]:
+        """In a process whose nnU-Net these folders are, and then the checkout."""
+        code = (
+            "import sys\n"
+            "import importlib\n"
+            "from importlib.machinery import PathFinder\n"
+            "class Hidden(PathFinder):\n"
+            "    @classmethod\n"
+            "    def find_spec(cls, name, path=None, target=None):\n"
+            "        if name != 'nnunetv2': return PathFinder.find_spec(name, path, target)\n"
+            f"        found = [PathFinder.find_spec(name, [p]) for p in {places!r}]\n"
+            "        return found[0] or found[1]\n"
+            "sys.meta_path = [Hidden if f is PathFinder else f for f in sys.meta_path]\n"
+            "from nnunetv2_e2enet.registration import find_any_nnunet\n"
+            "from nnunetv2_e2enet.cli.main import main\n"
+            f"code = main([{command!r}])\n"
+            "importlib.invalidate_caches()\n"
+            "print(find_any_nnunet().folder)\n"
+            "sys.exit(code)\n"
+        )
+        result = run_python(code)
+        return result.returncode, result.stdout, result.stderr
+
+    message = f"{nnunet.folder} is what is left of an nnU-Net that was removed, and hides any other one: run e2enet unregister"
+    code, _, errors = e2enet("register")
+    assert (code, errors) == (1, f"e2enet register: {message}\n")
+    code, output, errors = e2enet("info")
+    assert code == 0, errors
+    assert message in output
+    code, output, errors = e2enet("unregister")
+    assert code == 0, errors
+    assert output.count("removed ") == 2
+    assert output.splitlines()[-1] == str(nnunet.folder if others else checkout)
+    assert files(nnunet) == ({"training/mine.py"} if others else set())
+    assert nnunet.folder.exists() == others
 
 
 @pytest.mark.parametrize("command", [["register"], ["unregister"], ["info"], ["plan", "-d", "1"], ["phantom", "1"], ["demo"]])

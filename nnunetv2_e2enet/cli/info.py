@@ -24,14 +24,15 @@ from nnunetv2_e2enet.registration import (
     REGISTER_EXPERIMENTS,
     TRAINER_MODULE,
     NnUNet,
+    find_any_nnunet,
     find_in_nnunet,
     find_nnunet,
     has_experiments,
     is_ours,
+    line_that_serves_the_trainers,
     load_classes,
     registered_files,
     registered_modules,
-    trainers_folder,
 )
 
 HELP = "show versions, device, registration, and what nnU-Net finds; or what a packed model holds"
@@ -48,13 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    nnunet = find_nnunet()
     console = plain_console(soft_wrap=True)
     if args.file is not None:
+        find_nnunet()
         model = _model(args.file)
         print(json.dumps(model, indent=1)) if args.json else _print_facts(console, _model_facts(model))
         return 0
-    report = _report(nnunet)
+    report = _report(find_any_nnunet())
     if args.json:
         print(json.dumps(asdict(report), indent=1))
         return 0
@@ -92,6 +93,7 @@ class Report:
         versions: by package, and of Python.
         platform: the operating system and machine.
         nnunet: the folder of nnU-Net's package.
+        nnunet_problem: why this package does not work with it, and what to do; empty if it does.
         device: on which networks are trained by default.
         engine: see ``nnunetv2_e2enet.engine.Status``.
         scans: in whose way whole scans are predicted around the network, in words.
@@ -104,6 +106,7 @@ class Report:
     versions: dict[str, str]
     platform: str
     nnunet: str
+    nnunet_problem: str
     device: str
     engine: dict[str, Any]
     scans: str
@@ -131,6 +134,7 @@ def _report(nnunet: NnUNet) -> Report:
         },
         platform=platform.platform(),
         nnunet=str(nnunet.folder),
+        nnunet_problem=nnunet.problem,
         device=_device(),
         engine={**status, "library": None if status["library"] is None else str(status["library"])},
         scans="predicted by this package, with nnU-Net's result" if reason is None else f"in nnU-Net's own way: {reason}",
@@ -159,6 +163,7 @@ def _facts(report: Report) -> dict[str, str]:
     facts = {
         **report.versions,
         "nnunetv2": f"{report.versions['nnunetv2']} in {report.nnunet}",
+        **({"problem": report.nnunet_problem} if report.nnunet_problem else {}),
         "device": report.device,
         "engine": report.engine["reason"],
         "scans on a CPU": report.scans,
@@ -168,7 +173,7 @@ def _facts(report: Report) -> dict[str, str]:
         facts[Path(path).name] = f"{state} in {Path(path).parent}"
     if set(report.registration.values()) != {"registered"}:
         facts["to register"] = "e2enet register"
-        facts["or, for the trainers"] = f"export nnUNet_extTrainer={trainers_folder()}"
+        facts["or, for the trainers"] = line_that_serves_the_trainers()
     return facts
 
 

@@ -111,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(arguments)
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as where it was closed before
+                sys.stdout.flush()
     except BrokenPipeError:
         if not _is_closed_pipe(sys.stdout):
             raise

@@ -14,7 +14,7 @@ def add_arguments(_parser: argparse.ArgumentParser) -> None:
 
 
 def run(_args: argparse.Namespace) -> int:
-    nnunet = registration.find_nnunet()
+    nnunet = registration.find_any_nnunet()
     removed = registration.unregister(nnunet)
     for path in removed:
         print(f"removed {path}")

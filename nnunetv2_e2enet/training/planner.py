@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
+from nnunetv2_e2enet.files import read_json
 from nnunetv2_e2enet.network import E2ENet
 from nnunetv2_e2enet.training.architecture import BASE_NUM_FEATURES, MAX_NUM_FEATURES, e2enet_architecture
 from nnunetv2_e2enet.training.interface import PLANNER_ATTRIBUTES, Overrides, check_attributes
@@ -90,7 +93,24 @@ class E2ENetPlannerMixin(Overrides, PlannerBase):
     @property
     def _preprocesses_as_stock(self) -> bool:
         stock = self.preprocessor_name == "DefaultPreprocessor" and self.overwrite_target_spacing is None
-        return stock and not self.suppress_transpose
+        return stock and not self.suppress_transpose and self._stock_plans_are_alike
+
+    @property
+    def _stock_plans_are_alike(self) -> bool:
+        """Whether nnUNetPlans, if they are there, are of the same images: as they are now, at the same spacing."""
+        file = Path(nnUNet_preprocessed, self.dataset_name, "nnUNetPlans.json")
+        if not file.is_file():
+            return True
+        with one_line_errors():
+            plans = read_json(file)
+        order, _ = self.determine_transpose()
+        spacing = self.determine_fullres_target_spacing()[order]
+        configurations = [plans["configurations"][name] for name in ("2d", "3d_fullres") if name in plans["configurations"]]
+        return plans["transpose_forward"] == [int(axis) for axis in order] and all(
+            configuration["preprocessor_name"] == self.preprocessor_name
+            and np.allclose(configuration["spacing"], spacing[-len(configuration["spacing"]) :])
+            for configuration in configurations
+        )
 
     def get_plans_for_configuration(
         self,
