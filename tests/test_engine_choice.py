@@ -150,6 +150,31 @@ def test_a_module_with_a_forward_of_its_own_stays_with_pytorch(training: bool) -
 
 
 @needs_core
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+@pytest.mark.parametrize("part", ["decoder.seg_layers.0", "encoder.stages.0.0.conv", "encoder.stages.1.0.norm"])
+def test_weights_that_are_no_parameters_stay_with_pytorch(training: bool, kind: str, part: str) -> None:
+    """As frozen ones, and those that another network makes: their changes are seen."""
+    network, x = make_network().train(training), torch.randn(1, 1, 4, 16, 16)
+    module = network.get_submodule(part)
+    weight = module.weight.detach().clone()
+    del module.weight
+    if kind == "buffer":
+        module.register_buffer("weight", weight)
+    else:
+        module.weight = weight
+    with torch.set_grad_enabled(training):
+        network(x)
+        weight += torch.randn_like(weight)
+        found = network(x)
+        assert engine.why_pytorch(network) == f"{part}.weight is no parameter, and a change of it would not be seen"
+        with engine.disabled():
+            torch.testing.assert_close(found, network(x))
+        if training:
+            found[0].sum().backward()
+
+
+@needs_core
 def test_a_network_whose_own_forward_is_wrapped_uses_the_engine(setting: Callable[..., None]) -> None:
     setting(engine="check")
     network, x = make_network(), torch.randn(1, 1, 4, 16, 16)

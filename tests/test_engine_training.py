@@ -270,6 +270,22 @@ def test_parameters_without_gradient_and_heads_that_are_not_used() -> None:
     assert fine.weight.grad.any()
 
 
+@pytest.mark.parametrize("heads", [[0], [1], [2], [1, 2], [0, 2]])
+def test_what_a_loss_does_not_reach_has_no_gradient(heads: list[int]) -> None:
+    """A gradient of zero would let an optimizer move it, by momentum and weight decay."""
+    network = make_network([[1, 1, 1], *[[1, 2, 2]] * 4], [6, 6, 6, 6, 6])
+    x, reached = image(network, 2, 64, 64), []
+    for mode in (nullcontext(), engine.disabled()):
+        network.zero_grad()
+        with mode:
+            logits = network(x)
+            torch.stack([logits[head].square().sum() for head in heads]).sum().backward()
+        reached.append({name for name, parameter in network.named_parameters() if parameter.grad is not None})
+    assert engine.why_pytorch(network) is None
+    assert reached[0] == reached[1]
+    assert (len(reached[0]) < len(list(network.named_parameters()))) == (heads != [0, 1, 2])
+
+
 def test_heads_that_share_a_weight_have_the_gradient_of_the_one_that_is_used() -> None:
     network = make_network([[1, 1, 1], *[[1, 2, 2]] * 3], [6, 6, 6, 6])
     coarse, fine = network.decoder.seg_layers
@@ -352,6 +368,32 @@ def test_weights_that_change_before_the_backward_pass_are_an_error() -> None:
         network.decoder.seg_layers[-1].weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         logits.sum().backward()
+
+
+def test_parameters_that_no_logit_depends_on_may_change_before_the_backward_pass() -> None:
+    """As a weight of the loss does that is learned and held within bounds."""
+    network = make_network()
+    network.encoder.log_sigma = nn.Parameter(torch.zeros(()))
+    (logits,) = network(image(network, 4, 16, 16))
+    with torch.no_grad():
+        network.encoder.log_sigma.clamp_(-1, 1)
+        network.encoder.stages[0][0].conv.bias.mul_(1)  # which the norm takes away
+    (logits.square().mean() * network.encoder.log_sigma.exp()).backward()
+    assert engine.why_pytorch(network) is None
+    assert network.encoder.log_sigma.grad.item() > 0
+    assert network.decoder.seg_layers[-1].weight.grad.any()
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_gradients_of_gradients_are_an_error(linear: bool) -> None:
+    """A penalty on gradients would be left out silently otherwise, where the loss is linear in the logits."""
+    network = make_network()
+    (logits,) = network(image(network, 4, 16, 16))
+    loss = logits.sum() if linear else logits.square().sum()
+    found = torch.autograd.grad(loss, list(network.parameters()), create_graph=True)
+    assert engine.why_pytorch(network) is None
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.stack([gradient.square().sum() for gradient in found]).sum().backward()
 
 
 def test_other_weights_may_be_used_before_the_backward_pass() -> None:
@@ -483,6 +525,25 @@ def test_the_default_dtype_does_not_matter() -> None:
     finally:
         torch.set_default_dtype(default)
     assert all(torch.equal(a, b) for a, b in zip(found, logits, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+def test_the_default_device_does_not_matter(storage: str) -> None:
+    network = make_network()
+    x = image(network, 4, 16, 16)
+    with override(engine_storage=storage):
+        logits, expected = gradients(network, x)
+        engine.release(network)
+        with torch.device("meta"):
+            found = as_list(network(x))
+            torch.autograd.backward(found[:1], [torch.ones_like(found[0], device="cpu")])
+            assert engine.why_pytorch(network) is None
+            with torch.inference_mode():
+                predicted = as_list(network.eval()(x))[0]
+            assert engine.why_pytorch(network) is None
+    assert all(torch.equal(a, b) for a, b in zip(found, logits, strict=True))
+    assert (predicted - logits[0]).abs().max() <= 5e-3 * logits[0].abs().max()
+    assert {name for name, p in network.named_parameters() if p.grad is not None} == set(expected)
 
 
 def test_memory_is_used_again_and_goes_on_release() -> None:

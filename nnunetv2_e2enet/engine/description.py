@@ -147,11 +147,13 @@ def check_modules(network: E2ENet) -> None:
 
 
 def check_hooks(network: nn.Module) -> None:
-    """Check for hooks, and for dropout that stays on in prediction: they come and go without a change of the weights.
+    """Check for hooks, weights that are no parameters, and dropout that stays on in prediction.
+
+    They come and go without a change of the parameters.
 
     Raises:
         NotSupportedError: a module, or torch for all modules, has forward hooks; the forward of a module was replaced, not
-            that of its class; dropout is on in evaluation mode.
+            that of its class; a weight is no parameter; dropout is on in evaluation mode.
     """
     if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
         raise NotSupportedError("forward hooks are registered for all modules, and would not be called")
@@ -160,6 +162,9 @@ def check_hooks(network: nn.Module) -> None:
             raise NotSupportedError(f"{name or 'the network'} has forward hooks, which would not be called")
         if name and "forward" in vars(module):  # the network's own is what asks the engine
             raise NotSupportedError(f"{name} has a forward of its own, which would not be called")
+        for key in ("weight", "bias"):
+            if key in vars(module) or key in module._buffers:
+                raise NotSupportedError(f"{name}.{key} is no parameter, and a change of it would not be seen")
         if type(module) in _DROPOUTS and module.training and not network.training:
             raise NotSupportedError(f"{name} is in training mode, the network is not")
 

@@ -72,10 +72,11 @@ class PredictionSession(Session):
                 plan.fingerprint = fingerprint
                 return plan
             self._plan = plan = None  # free its memory first
-            description = describe(network)
-            if core.storage == "float16":
-                description = in_units(description)
-            self._plan = Plan(fingerprint, present, pack(description, core.has_amx), core)
+            with torch.device("cpu"):  # whatever the default device is
+                description = describe(network)
+                if core.storage == "float16":
+                    description = in_units(description)
+                self._plan = Plan(fingerprint, present, pack(description, core.has_amx), core)
             return self._plan
 
     def take_program(self, plan: Plan, patch_size: tuple[int, ...]) -> Program:

@@ -183,15 +183,22 @@ class _Network(torch.autograd.Function):
             for n, program in enumerate(programs):
                 program.run(samples[n], [level[n] for level in logits], threads)
         programs[0].empty_between()  # for the loss
-        ctx.save_for_backward(*parameters)  # so that a change before the backward pass is an error, as always
+        # So that a change before the backward pass is an error, as always
+        ctx.save_for_backward(*(p if k in weights.read else None for k, p in enumerate(parameters)))
         ctx.set_materialize_grads(False)
         ctx.session, ctx.weights, ctx.programs = session, weights, programs
         ctx.shapes = shapes
         return tuple(logits)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph; gradients of a linear loss require none, but these depend on the weights
+            grads = tuple(g if g is None or g.requires_grad else g.detach().requires_grad_() for g in grads)
+        return _Network._backward_once(ctx, *grads)
+
+    @staticmethod
+    @once_differentiable
+    def _backward_once(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         parameters = ctx.saved_tensors
         if ctx.programs is None:
             raise E2ENetError(
@@ -210,10 +217,7 @@ class _Network(torch.autograd.Function):
                 program.run_backward([level[n] for level in logits], gradients, threads)
         weights.finish_gradients(gradients)
         ctx.session.give_back(weights, programs)
-        # As in PyTorch, a head whose logits are not used has no gradient
-        of_heads = {parameter for head in weights.heads for parameter in head.parameters}
-        read = [head.parameters for head, grad in zip(weights.heads, given, strict=True) if grad is not None]
-        reached = (weights.used - of_heads).union(*read)
+        reached = weights.reached_from([head for head, grad in enumerate(given) if grad is not None])
         wanted = [need and k in reached for k, need in enumerate(ctx.needs_input_grad[-len(parameters) :])]
         return (None, None, None, None, *(g if w else None for g, w in zip(gradients, wanted, strict=True)))
 

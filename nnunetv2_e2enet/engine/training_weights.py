@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,11 +72,6 @@ class TrainedHead:
     parameter: int
     bias: int | None
 
-    @property
-    def parameters(self) -> set[int]:
-        """The numbers of the parameters, weight and bias."""
-        return {self.parameter} if self.bias is None else {self.parameter, self.bias}
-
 
 @dataclass(frozen=True)
 class Packing:
@@ -100,7 +95,7 @@ class TrainingWeights:
         packed: what the forward pass reads.
         heads: finest first.
         shapes: of the network's parameters.
-        used: places of those that its layers have.
+        read: places of those whose values matter; the bias of a convolution before a norm has no effect.
         lock: held while what was packed is read: the backward pass packs turned kernels into memory of the forward pass.
     """
 
@@ -108,7 +103,6 @@ class TrainingWeights:
         self.core = core
         self.lock = threading.Lock()
         self._packings: list[Packing] = []
-        self.used: set[int] = set()
         self._places = {id(parameter): k for k, parameter in enumerate(network.parameters())}
         self._names = _places_by_name(network)
         self.shapes = [parameter.shape for parameter in network.parameters()]
@@ -117,8 +111,13 @@ class TrainingWeights:
         self._factors: dict[int, Tensor] = {}  # by parameter: what it is multiplied by as it is packed
         self._passes = 0
         self._packed: list[tuple[int, int]] = []  # address and version of each parameter at the last forward pass
+        with torch.device("cpu"):  # whatever the default device is
+            self._lay_out(network)
+        self.read = {packing.parameter for packing in self._packings}
+
+    def _lay_out(self, network: E2ENet) -> None:
         description = describe(network)
-        if core.storage == "float16":
+        if self.core.storage == "float16":
             description = in_units(description)
         encoder, decoder = network.encoder, network.decoder
         heads = [self._head(head) for head in reversed(decoder.seg_layers)]
@@ -148,27 +147,39 @@ class TrainingWeights:
         layers = [layer for _, layer in maskable_layers(network)]
         return all(torch.equal(mask, layer.mask) for mask, layer in zip(self._masks, layers, strict=True))
 
-    def refresh(self, parameters: Sequence[Tensor], threads: int, backward: bool = False) -> None:
-        """Pack the present values of all parameters.
+    def reached_from(self, heads: Sequence[int]) -> set[int]:
+        """The places of all parameters that the logits of these heads depend on."""
+        parts = [f"decoder.seg_layers.{len(self.heads) - 1 - head}." for head in heads]
+        levels: set[int] = set()  # whose maps are read, from stage to stage
+        for stage in reversed(range(len(self.packed.stages))):
+            levels = {near for level in levels for near in (level - 1, level, level + 1) if near >= 0}
+            levels |= {head for head in heads if len(self.packed.stages[stage]) == head + 1}  # the last stage with its level
+            parts += [f"decoder.stages.{stage}.{level}." for level in levels]
+        parts += [f"encoder.stages.{level}." for level in range(max(levels, default=-2) + 2)]
+        return {place for name, place in self._names.items() if name.startswith(tuple(parts))}
+
+    def refresh(self, parameters: Sequence[Tensor | None], threads: int, backward: bool = False) -> None:
+        """Pack the present values of all parameters that are read.
 
         Turned kernels take the memory of the kernels that the forward pass reads, and are packed for the backward pass only.
         All the rest is packed again where a forward pass with other parameters came between.
         """
-        state = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        values = {place: value for place, value in enumerate(parameters) if value is not None and place in self.read}
+        state = [(value.data_ptr(), value._version) for value in values.values()]
         if not backward:
             self._passes += 1
-            self._pack(parameters, threads, turned=False)
+            self._pack(values, threads, turned=False)
         else:
             if state != self._packed:
-                self._pack(parameters, threads, turned=False)
-            self._pack(parameters, threads, turned=True)
+                self._pack(values, threads, turned=False)
+            self._pack(values, threads, turned=True)
         self._packed = state
 
-    def _pack(self, parameters: Sequence[Tensor], threads: int, turned: bool) -> None:
+    def _pack(self, values: Mapping[int, Tensor], threads: int, turned: bool) -> None:
         for packing in self._packings:
             if packing.turned != turned:
                 continue
-            weight = parameters[packing.parameter].detach()
+            weight = values[packing.parameter].detach()
             if packing.parameter in self._factors:
                 weight = weight * self._factors[packing.parameter]
             weight = weight.contiguous()
@@ -192,9 +203,7 @@ class TrainingWeights:
         ]
 
     def _place(self, parameter: object) -> int:
-        place = self._places[id(parameter)]
-        self.used.add(place)
-        return place
+        return self._places[id(parameter)]
 
     def _array(self, parameter: int, places: Tensor | Ints) -> Floats:
         """An array of the weights in these places, which follows the parameter."""
@@ -240,8 +249,6 @@ class TrainingWeights:
         assert isinstance(norm, nn.Module)
         parameter = self._place(module.conv.weight)
         self._multiply(parameter, block.unit, block.back)
-        if module.conv.bias is not None:
-            self._place(module.conv.bias)  # whose gradient is zero
         gamma = None if norm.weight is None else self._place(norm.weight)
         beta = None if norm.bias is None else self._place(norm.bias)
         conv = turned = direct = turned_direct = None
