@@ -12,6 +12,7 @@ import pytest
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from support import Hostile, Project, architecture, full_disk, make, train_epochs
 from torch import nn
 
@@ -19,8 +20,10 @@ from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.evaluation.networks import read_trainings
 from nnunetv2_e2enet.network import E2ENet
+from nnunetv2_e2enet.network.encoder import Encoder
 from nnunetv2_e2enet.trainers.e2enet_demo_trainers import nnUNetTrainerE2ENet_smoke
 from nnunetv2_e2enet.training.checkpoints import check_architecture, newest_checkpoint, read_checkpoint
+from nnunetv2_e2enet.training.trainer import E2ENetMixin
 from nnunetv2_e2enet.training.variants import variant
 
 
@@ -253,6 +256,67 @@ def test_weights_of_another_shift_size_are_refused() -> None:
         network(3).load_state_dict(network(5).state_dict())
     network(3).load_state_dict(network(3).state_dict())
     network(3, dimension=2).load_state_dict(network(5, dimension=2).state_dict())  # in 2D nothing is shifted
+
+
+def test_modules_of_the_users_may_store_what_they_like(in_process: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that are not finite in a buffer, as in a mask of attention, and things that are no tensors."""
+    monkeypatch.setattr(Encoder, "get_extra_state", lambda _: {"version": 3}, raising=False)
+    monkeypatch.setattr(Encoder, "set_extra_state", lambda *_: None, raising=False)
+
+    def make_trainer() -> Any:
+        trainer = make(nnUNetTrainerE2ENet_smoke, in_process)
+        trainer.initialize()
+        trainer.network.encoder.register_buffer("attention_mask", torch.full((2,), -torch.inf))
+        return trainer
+
+    trainer = make_trainer()
+    train_epochs(trainer, 1)
+    path = Path(trainer.output_folder) / "checkpoint_final.pth"
+    trainer.save_checkpoint(str(path))
+    resumed = make_trainer()
+    resumed.load_checkpoint(str(path))
+    assert resumed.current_epoch == 2
+    rewrite(path, lambda content: content["network_weights"].pop("encoder._extra_state"))
+    with pytest.raises(SystemExit, match=r"lacks 1 of the network's tensors .*, such as encoder\._extra_state"):
+        make_trainer().load_checkpoint(str(path))
+
+
+def test_a_trainer_may_leave_out_a_checkpoint(in_process: Project) -> None:
+    class WithoutBest(nnUNetTrainer):
+        def save_checkpoint(self, filename: str) -> None:
+            if "checkpoint_best" not in filename:
+                super().save_checkpoint(filename)
+
+    class Ours(E2ENetMixin, WithoutBest):
+        base_num_features, max_num_features = 8, 8
+
+    trainer = make(Ours, in_process)
+    trainer.initialize()
+    for name in ("best", "latest"):
+        trainer.save_checkpoint(str(Path(trainer.output_folder) / f"checkpoint_{name}.pth"))
+    assert [path.name for path in Path(trainer.output_folder).glob("checkpoint*")] == ["checkpoint_latest.pth"]
+
+
+def test_what_a_trainer_of_the_users_logs_stays_in_the_log(in_process: Project) -> None:
+    class WithSurfaceDice(nnUNetTrainer):
+        def __init__(self, plans: Any, configuration: str, fold: int, dataset_json: Any, device: torch.device) -> None:
+            super().__init__(plans, configuration, fold, dataset_json, device)
+            self.logger.local_logger.my_fantastic_logging["surface_dice"] = []
+
+        def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+            super().on_validation_epoch_end(val_outputs)
+            self.logger.log("surface_dice", 0.5, self.current_epoch)
+
+    class Ours(E2ENetMixin, WithSurfaceDice):
+        base_num_features, max_num_features = 8, 8
+
+    trainer = make(Ours, in_process)
+    trainer.initialize()
+    train_epochs(trainer, 2)
+    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    assert read_checkpoint(path)["logging"]["surface_dice"] == [0.5, 0.5]
+    assert read_checkpoint(path)["logging"]["dsff_explored"][1] > 0
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])

@@ -14,7 +14,7 @@ from zipfile import is_zipfile
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
 from torch.serialization import safe_globals
 
 from nnunetv2_e2enet.errors import E2ENetError
@@ -156,27 +156,27 @@ def read_checkpoint(path: Path, remedy: str = _NAME_ANOTHER, lazily: bool = Fals
     return checkpoint
 
 
-def check_checkpoint(
-    path: Path, architecture: Mapping[str, Any], network_state: Mapping[str, Tensor], resumes: bool = True
-) -> None:
+def check_checkpoint(path: Path, architecture: Mapping[str, Any], network: nn.Module, resumes: bool = True) -> None:
     """Raises E2ENetError unless a checkpoint is of exactly the network that is to be continued.
 
     Args:
         path: the checkpoint.
         architecture: entry of the plans from which the network was built.
-        network_state: ``state_dict()`` of that network, not wrapped.
+        network: that network, not wrapped.
         resumes: whether its training goes on (``--c``); otherwise it is validated (``--val``).
     """
     checkpoint = read_checkpoint(path, _RESUME if resumes else _FINISH)
     check_architecture(path, checkpoint, architecture, "the trainer", _CONTINUE)
     weights = {key.removeprefix("module."): value for key, value in checkpoint["network_weights"].items()}  # as nnU-Net does
-    wrong = [key for key, value in network_state.items() if key not in weights or weights[key].shape != value.shape]
+    shapes = {key: getattr(value, "shape", None) for key, value in network.state_dict().items()}  # not all are tensors
+    wrong = [key for key, shape in shapes.items() if key not in weights or getattr(weights[key], "shape", None) != shape]
     if wrong:
         raise E2ENetError(
             f"{path} lacks {len(wrong)} of the network's tensors or has them in another shape, such as {wrong[0]}: it is not "
             "of this network; train anew, or restore the checkpoint"
         )
-    broken = [key for key in network_state if not torch.isfinite(weights[key]).all()]
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    broken = [key for key in parameters if not torch.isfinite(weights[key]).all()]
     if broken:
         raise E2ENetError(
             f"{path} holds weights that are not finite, in {broken[0]} and {len(broken) - 1} more: the training had diverged. "

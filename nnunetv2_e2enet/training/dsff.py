@@ -136,7 +136,7 @@ class DSFFMixin(NetworkMixin):
         path = Path(self.output_folder) / HISTORY_FILE if writes else None
         flows = fusion_flows(self.unwrapped_network)
         history = TopologyHistory(self.topology_updater.layers, flows, path, self.importance)
-        self.logger.local_logger = DSFFLogger(history, self.logger.local_logger.verbose)
+        self.logger.local_logger = DSFFLogger(history, self.logger.local_logger)
         return history
 
     def _schedule(self) -> Schedule:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     class _LocalLogger:
         my_fantastic_logging: dict[str, list[Any]]
+        verbose: bool
 
         def __init__(self, verbose: bool = False) -> None: ...
         def log(self, key: str, value: Any, epoch: int) -> None: ...
@@ -36,13 +37,13 @@ class DSFFLogger(_LocalLogger):
 
     Args:
         history: the history whose ``born`` is saved and loaded.
-        verbose: as in nnU-Net.
+        former: the logger in whose place this one is, with all lists of its log, those that a trainer of the user's added too.
     """
 
-    def __init__(self, history: TopologyHistory, verbose: bool = False) -> None:
-        super().__init__(verbose)
+    def __init__(self, history: TopologyHistory, former: _LocalLogger) -> None:
+        super().__init__(former.verbose)
         self.history = history
-        self.my_fantastic_logging.update(_empty())
+        self.my_fantastic_logging.update({**former.my_fantastic_logging, **_empty()})
 
     def log(self, key: str, value: Any, epoch: int) -> None:
         """As in nnU-Net; a value of DSFF may leave out epochs and may be logged again."""

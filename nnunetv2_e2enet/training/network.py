@@ -112,6 +112,8 @@ class NetworkMixin(Overrides, TrainerBase):
         target, temporary = Path(filename), Path(f"{filename}.tmp")
         try:
             super().save_checkpoint(str(temporary))
+            if not temporary.exists():  # a trainer of the user's leaves this one out
+                return
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(target)
@@ -130,7 +132,7 @@ class NetworkMixin(Overrides, TrainerBase):
             architecture = self.configuration_manager.configuration["architecture"]
             resumes = getattr(self.logger, "resume", True)  # False: to be validated
             with one_line_errors():
-                check_checkpoint(Path(filename_or_checkpoint), architecture, self.unwrapped_network.state_dict(), resumes)
+                check_checkpoint(Path(filename_or_checkpoint), architecture, self.unwrapped_network, resumes)
         with one_line_errors(), contents_of_checkpoints():  # nnUNetTrainer_warmup asks torch for weights alone
             super().load_checkpoint(filename_or_checkpoint)
 
