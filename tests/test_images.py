@@ -503,6 +503,29 @@ def test_the_spacing_of_a_3d_tiff_lies_beside_it(tmp_path: Path, model: PackedMo
     assert not np.array_equal(segmenter((voxels[None], {"spacing": [1, 1, 1]})), expected)
 
 
+TURNED = (0.0, 0.0, 1.0, -1.0, 0.0, 0.0, 0.0, -1.0, 0.0)
+"""Directions of an image whose axes point backwards, down and to the left."""
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"])
+def test_the_segmentation_of_a_path_has_the_axes_of_the_file(tmp_path: Path, model: PackedModel, reader: str) -> None:
+    """As the command writes it, whatever axes the model's reader turns images to."""
+    other = read_by(model, reader)
+    other.description.plans["configurations"]["3d_fullres"]["patch_size"] = [8, 32, 32]
+    write_packed(tmp_path / "model.e2enet", other)
+    segmenter = Segmenter(other, mirroring=False)
+    scan = SimpleITK.SmoothingRecursiveGaussian(SimpleITK.Cast(make_scan((8, 28, 32)), SimpleITK.sitkFloat32), 2.0)
+    for name, direction in (("straight", np.eye(3).ravel().tolist()), ("turned", TURNED)):
+        scan.SetDirection(direction)
+        file = tmp_path / f"{name}.nii.gz"
+        SimpleITK.WriteImage(scan, file)
+        options = ["-o", str(tmp_path / "out"), "-device", "cpu", "--disable_tta"]
+        assert main(["predict", "-m", str(tmp_path / "model.e2enet"), "-i", str(file), *options]) == 0
+        expected = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(tmp_path / "out" / file.name))
+        assert len(np.unique(expected)) > 1
+        np.testing.assert_array_equal(segmenter(file), expected)
+
+
 def test_a_folder_without_room_is_not_the_fault_of_the_image(tmp_path: Path, model: PackedModel) -> None:
     for ending in (".nii.gz", ".mha"):
         SimpleITK.WriteImage(make_scan((20, 64, 64)), tmp_path / f"scan{ending}")

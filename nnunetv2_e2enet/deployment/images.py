@@ -63,7 +63,7 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
             f"{len(paths)} images are given with -i, but the model has the channels {', '.join(model.channels)}: expected an "
             f"image for each, in this order, or a folder of images named as nnU-Net wants them (*_0000{ending})"
         )
-    with _temporary_folder() as temporary:
+    with temporary_folder() as temporary:
         folder, case = Path(temporary), case_name(paths[0])
         files = [folder / f"{case}_{i:04d}{ending}" for i in range(len(paths))]
         for path, file in zip(paths, files, strict=True):
@@ -76,8 +76,8 @@ def folder_of_images(paths: Sequence[Path], model: PackedModel) -> Iterator[Path
         yield folder
 
 
-def _temporary_folder() -> TemporaryDirectory[str]:
-    """Raises E2ENetError where none can be made."""
+def temporary_folder() -> TemporaryDirectory[str]:
+    """A new folder, which is gone after its context; raises E2ENetError where none can be made."""
     try:
         return TemporaryDirectory(prefix="e2enet_")
     except OSError as error:

@@ -18,17 +18,20 @@ import torch
 from numpy.typing import NDArray
 
 from nnunetv2_e2enet.deployment.dicom import choose_series
-from nnunetv2_e2enet.deployment.images import WRITTEN, check_images, folder_of_images
+from nnunetv2_e2enet.deployment.images import WRITTEN, check_images, folder_of_images, temporary_folder
 from nnunetv2_e2enet.deployment.packed import PackedModel, read_packed
 from nnunetv2_e2enet.errors import E2ENetError
-from nnunetv2_e2enet.imaging import SAME_SPACING, WITHOUT_SPACING, Geometry, check_finite, readable
+from nnunetv2_e2enet.imaging import SAME_SPACING, WITHOUT_SPACING, Geometry, check_finite, read_image, readable
 from nnunetv2_e2enet.machine import check_device, out_of_memory_in_one_line
+from nnunetv2_e2enet.prediction.writing import write_segmentation
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 INFINITE_LOGITS = "Encountered inf in predicted array"
 """How nnU-Net's error about them begins."""
+REORIENTS = "WithReorient"
+"""How the names of nnU-Net's readers end that turn images to axes of their own."""
 DEAD_WORKERS = ("Background workers died", "Segmentation export worker died")
 """How nnU-Net's errors about its own processes begin."""
 
@@ -134,7 +137,7 @@ class Segmenter:
 
     - a SimpleITK image, or a list of them, one a channel: gives a SimpleITK image of the same geometry;
     - the path of an image or of a folder with one DICOM series, or a list of paths, one a channel: gives an array
-      ``(depth, height, width)``;
+      ``(depth, height, width)`` on the axes of the file;
     - ``(array, properties)`` as nnU-Net's readers give them, the array ``(channels, depth, height, width)`` and
       ``properties["spacing"]`` in mm in the same order of axes: gives an array ``(depth, height, width)``.
 
@@ -220,7 +223,8 @@ class Segmenter:
             return self._segment(*image)
         channels: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
         if channels and all(isinstance(channel, (str, Path)) for channel in channels):
-            return self._segment(*self._read(channels), called=", ".join(map(str, channels)))
+            array, properties = self._read(channels)
+            return self._as_in_file(self._segment(array, properties, called=", ".join(map(str, channels))), properties)
         if channels and all(isinstance(channel, SimpleITK.Image) for channel in channels):
             array, properties = self._from_simpleitk(channels)
             segmentation = self._segment(array, properties)
@@ -245,6 +249,17 @@ class Segmenter:
         with readable(files[0]):
             array, properties = self._predictor.plans_manager.image_reader_writer_class().read_images([*map(str, files)])
         return array, properties
+
+    def _as_in_file(self, segmentation: Segmentation, properties: Properties) -> Segmentation:
+        """A segmentation on the axes of the file that was read, which are those of the file that nnU-Net writes."""
+        reader = self._predictor.plans_manager.image_reader_writer_class
+        if not reader.__name__.endswith(REORIENTS):
+            return segmentation
+        with temporary_folder() as folder:
+            file = Path(folder) / f"segmentation{self.model.description.dataset['file_ending']}"
+            write_segmentation(file, segmentation, properties, reader())
+            written: NDArray[Any] = SimpleITK.GetArrayFromImage(read_image(file))
+            return written
 
     def _from_simpleitk(self, images: Sequence[SimpleITK.Image]) -> tuple[Segmentation, Properties]:
         """Array and spacing as nnU-Net's SimpleITKIO reads them from files."""
