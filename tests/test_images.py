@@ -110,6 +110,32 @@ def test_of_several_series_one_has_to_be_chosen(tmp_path: Path) -> None:
         np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(image), SimpleITK.GetArrayFromImage(expected))
 
 
+@pytest.mark.parametrize("damaged", [0, 2, 5])
+def test_a_damaged_slice_is_not_left_out(tmp_path: Path, damaged: int) -> None:
+    """GDCM leaves out what it cannot parse, also at the ends, where no gap tells. Files of other series are none of it."""
+    files = write_dicom(make_scan(), tmp_path)
+    others = write_dicom(make_scan(), tmp_path, number=12)  # whose UIDs begin as those of the first
+    for file in (files[damaged], others[0]):
+        file.write_bytes(file.read_bytes()[:-300])
+    message = rf"^{files[damaged]} cannot be read as a slice of this series: .* copy it again"
+    with pytest.raises(E2ENetError, match=message):
+        choose_series(files[3])
+    for file in others:
+        file.unlink()
+    with pytest.raises(E2ENetError, match=message):
+        choose_series(tmp_path)
+
+
+def test_a_damaged_slice_of_another_series_is_left_alone(tmp_path: Path) -> None:
+    files = write_dicom(make_scan(), tmp_path)
+    others = write_dicom(make_scan(), tmp_path, number=12)
+    others[0].write_bytes(others[0].read_bytes()[:-300])
+    (tmp_path / "below").mkdir()
+    series = choose_series(files[3])
+    assert series is not None
+    assert sorted(series.files) == sorted(files)
+
+
 def test_no_dicom_is_no_series(tmp_path: Path) -> None:
     (tmp_path / "README.txt").write_text("no slice")
     SimpleITK.WriteImage(make_scan(), tmp_path / "scan.nrrd")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,12 @@ EVEN = 0.05
 """The most by which a slice may lie above or below its place in an image, relative to the distance between slices."""
 ASIDE = 0.5
 """The most by which a slice may lie beside its place, in pixels; directions are often rounded."""
+_MARK, _MARK_AT = b"DICM", 128
+"""Bytes of a DICOM file before its elements, and their place."""
+_SOP_CLASS = re.compile(rb"\x02\x00\x02\x00UI..([\d.]+)", re.DOTALL)
+"""An element of the meta header: the kind of object that a file holds."""
+_HEAD = 2**16
+"""Bytes in which a file names its series."""
 _SILENT = threading.RLock()
 """Held while SimpleITK's warnings are off, which is a switch of the process."""
 
@@ -79,7 +86,7 @@ def choose_series(path: Path) -> Series | None:
     """The only series of a folder, or that to which a DICOM file belongs; None where there is no DICOM.
 
     Raises:
-        E2ENetError: the folder holds several, or may not be read, or a name is no UTF-8.
+        E2ENetError: the folder holds several, or may not be read, or a slice in it is damaged, or a name is no UTF-8.
     """
     check_readable(path)
     if path.is_dir():
@@ -87,12 +94,37 @@ def choose_series(path: Path) -> Series | None:
         if len(found) > 1:
             listed = "\n".join(f"  {series}" for series in found)
             raise E2ENetError(f"{path} holds {len(found)} DICOM series: choose one, and name a file of it instead\n{listed}")
-        return found[0] if found else None
+        return _undamaged(found[0]) if found else None
     if not path.is_file() or not is_dicom(path):
         return None
     uid = _value(read_header(path), SERIES)
     files = _files(path.parent, uid) if uid else ()
-    return Series(files if any(path.samefile(file) for file in files) else (path,))
+    return _undamaged(Series(files if any(path.samefile(file) for file in files) else (path,)))
+
+
+def _undamaged(series: Series) -> Series:
+    """The series; raises E2ENetError where a file beside it is one of its slices that GDCM cannot read, and leaves out."""
+    first = series.files[0]
+    uid, kind = _value(read_header(first), SERIES), _SOP_CLASS.search(_head(first))
+    if not uid or kind is None:
+        return series
+    named = re.compile(rb"(?<![\d.])" + re.escape(uid.encode()) + rb"(?![\d.])")
+    names = {file.name for file in series.files}
+    for file in sorted(first.parent.iterdir()):
+        if file.name in names or not file.is_file():
+            continue
+        head = _head(file)
+        other = _SOP_CLASS.search(head) if head[_MARK_AT:].startswith(_MARK) else None
+        if other is not None and other[1] == kind[1] and named.search(head) and not is_dicom(file):
+            raise E2ENetError(
+                f"{file} cannot be read as a slice of this series: expected a whole DICOM file; copy it again, or take it away"
+            )
+    return series
+
+
+def _head(file: Path) -> bytes:
+    with readable(file), file.open("rb") as content:
+        return content.read(_HEAD)
 
 
 def read_series(series: Series) -> SimpleITK.Image:
