@@ -215,6 +215,45 @@ def test_a_file_of_several_frames_is_refused(tmp_path: Path) -> None:
         read_series(series)
 
 
+def write_element(file: Path, group: int, element: int, value: bytes) -> None:
+    """Changes the value of an element with an implicit type; of any length."""
+    content, tag = file.read_bytes(), group.to_bytes(2, "little") + element.to_bytes(2, "little")
+    assert content.count(tag) == 1
+    start = content.index(tag) + 8
+    end = start + int.from_bytes(content[start - 4 : start], "little")
+    file.write_bytes(content[: start - 4] + len(value).to_bytes(4, "little") + value + content[end:])
+
+
+@pytest.mark.parametrize("depth", [1, 6])
+@pytest.mark.parametrize("inverted", [0, -1])
+def test_inverted_slices_are_refused(tmp_path: Path, depth: int, inverted: int) -> None:
+    """SimpleITK would read the stored numbers of MONOCHROME1 from the largest to the smallest, Hounsfield's as well."""
+    files = write_dicom(make_scan((depth, 20, 24)), tmp_path)
+    write_element(files[inverted], 0x28, 0x0004, b"MONOCHROME1 ")
+    series = choose_series(tmp_path)
+    assert series is not None
+    message = rf"^{files[inverted]} is MONOCHROME1, .*: expected MONOCHROME2"
+    with pytest.raises(E2ENetError, match=message):
+        read_series(series)
+
+
+@pytest.mark.parametrize("depth", [1, 6])
+def test_slices_without_a_spacing_are_refused(tmp_path: Path, depth: int) -> None:
+    """Pixels would count as 1 x 1 mm. Those that are of this size are read."""
+    files = write_dicom(make_scan((depth, 20, 24)), tmp_path)
+    series = choose_series(tmp_path)
+    assert series is not None
+    for value in (b"1\\1 ", b"1.0\\1.0 ", b"1.00\\1.000"):
+        for file in files:
+            write_element(file, 0x28, 0x0030, value)
+        assert read_series(series).GetSpacing()[:2] == (1, 1)
+    for file in files:
+        write_element(file, 0x28, 0x0030, b"")
+    message = rf"^{tmp_path}/IM.* has no PixelSpacing \(0028\|0030\) .* 1 x 1 mm: expected"
+    with pytest.raises(E2ENetError, match=message):
+        read_series(series)
+
+
 def test_a_description_in_latin_1_can_be_printed(tmp_path: Path) -> None:
     for file in write_dicom(make_scan(), tmp_path):
         file.write_bytes(file.read_bytes().replace(b"Abdomen 1", "Schädel 1".encode("latin-1")))

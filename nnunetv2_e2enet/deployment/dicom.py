@@ -19,6 +19,7 @@ from nnunetv2_e2enet.files import check_readable
 from nnunetv2_e2enet.imaging import check_name, read_header, read_image, readable
 
 MODALITY, DESCRIPTION, SERIES = "0008|0060", "0008|103e", "0020|000e"
+PHOTOMETRIC, PIXEL_SPACING = "0028|0004", "0028|0030"
 EVEN = 0.05
 """The most by which a slice may lie above or below its place in an image, relative to the distance between slices."""
 ASIDE = 0.5
@@ -132,17 +133,13 @@ def read_series(series: Series) -> SimpleITK.Image:
 
     Raises:
         E2ENetError: slices are missing, lie at uneven distances or askew, differ in size, or cannot be read; or a file holds
-            several frames, each of which may have a place and a slope of its own.
+            several frames, each of which may have a place and a slope of its own, inverted numbers, or no spacing.
     """
     slices = [read_header(file) for file in series.files]
     if slices[0].GetNumberOfComponents() != 1:
         raise E2ENetError(f"{series} is in colour: expected a scan of one channel")
     for file, each in zip(series.files, slices, strict=True):
-        frames = prod(each.GetSize()[2:])
-        if frames > 1:
-            raise E2ENetError(
-                f"{file} holds {frames} frames: expected a file for each slice; convert it to one file a slice, or to NIfTI"
-            )
+        _check_slice(file, each)
     if len(slices) == 1:
         return read_image(series.files[0])
     first = slices[0]
@@ -159,6 +156,25 @@ def read_series(series: Series) -> SimpleITK.Image:
     if misplaced(image, origins) is not None:
         raise E2ENetError(f"{series} {_why_no_volume(image, origins)}")
     return image
+
+
+def _check_slice(file: Path, tags: SimpleITK.ImageFileReader) -> None:
+    """Raises E2ENetError where SimpleITK would read something else than the file says, or what it does not say."""
+    frames = prod(tags.GetSize()[2:])
+    if frames > 1:
+        raise E2ENetError(
+            f"{file} holds {frames} frames: expected a file for each slice; convert it to one file a slice, or to NIfTI"
+        )
+    if _value(tags, PHOTOMETRIC) == "MONOCHROME1":
+        raise E2ENetError(
+            f"{file} is MONOCHROME1, whose numbers are inverted when they are read: expected MONOCHROME2; export the series "
+            "as such, or convert it to NIfTI"
+        )
+    if tags.GetSpacing()[:2] == (1, 1) and not re.fullmatch(r"(1(\.0*)?\s*\\?\s*){2}", _value(tags, PIXEL_SPACING)):
+        raise E2ENetError(
+            f"{file} has no PixelSpacing ({PIXEL_SPACING}) that is read, so that its pixels would count as 1 x 1 mm: expected "
+            "the distances of pixels in mm; export the series again, or convert it to NIfTI with the right spacing"
+        )
 
 
 def misplaced(image: SimpleITK.Image, origins: Sequence[Sequence[float]]) -> int | None:
