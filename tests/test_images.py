@@ -9,7 +9,7 @@ import os
 import re
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -251,6 +251,18 @@ def test_slices_without_a_spacing_are_refused(tmp_path: Path, depth: int) -> Non
         write_element(file, 0x28, 0x0030, b"")
     message = rf"^{tmp_path}/IM.* has no PixelSpacing \(0028\|0030\) .* 1 x 1 mm: expected"
     with pytest.raises(E2ENetError, match=message):
+        read_series(series)
+
+
+@pytest.mark.parametrize(("element", "name"), [(0x0032, "ImagePositionPatient"), (0x0037, "ImageOrientationPatient")])
+@pytest.mark.parametrize("without", [[3], range(6)], ids=["one", "all"])
+def test_what_slices_lack_is_named(tmp_path: Path, element: int, name: str, without: Sequence[int]) -> None:
+    files = write_dicom(make_scan(), tmp_path)
+    series = choose_series(tmp_path)
+    assert series is not None
+    for i in without:
+        write_element(files[i], 0x20, element, b"")
+    with pytest.raises(E2ENetError, match=rf"^{files[without[0]]} has no {name} \(0020\|00..\), .*: expected"):
         read_series(series)
 
 

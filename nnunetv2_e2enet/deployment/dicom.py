@@ -20,6 +20,8 @@ from nnunetv2_e2enet.imaging import check_name, read_header, read_image, readabl
 
 MODALITY, DESCRIPTION, SERIES = "0008|0060", "0008|103e", "0020|000e"
 PHOTOMETRIC, PIXEL_SPACING = "0028|0004", "0028|0030"
+PLACE = {"0020|0032": "ImagePositionPatient", "0020|0037": "ImageOrientationPatient"}
+"""What each of several slices has to have."""
 EVEN = 0.05
 """The most by which a slice may lie above or below its place in an image, relative to the distance between slices."""
 ASIDE = 0.5
@@ -133,7 +135,7 @@ def read_series(series: Series) -> SimpleITK.Image:
 
     Raises:
         E2ENetError: slices are missing, lie at uneven distances or askew, differ in size, or cannot be read; or a file holds
-            several frames, each of which may have a place and a slope of its own, inverted numbers, or no spacing.
+            several frames, each of which may have a place and a slope of its own, inverted numbers, no spacing, or no place.
     """
     slices = [read_header(file) for file in series.files]
     if slices[0].GetNumberOfComponents() != 1:
@@ -142,6 +144,13 @@ def read_series(series: Series) -> SimpleITK.Image:
         _check_slice(file, each)
     if len(slices) == 1:
         return read_image(series.files[0])
+    for file, each in zip(series.files, slices, strict=True):
+        for tag, name in PLACE.items():
+            if not _value(each, tag):
+                raise E2ENetError(
+                    f"{file} has no {name} ({tag}), so that nobody can tell where it lies: expected the place of each slice; "
+                    "export the series again, or convert it to NIfTI"
+                )
     first = slices[0]
     alike = all(s.GetSize() == first.GetSize() and np.allclose(s.GetSpacing()[:2], first.GetSpacing()[:2]) for s in slices)
     if not alike or not all(np.allclose(s.GetDirection(), first.GetDirection(), atol=1e-3) for s in slices):
