@@ -562,13 +562,13 @@ def test_voxels_that_are_no_numbers(tmp_path: Path, model: PackedModel) -> None:
             segmenter(given)
 
 
-@pytest.mark.parametrize("name", ["scan_0000.tif", "scan.tif"])
-def test_the_spacing_of_a_3d_tiff_lies_beside_it(tmp_path: Path, model: PackedModel, name: str) -> None:
+@pytest.mark.parametrize(("name", "case"), [("scan_0000.tif", "scan"), ("scan.tif", "scan"), ("scan_2020.tif", "scan_2020")])
+def test_the_spacing_of_a_3d_tiff_lies_beside_it(tmp_path: Path, model: PackedModel, name: str, case: str) -> None:
     """nnU-Net's reader looks for it under the name of the case, and takes 1 mm where it finds none."""
     voxels = np.random.default_rng(0).normal(size=(6, 20, 24)).astype(np.float32)
     tifffile.imwrite(tmp_path / name, voxels)
     spacing = [5.0, 0.7, 0.8]
-    (tmp_path / "scan.json").write_text(json.dumps({"spacing": spacing}))
+    (tmp_path / f"{case}.json").write_text(json.dumps({"spacing": spacing}))
     tiff = read_by(model, "Tiff3DIO", ".tif")
     with folder_of_images([tmp_path / name], tiff) as folder:
         (file,) = folder.glob("*.tif")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
@@ -241,8 +240,9 @@ class Segmenter:
                 raise E2ENetError(f"{file} is not a file: expected an image, or a folder with a DICOM series")
         ending = self.model.description.dataset["file_ending"]
         converted = any(series) or (ending in WRITTEN and not all(file.name.endswith(ending) for file in files))
+        numbered = all(file.name.endswith(f"_{i:04d}{ending}") for i, file in enumerate(files))
         # nnU-Net's reader of 3D TIFF files cuts the number of a channel from a name, and looks for the spacing under the rest
-        if converted or (ending in WITHOUT_SPACING and not all(re.search(rf"_\d{{4}}{ending}$", file.name) for file in files)):
+        if converted or (ending in WITHOUT_SPACING and not numbered):
             with folder_of_images(files, self.model) as folder:
                 return self._read(sorted(folder.glob(f"*{ending}")))
         check_images(files)
