@@ -35,6 +35,7 @@ from support import Project, copy_with_random_heads, full_disk, program, run_com
 from nnunetv2_e2enet.cli import termination
 from nnunetv2_e2enet.cli.main import main
 from nnunetv2_e2enet.deployment import PackedModel, Segmenter, pack_model, preview, read_packed, volumes, write_packed
+from nnunetv2_e2enet.deployment.images import check_replaceable
 from nnunetv2_e2enet.deployment.segmenter import failures_in_one_line
 from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.network import accounts, maskable_layers
@@ -619,6 +620,24 @@ def test_volumes_and_previews_of_what_postprocessing_leaves(project: Project, tm
     pictures = [imread(folder / f"{case}.png") for folder in (tmp_path / "out", tmp_path / "out" / "postprocessed")]
     assert pictures[0].shape == pictures[1].shape
     assert not np.array_equal(*pictures)
+
+
+@pytest.mark.parametrize("written", [str, float])
+def test_labels_that_nnunet_converts(project: Project, tmp_path: Path, written: type) -> None:
+    """nnU-Net takes "1" and 1.0 for 1."""
+    model, _ = untrained_model(project)
+    labels = {name: written(value) for name, value in model.description.dataset["labels"].items()}
+    other = replace(model, description=replace(model.description, dataset={**model.description.dataset, "labels": labels}))
+    write_packed(tmp_path / "model.e2enet", other)
+    case, large, small = segmented_by_hand(project, tmp_path)
+    files = ["-m", str(tmp_path / "model.e2enet"), "-i", str(tmp_path / "images"), "-o", str(tmp_path / "out")]
+    assert main(["predict", *files, *SEQUENTIAL, "--continue_prediction", "--volumes", "--preview"]) == 0
+    segmentation = tmp_path / "out" / f"{case}.nii.gz"
+    voxel = np.prod(SimpleITK.ReadImage(segmentation).GetSpacing()) / 1000
+    with (tmp_path / "out" / "volumes.csv").open(newline="") as file:
+        volumes = [float(row["millilitres"]) for row in csv.DictReader(file)]
+    assert volumes == pytest.approx([(large + small) * voxel, *[0] * (len(labels) - 2)], abs=1e-3)
+    check_replaceable(segmentation, tmp_path / "images" / f"{case}_0000.nii.gz", other)
 
 
 @pytest.mark.parametrize(("channel", "window"), [("ct", "window -160 to 240 HU"), ("T1", "grey values ")])

@@ -164,7 +164,7 @@ def check_replaceable(segmentation: Path, image: Path, model: PackedModel) -> No
             f"{segmentation} is there already, and cannot be read: name another folder with -o, or remove it"
         ) from error
     of_labels = (SimpleITK.sitkUInt8, SimpleITK.sitkUInt16)  # as nnU-Net writes them
-    values = [*(dataset.get("regions_class_order") or []), *(v for label in model.foreground.values() for v in label)]
+    values = [*map(int, dataset.get("regions_class_order") or []), *(v for label in model.foreground.values() for v in label)]
     elsewhere = Geometry.of(found).difference(Geometry.of(read_header(image)), image)
     if (
         found.GetPixelID() not in of_labels

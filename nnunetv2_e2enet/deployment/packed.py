@@ -80,9 +80,12 @@ class PackedModel:
 
     @property
     def foreground(self) -> dict[str, list[int]]:
-        """Name of each label or region but the background, and the values that belong to it in a segmentation."""
+        """Name of each label or region but the background, and the values that belong to it in a segmentation.
+
+        Values may be written "1" or 1.0, which nnU-Net converts, too.
+        """
         named = {name: v for name, v in self.description.dataset["labels"].items() if name not in ("background", "ignore")}
-        return {name: list(v) if isinstance(v, (list, tuple)) else [v] for name, v in named.items()}
+        return {name: [int(n) for n in (v if isinstance(v, (list, tuple)) else [v])] for name, v in named.items()}
 
     @property
     def channels(self) -> list[str]:
