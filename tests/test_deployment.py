@@ -710,6 +710,11 @@ def spoil_plans(model: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (model / "plans.json").write_text(json.dumps(plans))
 
 
+def spoil_dataset(model: Path, **changes: Any) -> None:
+    path = model / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 def spoil_checkpoint(model: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = model / "fold_1" / "checkpoint_final.pth"
     content = torch.load(path, weights_only=False)
@@ -734,6 +739,10 @@ def trained_architecture(content: dict[str, Any]) -> dict[str, Any]:
         (lambda m: (m / "fold_1" / "checkpoint_final.pth").write_bytes(b"PK"), "or it is truncated: train that fold again"),
         (lambda m: (m / "dataset.json").unlink(), "dataset.json is missing in "),
         (
+            lambda m: spoil_dataset(m, channel_names={"1": "synthetic"}),
+            "dataset.json numbers its channels 1: expected 0, as image files are numbered; ",
+        ),
+        (
             lambda m: spoil_plans(m, lambda c: c["architecture"].update(network_class_name="PlainConvUNet")),
             "trained PlainConvUNet",
         ),
@@ -755,7 +764,19 @@ def trained_architecture(content: dict[str, Any]) -> dict[str, Any]:
         ),
     ],
     ids=[
-        *("folder", "fold", "checkpoint", "data set", "foreign", "shift size", "strides", "patch", "missing", "nan"),
+        *(
+            "folder",
+            "fold",
+            "checkpoint",
+            "data set",
+            "channels",
+            "foreign",
+            "shift size",
+            "strides",
+            "patch",
+            "missing",
+            "nan",
+        ),
         *("foreign checkpoint", "width"),
     ],
 )

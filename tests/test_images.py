@@ -26,7 +26,7 @@ from scans import DIRECTION, assert_same_place, make_scan, write_dicom
 from support import Project, copy_with_random_heads, full_disk, untrained_model
 
 from nnunetv2_e2enet.cli.main import main
-from nnunetv2_e2enet.deployment import PackedModel, Segmenter, write_packed
+from nnunetv2_e2enet.deployment import PackedModel, Segmenter, read_packed, write_packed
 from nnunetv2_e2enet.deployment.dicom import Series, choose_series, read_series
 from nnunetv2_e2enet.deployment.images import case_name, check_channels, check_replaceable, folder_of_images
 from nnunetv2_e2enet.errors import E2ENetError
@@ -385,6 +385,23 @@ def test_channels_are_given_one_by_one(tmp_path: Path, model: PackedModel) -> No
         folder_of_images([tmp_path / "t1"], two),
     ):
         pass
+
+
+def test_channels_have_the_order_of_their_numbers(tmp_path: Path, model: PackedModel) -> None:
+    """In which image files are numbered, whatever the order in ``dataset.json``."""
+
+    def numbered(names: Any) -> PackedModel:
+        dataset = {**model.description.dataset, "channel_names": names}
+        return replace(model, description=replace(model.description, dataset=dataset))
+
+    names = {str(number): f"contrast {number}" for number in (1, 10, 11, *range(2, 10), 0)}
+    assert numbered(names).channels == [f"contrast {number}" for number in range(12)]
+    assert list(numbered(names).description.channel_names) == [str(number) for number in range(12)]
+    numbered({"0": "T1"}).description.check()
+    for wrong in ({"1": "T1"}, {"first": "T1"}, ["T1"]):
+        write_packed(tmp_path / "model.e2enet", numbered(wrong))
+        with pytest.raises(E2ENetError, match=r"model\.e2enet cannot be read as a packed model"):
+            read_packed(tmp_path / "model.e2enet")
 
 
 def test_what_is_no_image(tmp_path: Path, model: PackedModel) -> None:

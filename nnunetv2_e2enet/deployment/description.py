@@ -79,9 +79,19 @@ class Description:
 
     @property
     def channel_names(self) -> dict[str, Any]:
-        """The channels of an image by number, under either name that nnU-Net has for them in ``dataset.json``."""
-        names: dict[str, Any] = self.dataset.get("channel_names") or self.dataset["modality"]
-        return names
+        """The channels of an image by number, in this order, under either name that nnU-Net has for them in ``dataset.json``.
+
+        Raises:
+            E2ENetError: the numbers are others than those of image files.
+        """
+        names = {str(number): name for number, name in (self.dataset.get("channel_names") or self.dataset["modality"]).items()}
+        numbers = [str(number) for number in range(len(names))]
+        if set(names) != set(numbers):
+            raise E2ENetError(
+                f"dataset.json numbers its channels {', '.join(names)}: expected {', '.join(numbers)}, as image files are "
+                "numbered; write these numbers into it, and export the model again"
+            )
+        return {number: names[number] for number in numbers}
 
     def as_json(self) -> dict[str, Any]:
         """The fields, as JSON can hold them."""
@@ -91,6 +101,8 @@ class Description:
         """Raises E2ENetError if prediction would fail or call code outside nnU-Net."""
         with _one_line("the description of the model"):
             _check_types(self)
+            if not self.channel_names:
+                raise ValueError("there are no channels")
             plans, settings = self.managers()
             _check_names(plans, settings)
             if not re.fullmatch(r"(\.\w+)+", self.dataset["file_ending"]):  # it becomes part of paths
