@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ from nnunetv2_e2enet.machine import is_out_of_memory
 GZIP = b"\x1f\x8b"
 """First bytes of a compressed file, whatever it is called."""
 LONGEST_HEADER = 540
-"""Bytes of the header of NIfTI-2; that of NIfTI-1 has 348."""
+"""Bytes of the header of NIfTI-2; those of NIfTI-1 and Analyze have 348, that of GIPL has 256."""
+GIPL_BITS = {1: 8, 7: 8, 8: 8, 15: 16, 16: 16, 31: 32, 32: 32, 64: 32, 65: 64}
+"""Bits of a voxel, by GIPL's numbers for types."""
 
 SHEARED = "orthonormal direction cosines"
 """Words of SimpleITK's error about a NIfTI file whose axes are not at right angles."""
@@ -172,24 +175,46 @@ def is_nifti(file: Path) -> bool:
     return file.name.endswith((".nii", ".nii.gz"))
 
 
-def check_whole(file: Path) -> None:
-    """Raises E2ENetError where a NIfTI file ends too early; SimpleITK reads what is missing as zeros, and says nothing.
+def is_gipl(file: Path) -> bool:
+    """Whether the name of a file says so."""
+    return file.name.endswith((".gipl", ".gipl.gz"))
 
-    Also where the name of a file of any format is no UTF-8. Other formats have errors of their own about their ends. The last
-    four bytes of a compressed file tell its size; where they do not fit, the file is decompressed to its end.
+
+def check_whole(file: Path) -> None:
+    """Raises E2ENetError where a NIfTI, Analyze or GIPL file ends too early; SimpleITK reads other voxels, and says nothing.
+
+    Also where the name of a file of any format is no UTF-8. MetaImage, NRRD, MINC and HDF5 files have errors of their own
+    about their ends. VTK and TIFF files have none, and are not checked. The last four bytes of a compressed file tell its
+    size; where they do not fit, the file is decompressed to its end.
     """
     check_name(file)
-    if not is_nifti(file):
+    parts = _parts(file)
+    if parts is None:
         return
+    header, voxels = parts
     with readable(file):
-        with _content(file) as content:
-            shape, bits, offset = _sizes(content.read(LONGEST_HEADER))
+        with _content(header) as content:
+            shape, bits, offset = (_sizes_of_gipl if is_gipl(file) else _sizes)(content.read(LONGEST_HEADER))
         expected = offset + prod(shape) * bits // 8
-        found = _bytes_within(file, expected)
+        found = _bytes_within(voxels, expected)
     if found < expected:
         raise E2ENetError(
-            f"{file} ends after {found:,} of {expected:,} bytes: expected a whole image file; copy it again or write it anew"
+            f"{voxels} ends after {found:,} of {expected:,} bytes: expected a whole image file; copy it again or write it anew"
         )
+
+
+def _parts(file: Path) -> tuple[Path, Path] | None:
+    """Files of the header and of the voxels, the same or a pair; None of a format that is not checked."""
+    if is_nifti(file) or is_gipl(file):
+        return file, file
+    named = re.fullmatch(r"(.+)\.(hdr|img)(\.gz)?", file.name)
+    if named is None:
+        return None
+    header, voxels = (
+        next(filter(Path.is_file, (file.with_name(f"{named[1]}{end}{gz}") for gz in ("", ".gz"))), None)
+        for end in (".hdr", ".img")
+    )
+    return None if header is None or voxels is None else (header, voxels)
 
 
 def _content(file: Path) -> IO[bytes]:
@@ -200,7 +225,7 @@ def _content(file: Path) -> IO[bytes]:
 
 
 def _sizes(header: bytes) -> tuple[tuple[int, ...], int, int]:
-    """Voxels along each axis, bits of a voxel, and bytes before the first voxel, from the header of NIfTI-1 or NIfTI-2."""
+    """Voxels along each axis, bits of a voxel, and bytes before the first voxel, from the header of NIfTI or Analyze."""
     for order in "<>":
         length, *_ = unpack_from(f"{order}i", header)
         if length == 348:
@@ -210,6 +235,12 @@ def _sizes(header: bytes) -> tuple[tuple[int, ...], int, int]:
             dims, bits = unpack_from(f"{order}8q", header, 16), unpack_from(f"{order}h", header, 14)
             return dims[1 : 1 + dims[0]], bits[0], *unpack_from(f"{order}q", header, 168)
     raise ValueError("the header is none of NIfTI")
+
+
+def _sizes_of_gipl(header: bytes) -> tuple[tuple[int, ...], int, int]:
+    """The same from the header of GIPL."""
+    *shape, kind = unpack_from(">5H", header)
+    return tuple(max(1, n) for n in shape), GIPL_BITS[kind], 256
 
 
 def _bytes_within(file: Path, expected: int) -> int:

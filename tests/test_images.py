@@ -702,16 +702,31 @@ def test_other_formats_than_the_models_are_converted(tmp_path: Path, model: Pack
     np.testing.assert_array_equal(segmenter(tmp_path / "scan.mha"), segmenter(tmp_path / "scan.nii.gz"))
 
 
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_directions_that_a_format_does_not_store(tmp_path: Path, model: PackedModel) -> None:
+    """A GIPL file has none: the model would see another scan, and its labels would lie elsewhere."""
+    write_dicom(make_scan(), tmp_path / "turned")
+    scan = make_scan()
+    scan.SetDirection(np.eye(3).ravel().tolist())
+    SimpleITK.WriteImage(scan, tmp_path / "straight.nii.gz")
+    other = read_by(model, "SimpleITKIO", ".gipl")
+    with folder_of_images([tmp_path / "straight.nii.gz"], other) as folder:
+        assert_same_place(SimpleITK.ReadImage(folder / "straight_0000.gipl"), scan)
+    message = rf"^{tmp_path}/turned has axes that point .*, which \*\.gipl does not store: expected"
+    with pytest.raises(E2ENetError, match=message), folder_of_images([tmp_path / "turned"], other):
+        pass
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".gipl", ".gipl.gz", ".hdr", ".img"])
 def test_a_file_that_ends_early_is_no_image(tmp_path: Path, ending: str) -> None:
-    """SimpleITK reads what is missing as zeros."""
+    """SimpleITK reads what is missing as zeros, or as what lies in its memory."""
     noise = np.random.default_rng(0).normal(size=(20, 64, 64)).astype(np.float32)
     file = tmp_path / f"scan{ending}"
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(noise), file)
-    whole = file.read_bytes()
+    voxels = file.with_suffix(".img") if ending == ".hdr" else file
+    whole = voxels.read_bytes()
     assert read_image(file).GetSize() == (64, 64, 20)
     for size in (len(whole) // 2, len(whole) - 5):
-        file.write_bytes(whole[:size])
+        voxels.write_bytes(whole[:size])
         with pytest.raises(E2ENetError, match=r"ends after [\d,]+ of [\d,]+ bytes: expected a whole image file") as error:
             read_image(file)
         found, of = (int(number.replace(",", "")) for number in re.findall(r"[\d,]+(?= of| bytes)", str(error.value)))
@@ -731,6 +746,38 @@ def test_sizes_are_read_from_any_header(tmp_path: Path, kind: Any, order: str, e
     check_whole(file)
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(E2ENetError, match=r"ends after [\d,]+ of [\d,]+ bytes"):
+        check_whole(file)
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Pair, nibabel.AnalyzeImage])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_voxels_in_a_file_of_their_own(tmp_path: Path, kind: Any, order: str) -> None:
+    """Compressed or not, whichever of the two files is named. Another file of that ending is none of them."""
+    header = kind.header_class(endianness=order)
+    header.set_data_dtype(np.int16)
+    voxels = np.arange(4000, dtype=np.int16).reshape(20, 20, 10)
+    for compressed in ("", ".gz"):
+        folder = tmp_path / f"pair{compressed}"
+        folder.mkdir()
+        files = [folder / f"scan.{ending}{compressed}" for ending in ("hdr", "img")]
+        kind(voxels, np.eye(4), header).to_filename(files[1])
+        for file in files:
+            np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(read_image(file)).T, voxels)
+        files[1].write_bytes(files[1].read_bytes()[:-9])
+        for file in files:
+            with pytest.raises(E2ENetError, match=rf"^{files[1]} ends after [\d,]+ of 8,000 bytes"):
+                read_image(file)
+    (slice_,) = write_dicom(make_scan((1, 20, 24)), tmp_path)
+    assert read_image(slice_.rename(tmp_path / "slice.img")).GetSize() == (24, 20, 1)
+
+
+@pytest.mark.parametrize("kind", [SimpleITK.sitkUInt8, SimpleITK.sitkInt16, SimpleITK.sitkFloat32, SimpleITK.sitkFloat64])
+def test_sizes_are_read_from_gipl(tmp_path: Path, kind: int) -> None:
+    file = tmp_path / "scan.gipl"
+    SimpleITK.WriteImage(SimpleITK.Image([20, 10, 4], kind), file)
+    check_whole(file)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(E2ENetError, match=r"scan\.gipl ends after [\d,]+ of [\d,]+ bytes"):
         check_whole(file)
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import SimpleITK
 
 from nnunetv2_e2enet.deployment.dicom import choose_series, read_series
@@ -23,6 +24,7 @@ from nnunetv2_e2enet.imaging import (
     check_name,
     check_one_grid,
     check_whole,
+    is_gipl,
     read_header,
     read_image,
     readable,
@@ -243,6 +245,11 @@ def _put(path: Path, target: Path, ending: str) -> None:
     if series is not None:
         print(f"Reading {series}")
     image = read_image(path) if series is None else read_series(series)
+    if is_gipl(target) and not np.allclose(image.GetDirection(), np.eye(image.GetDimension()).ravel(), atol=1e-3):
+        raise E2ENetError(
+            f"{path} has axes that point elsewhere than the patient's, which *{ending} does not store: expected axes to the "
+            "left, the back and the head, as the model's training images have; resample it to such a grid"
+        )
     check_finite(SimpleITK.GetArrayViewFromImage(image), path)
     check_name(target)
     try:
