@@ -149,7 +149,7 @@ def read_series(series: Series) -> SimpleITK.Image:
             if not _value(each, tag):
                 raise E2ENetError(
                     f"{file} has no {name} ({tag}), so that nobody can tell where it lies: expected the place of each slice; "
-                    "export the series again, or convert it to NIfTI"
+                    "export the series again"
                 )
     first = slices[0]
     alike = all(s.GetSize() == first.GetSize() and np.allclose(s.GetSpacing()[:2], first.GetSpacing()[:2]) for s in slices)
@@ -177,7 +177,7 @@ def _check_slice(file: Path, tags: SimpleITK.ImageFileReader) -> None:
     if _value(tags, PHOTOMETRIC) == "MONOCHROME1":
         raise E2ENetError(
             f"{file} is MONOCHROME1, whose numbers are inverted when they are read: expected MONOCHROME2; export the series "
-            "as such, or convert it to NIfTI"
+            "as such"
         )
     if tags.GetSpacing()[:2] == (1, 1) and not re.fullmatch(r"(1(\.0*)?\s*\\?\s*){2}", _value(tags, PIXEL_SPACING)):
         raise E2ENetError(
