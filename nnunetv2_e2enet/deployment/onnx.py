@@ -23,19 +23,12 @@ from nnunetv2_e2enet.errors import E2ENetError
 from nnunetv2_e2enet.files import temporary_path
 from nnunetv2_e2enet.network import E2ENet, maskable_layers
 from nnunetv2_e2enet.network.blocks import ShiftBlock, as_given
-from nnunetv2_e2enet.network.connections import MaskedConv2d, MaskedConv3d, MaskedConvTranspose2d, MaskedConvTranspose3d
+from nnunetv2_e2enet.network.conversion import MASKABLE
 from nnunetv2_e2enet.network.depth_shift import DEPTH_AXIS
 from nnunetv2_e2enet.network.recomputation import RECOMPUTE
 
 OPSET = 18
 INPUT, OUTPUT = "image", "logits"
-
-_UNMASKED: dict[type, type] = {
-    MaskedConv2d: nn.Conv2d,
-    MaskedConv3d: nn.Conv3d,
-    MaskedConvTranspose2d: nn.ConvTranspose2d,
-    MaskedConvTranspose3d: nn.ConvTranspose3d,
-}
 
 
 class _PlainShiftBlock(nn.Module):
@@ -90,7 +83,8 @@ def plain_network(network: E2ENet) -> nn.Module:
     for _, layer in maskable_layers(plain):
         layer.weight = nn.Parameter(layer.masked_weight().detach())
         del layer.mask, layer.explored
-        layer.__class__ = next(plain_class for masked, plain_class in _UNMASKED.items() if isinstance(layer, masked))
+        unmasked: type = next(base for base in type(layer).__mro__ if base in MASKABLE)
+        layer.__class__ = unmasked
     for module in list(plain.modules()):
         for name, child in module.named_children():
             if isinstance(child, ShiftBlock):

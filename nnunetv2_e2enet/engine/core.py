@@ -20,7 +20,7 @@ from nnunetv2_e2enet.engine.jobs import (
     HeadGradientJob,
     HeadJob,
     Job,
-    LayerJob,
+    LabelJob,
     Map,
     NormGradientJob,
     PoolJob,
@@ -42,14 +42,14 @@ TIMERS = (
     *("gradients of upsampling", "gradients of strided convs", "gradients of heads"),
 )
 
-_ABI = 7
+_ABI = 8
 
 
-_GRADIENT_JOBS = (NormGradientJob, ConvGradientJob, StridedGradientJob, UpsampleGradientJob, HeadGradientJob)
 _CALLS: dict[type[Structure], str] = {
     ConvJob: "e2e_conv",
     StridedJob: "e2e_strided",
     PoolJob: "e2e_pool",
+    HeadJob: "e2e_head",
     NormGradientJob: "e2e_norm_gradient",
     ConvGradientJob: "e2e_conv_gradient",
     StridedGradientJob: "e2e_strided_gradient",
@@ -86,23 +86,18 @@ class Core:
 
     def scratch_floats(self, job: Job, threads: int) -> int:
         """Floats of scratch memory that ``run`` needs for this job with this number of threads."""
-        if isinstance(job, (PoolJob, NormGradientJob)):
-            return 0
-        if isinstance(job, HeadJob):
-            return _checked(self._library.e2e_head(self._handle, ctypes.byref(job), None, None, threads))
-        return _checked(getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), None, threads))
+        return self._call(job, None, threads)
 
-    def run(self, job: LayerJob, scratch: int, threads: int) -> None:
-        """Run any job but that of a head.
+    def run(self, job: Job, scratch: int, threads: int) -> None:
+        """Run a job.
 
         Raises:
             MemoryError: the core finds no memory.
         """
-        _checked(getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), scratch, threads))
+        self._call(job, scratch, threads)
 
-    def run_head(self, job: HeadJob, logits: int, scratch: int, threads: int) -> None:
-        """Write the logits of a head; addresses are those of the memory."""
-        _checked(self._library.e2e_head(self._handle, ctypes.byref(job), logits, scratch, threads))
+    def _call(self, job: Job, scratch: int | None, threads: int) -> int:
+        return _checked(getattr(self._library, _CALLS[type(job)])(self._handle, ctypes.byref(job), scratch, threads))
 
     def import_image(self, image: int, factor: float, target: Map, threads: int) -> None:
         """Store an image, multiplied by ``factor``; ``image`` is its address, ``(channels, *patch)`` of float32."""
@@ -159,7 +154,6 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer = c_void_p
     signatures: dict[str, tuple[type | None, list[type]]] = {
         "e2e_kernels": (pointer, [ctypes.c_char_p, ctypes.c_int]),
-        "e2e_head": (c_int64, [pointer, pointer, pointer, pointer, ctypes.c_int]),
         **dict.fromkeys(_CALLS.values(), (c_int64, [pointer, pointer, pointer, ctypes.c_int])),
         "e2e_pack_kernels": (None, [pointer, pointer, c_int64, ctypes.c_int, pointer, ctypes.c_int]),
         "e2e_pack_weights": (None, [pointer, pointer, c_int64, pointer, ctypes.c_int]),
@@ -168,6 +162,11 @@ def _declare(library: ctypes.CDLL) -> None:
         "e2e_checksum": (ctypes.c_uint64, [pointer, c_int64, ctypes.c_int]),
         "e2e_multiply_add_only": (c_int64, [pointer, c_int64, ctypes.c_int]),
         "e2e_sample": (ctypes.c_uint64, [pointer, pointer, c_int64]),
+        "e2e_add_window": (None, [pointer, c_int64, c_int64, pointer, pointer, *[c_int64] * 4, ctypes.c_int]),
+        "e2e_add_mirrored": (None, [pointer, pointer, ctypes.c_int, c_float, *[c_int64] * 4, ctypes.c_int]),
+        "e2e_divide_slice": (ctypes.c_int, [pointer, pointer, c_int64, c_int64, ctypes.c_int]),
+        "e2e_label_scratch": (c_int64, [pointer, ctypes.c_int]),
+        "e2e_label_slices": (None, [pointer, c_int64, c_int64, pointer, ctypes.c_int]),
         "e2e_layout": (None, [pointer]),
         "e2e_abi": (ctypes.c_int, []),
     }
@@ -179,7 +178,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 def _same_layout(library: ctypes.CDLL) -> bool:
     """Whether structs are as large as here, and tiles, groups and Winograd's points are the same."""
-    structs = (Grid, Map, ConvJob, StridedJob, PoolJob, HeadJob, *_GRADIENT_JOBS)
+    structs: tuple[type[Structure], ...] = (Grid, Map, *_CALLS, LabelJob)
     constants = (len(TIMERS), TILE, CHUNK, DENSE_ROWS, *(int(point * 1024) for point in (POINTS[1], POINTS[3])))
     found = (c_int64 * (len(structs) + len(constants)))()
     library.e2e_layout(found)

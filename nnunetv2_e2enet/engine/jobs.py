@@ -127,7 +127,14 @@ class PoolJob(Structure):
 class HeadJob(Structure):
     """A segmentation head: 1 x 1 convolution to logits."""
 
-    _fields_ = (("input", Map), ("weight", c_void_p), ("bias", c_void_p), ("classes", c_int32), ("seconds", c_void_p))
+    _fields_ = (
+        ("input", Map),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("classes", c_int32),
+        ("logits", c_void_p),
+        ("seconds", c_void_p),
+    )
 
 
 class NormGradientJob(Structure):
@@ -219,5 +226,36 @@ class HeadGradientJob(Structure):
 
 
 GradientJob = NormGradientJob | ConvGradientJob | StridedGradientJob | UpsampleGradientJob | HeadGradientJob
-LayerJob = ConvJob | StridedJob | PoolJob | GradientJob
-Job = LayerJob | HeadJob
+Job = ConvJob | StridedJob | PoolJob | HeadJob | GradientJob
+
+
+class Axis(Structure):
+    """One axis of a resampled scan; ``Axis`` of ``native/scan.h``."""
+
+    _fields_ = (
+        ("lower", c_void_p),
+        ("upper", c_void_p),
+        ("lower_weight", c_void_p),
+        ("upper_weight", c_void_p),
+        ("size", c_int64),
+    )
+
+
+class LabelJob(Structure):
+    """Logits of a scan and the labels that they are resampled to; of ``native/scan.h``."""
+
+    _fields_ = (
+        ("slices", c_void_p),
+        ("classes", c_int64),
+        ("class_stride", c_int64),
+        ("row_stride", c_int64),
+        ("width", c_int32),
+        ("regions", c_int32),
+        ("threshold", c_float),
+        ("label_bytes", c_int32),
+        ("axes", Axis * 3),
+        ("labels", c_void_p),
+        ("out", c_void_p),
+        ("out_slice", c_int64),
+        ("out_row", c_int64),
+    )

@@ -13,12 +13,12 @@ from torch import Tensor
 from nnunetv2_e2enet.engine import jobs as abi
 from nnunetv2_e2enet.engine.arena import Lifetime, place
 from nnunetv2_e2enet.engine.core import TIMERS, Core
-from nnunetv2_e2enet.engine.jobs import ConvJob, HeadJob, LayerJob, PoolJob, StridedJob
+from nnunetv2_e2enet.engine.jobs import ConvJob, HeadJob, Job, PoolJob, StridedJob
 from nnunetv2_e2enet.engine.layout import Buffer, Floats, StoredMap, StoredNorm, pages
 from nnunetv2_e2enet.engine.units import image_factor
 from nnunetv2_e2enet.engine.weights import ConvWeights, NormWeights, PackedBlock, PackedNode, PackedWeights
 
-Make = Callable[[], LayerJob | tuple[int, HeadJob]]
+Make = Callable[[], Job]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Program:
         self._threads = 0
         self._kept: list[object] = []  # what the jobs point to
         self._of_image: list[ConvJob | StridedJob] = []  # jobs that read the image
+        self._heads: list[tuple[int, HeadJob]] = []  # by level
         self._steps: list[Step] = []
         size = of_image = [1] * (3 - len(patch_size)) + list(patch_size)
         self._sizes = [size := [s // t for s, t in zip(size, stride, strict=True)] for stride in weights.strides]
@@ -76,19 +77,15 @@ class Program:
         for first in self._of_image:
             first.norm.eps = self.weights.encoder[0][0].norm.eps * factor**2
         self._core.import_image(x.data_ptr(), factor, self._image.struct(), threads)
+        for level, head in self._heads:
+            head.logits = logits[level].data_ptr() if level < len(logits) else None
         for job in self._jobs:
-            if isinstance(job, tuple):
-                level, head = job
-                if level < len(logits):
-                    self._core.run_head(head, logits[level].data_ptr(), scratch, threads)
-            else:
-                self._core.run(job, scratch, threads)
+            self._core.run(job, scratch, threads)
 
     def _fit_scratch(self, threads: int) -> None:
         if threads == self._threads:
             return
-        jobs = [job[1] if isinstance(job, tuple) else job for job in self._jobs]
-        self._scratch = pages(max(self._core.scratch_floats(job, threads) for job in jobs))
+        self._scratch = pages(max(self._core.scratch_floats(job, threads) for job in self._jobs))
         self._threads = threads
 
     def _place(self) -> Floats:
@@ -224,10 +221,12 @@ class Program:
             self.seconds.ctypes.data,
         )
 
-    def _head_job(self, level: int, x: StoredMap) -> tuple[int, HeadJob]:
+    def _head_job(self, level: int, x: StoredMap) -> HeadJob:
         weight, bias, classes = self.weights.heads[level]
         pointer = None if bias is None else self._pointer(bias)
-        return level, HeadJob(self._map(x), self._pointer(weight), pointer, classes, self.seconds.ctypes.data)
+        job = HeadJob(self._map(x), self._pointer(weight), pointer, classes, None, self.seconds.ctypes.data)
+        self._heads.append((level, job))
+        return job
 
     def _map(self, stored: StoredMap) -> abi.Map:
         self._kept.append(stored)

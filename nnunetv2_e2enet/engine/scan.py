@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,35 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nnunetv2_e2enet.engine import jobs
 from nnunetv2_e2enet.engine.core import load_library
-
-
-class _Axis(Structure):
-    _fields_ = (
-        ("lower", c_void_p),
-        ("upper", c_void_p),
-        ("lower_weight", c_void_p),
-        ("upper_weight", c_void_p),
-        ("size", c_int64),
-    )
-
-
-class _LabelJob(Structure):
-    _fields_ = (
-        ("slices", c_void_p),
-        ("classes", c_int64),
-        ("class_stride", c_int64),
-        ("row_stride", c_int64),
-        ("width", c_int32),
-        ("regions", c_int32),
-        ("threshold", c_float),
-        ("label_bytes", c_int32),
-        ("axes", _Axis * 3),
-        ("labels", c_void_p),
-        ("out", c_void_p),
-        ("out_slice", c_int64),
-        ("out_row", c_int64),
-    )
 
 
 @dataclass(frozen=True)
@@ -180,7 +153,7 @@ class Labeler:
         self._upper = axes[0].upper
         self._slices = (c_void_p * (int(axes[0].upper.max(initial=0)) + 1))()
         self._done = 0
-        job = _LabelJob(
+        job = jobs.LabelJob(
             slices=ctypes.addressof(self._slices),
             classes=rule.classes,
             class_stride=strides[0],
@@ -196,7 +169,7 @@ class Labeler:
         )
         for i, axis in enumerate(axes):
             arrays = (axis.lower, axis.upper, axis.lower_weight, axis.upper_weight)
-            job.axes[i] = _Axis(*(array.ctypes.data for array in arrays), len(axis))
+            job.axes[i] = jobs.Axis(*(array.ctypes.data for array in arrays), len(axis))
         self._job = job
 
     def take(self, first: int, slices: Sequence[Tensor]) -> None:
@@ -218,33 +191,8 @@ class Labeler:
         self._done = max(self._done, end)
 
 
-def _declare(library: ctypes.CDLL) -> None:
-    pointer, size = c_void_p, c_int64
-    job = POINTER(_LabelJob)
-    signatures: dict[str, tuple[type | None, list[type]]] = {
-        "e2e_add_window": (None, [pointer, size, size, pointer, pointer, size, size, size, size, c_int]),
-        "e2e_add_mirrored": (None, [pointer, pointer, c_int, c_float, size, size, size, size, c_int]),
-        "e2e_divide_slice": (c_int, [pointer, pointer, size, size, c_int]),
-        "e2e_label_scratch": (size, [job, c_int]),
-        "e2e_label_slices": (None, [job, size, size, pointer, c_int]),
-        "e2e_label_job_size": (size, []),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype = result
-        function.argtypes = arguments
-
-
 @lru_cache(maxsize=1)
 def load_scan_core() -> ScanCore | str:
     """The functions, or a sentence that says why they cannot be used."""
     library = load_library()
-    if isinstance(library, str):
-        return library
-    try:
-        _declare(library)
-    except AttributeError as error:
-        return f"the compiled core is of another version of this package ({error}): reinstall it"
-    if library.e2e_label_job_size() != ctypes.sizeof(_LabelJob):
-        return "the compiled core is of another version of this package: reinstall it"
-    return ScanCore(library)
+    return library if isinstance(library, str) else ScanCore(library)

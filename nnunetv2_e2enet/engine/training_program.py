@@ -79,7 +79,6 @@ class TrainingProgram(Program):
         for level, head in self._head_jobs:
             head.logits = logits[level].data_ptr()
         for job in self._backward_jobs:
-            assert not isinstance(job, tuple)
             self._core.run(job, self._scratch.ctypes.data, threads)
 
     # ---- memory -----------------------------------------------------------------------------------------------------
@@ -91,7 +90,7 @@ class TrainingProgram(Program):
         if like is not None and like._threads == threads:
             self._scratch = like._scratch
         else:
-            jobs = [job[1] if isinstance(job, tuple) else job for job in [*self._jobs, *self._backward_jobs]]
+            jobs = [*self._jobs, *self._backward_jobs]
             self._scratch = pages(max(self._core.scratch_floats(job, threads) for job in jobs))
         self._threads = threads
 

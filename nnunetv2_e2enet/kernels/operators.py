@@ -76,7 +76,7 @@ def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 @_statistics.register_fake
-def _(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     shape, wide = x.shape[:2], wide_dtype(x.dtype)
     return x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)
 
@@ -107,15 +107,7 @@ def _norm_gradient(
 
 
 @_norm_gradient.register_fake
-def _(
-    grad: Tensor,  # noqa: ARG001
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,  # noqa: ARG001
-    scale: Tensor,  # noqa: ARG001
-    offset: Tensor,  # noqa: ARG001
-    slope: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(_grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return empty_like(x, x.shape[1]), torch.empty_like(mean), torch.empty_like(mean)
 
 
@@ -132,7 +124,7 @@ def _join(tensors: Sequence[Tensor], slopes: Sequence[float], shift_size: int) -
 
 
 @_join.register_fake
-def _(tensors: Sequence[Tensor], slopes: Sequence[float], shift_size: int) -> Tensor:  # noqa: ARG001
+def _(tensors: Sequence[Tensor], slopes: Sequence[float], *_: object) -> Tensor:
     return _joined(tensors, slopes)
 
 
@@ -148,7 +140,7 @@ def _separate(grad: Tensor, widths: Sequence[int], shift_size: int) -> list[Tens
 
 
 @_separate.register_fake
-def _(grad: Tensor, widths: Sequence[int], shift_size: int) -> list[Tensor]:  # noqa: ARG001
+def _(grad: Tensor, widths: Sequence[int], *_: object) -> list[Tensor]:
     return _parts(grad, widths)
 
 

@@ -122,7 +122,7 @@ def _pool(tensors: Sequence[Tensor], slope: float, stride: Sequence[int]) -> tup
 
 
 @_pool.register_fake
-def _(tensors: Sequence[Tensor], slope: float, stride: Sequence[int]) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def _(tensors: Sequence[Tensor], _slope: float, stride: Sequence[int]) -> tuple[Tensor, Tensor]:
     return _empty_pooled(tensors[0], stride)
 
 
@@ -137,7 +137,7 @@ def _pool_gradient(grad: Tensor, index: Tensor, size: Sequence[int], stride: Seq
 
 
 @_pool_gradient.register_fake
-def _(grad: Tensor, index: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:  # noqa: ARG001
+def _(grad: Tensor, index: Tensor, size: Sequence[int], *_: object) -> Tensor:
     return _empty_whole(grad, index, size)
 
 

@@ -113,10 +113,10 @@ def _convolve(
 @_convolve.register_fake
 def _(
     tensors: Sequence[Tensor],
-    slopes: Sequence[float],  # noqa: ARG001
-    shift_size: int,  # noqa: ARG001
+    _slopes: Sequence[float],
+    _shift_size: int,
     weight: Tensor,
-    inputs: Tensor,  # noqa: ARG001
+    _inputs: Tensor,
     stride: Sequence[int],
     transposed: bool,
 ) -> Tensor:
@@ -154,15 +154,7 @@ def _input_gradient(
 
 
 @_input_gradient.register_fake
-def _(
-    grad: Tensor,  # noqa: ARG001
-    weight: Tensor,  # noqa: ARG001
-    inputs: Tensor,  # noqa: ARG001
-    maps: Sequence[Tensor],
-    shift_size: int,  # noqa: ARG001
-    stride: Sequence[int],  # noqa: ARG001
-    transposed: bool,  # noqa: ARG001
-) -> list[Tensor]:
+def _(_grad: Tensor, _weight: Tensor, _inputs: Tensor, maps: Sequence[Tensor], *_: object) -> list[Tensor]:
     return [empty_like(maps[0], x.shape[1], x.dtype) for x in maps]
 
 
@@ -199,13 +191,12 @@ def _weight_gradient(
 @_weight_gradient.register_fake
 def _(
     grad: Tensor,
-    tensors: Sequence[Tensor],  # noqa: ARG001
-    slopes: Sequence[float],  # noqa: ARG001
-    shift_size: int,  # noqa: ARG001
+    _tensors: Sequence[Tensor],
+    _slopes: Sequence[float],
+    _shift_size: int,
     inputs: Tensor,
     kernel: Sequence[int],
-    stride: Sequence[int],  # noqa: ARG001
-    transposed: bool,  # noqa: ARG001
+    *_: object,
 ) -> Tensor:
     return grad.new_empty((grad.shape[1], inputs.shape[1], *kernel), dtype=wide_dtype(grad.dtype))
 

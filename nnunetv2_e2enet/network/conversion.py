@@ -23,7 +23,7 @@ from nnunetv2_e2enet.network.connections import (
 )
 from nnunetv2_e2enet.network.depth_shift import check_shift_size, check_trained_shift_size, depth_shift
 
-_MASKABLE: dict[type[nn.Module], Callable[..., MaskableLayer]] = {
+MASKABLE: dict[type[nn.Module], Callable[..., MaskableLayer]] = {
     nn.Conv2d: MASKED_CONV[2],
     nn.Conv3d: MASKED_CONV[3],
     nn.ConvTranspose2d: MASKED_CONV_TRANSPOSE[2],
@@ -70,7 +70,7 @@ def make_maskable(network: nn.Module) -> nn.Module:
     """
     decoder = getattr(network, "decoder", nn.Module())
     kept = {*_modules(network, "encoder"), *_modules(decoder, "encoder"), *_modules(decoder, "seg_layers")}
-    convs = [m for m in decoder.modules() if type(m) in _MASKABLE and m not in kept and getattr(m, "groups", 1) == 1]
+    convs = [m for m in decoder.modules() if type(m) in MASKABLE and m not in kept and getattr(m, "groups", 1) == 1]
     if not convs:
         raise E2ENetError(
             f"{type(network).__name__} has no dense convolutions in a decoder, where DSFF could be put: take plans of a U-Net "
@@ -149,7 +149,7 @@ def _maskable(conv: Any) -> MaskableLayer:
     if isinstance(conv, (nn.ConvTranspose2d, nn.ConvTranspose3d)):
         arguments["output_padding"] = conv.output_padding
     bias = conv.bias is not None
-    layer = _MASKABLE[type(conv)](conv.in_channels, conv.out_channels, conv.kernel_size, bias=bias, **arguments)
+    layer = MASKABLE[type(conv)](conv.in_channels, conv.out_channels, conv.kernel_size, bias=bias, **arguments)
     layer.to(conv.weight.device)
     layer.weight, layer.bias = conv.weight, conv.bias
     return layer

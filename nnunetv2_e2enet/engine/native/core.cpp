@@ -6,6 +6,7 @@
 #include "cpu.h"
 #include "driver.h"
 #include "export.h"
+#include "scan.h"
 
 namespace e2e {
 namespace {
@@ -57,7 +58,7 @@ const e2e::Kernels& table(const void* kernels) { return *static_cast<const e2e::
 }  // namespace
 }  // namespace e2e
 
-E2E_EXPORT int e2e_abi() { return 7; }
+E2E_EXPORT int e2e_abi() { return 8; }
 
 // Sizes of the structs that Python mirrors, and constants that both know, to notice when the two differ.
 E2E_EXPORT void e2e_layout(int64_t* sizes) {
@@ -72,12 +73,13 @@ E2E_EXPORT void e2e_layout(int64_t* sizes) {
     sizes[8] = sizeof(e2e::StridedGradientJob);
     sizes[9] = sizeof(e2e::UpsampleGradientJob);
     sizes[10] = sizeof(e2e::HeadGradientJob);
-    sizes[11] = e2e::kTimers;
-    sizes[12] = e2e::kTile;
-    sizes[13] = e2e::kChunk;
-    sizes[14] = e2e::kDenseRows;
-    sizes[15] = static_cast<int64_t>(e2e::kNear * 1024);
-    sizes[16] = static_cast<int64_t>(e2e::kFar * 1024);
+    sizes[11] = sizeof(e2e::LabelJob);
+    sizes[12] = e2e::kTimers;
+    sizes[13] = e2e::kTile;
+    sizes[14] = e2e::kChunk;
+    sizes[15] = e2e::kDenseRows;
+    sizes[16] = static_cast<int64_t>(e2e::kNear * 1024);
+    sizes[17] = static_cast<int64_t>(e2e::kFar * 1024);
 }
 
 // The kernels of that name, for maps in float or in half, or null if this CPU or this build does not have them.
@@ -95,51 +97,24 @@ E2E_EXPORT const void* e2e_kernels(const char* name, int halves) {
     return nullptr;
 }
 
-E2E_EXPORT int64_t e2e_conv(const void* kernels, const e2e::ConvJob* job, float* scratch, int threads) {
-    return e2e::guarded([&] { return e2e::run_conv(e2e::table(kernels), *job, scratch, threads); });
-}
-
-E2E_EXPORT int64_t e2e_strided(const void* kernels, const e2e::StridedJob* job, float* scratch, int threads) {
-    return e2e::guarded([&] { return e2e::run_strided(e2e::table(kernels), *job, scratch, threads); });
-}
-
-E2E_EXPORT int64_t e2e_head(const void* kernels, const e2e::HeadJob* job, float* logits, float* scratch, int threads) {
-    return e2e::guarded([&] { return e2e::run_head(e2e::table(kernels), *job, logits, scratch, threads); });
-}
-
-E2E_EXPORT int64_t e2e_pool(const void* kernels, const e2e::PoolJob* job, float*, int threads) {
-    return e2e::guarded([&] {
-        e2e::run_pool(e2e::table(kernels), *job, threads);
-        return int64_t{0};
-    });
-}
+// Each returns the floats of scratch memory that the job needs, and does the job unless scratch is null.
+#define E2E_JOB(name, Job)                                                                                              \
+    E2E_EXPORT int64_t e2e_##name(const void* kernels, const e2e::Job* job, float* scratch, int threads) {              \
+        return e2e::guarded([&] { return e2e::run_##name(e2e::table(kernels), *job, scratch, threads); });              \
+    }
+E2E_JOB(conv, ConvJob)
+E2E_JOB(strided, StridedJob)
+E2E_JOB(pool, PoolJob)
+E2E_JOB(head, HeadJob)
+E2E_JOB(norm_gradient, NormGradientJob)
+E2E_JOB(conv_gradient, ConvGradientJob)
+E2E_JOB(strided_gradient, StridedGradientJob)
+E2E_JOB(upsample_gradient, UpsampleGradientJob)
+E2E_JOB(head_gradient, HeadGradientJob)
 
 E2E_EXPORT int64_t e2e_import(const void* kernels, const float* image, float factor, const e2e::Map* out, int threads) {
     return e2e::guarded([&] {
         e2e::run_import(e2e::table(kernels), image, factor, *out, threads);
-        return int64_t{0};
-    });
-}
-
-E2E_EXPORT int64_t e2e_conv_gradient(const void* kernels, const e2e::ConvGradientJob* job, float* scratch, int threads) {
-    return e2e::guarded([&] { return e2e::run_conv_gradient(e2e::table(kernels), *job, scratch, threads); });
-}
-
-E2E_EXPORT int64_t e2e_strided_gradient(const void* kernels, const e2e::StridedGradientJob* job, float* scratch, int threads) {
-    return e2e::guarded([&] { return e2e::run_strided_gradient(e2e::table(kernels), *job, scratch, threads); });
-}
-
-E2E_EXPORT int64_t e2e_upsample_gradient(const void* kernels, const e2e::UpsampleGradientJob* job, float* scratch, int threads) {
-    return e2e::guarded([&] { return e2e::run_upsample_gradient(e2e::table(kernels), *job, scratch, threads); });
-}
-
-E2E_EXPORT int64_t e2e_head_gradient(const void* kernels, const e2e::HeadGradientJob* job, float* scratch, int threads) {
-    return e2e::guarded([&] { return e2e::run_head_gradient(e2e::table(kernels), *job, scratch, threads); });
-}
-
-E2E_EXPORT int64_t e2e_norm_gradient(const void* kernels, const e2e::NormGradientJob* job, float*, int threads) {
-    return e2e::guarded([&] {
-        e2e::run_norm_gradient(e2e::table(kernels), *job, threads);
         return int64_t{0};
     });
 }

@@ -74,7 +74,7 @@ int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratc
     return memory.used();
 }
 
-int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, float* scratch, int threads) {
+int64_t run_head(const Kernels& kernels, const HeadJob& job, float* scratch, int threads) {
     const Grid& grid = job.in.grid;
     const int64_t vectors = std::min<int64_t>(4, divide_up(grid.tiles, kernels.lanes)), tiles = vectors * kernels.lanes;
     const int64_t blocks = divide_up(grid.tiles, tiles), inputs = job.in.channels;
@@ -83,7 +83,7 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
     const int64_t in_floats = kPhases * in_pitch, out_floats = kPhases * out_pitch;
     float* in_rows = memory.take(in_floats * threads);
     float* out_rows = memory.take(out_floats * threads);
-    if (!scratch) return memory.used();
+    if (!scratch || !job.logits) return memory.used();
     Failure failure;
     #pragma omp parallel num_threads(threads)
     {
@@ -113,7 +113,7 @@ int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, floa
                     for (int64_t k = 0; k < job.classes; ++k) {
                         for (int row = 0; row < kTile && kTile * s.row + row < grid.height; ++row) {
                             const int64_t x = kTile * s.column, y = kTile * s.row + row;
-                            float* to = logits + ((k * grid.depth + s.slice) * grid.height + y) * grid.width + x;
+                            float* to = job.logits + ((k * grid.depth + s.slice) * grid.height + y) * grid.width + x;
                             const int64_t pixels = std::min(s.count * kTile, grid.width - x);
                             const float* from = out + row * kTile * out_pitch + k * tiles + s.lane;
                             kernels.pixels_row(from, out_pitch, s.count, pixels, to);

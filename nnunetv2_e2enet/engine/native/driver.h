@@ -265,14 +265,15 @@ void upsample_slices(const Kernels& kernels, const Upsample& job, const Grid& fi
 // Each returns the floats of scratch memory that the job needs, and does the job unless scratch is null.
 int64_t run_conv(const Kernels& kernels, const ConvJob& job, float* scratch, int threads);
 int64_t run_strided(const Kernels& kernels, const StridedJob& job, float* scratch, int threads);
-int64_t run_head(const Kernels& kernels, const HeadJob& job, float* logits, float* scratch, int threads);
-void run_pool(const Kernels& kernels, const PoolJob& job, int threads);
+int64_t run_head(const Kernels& kernels, const HeadJob& job, float* scratch, int threads);
+int64_t run_pool(const Kernels& kernels, const PoolJob& job, float* scratch, int threads);
 
 int64_t run_conv_gradient(const Kernels& kernels, const ConvGradientJob& job, float* scratch, int threads);
 int64_t run_strided_gradient(const Kernels& kernels, const StridedGradientJob& job, float* scratch, int threads);
 int64_t run_upsample_gradient(const Kernels& kernels, const UpsampleGradientJob& job, float* scratch, int threads);
 int64_t run_head_gradient(const Kernels& kernels, const HeadGradientJob& job, float* scratch, int threads);
-void run_norm_gradient(const Kernels& kernels, const NormGradientJob& job, int threads);
+int64_t run_norm_gradient(const Kernels& kernels, const NormGradientJob& job, float* scratch, int threads);
+
 void pack_kernels(const float* weight, const int32_t* places, int64_t n, int turned, float* to, int threads);
 void run_import(const Kernels& kernels, const float* image, float factor, const Map& out, int threads);
 

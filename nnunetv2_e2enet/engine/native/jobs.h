@@ -93,6 +93,7 @@ struct HeadJob {
     const float* weight;  // [group][input][kDenseRows]
     const float* bias;    // null or one a class
     int32_t classes;
+    float* logits;  // (class, depth, height, width); null: not wanted
     double* seconds;
 };
 

@@ -219,7 +219,8 @@ class Pooling {
 
 }  // namespace
 
-void run_pool(const Kernels& kernels, const PoolJob& job, int threads) {
+int64_t run_pool(const Kernels& kernels, const PoolJob& job, float* scratch, int threads) {
+    if (!scratch) return 0;
     Failure failure;
     #pragma omp parallel num_threads(threads)
     {
@@ -232,6 +233,7 @@ void run_pool(const Kernels& kernels, const PoolJob& job, int threads) {
         watch.lap(kPool);
     }
     failure.rethrow();
+    return 0;
 }
 
 void run_import(const Kernels& kernels, const float* image, float factor, const Map& out, int threads) {

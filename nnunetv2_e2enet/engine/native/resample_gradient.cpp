@@ -85,7 +85,8 @@ NormChannels channels_from(const NormGradientJob& job, int64_t c) {
 
 }  // namespace
 
-void run_norm_gradient(const Kernels& kernels, const NormGradientJob& job, int threads) {
+int64_t run_norm_gradient(const Kernels& kernels, const NormGradientJob& job, float* scratch, int threads) {
+    if (!scratch) return 0;
     const Grid& grid = job.raw.grid;
     std::vector<double> sums(static_cast<size_t>(2 * threads * job.raw.channels), 0.0);
     std::vector<UnpoolingPlan> plans(static_cast<size_t>(threads), UnpoolingPlan(job));
@@ -112,6 +113,7 @@ void run_norm_gradient(const Kernels& kernels, const NormGradientJob& job, int t
             apply_norm_gradient(kernels, job, chunk, share.channels(chunk));
         watch.lap(kNormGradient);
     }
+    return 0;
 }
 
 namespace {

@@ -93,8 +93,6 @@ void label_rows(const ScanKernels& kernels, const LabelJob& job, int64_t z, int6
 }  // namespace
 }  // namespace e2e
 
-E2E_EXPORT int64_t e2e_label_job_size() { return sizeof(e2e::LabelJob); }
-
 // Adds a window times weights to the sums of a scan, [classes][depth][height][width] contiguous.
 // slices are those of the sums that the window covers: of each, the first voxel of the window in the first class.
 E2E_EXPORT void e2e_add_window(e2e::Half* const* slices, int64_t class_stride, int64_t row_stride, const float* values,
