@@ -166,8 +166,7 @@ def spread(values: Sequence[float], form: str = ".1f") -> str:
     return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def commit() -> str:
-    """Of the repository that this file lies in, with a mark if files differ from it; of a bundle, that it was made of."""
+def _commit() -> str:
     noted = Path(__file__).with_name(COMMIT_FILE)
     if noted.is_file():
         return noted.read_text().strip()
@@ -176,15 +175,32 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-class Record:
-    """Results in a JSON file that is complete after every entry, and is gone on with when the program is started again."""
+COMMIT = _commit()
+"""That of the repository that this file lies in when a program starts, with a mark if files differ from it; of a bundle, that
+which it was made of. A commit that is made while the program runs is not what it runs."""
 
-    def __init__(self, file: Path, header: dict[str, Any]) -> None:
+
+class Record:
+    """Results in a JSON file that is complete after every entry, and is gone on with when the program is started again.
+
+    Args:
+        file: the JSON file.
+        header: what all results are measured with. It is written before the first of them.
+        given_by: the program's option that says where the file is.
+
+    Raises:
+        SystemExit: the file is of another header.
+    """
+
+    def __init__(self, file: Path, header: dict[str, Any], given_by: str = "output") -> None:
         self.file = file
         self.content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {**header, "results": {}}
         changed = [key for key, value in header.items() if self.content.get(key) != value]
         if changed:
-            raise SystemExit(f"{file} was measured with another {', '.join(changed)}: move it away, or give another --output")
+            what = ", ".join(changed)
+            raise SystemExit(f"{file} was measured with another {what}: give what was given then, or another --{given_by}")
+        if header:  # what is measured for the first entry, over several calls, is measured with it
+            self._write()
 
     @property
     def results(self) -> dict[str, Any]:
@@ -192,4 +208,7 @@ class Record:
 
     def add(self, name: str, result: Any) -> None:
         self.results[name] = result
+        self._write()
+
+    def _write(self) -> None:
         files.write_atomically(self.file, json.dumps(self.content, indent=2) + "\n")

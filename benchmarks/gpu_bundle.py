@@ -86,7 +86,7 @@ def bundle(folder: Path, preprocessed: Path, python: str, with_torch: bool, inst
     (folder / "repository").mkdir()
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=REPOSITORY, check=True, capture_output=True).stdout
     subprocess.run(["tar", "-x", "-C", str(folder / "repository")], input=archive, check=True)
-    (folder / "repository" / "benchmarks" / contestants.COMMIT_FILE).write_text(contestants.commit() + "\n")
+    (folder / "repository" / "benchmarks" / contestants.COMMIT_FILE).write_text(contestants.COMMIT + "\n")
     target = folder / "nnUNet_preprocessed" / preprocessed.name
     shutil.copytree(preprocessed, target, dirs_exist_ok=True)
     (target / "prepared").touch()  # which benchmarks/hippocampus.py looks for

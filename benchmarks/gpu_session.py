@@ -56,11 +56,11 @@ STAGE_SECONDS = 8 * 60
 MOST = 2
 """How many times its least seconds a measurement may take while others wait."""
 DONE, UNFINISHED, FAILED = "done", "goes on when the stage is called again", "failed"
-"""What becomes of a measurement, and of a stage."""
+"""What becomes of a measurement."""
 
 
-def run_stage(number: int, session: Session, results: Path | None = None) -> str:
-    """Measure what is not there yet, in at most ``session.seconds``. Returns what became of the stage.
+def run_stage(number: int, session: Session, results: Path | None = None) -> set[str]:
+    """Measure what is not there yet, in at most ``session.seconds``. Returns what became of the measurements.
 
     Args:
         number: of the stage.
@@ -79,14 +79,13 @@ def run_stage(number: int, session: Session, results: Path | None = None) -> str
         todo = [key for key in keys if not session.file(key, RECORD).is_file()]
         todo.sort(key=lambda key: session.file(key, ERROR).is_file())  # what failed before comes last
         at_once = number > 0 and STAGES[number - 1] in AT_ONCE
-        ends = set()
+        ends = set() if todo else {DONE}
         with ThreadPoolExecutor(max(1, len(todo) if at_once else 1)) as pool:
             for end in pool.map(partial(measured, session=session, deadline=deadline, lock=lock), todo):
                 ends.add(end)
                 collect(session, results)
-    end = next((end for end in (FAILED, UNFINISHED) if end in ends), DONE)
-    print(f"stage {number}: {end}", flush=True)
-    return end
+    print(f"stage {number}: {', '.join(end for end in (DONE, FAILED, UNFINISHED) if end in ends)}", flush=True)
+    return ends
 
 
 @contextmanager
@@ -131,11 +130,12 @@ def unpack(results: Path, session: Session) -> None:
 def measured(key: str, session: Session, deadline: float, lock: int) -> str:
     """Measure in a process of its own, which writes the record. Returns what became of it."""
     measurement, error = measurement_of(key, session), session.file(key, ERROR)
+    failed_before = error.is_file()
     left = deadline - time.monotonic()
     if left < min(measurement.least_seconds, 0.9 * session.seconds):  # a whole stage is as much as it can have
         print(f"{key}: too little time is left", flush=True)
-        return UNFINISHED
-    comes_last = error.is_file() or STAGES[int(key[0]) - 1] in AT_ONCE  # then nothing waits for its end
+        return FAILED if failed_before else UNFINISHED
+    comes_last = failed_before or STAGES[int(key[0]) - 1] in AT_ONCE  # then nothing waits for its end
     seconds = left if comes_last else min(left, MOST * measurement.least_seconds)
     begin = time.monotonic()
     status, reason = ended(key, session, measurement, seconds, lock)
@@ -212,7 +212,7 @@ def measure(key: str, session: Session) -> None:
         return
     content = {
         "what": key,
-        "commit": contestants.commit(),
+        "commit": contestants.COMMIT,
         "machine": contestants.machine(session.device),
         "result": result,
     }
@@ -251,11 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     begin = time.monotonic()
     stages = range(1, len(STAGES) + 1) if given.stage is None else (given.stage,)
-    ends = []
+    ends = set()
     for number in stages:
-        while (end := run_stage(number, session, given.results)) == UNFINISHED and given.stage is None:
+        while UNFINISHED in (of_stage := run_stage(number, session, given.results)) and given.stage is None:
             pass
-        ends.append(end)
+        ends |= of_stage
     print(f"{time.monotonic() - begin:.0f} s", flush=True)
     if FAILED in ends:
         raise SystemExit(f"what failed is in {session.folder}, in files that end in .error.json")

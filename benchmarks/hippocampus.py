@@ -103,6 +103,12 @@ def until(deadline: float, base: Any, epochs: int, iterations: tuple[int, int]) 
             if time.time() > deadline and self.current_epoch < self.num_epochs:
                 raise TimeIsUp
 
+        def save_checkpoint(self, filename: str) -> None:
+            """nnU-Net's own trainer writes into the file that it replaces, of which a kill would leave a part."""
+            partial = Path(f"{filename}.tmp")
+            super().save_checkpoint(str(partial))
+            partial.replace(filename)
+
     Sliced.__name__ = base.__name__  # names the folder, and what a checkpoint says of its trainer
     return Sliced
 
@@ -189,7 +195,7 @@ def train(contestant: str, dataset_name: str, fold: Fold, deadline: float, given
 
 
 def add_call(folder: Path, epoch: int, device: str) -> None:
-    call = {"epoch": epoch, "machine": contestants.machine(device), "commit": contestants.commit()}
+    call = {"epoch": epoch, "machine": contestants.machine(device), "commit": contestants.COMMIT}
     folder.mkdir(parents=True, exist_ok=True)
     earlier = read_calls(folder) if epoch else []
     files.write_atomically(folder / CALLS_FILE, json.dumps([*earlier, call]))
@@ -260,9 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given_settings = ("epochs", "iterations", "validation_iterations", "batch_size", "width", "bfloat16", "seed")
     settings = {name: getattr(given, name) for name in given_settings} | ({"phantoms": True} if given.phantoms else {})
     dataset = PHANTOMS if given.phantoms else HIPPOCAMPUS
-    record = contestants.Record(
-        given.folder / f"{'phantoms' if given.phantoms else 'hippocampus'}.json", {"settings": settings}
-    )
+    file = given.folder / f"{'phantoms' if given.phantoms else 'hippocampus'}.json"
+    record = contestants.Record(file, {"settings": settings}, given_by="folder")
     prepare(dataset, given.source, given.folder.resolve(), given.processes)
 
     results = given.folder / "nnUNet_results" / dataset

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import commit
+from contestants import COMMIT
 from contestants import spread as spread_of_rounds
 
 from nnunetv2_e2enet import engine, files
@@ -113,7 +113,7 @@ def command() -> str:
 
 def write(file: Path, tables: Sequence[Table], counted: bool = False) -> None:
     """All that was measured so far, with command, commit and machine; what was counted is the same on any machine."""
-    about: dict[str, Any] = {"command": command(), "commit": commit()}
+    about: dict[str, Any] = {"command": command(), "commit": COMMIT}
     about["machine"] = {"cpu": "Counted: no device", "torch": torch.__version__} if counted else machine()
     files.write_atomically(file, json.dumps({**about, "tables": [asdict(table) for table in tables]}, indent=1) + "\n")
 

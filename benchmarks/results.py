@@ -79,7 +79,7 @@ def in_points(interval: Interval) -> str:
 
 
 def calls(run: Record) -> list[Record]:
-    """Machine and commit of each call that trained a fold; older records hold those of the last one."""
+    """Machine and commit of each call that trained a fold; older records hold those of one call."""
     of_run: list[Record] = run.get("calls", [run])
     return of_run
 

@@ -147,7 +147,7 @@ def train(variant: dict[str, Any], seed: int, args: argparse.Namespace) -> dict[
     trainer.run_training()
     log = trainer.logger.local_logger.my_fantastic_logging
     return {
-        "commit": contestants.commit(),
+        "commit": contestants.COMMIT,
         "losses": [float(loss) for loss in log["train_losses"]],
         "dice": statistics.fmean(float(dice) for dice in log["mean_fg_dice"][-3:]),
         "flows": trainer.seen,

@@ -220,6 +220,11 @@ def killed_at(epoch: int, start: Callable[[Any], None]) -> Callable[[Any], None]
     return killed
 
 
+def killed_while_it_writes(_checkpoint: object, file: str) -> None:
+    Path(file).write_bytes(b"a part of it")
+    raise Killed
+
+
 @pytest.mark.slow
 def test_hippocampus_in_slices(tiny: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On phantoms in the place of the scans: a training stops in time and another is killed, then both come to an end."""
@@ -236,7 +241,13 @@ def test_hippocampus_in_slices(tiny: Project, tmp_path: Path, monkeypatch: pytes
     stopped = torch.load(fold / "checkpoint_latest.pth", map_location="cpu", weights_only=False)
     assert stopped["current_epoch"] == 1
     assert not (fold / "checkpoint_final.pth").exists()
+    with pytest.raises(SystemExit, match=r"hippocampus.json was measured with another settings: .* or another --folder"):
+        hippocampus.main([*command, "--minutes", "0", "--seed", "1"])
 
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", killed_while_it_writes)
+        with pytest.raises(Killed):
+            hippocampus.main([*command, "--minutes", "0"])
     hippocampus.main([*command, "--minutes", "0"])
     assert set(json.loads(record.read_text())["results"]) == {"nnU-Net | fold 0"}
 
@@ -250,7 +261,7 @@ def test_hippocampus_in_slices(tiny: Project, tmp_path: Path, monkeypatch: pytes
     assert set(results) == {"nnU-Net | fold 0", "E2ENet | fold 0"}
     calls = {name: result["calls"] for name, result in results.items()}
     assert {name: [call["epoch"] for call in of] for name, of in calls.items()} == {
-        "nnU-Net | fold 0": [0, 1],
+        "nnU-Net | fold 0": [0, 1, 1],
         "E2ENet | fold 0": [0, 1],
     }
     assert all(call["machine"]["warning"] and call["commit"] for of_fold in calls.values() for call in of_fold)

@@ -70,25 +70,38 @@ def calls(session: gpu_stages.Session) -> list[str]:
 
 def test_a_stage_goes_on_where_it_ended(session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch) -> None:
     stage_of("fails", "a", "goes on", "b", monkeypatch=monkeypatch)
-    assert gpu_session.run_stage(1, session) == gpu_session.FAILED
+    assert gpu_session.run_stage(1, session) == {gpu_session.FAILED, gpu_session.UNFINISHED, gpu_session.DONE}
     assert calls(session) == ["fails", "a", "goes on", "b"]
     error = json.loads((session.folder / "1-fails.error.json").read_text())
     assert error["what"] == "1 fails"
     assert error["partial"] == {"a part": 1}
     assert "something is wrong" in error["end"]
-    assert gpu_session.run_stage(1, session) == gpu_session.FAILED
+    assert gpu_session.run_stage(1, session) == {gpu_session.FAILED, gpu_session.UNFINISHED}
     assert calls(session)[4:] == ["goes on", "fails"]  # nothing again that has a record, what failed last
     stage_of("a", "goes on", monkeypatch=monkeypatch)
-    assert gpu_session.run_stage(1, session) == gpu_session.UNFINISHED
+    assert gpu_session.run_stage(1, session) == {gpu_session.UNFINISHED}
     stage_of("a", "b", monkeypatch=monkeypatch)
-    assert gpu_session.run_stage(1, session) == gpu_session.DONE
+    assert gpu_session.run_stage(1, session) == {gpu_session.DONE}
+    assert gpu_session.run_stage(1, session) == {gpu_session.DONE}  # nothing is left
+
+
+def test_what_fails_does_not_end_a_stage(session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage is called again until all its measurements have a record or have failed, each of which is begun."""
+    names = ("fails", "hangs and fails", "a", "hangs", "b")
+    stage_of(*names, monkeypatch=monkeypatch, least_seconds=4)
+    short = ["--device", "cpu", "--folder", str(session.folder), "--preprocessed", str(session.preprocessed), "--seconds", "9"]
+    with pytest.raises(SystemExit, match="what failed is in"):
+        gpu_session.main(short)
+    assert set(calls(session)) == set(names)
+    assert {file.name for file in session.folder.glob("1-*.json") if "error" not in file.name} == {"1-a.json", "1-b.json"}
 
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_what_hangs_is_stopped(session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
     short = gpu_stages.Session(session.device, session.folder, session.preprocessed, 8)
     stage_of("hangs", "hangs too", monkeypatch=monkeypatch, at_once=at_once, least_seconds=6)
-    assert gpu_session.run_stage(1, short) == gpu_session.FAILED
+    left = set() if at_once else {gpu_session.UNFINISHED}
+    assert gpu_session.run_stage(1, short) == {gpu_session.FAILED, *left}
     assert sorted(calls(session)) == (["hangs", "hangs too"] if at_once else ["hangs"])  # there is no time for the second
     assert json.loads((session.folder / "1-hangs.error.json").read_text())["error"] in (
         "stopped after 7 s",
@@ -100,8 +113,8 @@ def test_what_a_measurement_forked_is_gone(session: gpu_stages.Session, monkeypa
     """With the lock of the folder, so that the next stage can begin at once."""
     short = gpu_stages.Session(session.device, session.folder, session.preprocessed, 8)
     stage_of("forks and hangs", monkeypatch=monkeypatch, least_seconds=3)
-    assert gpu_session.run_stage(1, short) == gpu_session.FAILED
-    assert gpu_session.run_stage(1, short) == gpu_session.FAILED
+    assert gpu_session.run_stage(1, short) == {gpu_session.FAILED}
+    assert gpu_session.run_stage(1, short) == {gpu_session.FAILED}
 
 
 def test_a_folder_is_of_one_device(session: gpu_stages.Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -137,7 +150,7 @@ def test_nothing_begins_that_would_not_end(session: gpu_stages.Session, monkeypa
     monkeypatch.setattr(gpu_session, "STAGES", (stage,))
     begun: list[str] = []
     monkeypatch.setattr(gpu_session, "ended", lambda key, *_: begun.append(key) or time.sleep(3.5) or (0, ""))
-    assert gpu_session.run_stage(1, session) == gpu_session.UNFINISHED
+    assert gpu_session.run_stage(1, session) == {gpu_session.UNFINISHED}
     assert begun == ["1 longest", "1 short"]
 
 

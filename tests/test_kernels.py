@@ -331,7 +331,7 @@ def as_on_cuda(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("as_on_cuda")
-@pytest.mark.parametrize("failure", ["wrong", "broken"])
+@pytest.mark.parametrize("failure", ["wrong", "broken", "broken within"])
 @pytest.mark.parametrize(("check", "name"), CHECKS.items())
 def test_kernels_that_do_not_agree_with_pytorch_are_not_used(
     kernels: Any, check: str, name: str, failure: str, monkeypatch: pytest.MonkeyPatch
@@ -343,6 +343,8 @@ def test_kernels_that_do_not_agree_with_pytorch_are_not_used(
     def fails(*arguments: Any) -> Tensor:
         if failure == "broken":
             raise RuntimeError("PTX assembly aborted")
+        if failure == "broken within":
+            raise RuntimeError("at 24:15:\na program") from TypeError("PTX assembly aborted")
         return torch.zeros_like(whole(*arguments))
 
     monkeypatch.setattr(module, name, fails)

@@ -319,7 +319,7 @@ def test_tables_of_a_cpu(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert line in text.splitlines()
     assert "missing" not in text
-    assert f"commit {contestants.commit()}." in text
+    assert f"commit {contestants.COMMIT}." in text
     assert str(file) not in text
     printed = "\n".join(one.lines())
     assert "A patch: median (least to most)" in printed

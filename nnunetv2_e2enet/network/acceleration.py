@@ -120,7 +120,10 @@ def _agree_with_pytorch(device: torch.device, check: str) -> bool:
         wrong = getattr(importlib.import_module(_PACKAGE), check)(device)
         problem = wrong and f"{wrong} differs from PyTorch"
     except Exception as error:  # noqa: BLE001 (whatever a compiler or a driver may raise)
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # Triton's own errors begin with a place in its source
+            cause = cause.__cause__
+        problem = f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}"
     if problem:
         warnings.warn(f"E2ENet computes without its {KERNELS[check]} on {device}: {problem}", stacklevel=2)
     return not problem
