@@ -283,7 +283,7 @@ def unregister(nnunet: NnUNet) -> list[Path]:
     try:
         for path in ours:
             path.unlink()
-        if not (nnunet.folder / "__init__.py").exists():
+        if nnunet.folder.is_dir() and not (nnunet.folder / "__init__.py").exists():
             _remove_empty(nnunet.folder)
     except OSError as error:
         raise E2ENetError(f"{error.filename}: {error.strerror}: run as a user who may write there") from error

@@ -321,7 +321,7 @@ MAIN = ("", "_S70", "_S90", "_NoMirroring", "_onlyMirror01", "_DA5", "_CELoss", 
 def test_info_lists_the_main_trainers_and_counts_the_others(
     nnunet: NnUNet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(info_command, "find_nnunet", lambda: nnunet)  # whose modules no other test reads
+    monkeypatch.setattr(info_command, "find_any_nnunet", lambda: nnunet)  # whose modules no other test reads
 
     def info(*options: str) -> str:
         assert main(["info", *options]) == 0
@@ -373,7 +373,7 @@ class Moved:
 def test_info_goes_on_without_the_experiments(
     experiments: bool, nnunet: NnUNet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(info_command, "find_nnunet", lambda: nnunet)
+    monkeypatch.setattr(info_command, "find_any_nnunet", lambda: nnunet)
     monkeypatch.delitem(sys.modules, f"nnunetv2_e2enet.{EXPERIMENTS}", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Moved(), *sys.meta_path])
     register(nnunet, experiments)

@@ -105,11 +105,11 @@ class E2ENetPlannerMixin(Overrides, PlannerBase):
             plans = read_json(file)
         order, _ = self.determine_transpose()
         spacing = self.determine_fullres_target_spacing()[order]
-        configurations = [plans["configurations"][name] for name in ("2d", "3d_fullres") if name in plans["configurations"]]
-        return plans["transpose_forward"] == [int(axis) for axis in order] and all(
+        configurations = plans.get("configurations", {})
+        return plans.get("transpose_forward") == [int(axis) for axis in order] and all(
             configuration["preprocessor_name"] == self.preprocessor_name
             and np.allclose(configuration["spacing"], spacing[-len(configuration["spacing"]) :])
-            for configuration in configurations
+            for configuration in (configurations[name] for name in ("2d", "3d_fullres") if name in configurations)
         )
 
     def get_plans_for_configuration(
