@@ -20,6 +20,7 @@ PLANNER_ATTRIBUTES = (
     *("UNet_class", "UNet_base_num_features", "UNet_max_features_2d", "UNet_max_features_3d"),
     *("UNet_reference_val_2d", "UNet_reference_val_3d", "plans_identifier"),
     *("preprocessor_name", "overwrite_target_spacing", "suppress_transpose"),
+    *("dataset_name", "determine_fullres_target_spacing", "determine_transpose"),
 )
 
 
